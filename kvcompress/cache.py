@@ -1,0 +1,307 @@
+"""The cache object that `generate()` and plain forwards take as `past_key_values`."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kvcompress import attention
+from kvcompress.config import CompressionConfig
+from kvcompress.engine import Engine, too_short
+from kvcompress.errors import CacheStateError, UnsupportedModeError
+from kvcompress.integrations import Adapter, adapter_for
+from kvcompress.report import CacheReport
+
+_HOOK = "_kvcompress_hook"
+
+
+class CompressedLayer(CacheLayerMixin):
+    """One decoder layer's part of a `CompressedCache`, in the shape transformers asks for."""
+
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, engine: Engine, index: int) -> None:
+        self.engine = engine
+        self.index = index
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the layer holds anything."""
+        return self.engine.stores[self.index].keys is not None
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether the last token can be taken back."""
+        return self.engine.recording or self.engine.config.evictor is None or self.engine.can_drop(1)
+
+    @property
+    def keys(self) -> Tensor | None:
+        """Keys of the slots in use, `[batch, kv_heads, slots, head_dim]`."""
+        return self.engine.stores[self.index].used()[0] if self.is_initialized else None
+
+    @property
+    def values(self) -> Tensor | None:
+        """Values of the slots in use."""
+        return self.engine.stores[self.index].used()[1] if self.is_initialized else None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the first tokens bring their buffers along."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Hands the new tokens on to the attention function, which stores them and attends."""
+        return attention.attach(key_states, self), value_states
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        """Attends over the stored slots and the new tokens."""
+        return self.engine.attend(self.index, query, key, value, mask, scaling)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Masks cover every column seen, whatever is kept."""
+        return self.engine.sequence.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Columns seen, so that rotary positions go on after eviction."""
+        return self.engine.sequence.seen
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def offload(self) -> None:
+        """Moves the layer's buffers to CPU memory."""
+        self.engine.stores[self.index].to(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        """Brings the layer's buffers back to their device."""
+        store = self.engine.stores[self.index]
+        if store.device is not None:
+            store.to(store.device)
+
+
+class CompressedCache(Cache):
+    """A key-value cache that stays within a budget; pass it to a model as `past_key_values`.
+
+    Args:
+        model: the model that will use it; its decoder gets the attention "kvcompress", which behaves as before with
+            any other cache (`kvcompress.restore(model)` takes it off again).
+        config: a preset's name, a `CompressionConfig`, a dict, or the path of a .yaml or .json file.
+        **overrides: fields of the configuration to replace, for instance `budget=0.2`.
+
+    Raises:
+        ConfigError: if the configuration is wrong; the model is untouched then.
+        UnsupportedModelError: if no adapter knows the model, or one of its layers does not attend to all tokens.
+
+    Example:
+        >>> cache = CompressedCache(model, "prefixkv", budget=0.5)
+        >>> output = model.generate(**inputs, past_key_values=cache, max_new_tokens=4)
+        >>> cache.report().retention <= 0.5
+        True
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        config: str | PathLike[str] | dict[str, Any] | CompressionConfig = "prefixkv",
+        **overrides: Any,
+    ) -> None:
+        self.config = CompressionConfig.read(config, **overrides)
+        adapter = adapter_for(model)
+        layers = len(adapter.layers(model))
+        self._engine = Engine(self.config, layers)
+        self._decoder = weakref.ref(adapter.decoder(model))
+        super().__init__(layers=[CompressedLayer(self._engine, index) for index in range(layers)])
+        attention.install(adapter.decoder(model), adapter.attention_modules(model))
+        _observe(model, adapter)
+
+    def __repr__(self) -> str:
+        return f"CompressedCache({self.config!r}, seen={self.get_seq_length()})"
+
+    # -- transformers' contract ----------------------------------------------------------------------------------------
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Takes the new tokens of a layer; the attention function stores them.
+
+        Raises:
+            CacheStateError: if an earlier forward failed half-way, or the cache belongs to another model.
+            UnsupportedModeError: if the model trains or its attention was switched away.
+        """
+        if layer_idx == 0:
+            self._check_decoder()
+            self._engine.check_ready()
+        if layer_idx >= len(self.layers):
+            raise CacheStateError(f"layer {layer_idx}: the cache was made for a model of {len(self.layers)} layers")
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows that the cache holds; -1 before the first forward."""
+        return self._engine.sequence.batch or -1
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether the cache holds anything."""
+        return all(layer.is_initialized for layer in self.layers)
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the last token can be taken back in every layer."""
+        return all(layer.is_croppable for layer in self.layers)
+
+    def reset(self) -> None:
+        """Forgets everything, also after a forward that failed."""
+        self._engine.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorders rows for beam search."""
+        self._engine.select_rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats every row."""
+        rows = torch.arange(self._engine.sequence.batch)
+        self._engine.select_rows(rows.repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps some rows."""
+        rows = torch.arange(self._engine.sequence.batch)
+        self._engine.select_rows(rows[indices.cpu()])
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes the last tokens back.
+
+        Args:
+            tokens_to_remove: zero or minus the number of tokens, as in transformers.
+
+        Raises:
+            CacheStateError: if one of them was evicted already (see `is_croppable`); nothing has changed then.
+        """
+        if tokens_to_remove > 0:
+            raise CacheStateError(
+                f"crop: takes minus the number of tokens to remove, as transformers does; got {tokens_to_remove}"
+            )
+        self._engine.crop(-tokens_to_remove)
+
+    def activate_past_recording(self) -> None:
+        """Lets eviction wait for `crop` after each forward, as assisted decoding needs it."""
+        self._engine.recording = True
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        """Whether eviction waits for `crop`."""
+        return self._engine.recording
+
+    # -- kvcompress's own ----------------------------------------------------------------------------------------------
+
+    def compress(self) -> None:
+        """Brings every layer down to its budget now, rather than at the next crop or forward."""
+        self._engine.compress()
+
+    def report(self) -> CacheReport:
+        """What the cache holds now, in tokens and bytes; waits for the device once."""
+        engine = self._engine
+        stores, sequence, allocation = engine.stores, engine.sequence, engine.allocation
+        held = [[[[c for c in s if c >= 0] for s in row] for row in _columns(store)] for store in stores]
+        budgets = None
+        if allocation is not None:
+            rows = range(sequence.batch)
+            budgets = [[engine.limit(layer, row) for row in rows] for layer in range(len(stores))]
+        return CacheReport(
+            tokens_seen=sequence.seen,
+            row_tokens_seen=list(sequence.row_seen),
+            layer_lengths=[list(store.counts) for store in stores],
+            layer_budgets=budgets,
+            held_columns=[[[sorted(s) for s in row] for row in layer] for layer in held],
+            kv_bytes=sum(store.nbytes for store in stores),
+            index_bytes=sum(store.index_nbytes for store in stores),
+            full_kv_bytes=sum(store.slot_nbytes for store in stores) * sequence.seen * sequence.batch,
+            threshold=None if allocation is None else allocation.notes.get("threshold"),
+            notes=self._notes(),
+        )
+
+    def _notes(self) -> list[str]:
+        evictor, notes = self.config.evictor, []
+        if evictor is not None and not evictor.evicts_at_decode:
+            notes.append("decode rule 'none': layers grow by every generated token, past their budget")
+        if self._engine.recording:
+            notes.append("past recording: eviction waits for crop")
+        return notes
+
+    def _check_decoder(self) -> None:
+        decoder = self._decoder()
+        if decoder is None:
+            raise CacheStateError("cache: the model it was made for no longer exists; make a new cache for this one")
+        if not attention.is_installed(decoder):
+            raise UnsupportedModeError(
+                f"model: its attention was switched to '{decoder.config._attn_implementation}' after the cache was made; "
+                "make a new CompressedCache(model, ...), or leave the attention 'kvcompress' in place"
+            )
+        if decoder.training:
+            raise UnsupportedModeError("model: is in training mode; call model.eval() first, or train with another cache")
+
+
+def restore(model: PreTrainedModel) -> None:
+    """Takes everything that kvcompress put on a model off again: its attention and its hook.
+
+    Caches made for the model before can no longer be used with it.
+    """
+    adapter = adapter_for(model)
+    attention.uninstall(adapter.decoder(model), adapter.attention_modules(model))
+    handle = model.__dict__.pop(_HOOK, None)
+    if handle is not None:
+        handle.remove()
+
+
+def _columns(store: Any) -> list[list[list[int]]]:
+    return [] if store.columns is None else store.used()[2].tolist()
+
+
+def _observe(model: PreTrainedModel, adapter: Adapter) -> None:
+    """Puts one hook on a model that looks at the inputs of forwards with a compressed cache, and at nothing else."""
+    if _HOOK in model.__dict__:
+        return
+    signature = inspect.signature(model.forward)
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = signature.bind_partial(*args, **kwargs).arguments if args else kwargs
+        cache = inputs.get("past_key_values")
+        if isinstance(cache, CompressedCache):
+            _check_inputs(cache, inputs)
+            ids = inputs.get("input_ids")
+            if ids is not None and ids.shape[1] > 1:
+                is_image = adapter.image_tokens(module, ids)  # type: ignore[arg-type]
+                if is_image is not None:
+                    cache._engine.sequence.mark_images(is_image)
+
+    model.__dict__[_HOOK] = model.register_forward_pre_hook(look, with_kwargs=True)
+
+
+def _check_inputs(cache: CompressedCache, inputs: dict[str, Any]) -> None:
+    """Refuses what a compressed cache cannot serve, before anything ran."""
+    if inputs.get("labels") is not None:
+        raise UnsupportedModeError(
+            "labels: a loss over a sequence whose cache is compressed on the way means little; leave labels out and "
+            "compute the loss from the logits"
+        )
+    mask = inputs.get("attention_mask")
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        raise UnsupportedModeError("attention_mask: must be [batch, columns] with 1 for tokens and 0 for padding")
+    ids = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    seen = cache.get_seq_length()
+    if ids is not None and mask.shape[1] < seen + ids.shape[1]:
+        raise too_short(seen, ids.shape[1])
+    one = inputs.get("logits_to_keep")
+    if isinstance(one, int) and one == 1 and ids is not None and ids.shape[1] > 1 and not bool(mask[:, -1].all()):
+        raise UnsupportedModeError(
+            "attention_mask: a row ends in padding, so the logits of its last column mean nothing; pad on the left "
+            "(tokenizer.padding_side = 'left')"
+        )

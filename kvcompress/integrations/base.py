@@ -1,0 +1,106 @@
+"""Adapters: one small class for each family of models, found by the model type in the configuration."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvcompress.errors import UnsupportedModelError
+
+AdapterT = TypeVar("AdapterT", bound="type[Adapter]")
+
+
+class Adapter(ABC):
+    """Answers what the cache manager asks about one family of models; holds no reference to the model.
+
+    A family is described by subclassing and `@register_adapter("model_type")`.
+    """
+
+    @abstractmethod
+    def decoder(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The module that owns the decoder layers and takes `past_key_values`."""
+
+    def layers(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The decoder layers in order."""
+        return list(self.decoder(model).layers)  # type: ignore[arg-type]
+
+    def attention_modules(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The attention module of every decoder layer."""
+        return [layer.self_attn for layer in self.layers(model)]  # type: ignore[misc]
+
+    def image_tokens(self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"]) -> Tensor | None:
+        """Which input ids stand for image tokens; None for a model without vision."""
+        return None
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Refuses decoders with layers that do not attend to everything before them.
+
+        Raises:
+            UnsupportedModelError: naming the layers and what they are.
+        """
+        config = self.decoder(model).config
+        kinds = list(getattr(config, "layer_types", None) or [])
+        if not kinds and getattr(config, "sliding_window", None) is not None:
+            kinds = ["sliding_attention"] * config.num_hidden_layers
+        odd = [index for index, kind in enumerate(kinds) if kind != "full_attention"]
+        if odd:
+            raise UnsupportedModelError(
+                f"model: layers {_ranges(odd)} of {type(model).__name__} are {kinds[odd[0]]}; a compressed cache needs "
+                "full attention in every layer. Set config.sliding_window = None where the checkpoint allows it"
+            )
+
+
+_ADAPTERS: dict[str, type[Adapter]] = {}
+
+
+def register_adapter(*model_types: str) -> Callable[[AdapterT], AdapterT]:
+    """Class decorator: the adapter serves models whose `config.model_type` is one of these."""
+
+    def decorate(adapter: AdapterT) -> AdapterT:
+        for model_type in model_types:
+            _ADAPTERS[model_type] = adapter
+        return adapter
+
+    return decorate
+
+
+def known_models() -> list[str]:
+    """Model types that an adapter is registered for."""
+    return sorted(_ADAPTERS)
+
+
+def adapter_for(model: Any) -> Adapter:
+    """The adapter of a model.
+
+    Raises:
+        UnsupportedModelError: if no adapter is registered for its type; the message lists those that are known.
+    """
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(f"model: must be a transformers model, got {type(model).__name__}")
+    if model_type not in _ADAPTERS:
+        raise UnsupportedModelError(
+            f"model: no adapter for the model type '{model_type}' ({type(model).__name__}); known: "
+            f"{', '.join(known_models())}. For a model of the same shape: subclass kvcompress.integrations.LlamaAdapter "
+            f"and decorate it with @kvcompress.integrations.register_adapter('{model_type}')"
+        )
+    adapter = _ADAPTERS[model_type]()
+    adapter.check(model)
+    return adapter
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0, 1, 2, 5 -> "0-2, 5"."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

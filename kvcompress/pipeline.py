@@ -1,0 +1,198 @@
+"""The data flow: score -> allocate -> select -> keep, a line a stage."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence as List
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvcompress.config import Budget, CompressionConfig
+from kvcompress.errors import BudgetWarning, PolicyError
+from kvcompress.sequence import Sequence
+from kvcompress.shapes import AllocationContext, SelectionContext
+from kvcompress.storage import DenseStore
+
+
+@dataclass
+class Allocation:
+    """What the last allocation gave, and how it grows with the tokens seen.
+
+    Attributes:
+        budgets: slots per layer and row.
+        spent: sum of `budgets` per row.
+        notes: figures that the allocator noted per row (for instance "threshold").
+    """
+
+    budgets: list[list[int]]
+    spent: list[int]
+    notes: dict[str, list[float]] = field(default_factory=dict)
+
+    def select_rows(self, index: List[int]) -> None:
+        """Reorders, repeats or drops rows."""
+        self.budgets = [[layer[row] for row in index] for layer in self.budgets]
+        self.spent = [self.spent[row] for row in index]
+        self.notes = {name: [values[row] for row in index] for name, values in self.notes.items()}
+
+
+def compress(stores: List[DenseStore], config: CompressionConfig, sequence: Sequence) -> Allocation:
+    """Brings every layer down to its budget once all of them are scored.
+
+    Args:
+        stores: the layers' buffers, scored.
+        config: the policies.
+        sequence: the tokens seen, this forward included.
+
+    Returns:
+        The allocation, which also rules how far layers may grow while decoding.
+
+    Raises:
+        PolicyError: if a policy breaks its contract; the message names policy and layer.
+    """
+    importance, context = gather_importance(stores, config, sequence)
+    allocation = allocate(config, sequence, stores, [store.counts for store in stores], importance, context)
+    for layer, store in enumerate(stores):
+        shrink(layer, store, config, sequence, allocation.budgets[layer])
+    return allocation
+
+
+def gather_importance(
+    stores: List[DenseStore], config: CompressionConfig, sequence: Sequence
+) -> tuple[Tensor, AllocationContext]:
+    """Head-mean importance of every layer on one device, padded to the longest layer, with what belongs to it."""
+    slots, device = max(store.length for store in stores), stores[-1].device
+    rows = []
+    for layer, store in enumerate(stores):
+        score = importance_of(layer, store, config, sequence)
+        if score is None:
+            score = torch.zeros(len(store.counts), 1, store.length, device=store.device)
+        elif store.used()[2].shape[1] > 1:  # heads hold different tokens: compare them rank by rank
+            score = score.sort(dim=-1, descending=True).values
+        rows.append(F.pad(score.mean(1), (0, slots - store.length)).to(device))
+    columns = [F.pad(s.used()[2][:, :1], (0, slots - s.length), value=-1).to(device) for s in stores]
+    images = [sequence.images_at(column) for column in columns]
+    context = AllocationContext(
+        valid=torch.cat(columns, 1).transpose(0, 1) >= 0,
+        is_image=None if sequence.is_image is None else torch.cat(images, 1).transpose(0, 1),  # type: ignore[arg-type]
+    )
+    return torch.stack(rows), context
+
+
+def importance_of(layer: int, store: DenseStore, config: CompressionConfig, sequence: Sequence) -> Tensor | None:
+    """Importance of every slot of a layer; slots without a score rank with the highest, empty ones are zero."""
+    if config.scorer is None or store.scores is None:
+        return None
+    columns, scores = store.used()[2], store.scores[:, :, : store.length]
+    index = sequence.index_of(columns)
+    ends = torch.tensor(sequence.row_seen, device=columns.device)[:, None, None]
+    importance = config.scorer.importance(scores, (ends - index).clamp(min=1))
+    if importance.isinf().any():
+        raise PolicyError(f"scorer {config.scorer.name}: layer {layer}: importance must be finite, got an infinity")
+    highest = importance.nan_to_num(nan=-torch.inf).amax(-1, keepdim=True).nan_to_num(neginf=0.0)
+    return torch.where(importance.isnan(), highest, importance).masked_fill(columns < 0, 0.0)
+
+
+def allocate(
+    config: CompressionConfig,
+    sequence: Sequence,
+    stores: List[DenseStore],
+    held: List[List[int]],
+    importance: Tensor | None,
+    context: AllocationContext | None,
+) -> Allocation:
+    """Splits each row's total over the layers.
+
+    Args:
+        config: the policies.
+        sequence: the tokens seen.
+        stores: the layers' buffers, for their sizes in bytes and device.
+        held: slots that each layer holds per row, `[layers][batch]`.
+        importance: `[layers, batch, tokens]`; None for allocators that read none.
+        context: what else they may read.
+    """
+    device = stores[0].device if importance is None else importance.device
+    layers, batch = len(held), len(held[0])
+    capacity = torch.tensor(held, device=device)
+    floor = torch.minimum(torch.tensor([floors(config, sequence)] * layers, device=device), capacity)
+    wanted = [row_total(config.budget, seen, stores, batch) for seen in sequence.row_seen]
+    total = torch.tensor(wanted, device=device)
+    _warn_if_below_floor(config.budget, total, floor)
+    if importance is None:
+        importance = torch.zeros((), device=device).expand(layers, batch, int(capacity.max()))
+    context = context or AllocationContext()
+    budgets: list[list[int]] = config.allocator.allocate(importance, total, floor, capacity, context).tolist()
+    spent = [sum(layer[row] for layer in budgets) for row in range(batch)]
+    return Allocation(budgets, spent, {name: note.tolist() for name, note in context.notes.items()})
+
+
+def floors(config: CompressionConfig, sequence: Sequence) -> list[int]:
+    """Protected tokens per row: sinks and recents, as far as the row has them."""
+    sinks, recents = protection(config)
+    return [min(seen, sinks + recents) for seen in sequence.row_seen]
+
+
+def protection(config: CompressionConfig) -> tuple[int, int]:
+    """Number of first and of last tokens that every layer keeps."""
+    recents = max(config.budget.recent, config.scorer.protects if config.scorer is not None else 0)
+    return config.budget.sink, recents
+
+
+def row_total(budget: Budget, row_seen: int, stores: List[DenseStore], batch: int) -> int:
+    """Slots that all layers of a row may hold together once it has seen so many tokens."""
+    layers = len(stores)
+    if budget.fraction is not None:
+        return math.floor(budget.fraction * row_seen * layers + 1e-6)
+    if budget.tokens is not None:
+        return budget.tokens * layers
+    slot = sum(store.slot_nbytes for store in stores if store.keys is not None)
+    known = sum(store.keys is not None for store in stores)
+    slots = int(budget.bytes or 0) * known // (slot * batch)
+    return max(0, slots - layers)  # each layer has room for one slot more while it decodes
+
+
+def shrink(layer: int, store: DenseStore, config: CompressionConfig, sequence: Sequence, budget: list[int]) -> None:
+    """Selects the slots of one layer that stay, and gives the rest back."""
+    if config.evictor is None or budget == store.counts:
+        return
+    columns = store.used()[2]
+    context = SelectionContext(
+        budget=torch.tensor(budget, device=columns.device),
+        valid=columns >= 0,
+        protected=sequence.protected(columns, *protection(config)),
+        columns=columns,
+        importance=importance_of(layer, store, config, sequence),
+    )
+    mask = config.evictor.select(context)
+    _check_selection(f"evictor {config.evictor.name}: layer {layer}", mask, context)
+    store.keep(mask, budget, room=1 if config.evictor.evicts_at_decode else 0)
+
+
+def _check_selection(label: str, mask: Tensor, context: SelectionContext) -> None:
+    sets = (1, context.valid.shape[1], 0 if context.importance is None else context.importance.shape[1])
+    batch, _, slots = context.valid.shape
+    if mask.dtype != torch.bool or mask.ndim != 3 or mask.shape[1] not in sets or mask.shape[::2] != (batch, slots):
+        raise PolicyError(
+            f"{label}: select must return bool [{batch}, 1 or kv_heads, {slots}], got {mask.dtype} {tuple(mask.shape)}"
+        )
+    wrong_count = mask.sum(-1) != context.budget[:, None]
+    if wrong_count.any() or (mask & ~context.valid).any():
+        raise PolicyError(
+            f"{label}: select must mark as many slots as the budget ({context.budget.tolist()} per row), none of them "
+            f"empty; got {mask.sum(-1).tolist()}"
+        )
+
+
+def _warn_if_below_floor(budget: Budget, total: Tensor, floor: Tensor) -> None:
+    protected = floor.sum(0)
+    if (total < protected).any():
+        row = int((total < protected).nonzero()[0])
+        warnings.warn(
+            f"the budget of {int(total[row])} slots over all layers is below the {int(protected[row])} that its "
+            f"{budget.sink} sinks and {budget.recent} recents need (row {row}); the protected tokens are kept",
+            BudgetWarning,
+            stacklevel=2,
+        )

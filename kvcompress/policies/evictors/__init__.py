@@ -1,0 +1,6 @@
+"""Evictors: which slots of a layer stay."""
+
+from kvcompress.policies.evictors.streaming import Streaming
+from kvcompress.policies.evictors.topk import TopK
+
+__all__ = ["Streaming", "TopK"]

@@ -1,0 +1,73 @@
+"""The slots of highest importance stay."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Int
+from pydantic import Field
+from torch import Tensor
+
+from kvcompress.policies.evictors.decode_rules import lowest_score_slot, oldest_slot
+from kvcompress.registry import EVICTORS
+from kvcompress.shapes import DecodeContext, SelectionContext
+from kvcompress.stages import Evictor
+
+
+@EVICTORS.register("topk")
+class TopK(Evictor):
+    """Keeps the slots of highest importance, sinks and recents among them.
+
+    Source: PrefixKV (arXiv 2412.03409, section 3.1 and its released code for `fixed_point`); H2O (arXiv 2306.14048) for
+    `lowest_score`.
+
+    Ties go to earlier tokens.
+
+    Args:
+        granularity: "layer", one set of tokens for all heads, ranked by head-mean importance; or "head", a set per
+            key/value head, ranked by its own.
+        decode: which slot a decode step frees when a layer is over its budget. "fixed_point": the one `distance` slots
+            before the end of what a scoring forward kept (the middle if fewer are kept), so that earlier ones stay
+            for good and the rest leave by age; "oldest": the oldest after the sinks; "lowest_score": the lowest score
+            of the last scoring forward, where tokens without a score are safe until they have one; "none": the layer
+            grows.
+        distance: slots (tokens) between the fixed point and the end.
+    """
+
+    granularity: Literal["layer", "head"] = "layer"
+    decode: Literal["fixed_point", "oldest", "lowest_score", "none"] = "fixed_point"
+    distance: int = Field(default=25, ge=1)
+
+    @property
+    def evicts_at_decode(self) -> bool:
+        """Every rule but "none" evicts."""
+        return self.decode != "none"
+
+    @property
+    def reach(self) -> int | None:
+        """The fixed point evicts by age from `distance` slots before the end on, whatever is protected."""
+        return self.distance if self.decode == "fixed_point" else None
+
+    def select(self, layer: SelectionContext) -> Bool[Tensor, "batch sets slots"]:
+        """Ranks by importance with the protected first and empty slots last."""
+        if layer.importance is None:
+            raise ValueError("evictor topk needs importance: choose a scorer")
+        score = layer.importance
+        if self.granularity == "layer":
+            score = score.mean(1, keepdim=True)
+        score = score.masked_fill(layer.protected, torch.inf).masked_fill(~layer.valid, -torch.inf)
+        order = score.argsort(dim=-1, descending=True, stable=True)
+        ranks = torch.arange(score.shape[-1], device=score.device)
+        wanted = (ranks < layer.budget[:, None, None]).expand_as(order)
+        return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, wanted)
+
+    def pinned(self, kept: int, sinks: int, recents: int) -> int:
+        """Everything before the fixed point, or the sinks."""
+        if self.decode != "fixed_point":
+            return sinks
+        return kept - self.distance if kept > self.distance else min(kept // 2, max(0, kept - recents))
+
+    def victim(self, layer: DecodeContext) -> Int[Tensor, "batch sets"]:
+        """The slot that the decode rule names."""
+        return lowest_score_slot(layer) if self.decode == "lowest_score" else oldest_slot(layer)

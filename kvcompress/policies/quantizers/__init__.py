@@ -1,0 +1,1 @@
+"""Quantizers: in how many bits the slots are stored."""

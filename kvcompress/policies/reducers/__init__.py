@@ -1,0 +1,1 @@
+"""Reducers: which hidden states go on to later layers in prefill."""

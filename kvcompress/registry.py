@@ -1,0 +1,148 @@
+"""One registry per stage: name -> policy class, from this package, a decorator, or an installed entry point."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import warnings
+from collections.abc import Callable, Iterable
+from importlib.metadata import entry_points
+from typing import Any, Generic, TypeVar
+
+from kvcompress.errors import ConfigError, UnknownPolicyError
+from kvcompress.stages import Allocator, Evictor, Merger, Policy, Quantizer, Reducer, Scorer
+
+ENTRY_POINT_GROUP = "kvcompress.policies"
+PolicyT = TypeVar("PolicyT", bound=Policy)
+
+
+class Registry(Generic[PolicyT]):
+    """The policies of one stage by name.
+
+    Example:
+        >>> from kvcompress import ALLOCATORS
+        >>> "prefix" in ALLOCATORS.names()
+        True
+        >>> ALLOCATORS.create("uniform")
+        Uniform()
+    """
+
+    def __init__(self, contract: type[PolicyT]) -> None:
+        """Makes an empty registry for the subclasses of one contract."""
+        self.contract = contract
+        self.stage = contract.stage
+        self._policies: dict[str, type[PolicyT]] = {}
+
+    def register(self, name: str) -> Callable[[type[PolicyT]], type[PolicyT]]:
+        """Class decorator that gives a policy its name.
+
+        Raises:
+            ConfigError: if the class is of another stage or the name is taken by another class.
+        """
+
+        def decorate(policy: type[PolicyT]) -> type[PolicyT]:
+            if not (isinstance(policy, type) and issubclass(policy, self.contract)):
+                raise ConfigError(f"{self.stage}: '{name}' must subclass {self.contract.__name__}, got {policy!r}")
+            if not name.replace("_", "").replace("-", "").isalnum() or name == "none":
+                raise ConfigError(f"{self.stage}: a name is letters, digits, '_' and '-', and not 'none'; got {name!r}")
+            known = self._policies.get(name)
+            if known is not None and _identity(known) != _identity(policy):
+                raise ConfigError(
+                    f"{self.stage}: the name '{name}' is taken by {'.'.join(_identity(known))}; choose another"
+                )
+            policy.name = name
+            self._policies[name] = policy
+            return policy
+
+        return decorate
+
+    def names(self) -> list[str]:
+        """Registered names, sorted, installed entry points included."""
+        _load_entry_points()
+        return sorted(self._policies)
+
+    def get(self, name: str) -> type[PolicyT]:
+        """The class registered under a name.
+
+        Raises:
+            UnknownPolicyError: if there is none; the message suggests the nearest name.
+        """
+        if name not in self._policies:
+            _load_entry_points()
+        if name not in self._policies:
+            raise unknown_name(self.stage, "policy", name, self.names())
+        return self._policies[name]
+
+    def create(self, name: str, **fields: Any) -> PolicyT:
+        """Makes the policy of that name.
+
+        Raises:
+            UnknownPolicyError: if nobody registered the name.
+            ConfigError: if a field is unknown or has a wrong value.
+        """
+        policy = self.get(name)
+        try:
+            return policy(**fields)
+        except ConfigError as error:
+            raise ConfigError(f"{self.stage} {name}: {error}") from None
+
+    def parse(self, given: object) -> PolicyT | None:
+        """Reads a policy given as a name, a dict with a `name`, an object, or None / "none" for no policy."""
+        if given is None or given == "none":
+            return None
+        if isinstance(given, self.contract):
+            if not given.name:
+                kind = type(given).__name__
+                raise ConfigError(f"{self.stage}: {kind} is not registered; decorate it with @..register('name')")
+            return given
+        if isinstance(given, str):
+            return self.create(given)
+        if isinstance(given, dict):
+            fields = dict(given)
+            name = fields.pop("name", None)
+            if not isinstance(name, str):
+                raise ConfigError(f"{self.stage}: a dict needs the key 'name' with a string; got {given!r}")
+            return self.create(name, **fields)
+        allowed = f"a name, a dict with 'name' or a {self.contract.__name__}"
+        raise ConfigError(f"{self.stage}: must be {allowed}; got {given!r}")
+
+    @staticmethod
+    def dump(policy: Policy | None) -> dict[str, Any] | None:
+        """The inverse of `parse`: a dict with the name and every field."""
+        return None if policy is None else {"name": policy.name, **policy.model_dump(mode="json")}
+
+
+def unknown_name(subject: str, kind: str, name: str, known: Iterable[str]) -> UnknownPolicyError:
+    """The error for a misspelt name, with the nearest known one."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"; did you mean '{near[0]}'?" if near else ";"
+    return UnknownPolicyError(f"{subject}: unknown {kind} '{name}'{hint} known: {', '.join(names) or '(none)'}")
+
+
+def _identity(policy: type) -> tuple[str, str]:
+    return policy.__module__, policy.__qualname__
+
+
+_loaded: set[str] = set()
+
+
+def _load_entry_points() -> None:
+    """Imports the modules that installed packages declare; a broken one is reported and skipped."""
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.value in _loaded:
+            continue
+        _loaded.add(point.value)
+        try:
+            importlib.import_module(point.module)
+        except Exception as error:  # another package's fault must not take this one down
+            warnings.warn(f"entry point '{point.name}' of {ENTRY_POINT_GROUP} failed: {error!r}", stacklevel=3)
+
+
+SCORERS: Registry[Scorer] = Registry(Scorer)
+ALLOCATORS: Registry[Allocator] = Registry(Allocator)
+EVICTORS: Registry[Evictor] = Registry(Evictor)
+MERGERS: Registry[Merger] = Registry(Merger)
+QUANTIZERS: Registry[Quantizer] = Registry(Quantizer)
+REDUCERS: Registry[Reducer] = Registry(Reducer)
+REGISTRIES: tuple[Registry[Any], ...] = (SCORERS, ALLOCATORS, EVICTORS, MERGERS, QUANTIZERS, REDUCERS)

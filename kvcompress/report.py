@@ -1,0 +1,61 @@
+"""What a cache holds, in tokens and bytes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """A snapshot of what a cache holds; plain numbers and lists, so it can be kept, compared and written as JSON.
+
+    Attributes:
+        tokens_seen: columns that the model saw, padding included.
+        row_tokens_seen: tokens of each row, padding left out.
+        layer_lengths: tokens that each layer holds per row, `[layers][batch]`.
+        layer_budgets: tokens that each layer may hold per row at this point; None where nothing limits it.
+        held_columns: columns of the held tokens, `[layers][batch][sets][tokens]`; `sets` is 1 unless heads keep
+            different tokens.
+        kv_bytes: bytes allocated for keys and values.
+        index_bytes: bytes allocated for columns and scores.
+        full_kv_bytes: bytes that the keys and values of every column would take.
+        threshold: the global threshold that the prefix allocator found per row; None for others.
+        notes: what a reader should know, in words.
+    """
+
+    tokens_seen: int
+    row_tokens_seen: list[int]
+    layer_lengths: list[list[int]]
+    layer_budgets: list[list[int]] | None
+    held_columns: list[list[list[list[int]]]] = field(repr=False)
+    kv_bytes: int
+    index_bytes: int
+    full_kv_bytes: int
+    threshold: list[float] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def retention(self) -> float:
+        """Tokens kept / tokens seen, over all layers and rows; 1.0 before anything was seen."""
+        seen = sum(self.row_tokens_seen) * len(self.layer_lengths)
+        return sum(map(sum, self.layer_lengths)) / seen if seen else 1.0
+
+    def columns(self, layer: int, row: int, head: int | None = None) -> list[int]:
+        """Columns that a layer holds for a row, ascending.
+
+        Args:
+            layer: index of the decoder layer.
+            row: row of the batch.
+            head: key/value head; None for the columns that any head holds.
+        """
+        sets = self.held_columns[layer][row]
+        if head is not None:
+            return list(sets[0 if len(sets) == 1 else head])
+        return sorted(set().union(*sets))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the columns, with `retention`, ready for JSON."""
+        fields = asdict(self)
+        del fields["held_columns"]
+        return {**fields, "retention": self.retention}

@@ -1,0 +1,121 @@
+"""What the model has seen so far, row by row: how many columns, which are padding, which are images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Rows
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+class Sequence:
+    """The columns of a batch of sequences.
+
+    Attributes:
+        seen: columns so far, padding included; what transformers calls the sequence length.
+        row_seen: tokens of each row so far, padding left out.
+        valid: which columns hold a token of the row; None while no row has padding.
+        is_image: which of the first columns hold image tokens; None for text alone.
+    """
+
+    def __init__(self) -> None:
+        """Starts with nothing seen."""
+        self.seen = 0
+        self.row_seen: list[int] = []
+        self.valid: Bool[Tensor, "batch columns"] | None = None
+        self.is_image: Bool[Tensor, "batch columns"] | None = None
+
+    @property
+    def batch(self) -> int:
+        """Number of rows; 0 before the first forward."""
+        return len(self.row_seen)
+
+    def extend(self, batch: int, columns: int, new_valid: Bool[Tensor, "batch columns"] | None) -> None:
+        """Takes note of new columns.
+
+        Args:
+            batch: number of rows.
+            columns: number of new columns.
+            new_valid: which of them hold a token; None if all do.
+        """
+        if not self.row_seen:
+            self.row_seen = [0] * batch
+        if new_valid is None and self.valid is None:
+            self.row_seen = [count + columns for count in self.row_seen]
+        else:
+            device = new_valid.device if new_valid is not None else self.valid.device  # type: ignore[union-attr]
+            if self.valid is None:
+                self.valid = torch.ones(batch, self.seen, dtype=torch.bool, device=device)
+            if new_valid is None:
+                new_valid = torch.ones(batch, columns, dtype=torch.bool, device=device)
+                self.row_seen = [count + columns for count in self.row_seen]
+            else:
+                added = new_valid.sum(1).tolist()
+                self.row_seen = [count + more for count, more in zip(self.row_seen, added, strict=True)]
+            self.valid = torch.cat([self.valid, new_valid], dim=1)
+        self.seen += columns
+
+    def mark_images(self, is_image: Bool[Tensor, "batch columns"]) -> None:
+        """Takes note of which of the columns about to come hold image tokens."""
+        if self.is_image is None:
+            if not is_image.any():
+                return
+            self.is_image = torch.zeros(is_image.shape[0], self.seen, dtype=torch.bool, device=is_image.device)
+        earlier = F.pad(self.is_image, (0, max(0, self.seen - self.is_image.shape[1])))[:, : self.seen]
+        self.is_image = torch.cat([earlier, is_image.to(earlier.device)], dim=1)
+
+    def index_of(self, columns: Int[Tensor, "batch sets slots"], rows: slice = slice(None)) -> Tensor:
+        """Number of tokens of the row before each column; meaningless for empty slots."""
+        if self.valid is None:
+            return columns
+        before = self.valid[rows].cumsum(1).to(columns.device) - 1
+        flat = columns.clamp(min=0).long().flatten(1)
+        return before.gather(1, flat).view(columns.shape)
+
+    def images_at(self, columns: Int[Tensor, "batch sets slots"], rows: slice = slice(None)) -> Tensor | None:
+        """Which slots hold image tokens, from the columns of their tokens."""
+        if self.is_image is None:
+            return None
+        known = self.is_image[rows].to(columns.device)
+        flat = columns.clamp(min=0).long().flatten(1)
+        known = F.pad(known, (0, max(0, self.seen - known.shape[1])))
+        return known.gather(1, flat).view(columns.shape) & (columns >= 0)
+
+    def protected(self, columns: Int[Tensor, "batch sets slots"], sinks: int, recents: int) -> Tensor:
+        """Which slots hold one of a row's first `sinks` or last `recents` tokens."""
+        index = self.index_of(columns)
+        ends = torch.tensor(self.row_seen, device=columns.device)[:, None, None]
+        return (columns >= 0) & ((index < sinks) | (index >= ends - recents))
+
+    def column_of(self, indices: Rows[int], device: torch.device) -> Int[Tensor, "batch 1 1"]:
+        """Column of the token with that many tokens of its row before it; beyond the last, columns still to come."""
+        wanted = torch.tensor(list(indices), device=device)
+        if self.valid is None:
+            return wanted[:, None, None]
+        counts = self.valid.to(device).cumsum(1)
+        reached = counts > wanted[:, None]
+        beyond = self.seen + wanted - counts[:, -1]
+        return torch.where(reached.any(1), reached.int().argmax(1), beyond)[:, None, None]
+
+    def select_rows(self, index: Int[Tensor, " rows"]) -> None:
+        """Reorders, repeats or drops rows."""
+        if any(count != self.row_seen[0] for count in self.row_seen) or len(index) != self.batch:
+            self.row_seen = [self.row_seen[row] for row in index.tolist()]
+        if self.valid is not None:
+            self.valid = self.valid.index_select(0, index.to(self.valid.device))
+        if self.is_image is not None:
+            self.is_image = self.is_image.index_select(0, index.to(self.is_image.device))
+
+    def crop(self, columns: int) -> None:
+        """Forgets all but the first `columns` columns."""
+        removed = self.seen - columns
+        if self.valid is not None:
+            self.valid = self.valid[:, :columns]
+            self.row_seen = self.valid.sum(1).tolist()
+        else:
+            self.row_seen = [count - removed for count in self.row_seen]
+        if self.is_image is not None:
+            self.is_image = self.is_image[:, :columns]
+        self.seen = columns

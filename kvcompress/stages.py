@@ -1,0 +1,304 @@
+"""The contracts of the six kinds of policy, in the order in which data meets them.
+
+A policy is a frozen pydantic model: its fields are its hyperparameters, its method does the work, and whatever changes
+while a model runs lives in the cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Int
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from kvcompress.errors import ConfigError, KVCompressError, PolicyError
+from kvcompress.shapes import (
+    AllocationContext,
+    Columns,
+    DecodeContext,
+    Importance,
+    LayerContext,
+    LayerImportance,
+    SelectionContext,
+    TokenCounts,
+)
+
+
+class Configured(BaseModel):
+    """A frozen model whose validation errors are `ConfigError`s of one readable line each."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    def __init__(self, **fields: Any) -> None:
+        try:
+            super().__init__(**fields)
+        except ValidationError as error:
+            raise readable_error(error, type(self)) from None
+
+
+def readable_error(error: ValidationError, model: type[BaseModel]) -> KVCompressError:
+    """Turns pydantic's report into one `ConfigError` that names the field, what came and what is allowed."""
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))
+        cause = item.get("ctx", {}).get("error")
+        if isinstance(cause, KVCompressError):
+            if len(error.errors()) == 1:
+                return cause
+            lines.append(str(cause))
+        elif item["type"] == "extra_forbidden":
+            known = ", ".join(model.model_fields) or "none"
+            lines.append(f"{where}: unknown field of {model.__name__}; its fields: {known}")
+        else:
+            lines.append(f"{where or model.__name__}: {item['msg']}; got {item['input']!r}")
+    return ConfigError("; ".join(lines))
+
+
+class Policy(Configured, ABC):
+    """What all policies share: a name once registered, and hyperparameters as fields."""
+
+    stage: ClassVar[str]
+    name: ClassVar[str] = ""
+
+
+class Scorer(Policy):
+    """Gives every slot of a layer an importance, higher = keep.
+
+    Class attributes:
+        mass: whether scores are non-negative and add up over tokens, so that a share of their sum means something.
+        reads_attention: whether `LayerContext.attention_mass` is called; costs nothing where it is False.
+        accumulates: whether scores of a later forward add to those a slot has (else they replace them).
+    """
+
+    stage = "scorer"
+    mass: ClassVar[bool] = False
+    reads_attention: ClassVar[bool] = False
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether scores of a later forward add to the ones a slot has; if not, they replace them."""
+        return False
+
+    @property
+    def protects(self) -> int:
+        """Number of last tokens that this method always keeps, beyond the budget's own recents."""
+        return 0
+
+    @abstractmethod
+    def score(self, layer: LayerContext) -> Importance:
+        """Scores every slot by what this forward shows.
+
+        Args:
+            layer: the layer right after its attention, without padding.
+
+        Returns:
+            One score per key/value head and slot, `[batch, kv_heads, tokens]`, floating point, no NaN.
+        """
+
+    def importance(self, score: Importance, age: Int[Tensor, "batch sets tokens"]) -> Importance:
+        """Turns accumulated scores into the importance that allocators and evictors rank.
+
+        Args:
+            score: what `score` returned, added up over forwards if the scorer accumulates.
+            age: number of queries that could see each slot's token, its own included, at least 1.
+
+        Returns:
+            Importance of the same shape; by default the scores themselves.
+        """
+        return score
+
+
+def _checked(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Wraps an allocator's method so that its input and its answer are checked wherever it is called from."""
+
+    @functools.wraps(allocate)
+    def checked(
+        self: Allocator,
+        importance: Tensor,
+        total: Tensor,
+        floor: Tensor,
+        capacity: Tensor,
+        context: AllocationContext | None = None,
+    ) -> Tensor:
+        label = self.name or type(self).__name__
+        _check_allocation_input(label, self.reads_mass, importance, total, floor, capacity)
+        target = torch.minimum(torch.maximum(total, floor.sum(0)), capacity.sum(0))
+        budget = allocate(self, importance, target, floor, capacity, context)
+        _check_allocation(label, budget, target, floor, capacity)
+        return budget
+
+    return checked
+
+
+class Allocator(Policy):
+    """Splits the total budget of every row over the layers.
+
+    Class attributes:
+        reads_importance: whether `allocate` looks at importance at all; if not, a layer is compressed as soon as it
+            ran, and the full cache never exists at once.
+        reads_mass: whether it treats importance as mass (shares of a sum), which not every scorer gives.
+        needs: names of further statistics it reads from the context.
+    """
+
+    stage = "allocator"
+    reads_importance: ClassVar[bool] = True
+    reads_mass: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Wraps the subclass's `allocate` in the checks of the contract."""
+        super().__init_subclass__(**kwargs)
+        if "allocate" in cls.__dict__ and not getattr(cls.__dict__["allocate"], "__isabstractmethod__", False):
+            cls.allocate = _checked(cls.__dict__["allocate"])  # type: ignore[method-assign]
+
+    @abstractmethod
+    def allocate(
+        self,
+        importance: LayerImportance,
+        total: Int[Tensor, " batch"],
+        floor: TokenCounts,
+        capacity: TokenCounts,
+        context: AllocationContext | None = None,
+    ) -> TokenCounts:
+        """Gives every layer of every row its number of slots.
+
+        The input is checked before and the answer after, whoever calls; `total` arrives clamped to what floors and
+        capacities allow.
+
+        Args:
+            importance: head-mean importance of each slot, higher = keep.
+            total: slots per row over all layers.
+            floor: slots per layer and row that must be kept (protected tokens).
+            capacity: slots per layer and row that there are.
+            context: validity, modality and the statistics in `needs`; also takes notes for the report.
+
+        Returns:
+            int64 `[layers, batch]` with `floor <= budget <= capacity` whose sum over layers is `total`.
+
+        Raises:
+            PolicyError: if an input is NaN, negative (for allocators of mass) or misshapen, or the answer breaks the
+                contract; the message names the layer.
+        """
+
+
+class Evictor(Policy):
+    """Selects the slots of a layer that stay, after a scoring forward and at each decode step."""
+
+    stage = "evictor"
+    reads_importance: ClassVar[bool] = True
+
+    @abstractmethod
+    def select(self, layer: SelectionContext) -> Bool[Tensor, "batch sets slots"]:
+        """Marks the slots to keep: `budget` of each row and set, the protected among them, never an empty one."""
+
+    @property
+    def evicts_at_decode(self) -> bool:
+        """Whether decode steps evict; if not, the layer grows by a slot a step."""
+        return True
+
+    @property
+    def reach(self) -> int | None:
+        """Most recents that decode steps can protect; None if any number."""
+        return None
+
+    @abstractmethod
+    def pinned(self, kept: int, sinks: int, recents: int) -> int:
+        """Number of slots, in column order, that decode steps never evict; the sinks are pinned in any case.
+
+        Args:
+            kept: slots that the layer keeps after a scoring forward.
+            sinks: number of first tokens that are protected.
+            recents: number of last tokens that are protected.
+        """
+
+    @abstractmethod
+    def victim(self, layer: DecodeContext) -> Int[Tensor, "batch sets"]:
+        """Names the slot that is freed after a decode step that left the layer one slot over its budget."""
+
+
+class Merger(Policy):
+    """Folds the tokens that are evicted into those that stay."""
+
+    stage = "merger"
+
+
+class Quantizer(Policy):
+    """Stores keys and values in fewer bits."""
+
+    stage = "quantizer"
+
+
+class Reducer(Policy):
+    """Shrinks the hidden states between decoder layers in prefill."""
+
+    stage = "reducer"
+
+
+def _check_allocation_input(
+    label: str, reads_mass: bool, importance: Tensor, total: Tensor, floor: Tensor, capacity: Tensor
+) -> None:
+    if importance.ndim != 3:
+        shape = tuple(importance.shape)
+        raise PolicyError(f"allocator {label}: importance must be [layers, batch, tokens], got the shape {shape}")
+    layers, batch, tokens = importance.shape
+    for argument, tensor, shape in (
+        ("total", total, (batch,)),
+        ("floor", floor, (layers, batch)),
+        ("capacity", capacity, (layers, batch)),
+    ):
+        if tuple(tensor.shape) != shape or tensor.is_floating_point():
+            raise PolicyError(
+                f"allocator {label}: {argument} must be integers of the shape {shape}, "
+                f"got {tensor.dtype} of {tuple(tensor.shape)}"
+            )
+    bad = (floor < 0) | (floor > capacity) | (capacity > tokens)
+    if bad.any():
+        layer, row = bad.nonzero()[0].tolist()
+        raise PolicyError(
+            f"allocator {label}: layer {layer}, row {row}: needs 0 <= floor <= capacity <= {tokens} tokens, "
+            f"got floor {int(floor[layer, row])} and capacity {int(capacity[layer, row])}"
+        )
+    wrong = importance.isnan() if not reads_mass else ~((importance >= 0) & importance.isfinite())
+    if tokens and wrong.any():
+        layer = int(wrong.flatten(1).any(1).nonzero()[0])
+        allowed = "finite and not negative, since this allocator reads mass" if reads_mass else "numbers"
+        raise PolicyError(f"allocator {label}: layer {layer}: importance must be {allowed}; check the scorer")
+
+
+def _check_allocation(label: str, budget: Any, target: Tensor, floor: Tensor, capacity: Tensor) -> None:
+    if not isinstance(budget, Tensor) or budget.dtype != torch.int64 or budget.shape != floor.shape:
+        came = f"{budget.dtype} of {tuple(budget.shape)}" if isinstance(budget, Tensor) else repr(budget)
+        raise PolicyError(f"allocator {label}: must return int64 of the shape {tuple(floor.shape)}, got {came}")
+    outside = (budget < floor) | (budget > capacity)
+    if outside.any():
+        layer, row = outside.nonzero()[0].tolist()
+        raise PolicyError(
+            f"allocator {label}: layer {layer}, row {row}: gave {int(budget[layer, row])} tokens, allowed are "
+            f"{int(floor[layer, row])} to {int(capacity[layer, row])}"
+        )
+    wrong = budget.sum(0) != target
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise PolicyError(
+            f"allocator {label}: row {row}: the layers add up to {int(budget[:, row].sum())} tokens, "
+            f"must be exactly {int(target[row])}"
+        )
+
+
+__all__ = [
+    "Allocator",
+    "Columns",
+    "Configured",
+    "Evictor",
+    "Merger",
+    "Policy",
+    "Quantizer",
+    "Reducer",
+    "Scorer",
+    "readable_error",
+]
