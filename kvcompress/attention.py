@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +24,16 @@ _LAYER = "_kvcompress_layer"  # on the key tensor of a forward
 _PREVIOUS = "_kvcompress_previous_attention"  # on attention modules
 
 
+@runtime_checkable
 class Attends(Protocol):
     """What `update` attaches to the keys it returns."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """Attends over the stored slots and the new tokens."""
+        """Attends over the stored slots and the new tokens; returns `[batch, heads, queries, head_dim]`."""
 
 
 def attach(key: Tensor, layer: Attends) -> Tensor:
     """Marks keys as belonging to a cache layer, for the attention function that gets them next."""
-    key = key.view(key.shape)  # a tensor object of its own: the caller's may live on
     setattr(key, _LAYER, layer)
     return key
 
@@ -66,10 +66,14 @@ def compressed_attention(
     layer: Attends | None = getattr(key, _LAYER, None)
     if layer is None:
         return _former_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    with torch.no_grad():
-        output = layer.attend(query, key, value, attention_mask, scaling or query.shape[-1] ** -0.5)
-    if query.requires_grad and torch.is_grad_enabled():
-        output = _InferenceOnly.apply(output, query)
+    scaling = scaling or query.shape[-1] ** -0.5
+    if not torch.is_grad_enabled():
+        output = layer.attend(query, key, value, attention_mask, scaling)
+    else:
+        with torch.no_grad():
+            output = layer.attend(query, key, value, attention_mask, scaling)
+        if query.requires_grad:
+            output = _InferenceOnly.apply(output, query)
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -105,7 +109,9 @@ class _InferenceOnly(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise UnsupportedModeError("backward: a CompressedCache carries no gradients; train with transformers' own caches")
+        raise UnsupportedModeError(
+            "backward: a CompressedCache carries no gradients; train with transformers' own caches"
+        )
 
 
 def _former_attention(

@@ -45,12 +45,12 @@ class CompressedLayer(CacheLayerMixin):
     @property
     def keys(self) -> Tensor | None:
         """Keys of the slots in use, `[batch, kv_heads, slots, head_dim]`."""
-        return self.engine.stores[self.index].used()[0] if self.is_initialized else None
+        return self.engine.stores[self.index].slots()[0] if self.is_initialized else None
 
     @property
     def values(self) -> Tensor | None:
         """Values of the slots in use."""
-        return self.engine.stores[self.index].used()[1] if self.is_initialized else None
+        return self.engine.stores[self.index].slots()[1] if self.is_initialized else None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the first tokens bring their buffers along."""
@@ -209,10 +209,9 @@ class CompressedCache(Cache):
         engine = self._engine
         stores, sequence, allocation = engine.stores, engine.sequence, engine.allocation
         held = [[[[c for c in s if c >= 0] for s in row] for row in _columns(store)] for store in stores]
-        budgets = None
-        if allocation is not None:
-            rows = range(sequence.batch)
-            budgets = [[engine.limit(layer, row) for row in rows] for layer in range(len(stores))]
+        budgets = engine.limits()
+        if budgets is not None:
+            budgets = [layer * sequence.batch if len(layer) == 1 else layer for layer in budgets]
         return CacheReport(
             tokens_seen=sequence.seen,
             row_tokens_seen=list(sequence.row_seen),
@@ -222,13 +221,13 @@ class CompressedCache(Cache):
             kv_bytes=sum(store.nbytes for store in stores),
             index_bytes=sum(store.index_nbytes for store in stores),
             full_kv_bytes=sum(store.slot_nbytes for store in stores) * sequence.seen * sequence.batch,
-            threshold=None if allocation is None else allocation.notes.get("threshold"),
+            threshold=None if allocation is None or "threshold" not in allocation.notes else allocation.notes["threshold"].tolist(),
             notes=self._notes(),
         )
 
     def _notes(self) -> list[str]:
         evictor, notes = self.config.evictor, []
-        if evictor is not None and not evictor.evicts_at_decode:
+        if evictor is not None and evictor.frees == "nothing":
             notes.append("decode rule 'none': layers grow by every generated token, past their budget")
         if self._engine.recording:
             notes.append("past recording: eviction waits for crop")
@@ -244,7 +243,9 @@ class CompressedCache(Cache):
                 "make a new CompressedCache(model, ...), or leave the attention 'kvcompress' in place"
             )
         if decoder.training:
-            raise UnsupportedModeError("model: is in training mode; call model.eval() first, or train with another cache")
+            raise UnsupportedModeError(
+                "model: is in training mode; call model.eval() first, or train with another cache"
+            )
 
 
 def restore(model: PreTrainedModel) -> None:
@@ -260,7 +261,7 @@ def restore(model: PreTrainedModel) -> None:
 
 
 def _columns(store: Any) -> list[list[list[int]]]:
-    return [] if store.columns is None else store.used()[2].tolist()
+    return [] if store.keys is None else store.columns().tolist()
 
 
 def _observe(model: PreTrainedModel, adapter: Adapter) -> None:

@@ -231,7 +231,9 @@ class CompressionConfig(Configured):
     def dump(self, path: str | PathLike[str]) -> None:
         """Writes the exact inverse of `load` to a .yaml, .yml or .json file."""
         path, fields = _format_of(path), self.model_dump(mode="json")
-        text = json.dumps(fields, indent=2) + "\n" if path.suffix == ".json" else yaml.safe_dump(fields, sort_keys=False)
+        text = (
+            json.dumps(fields, indent=2) + "\n" if path.suffix == ".json" else yaml.safe_dump(fields, sort_keys=False)
+        )
         path.write_text(text, encoding="utf-8")
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as List
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -30,7 +28,8 @@ class Forward:
         scores: whether it scores (the first forward, and every one of several tokens) or decodes.
         next_layer: layer whose attention comes next.
         local: the allocation, where it needs no scores and is known from the start.
-        recent_from: first recent column per row, on each device that asked.
+        limits: slots that each layer may hold after a decode step.
+        rooms: most slots that each layer will ever need, where that is known.
     """
 
     first_column: int
@@ -39,6 +38,8 @@ class Forward:
     scores: bool
     next_layer: int = 0
     local: Allocation | None = None
+    limits: list[list[int]] | None = None
+    rooms: list[int] | None = None
 
 
 class Engine:
@@ -60,12 +61,13 @@ class Engine:
         self.allocation: Allocation | None = None
         self.recording = False
         self._forward: Forward | None = None
-        self._pinned: list[Tensor | None] = [None] * layers
         self._waiting: str | None = None  # kind of the forward whose eviction waits: "scored" or "decoded"
 
     # -- a forward -----------------------------------------------------------------------------------------------------
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
         """Stores a layer's new tokens, attends, scores, and evicts what may go.
 
         Args:
@@ -121,8 +123,13 @@ class Engine:
         if self._waiting:
             self.recording = False  # nobody cropped after the last forward, so nobody is rolling back
             self.compress()
-        self._forward = Forward(sequence.seen, queries, spans, scores)
+        forward = Forward(sequence.seen, queries, spans, scores)
         sequence.extend(batch, queries, new_valid)
+        if not scores:
+            forward.limits = self.limits()
+            if forward.limits is not None and self.config.budget.fraction is None:
+                forward.rooms = [1 + max(limits) for limits in forward.limits]
+        self._forward = forward
 
     def _finish(self, forward: Forward) -> None:
         if self.recording:
@@ -148,9 +155,9 @@ class Engine:
         self, layer: int, store: DenseStore, forward: Forward, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
         """Attends and scores row by row where rows differ, all rows at once where they do not."""
-        before = list(store.counts) or [0] * query.shape[0]
+        before = store.counts if store.batch else [0] * query.shape[0]
         store.append(key, value, forward.first_column, forward.spans)
-        if forward.spans is None and store.is_even:
+        if forward.spans is None and store.rows_alike:
             output = self._attend_rows(layer, store, slice(None), before[0], query, scale)
         else:
             output = query.new_zeros(*query.shape[:3], value.shape[3])
@@ -168,7 +175,9 @@ class Engine:
         self, layer: int, store: DenseStore, rows: slice, past: int, query: Tensor, scale: float
     ) -> Tensor:
         """Attention of rows without padding over `past` older slots and their own new ones, and their scores."""
-        keys, values, columns = (tensor[rows, :, : past + query.shape[2]] for tensor in store.used())
+        keys, values, columns = (
+            tensor[rows, :, : past + query.shape[2]] for tensor in (*store.slots(), store.columns())
+        )
         scorer = self.config.scorer
         reads_attention = scorer is not None and scorer.reads_attention
         lse = None
@@ -194,7 +203,9 @@ class Engine:
             )
             scores = scorer.score(context)
             if scores.shape != keys.shape[:3] or not bool(scores.isfinite().all()):
-                came = "NaN or infinite scores" if scores.shape == keys.shape[:3] else f"the shape {tuple(scores.shape)}"
+                came = (
+                    "NaN or infinite scores" if scores.shape == keys.shape[:3] else f"the shape {tuple(scores.shape)}"
+                )
                 raise PolicyError(
                     f"scorer {scorer.name}: layer {layer}: must return finite scores of the shape "
                     f"{tuple(keys.shape[:3])} [batch, kv_heads, tokens]; got {came}"
@@ -205,9 +216,14 @@ class Engine:
     def _compress_local(self, layer: int, store: DenseStore, forward: Forward) -> None:
         """Compresses a layer as soon as it ran, for allocators that need no scores of other layers."""
         if forward.local is None:
-            new = [forward.queries] * len(store.counts) if forward.spans is None else [len(s) for s in forward.spans]
+            new = [forward.queries] * store.batch if forward.spans is None else [len(s) for s in forward.spans]
             held = [
-                other.counts if index <= layer else [count + more for count, more in zip(other.counts or [0] * len(new), new)]
+                other.counts
+                if index <= layer
+                else [
+                    count + more
+                    for count, more in zip(other.counts if other.batch else [0] * len(new), new, strict=True)
+                ]
                 for index, other in enumerate(self.stores)
             ]
             forward.local = pipeline.allocate(self.config, self.sequence, self.stores, held, None, None)
@@ -220,72 +236,56 @@ class Engine:
         self, layer: int, store: DenseStore, forward: Forward, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
         """A decode step: writes one token, attends over all slots, frees one if the layer is over its budget."""
-        store.write(key, value, forward.first_column, self._room(layer))
+        store.write(key, value, forward.first_column, forward.rooms[layer] if forward.rooms else None)
+        keys, values = store.slots()
         batch, heads, _, head_dim = query.shape
-        keys, values, columns = store.used()
-        mask = None
-        if not store.is_full:
-            mask = (columns >= 0).unsqueeze(2).expand(-1, keys.shape[1], -1, -1)
-        grouped = query.reshape(batch, keys.shape[1], heads // keys.shape[1], head_dim)
+        kv_heads = keys.shape[1]
+        grouped = query.view(batch, kv_heads, heads // kv_heads, head_dim)
+        mask = (store.columns() >= 0).unsqueeze(2).expand(-1, kv_heads, -1, -1) if store.has_holes else None
         output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
-        if not self.recording:
-            self._evict(layer, store)
-        return output.reshape(batch, heads, 1, values.shape[3])
+        if forward.limits is not None and not self.recording:
+            self._evict(layer, store, forward.limits[layer])
+        return output.view(batch, heads, 1, values.shape[3])
 
-    def _evict(self, layer: int, store: DenseStore) -> None:
-        """Frees slots while rows are over their budget, by the evictor's decode rule."""
-        evictor, allocation = self.config.evictor, self.allocation
-        if evictor is None or allocation is None or not evictor.evicts_at_decode:
-            return
-        limits = [self.limit(layer, row) for row in range(len(store.counts))]
-        while over := [row for row, count in enumerate(store.counts) if count > limits[row]]:
-            pinned = self._pinned[layer]
-            assert pinned is not None
-            columns = store.used()[2]
-            context = DecodeContext(
-                columns=columns,
-                importance=None if store.scores is None else store.scores[:, :, : store.length],
-                pinned_before=pinned,
-                recent_from=self._recent_from(columns.device),
-            )
-            store.free(evictor.victim(context), over)
-
-    def limit(self, layer: int, row: int) -> int:
-        """Slots that a layer may hold for a row now: its share of what the budget gives for the tokens seen."""
-        assert self.allocation is not None
-        seen, layers = self.sequence.row_seen[row], len(self.stores)
-        total = pipeline.row_total(self.config.budget, seen, self.stores, self.sequence.batch)
-        spent = self.allocation.spent[row]
-        share = self.allocation.budgets[layer][row] * total // spent if spent else total // layers
-        sinks, recents = pipeline.protection(self.config)
-        return max(share, min(seen, sinks + recents))
-
-    def _room(self, layer: int) -> int | None:
-        """Most slots that a layer's buffers will ever need, where the budget is a fixed number."""
+    def _evict(self, layer: int, store: DenseStore, limits: list[int]) -> None:
+        """Frees slots in rows that are over their limit, by the evictor's decode rule."""
         evictor = self.config.evictor
-        fixed = evictor is not None and evictor.evicts_at_decode and self.config.budget.fraction is None
-        if not fixed or self.allocation is None:
-            return None
-        return 1 + max(self.limit(layer, row) for row in range(self.sequence.batch))
+        assert evictor is not None
+        if evictor.frees == "oldest":
+            store.evict_oldest(limits)
+            return
+        limits = limits * store.batch if len(limits) == 1 else limits
+        while over := [row for row, count in enumerate(store.counts) if count > limits[row]]:
+            columns = store.columns()
+            protected = self.sequence.protected(columns, *pipeline.protection(self.config))
+            store.evict_at(evictor.victim(DecodeContext(columns, protected, store.used_scores())), over)
 
-    def _recent_from(self, device: torch.device) -> Tensor:
-        recents = pipeline.protection(self.config)[1]
-        if self.sequence.valid is None:
-            return torch.full((1, 1, 1), self.sequence.seen - recents, device=device)
-        return self.sequence.column_of([max(0, seen - recents) for seen in self.sequence.row_seen], device)
+    def limits(self) -> list[list[int]] | None:
+        """Slots that each layer may hold now, `[layers][batch]`; `[layers][1]` while all rows agree.
+
+        Every layer has its share of what the budget gives for the tokens seen, and the protected tokens in any case.
+        None if nothing is ever evicted while decoding.
+        """
+        evictor, allocation, sequence = self.config.evictor, self.allocation, self.sequence
+        if evictor is None or evictor.frees == "nothing" or allocation is None:
+            return None
+        rows = range(1 if allocation.rows_alike and sequence.rows_alike else sequence.batch)
+        totals = [
+            pipeline.row_total(self.config.budget, sequence.row_seen[r], self.stores, sequence.batch) for r in rows
+        ]
+        least = pipeline.floors(self.config, sequence)
+        return [
+            [max(share[r] * totals[r] // (allocation.spent[r] or 1), least[r]) for r in rows]
+            for share in allocation.budgets
+        ]
 
     def _pin(self, layer: int) -> None:
-        """Works out which slots decode steps never evict, as a column per row and set."""
+        """Decides which tokens of a layer never leave by age: sinks, and what the evictor pins."""
         store, evictor = self.stores[layer], self.config.evictor
-        if evictor is None:
-            return
-        sinks, recents = pipeline.protection(self.config)
-        columns, seen = store.used()[2].long(), self.sequence.seen
-        pinned = [evictor.pinned(count, sinks, recents) for count in store.counts]
-        index = torch.tensor(pinned, device=columns.device)[:, None, None].expand(-1, columns.shape[1], 1)
-        beyond = F.pad(columns.masked_fill(columns < 0, seen), (0, 1), value=seen)
-        first_loose = beyond.gather(-1, index.clamp(max=store.length))
-        self._pinned[layer] = torch.maximum(first_loose, self.sequence.column_of([sinks] * len(pinned), columns.device))
+        if evictor is not None and evictor.frees == "oldest":
+            sinks, recents = pipeline.protection(self.config)
+            pinned = [max(evictor.pinned(count, sinks, recents), min(sinks, count)) for count in store.counts]
+            store.pin(pinned, [max(0, sinks - seen) for seen in self.sequence.row_seen])
 
     # -- rows and rollback ---------------------------------------------------------------------------------------------
 
@@ -295,9 +295,9 @@ class Engine:
         waiting, self._waiting = self._waiting, None
         if waiting == "scored":
             self._compress_all(None)
-        elif waiting == "decoded":
+        elif waiting == "decoded" and (limits := self.limits()) is not None:
             for layer, store in enumerate(self.stores):
-                self._evict(layer, store)
+                self._evict(layer, store, limits[layer])
 
     def can_drop(self, columns: int) -> bool:
         """Whether every layer still holds all the tokens of the last `columns` columns."""
@@ -335,14 +335,11 @@ class Engine:
         """Reorders, repeats or drops rows."""
         self.check_ready()
         allocation, sequence = self.allocation, self.sequence
-        if allocation is not None and (len(index) != sequence.batch or not _rows_alike(allocation)):
-            allocation.select_rows(index.tolist())
+        if allocation is not None:
+            allocation.select_rows(index)
         sequence.select_rows(index)
-        for layer, store in enumerate(self.stores):
+        for store in self.stores:
             store.select_rows(index)
-            pinned = self._pinned[layer]
-            if pinned is not None:
-                self._pinned[layer] = pinned.index_select(0, index.to(pinned.device))
 
     def reset(self) -> None:
         """Forgets everything, a failed forward included."""
@@ -362,8 +359,4 @@ def too_short(seen: int, queries: int) -> CacheStateError:
     )
 
 
-def _rows_alike(allocation: Allocation) -> bool:
-    return all(count == layer[0] for layer in allocation.budgets for count in layer) and not allocation.notes
-
-
-__all__ = ["Engine", "Forward", "List", "too_short"]
+__all__ = ["Engine", "Forward", "too_short"]

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _TILE_KEYS = 512
-_TILE_LOGITS_CPU = 256 * 9 * _TILE_KEYS  # stays in the last-level cache
+_TILE_LOGITS_CPU = 128 * 9 * _TILE_KEYS  # stays in the last-level cache
 _TILE_LOGITS_GPU = 64 * 1024 * 1024  # large enough to hide the launch of a kernel
 
 
@@ -58,7 +58,7 @@ def attention_with_lse(
     queries, same_dim = query.shape[2], key.shape[3] == value.shape[3]
     if query.device.type == "cpu" and same_dim:
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return tuple(kernel(query, key, value, 0.0, causal, scale=scaling))  # type: ignore[return-value]
+        return kernel(query, key, value, 0.0, causal, scale=scaling)  # type: ignore[no-any-return]
     if query.device.type == "cuda" and same_dim:
         group = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
@@ -98,8 +98,10 @@ def attention_mass(
 ) -> Float[Tensor, "batch kv_heads tokens"]:
     """Attention probability that each key received, summed over queries and averaged over each group of heads.
 
-    The queries are the last ones of the sequence: query i sees the first `tokens - queries + i + 1` keys. Logits are
-    rounded to the dtype of `query`, as in unfused attention; probabilities and sums are float32.
+    The queries are the last ones of the sequence: query i sees the first `tokens - queries + i + 1` keys. The log-sum-exp
+    is subtracted inside the product, as further dimensions of query and key, so that a half-precision logit is rounded
+    when it is already the logarithm of a probability: the larger the probability, the smaller the error. Probabilities
+    are in the dtype of `query`, their sums in float32.
 
     Args:
         query: queries, after rotary embedding.
@@ -112,37 +114,45 @@ def attention_mass(
     Returns:
         Mass per key, float32; with every query counted, a head's masses add up to the number of queries.
     """
-    batch, heads, queries, head_dim = query.shape
+    batch, heads, queries, _ = query.shape
     kv_heads, tokens = key.shape[1], key.shape[2]
     past, group, rows = tokens - queries, heads // kv_heads, batch * kv_heads
+    queries_with_lse = _with_lse(query[:, :, start::step], lse[:, :, start::step], scaling)
+    width, counted = queries_with_lse.shape[-1], queries_with_lse.shape[2]
+    queries_with_lse = queries_with_lse.view(rows, group, counted, width)
+    keys_with_one = F.pad(key, (0, width - key.shape[3]), value=1.0).view(rows, tokens, width).transpose(1, 2)
+    columns = torch.arange(tokens, device=query.device)
+    last_key = columns[past + start :: step]  # the query's own token is the last that it sees
     mass = torch.zeros(rows, tokens, dtype=torch.float32, device=query.device)
-    key_columns = torch.arange(tokens, device=query.device)
-    transposed = key.reshape(rows, tokens, head_dim).transpose(1, 2)
-    scaled = (query[:, :, start::step] * scaling).reshape(rows, group, -1, head_dim)
-    negative_lse = lse[:, :, start::step].float().neg().reshape(rows, group, -1, 1)
-    last_key = key_columns[past + start :: step]  # the query's own token, the last key it sees
-    counted, tile_keys, tile_queries = scaled.shape[2], *_tile(rows * group, query.device)
+    tile_queries, tile_keys = _tile(rows * group, query.device)
+    ones = torch.ones(1, 1, group * tile_queries, device=query.device).expand(rows, -1, -1)
     for first in range(0, counted, tile_queries):
         end = min(first + tile_queries, counted)
-        block = scaled[:, :, first:end].reshape(rows, -1, head_dim)
-        shift = negative_lse[:, :, first:end].reshape(rows, -1, 1)
-        whole, limit = past + start + first * step + 1, past + start + (end - 1) * step + 1
-        for left in range(0, limit, tile_keys):
-            right = min(left + tile_keys, limit)
-            probability = torch.bmm(block, transposed[:, :, left:right]).float()
-            probability.add_(shift).exp_()
-            if right > whole:  # some query of the block does not see the whole tile
-                hidden = key_columns[left:right] > last_key[first:end, None]
-                probability.view(rows, group, end - first, -1).masked_fill_(hidden, 0.0)
-            mass[:, left:right] += probability.sum(1)
+        block = queries_with_lse[:, :, first:end].reshape(rows, -1, width)
+        seen_by_all, seen = past + start + first * step + 1, past + start + (end - 1) * step + 1
+        for left in range(0, seen, tile_keys):
+            right = min(left + tile_keys, seen)
+            probability = torch.bmm(block, keys_with_one[:, :, left:right]).exp_().float()
+            if right > seen_by_all:
+                edge = max(left, seen_by_all)
+                hidden = columns[edge:right] > last_key[first:end, None]
+                probability.view(rows, group, end - first, -1)[..., edge - left :].masked_fill_(hidden, 0.0)
+            mass[:, left:right] += torch.bmm(ones[:, :, : block.shape[1]], probability).squeeze(1)  # a sum, but faster
     return mass.div_(group).view(batch, kv_heads, tokens)
 
 
+def _with_lse(query: Tensor, lse: Tensor, scaling: float) -> Tensor:
+    """Scaled queries with minus their log-sum-exp as two more dimensions: as rounded, and what rounding left over."""
+    negative = lse.unsqueeze(-1).neg()
+    rounded = negative.to(query.dtype)
+    return torch.cat([query * scaling, rounded, (negative - rounded).to(query.dtype)], dim=-1)
+
+
 def _tile(head_rows: int, device: torch.device) -> tuple[int, int]:
-    """Keys and queries of a tile, so that the logits of all heads together stay within the device's budget."""
+    """Queries and keys of a tile, so that the logits of all heads together suit the device."""
     keys, logits = (_TILE_KEYS, _TILE_LOGITS_CPU) if device.type == "cpu" else (4 * _TILE_KEYS, _TILE_LOGITS_GPU)
     queries = max(16, logits // (head_rows * keys))
-    return keys, min(1 << (queries.bit_length() - 1), 1024)
+    return min(1 << (queries.bit_length() - 1), 1024), keys
 
 
 def _blockwise_attention(

@@ -30,13 +30,20 @@ class Allocation:
 
     budgets: list[list[int]]
     spent: list[int]
-    notes: dict[str, list[float]] = field(default_factory=dict)
+    notes: dict[str, Tensor] = field(default_factory=dict)
 
-    def select_rows(self, index: List[int]) -> None:
-        """Reorders, repeats or drops rows."""
-        self.budgets = [[layer[row] for row in index] for layer in self.budgets]
-        self.spent = [self.spent[row] for row in index]
-        self.notes = {name: [values[row] for row in index] for name, values in self.notes.items()}
+    @property
+    def rows_alike(self) -> bool:
+        """Whether every row has the same budgets."""
+        return all(count == layer[0] for layer in self.budgets for count in layer)
+
+    def select_rows(self, index: Tensor) -> None:
+        """Reorders, repeats or drops rows; waits for the device only where rows differ."""
+        if len(index) != len(self.spent) or not self.rows_alike:
+            rows = index.tolist()
+            self.budgets = [[layer[row] for row in rows] for layer in self.budgets]
+            self.spent = [self.spent[row] for row in rows]
+        self.notes = {name: values.index_select(0, index.to(values.device)) for name, values in self.notes.items()}
 
 
 def compress(stores: List[DenseStore], config: CompressionConfig, sequence: Sequence) -> Allocation:
@@ -69,11 +76,11 @@ def gather_importance(
     for layer, store in enumerate(stores):
         score = importance_of(layer, store, config, sequence)
         if score is None:
-            score = torch.zeros(len(store.counts), 1, store.length, device=store.device)
-        elif store.used()[2].shape[1] > 1:  # heads hold different tokens: compare them rank by rank
+            score = torch.zeros(store.batch, 1, store.length, device=store.device)
+        elif store.columns().shape[1] > 1:  # heads hold different tokens: compare them rank by rank
             score = score.sort(dim=-1, descending=True).values
         rows.append(F.pad(score.mean(1), (0, slots - store.length)).to(device))
-    columns = [F.pad(s.used()[2][:, :1], (0, slots - s.length), value=-1).to(device) for s in stores]
+    columns = [F.pad(s.columns()[:, :1], (0, slots - s.length), value=-1).to(device) for s in stores]
     images = [sequence.images_at(column) for column in columns]
     context = AllocationContext(
         valid=torch.cat(columns, 1).transpose(0, 1) >= 0,
@@ -84,9 +91,9 @@ def gather_importance(
 
 def importance_of(layer: int, store: DenseStore, config: CompressionConfig, sequence: Sequence) -> Tensor | None:
     """Importance of every slot of a layer; slots without a score rank with the highest, empty ones are zero."""
-    if config.scorer is None or store.scores is None:
+    columns, scores = store.columns(), store.used_scores()
+    if config.scorer is None or scores is None:
         return None
-    columns, scores = store.used()[2], store.scores[:, :, : store.length]
     index = sequence.index_of(columns)
     ends = torch.tensor(sequence.row_seen, device=columns.device)[:, None, None]
     importance = config.scorer.importance(scores, (ends - index).clamp(min=1))
@@ -126,7 +133,7 @@ def allocate(
     context = context or AllocationContext()
     budgets: list[list[int]] = config.allocator.allocate(importance, total, floor, capacity, context).tolist()
     spent = [sum(layer[row] for layer in budgets) for row in range(batch)]
-    return Allocation(budgets, spent, {name: note.tolist() for name, note in context.notes.items()})
+    return Allocation(budgets, spent, dict(context.notes))
 
 
 def floors(config: CompressionConfig, sequence: Sequence) -> list[int]:
@@ -158,7 +165,7 @@ def shrink(layer: int, store: DenseStore, config: CompressionConfig, sequence: S
     """Selects the slots of one layer that stay, and gives the rest back."""
     if config.evictor is None or budget == store.counts:
         return
-    columns = store.used()[2]
+    columns = store.columns()
     context = SelectionContext(
         budget=torch.tensor(budget, device=columns.device),
         valid=columns >= 0,
@@ -168,7 +175,7 @@ def shrink(layer: int, store: DenseStore, config: CompressionConfig, sequence: S
     )
     mask = config.evictor.select(context)
     _check_selection(f"evictor {config.evictor.name}: layer {layer}", mask, context)
-    store.keep(mask, budget, room=1 if config.evictor.evicts_at_decode else 0)
+    store.keep(mask, budget, room=0 if config.evictor.frees == "nothing" else 1)
 
 
 def _check_selection(label: str, mask: Tensor, context: SelectionContext) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Rows
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Int
@@ -31,6 +29,11 @@ class Sequence:
     def batch(self) -> int:
         """Number of rows; 0 before the first forward."""
         return len(self.row_seen)
+
+    @property
+    def rows_alike(self) -> bool:
+        """Whether every row has as many tokens."""
+        return all(count == self.row_seen[0] for count in self.row_seen)
 
     def extend(self, batch: int, columns: int, new_valid: Bool[Tensor, "batch columns"] | None) -> None:
         """Takes note of new columns.
@@ -89,19 +92,9 @@ class Sequence:
         ends = torch.tensor(self.row_seen, device=columns.device)[:, None, None]
         return (columns >= 0) & ((index < sinks) | (index >= ends - recents))
 
-    def column_of(self, indices: Rows[int], device: torch.device) -> Int[Tensor, "batch 1 1"]:
-        """Column of the token with that many tokens of its row before it; beyond the last, columns still to come."""
-        wanted = torch.tensor(list(indices), device=device)
-        if self.valid is None:
-            return wanted[:, None, None]
-        counts = self.valid.to(device).cumsum(1)
-        reached = counts > wanted[:, None]
-        beyond = self.seen + wanted - counts[:, -1]
-        return torch.where(reached.any(1), reached.int().argmax(1), beyond)[:, None, None]
-
     def select_rows(self, index: Int[Tensor, " rows"]) -> None:
         """Reorders, repeats or drops rows."""
-        if any(count != self.row_seen[0] for count in self.row_seen) or len(index) != self.batch:
+        if not self.rows_alike or len(index) != self.batch:
             self.row_seen = [self.row_seen[row] for row in index.tolist()]
         if self.valid is not None:
             self.valid = self.valid.index_select(0, index.to(self.valid.device))

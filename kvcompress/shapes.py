@@ -105,16 +105,14 @@ class SelectionContext:
 
 @dataclass(frozen=True)
 class DecodeContext:
-    """What an evictor sees at a decode step when a layer is one slot over its budget.
+    """What an evictor sees at a decode step when a layer is a slot over its budget.
 
     Attributes:
         columns: column of each slot's token, -1 where the slot is empty.
+        protected: which slots must stay (sinks, recents and what the scorer protects).
         importance: score of each slot, NaN where it has none yet; None without a scorer.
-        pinned_before: slots of smaller columns stay for good.
-        recent_from: slots of this column and later ones are protected recents.
     """
 
     columns: Columns
+    protected: Bool[Tensor, "batch sets slots"]
     importance: Float[Tensor, "batch kv_heads slots"] | None
-    pinned_before: Int[Tensor, "batch sets 1"]
-    recent_from: Int[Tensor, "#batch 1 1"]

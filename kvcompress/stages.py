@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Int
@@ -197,28 +197,32 @@ class Evictor(Policy):
         """Marks the slots to keep: `budget` of each row and set, the protected among them, never an empty one."""
 
     @property
-    def evicts_at_decode(self) -> bool:
-        """Whether decode steps evict; if not, the layer grows by a slot a step."""
-        return True
+    def frees(self) -> Literal["oldest", "chosen", "nothing"]:
+        """What a decode step frees in a layer over its budget.
+
+        "oldest": the oldest token that is not pinned, which the host knows without asking the device; "chosen": what
+        `victim` names; "nothing": the layer grows.
+        """
+        return "oldest"
 
     @property
     def reach(self) -> int | None:
         """Most recents that decode steps can protect; None if any number."""
         return None
 
-    @abstractmethod
     def pinned(self, kept: int, sinks: int, recents: int) -> int:
-        """Number of slots, in column order, that decode steps never evict; the sinks are pinned in any case.
+        """Number of slots, in column order, that never leave by age; the sinks do not in any case.
 
         Args:
             kept: slots that the layer keeps after a scoring forward.
             sinks: number of first tokens that are protected.
             recents: number of last tokens that are protected.
         """
+        return sinks
 
-    @abstractmethod
     def victim(self, layer: DecodeContext) -> Int[Tensor, "batch sets"]:
-        """Names the slot that is freed after a decode step that left the layer one slot over its budget."""
+        """Names the slot that is freed after a decode step, for evictors that free what is "chosen"."""
+        raise NotImplementedError(f"evictor {self.name}: needs victim() for its decode rule")
 
 
 class Merger(Policy):

@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterable
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kvcompress.lanes import Lane
 from kvcompress.shapes import Columns, Importance, Keys, Values
 
 
 class DenseStore:
     """Keys and values of one layer in full precision, with room to grow.
 
-    A row's slots lie in the first `counts[row]` positions, except that decode steps may leave holes (column -1) which
-    the next token fills. Rows may hold different counts; `length` covers the longest. `ordered` tells whether slots lie
-    in the order of their columns.
+    After an append or a selection, a row's tokens lie in the first positions, in the order of their columns. A decode step
+    may empty a position (column -1), which the next token takes. Rows may hold different counts; `length` covers the
+    longest.
     """
 
     def __init__(self) -> None:
         """Starts empty; the first append decides shapes, dtype and device."""
         self.keys: Keys | None = None
         self.values: Values | None = None
-        self.columns: Columns | None = None
         self.scores: Float[Tensor, "batch kv_heads slots"] | None = None
-        self.counts: list[int] = []
+        self.batch = 0
         self.length = 0
-        self.ordered = True
         self.device: torch.device | None = None
-        self._hole: Int[Tensor, "batch sets"] | None = None
-        self._holes = False
-        self._bases: tuple[Tensor, Tensor] | None = None
+        self._columns: Columns | None = None
+        self._lanes: list[Lane] = []  # one for all rows while their tokens lie alike, else one a row
+        self._ordered = True
+        self._late: dict[int, int] = {}  # position -> column, not yet on the device; only while there is one lane
 
     # -- reading -------------------------------------------------------------------------------------------------------
+
+    @property
+    def counts(self) -> list[int]:
+        """Tokens that each row holds."""
+        if len(self._lanes) == 1:
+            return [self._lanes[0].count] * self.batch
+        return [lane.count for lane in self._lanes]
 
     @property
     def capacity(self) -> int:
@@ -39,14 +49,14 @@ class DenseStore:
         return 0 if self.keys is None else self.keys.shape[2]
 
     @property
-    def is_even(self) -> bool:
-        """Whether every row holds the same number of slots."""
-        return all(count == self.counts[0] for count in self.counts)
+    def rows_alike(self) -> bool:
+        """Whether the tokens of all rows lie in the same positions."""
+        return len(self._lanes) == 1
 
     @property
-    def is_full(self) -> bool:
-        """Whether every slot in use holds a token, in every row, so that attention needs no mask."""
-        return all(count == self.length for count in self.counts)
+    def has_holes(self) -> bool:
+        """Whether some position in use is empty, so that attention needs a mask."""
+        return any(lane.count != self.length for lane in self._lanes)
 
     @property
     def nbytes(self) -> int:
@@ -56,7 +66,7 @@ class DenseStore:
     @property
     def index_nbytes(self) -> int:
         """Bytes allocated for columns and scores."""
-        return sum(tensor.nbytes for tensor in (self.columns, self.scores) if tensor is not None)
+        return sum(tensor.nbytes for tensor in (self._columns, self.scores) if tensor is not None)
 
     @property
     def slot_nbytes(self) -> int:
@@ -65,10 +75,33 @@ class DenseStore:
             return 0
         return self.keys.shape[1] * (self.keys.shape[3] + self.values.shape[3]) * self.keys.element_size()
 
-    def used(self) -> tuple[Keys, Values, Columns]:
-        """Keys, values and columns of the slots in use, as views."""
-        assert self.keys is not None and self.values is not None and self.columns is not None
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length], self.columns[:, :, : self.length]
+    def slots(self) -> tuple[Keys, Values]:
+        """Keys and values of the positions in use, as views."""
+        assert self.keys is not None and self.values is not None
+        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def columns(self) -> Columns:
+        """Columns of the positions in use, -1 where one is empty, as a view."""
+        assert self._columns is not None
+        if self._late:
+            late = torch.tensor(list(self._late.items()), dtype=torch.int32, device=self._columns.device)
+            positions = late[:, 0].long()
+            self._columns[:, :, positions] = late[:, 1]
+            if self.scores is not None:
+                self.scores[:, :, positions] = torch.nan
+            self._late = {}
+        return self._columns[:, :, : self.length]
+
+    def used_scores(self) -> Float[Tensor, "batch kv_heads slots"] | None:
+        """Scores of the positions in use, NaN where a token has none yet; None before any were set."""
+        self.columns()
+        return None if self.scores is None else self.scores[:, :, : self.length]
+
+    def holds_from(self, column: int) -> list[int]:
+        """Tokens per row, in the set that has fewest, that stand at `column` or later."""
+        if self.keys is None:
+            return []
+        return (self.columns() >= column).sum(-1).amin(1).tolist()  # type: ignore[no-any-return]
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
@@ -81,72 +114,100 @@ class DenseStore:
             first_column: column of the first of them.
             spans: per row, the indices of the new columns that are no padding; None if none is.
         """
-        batch, kv_heads, new, _ = keys.shape
+        batch, _, new, _ = keys.shape
+        columns = torch.arange(first_column, first_column + new, dtype=torch.int32, device=keys.device)
         if self.keys is None:
-            self.counts, self.device = [0] * batch, keys.device
-            if spans is None:  # the first tokens, all real: the tensors themselves are the buffers
+            self.batch, self.device, self._lanes = batch, keys.device, [Lane(0, 0)]
+            if spans is None:  # the first tokens, none of them padding: the tensors themselves are the buffers
                 self.keys, self.values = keys.detach().contiguous(), values.detach().contiguous()
-                columns = torch.arange(first_column, first_column + new, dtype=torch.int32, device=keys.device)
-                self.columns = columns.expand(batch, 1, new).contiguous()
-                self.counts, self.length = [new] * batch, new
+                self._columns = columns.expand(batch, 1, new).contiguous()
+                self._settle([new] * batch)
                 return
-        elif not self.ordered or self._holes:
-            self.keep(self.columns[:, :, : self.length] >= 0, self.counts)  # type: ignore[index]
-        if spans is None and self.is_even:
-            self._reserve(self.length + new, keys, values)
-            target = slice(self.length, self.length + new)
-            self.keys[:, :, target], self.values[:, :, target] = keys, values  # type: ignore[index]
-            columns = torch.arange(first_column, first_column + new, dtype=torch.int32, device=keys.device)
-            self.columns[:, :, target] = columns  # type: ignore[index]
-            self._forget_scores(target)
-            self.counts = [count + new for count in self.counts]
+        elif not self._ordered or self.has_holes:
+            self.keep(self.columns() >= 0, self.counts)
+        before = self.counts
+        if spans is None and self.rows_alike:
+            after = [count + new for count in before]
+            self._reserve(after[0], keys, values)
+            self._place(slice(None), slice(before[0], after[0]), keys, values, columns)
         else:
-            spans = spans or [torch.arange(new, device=keys.device)] * batch
-            self._reserve(max(c + len(s) for c, s in zip(self.counts, spans, strict=True)), keys, values)
+            spans = [torch.arange(new, device=keys.device)] * batch if spans is None else spans
+            after = [count + len(span) for count, span in zip(before, spans, strict=True)]
+            self._reserve(max(after), keys, values)
             for row, span in enumerate(spans):
-                target, span = slice(self.counts[row], self.counts[row] + len(span)), span.to(keys.device)
-                self.keys[row, :, target] = keys[row, :, span]  # type: ignore[index]
-                self.values[row, :, target] = values[row, :, span]  # type: ignore[index]
-                self.columns[row, :, target] = (span + first_column).int()  # type: ignore[index]
-                self._forget_scores(target, row)
-                self.counts[row] += len(span)
-        self.length = max(self.counts)
+                span, target = span.to(keys.device), slice(before[row], after[row])
+                rows = slice(row, row + 1)
+                self._place(rows, target, keys[rows, :, span], values[rows, :, span], columns[span])
+        self._settle(after)
 
-    def write(self, key: Keys, value: Values, column: int, room: int | None) -> None:
-        """Stores the token of a decode step, in a freed slot where there is one.
+    def write(self, key: Keys, value: Values, column: int, room: int | None = None) -> None:
+        """Stores the token of a decode step, in an empty position where there is one.
 
         Args:
             key: keys of one new column.
             value: values of one new column.
             column: its column.
-            room: most slots the layer may ever hold; None if it may grow for ever.
+            room: most slots the layer will ever need; None if it may grow for ever.
         """
-        if self._hole is not None:
-            self._put(self._hole, key, value, column)
-            self._hole, self._holes = None, False
-        elif self._holes or not self.is_even:
-            self._fill_first_hole(key, value, column, room)
+        positions = [lane.take() for lane in self._lanes]
+        self.length = max(lane.extent for lane in self._lanes)
+        if self.length > self.capacity:
+            self._reserve(self.length, key, value, room)
+        assert self.keys is not None and self.values is not None and self._columns is not None
+        if len(positions) == 1:
+            position = positions[0]
+            self.keys[:, :, position] = key[:, :, 0]
+            self.values[:, :, position] = value[:, :, 0]
+            self._late[position] = column
         else:
-            self._reserve(self.length + 1, key, value, room)
-            self.keys[:, :, self.length] = key[:, :, 0]  # type: ignore[index]
-            self.values[:, :, self.length] = value[:, :, 0]  # type: ignore[index]
-            self.columns[:, :, self.length] = column  # type: ignore[index]
-            self._forget_scores(slice(self.length, self.length + 1))
-            self.length += 1
-        self.counts = [count + 1 for count in self.counts]
+            rows, at = _indices(range(self.batch), key.device), _indices(positions, key.device)
+            self.keys[rows, :, at], self.values[rows, :, at] = key[:, :, 0], value[:, :, 0]
+            self._columns[rows, :, at] = column
+            if self.scores is not None:
+                self.scores[rows, :, at] = torch.nan
+        self._ordered = False
 
-    def free(self, slot: Int[Tensor, "batch sets"], rows: list[int]) -> None:
-        """Empties one slot of some rows (and sets), for the next token to take."""
-        assert self.columns is not None
-        flat = slot + self._offsets()[1]
-        if len(rows) == len(self.counts) and self.is_full:
-            self._hole = slot
-        else:
-            flat, self._hole = flat[rows], None
-        self.columns.view(-1).index_fill_(0, flat.reshape(-1), -1)
-        self._holes = True
-        for row in rows:
-            self.counts[row] -= 1
+    def evict_oldest(self, limits: list[int]) -> None:
+        """Empties the positions of the oldest loose tokens in every row that is over its limit.
+
+        Args:
+            limits: tokens that each row may hold; one number if it is the same for all.
+        """
+        if len(self._lanes) == 1 and min(limits) != max(limits) and min(limits) < self._lanes[0].count:
+            self.split()
+        for row, lane in enumerate(self._lanes):
+            limit = limits[row if len(limits) > 1 else 0]
+            while lane.count > limit and (position := lane.leave()) is not None:
+                if len(self._lanes) == 1:
+                    self._late[position] = -1
+                else:
+                    self._columns[row, :, position] = -1  # type: ignore[index]
+
+    def evict_at(self, positions: Int[Tensor, "batch sets"], rows: list[int]) -> None:
+        """Drops one token of some rows, chosen on the device; the row's last token takes its place.
+
+        Args:
+            positions: position to drop per row and set.
+            rows: rows that drop one.
+        """
+        self.columns()
+        if len(rows) < self.batch:
+            self.split()
+        lanes = self._lanes if len(self._lanes) == 1 else [self._lanes[row] for row in rows]
+        assert self.keys is not None and self._columns is not None
+        row, positions = _indices(rows, positions.device)[:, None], positions[rows]
+        end = _indices([lane.extent - 1 for lane in lanes], positions.device)[:, None]
+        heads = _indices(range(self.keys.shape[1]), positions.device)
+        for tensor in (self.keys, self.values, self.scores):
+            if tensor is not None:
+                tensor[row, heads, positions] = tensor[row, heads, end]
+        sets = heads[: self._columns.shape[1]]
+        self._columns[row, sets, positions] = self._columns[row, sets, end]
+        self._columns[row, sets, end] = -1
+        for lane in lanes:
+            lane.count, lane.extent = lane.count - 1, lane.extent - 1
+        self.length = max(lane.extent for lane in self._lanes)
+        self._ordered = False
 
     def keep(self, mask: Bool[Tensor, "batch sets slots"], counts: list[int], room: int = 0) -> None:
         """Keeps the marked slots, in the order of their columns, and gives the rest back.
@@ -156,29 +217,40 @@ class DenseStore:
             counts: number of kept slots per row.
             room: free slots to allocate beyond them.
         """
-        keys, values, columns = self.used()
+        keys, values = self.slots()
+        columns, scores = self.columns(), self.used_scores()
         kept, capacity = max(counts), max(counts) + room
         latest = torch.iinfo(torch.int32).max
         order = columns.expand(mask.shape).masked_fill(~mask, latest).argsort(dim=-1, stable=True)[..., :kept]
         per_head = order.expand(-1, keys.shape[1], -1)
-        self.keys, self.values = _gather(keys, per_head, capacity), _gather(values, per_head, capacity)
         picked = columns.new_full((*order.shape[:2], capacity), -1)
         picked[..., :kept] = columns.expand(mask.shape).gather(-1, order)
         for row, count in enumerate(counts):
             picked[row, :, count:] = -1
-        if self.scores is not None:
-            scores = self.scores.new_full((*per_head.shape[:2], capacity), torch.nan)
-            scores[..., :kept] = self.scores[:, :, : self.length].gather(-1, per_head)
-            self.scores = scores
-        self.columns, self.counts, self.length = picked, list(counts), kept
-        self._hole, self._holes, self._bases, self.ordered = None, False, None, True
+        self.keys, self.values = _gather(keys, per_head, capacity), _gather(values, per_head, capacity)
+        if scores is not None:
+            self.scores = scores.new_full((*per_head.shape[:2], capacity), torch.nan)
+            self.scores[..., :kept] = scores.gather(-1, per_head)
+        self._columns = picked
+        self._settle(counts)
+
+    def pin(self, pinned: list[int], to_pin: list[int]) -> None:
+        """Decides which tokens decode steps never evict by age; right after an append or a selection.
+
+        Args:
+            pinned: per row, how many of the oldest tokens.
+            to_pin: per row, how many of the tokens to come.
+        """
+        if len(set(zip(pinned, to_pin, strict=True))) > 1:
+            self.split()
+        for row, lane in enumerate(self._lanes):
+            lane.pin(pinned[row], to_pin[row])
 
     def score(self, rows: slice, count: int, scores: Importance, add: bool) -> None:
         """Sets the scores of the first `count` slots of some rows, or adds to those they have."""
         assert self.keys is not None
         if self.scores is None:
-            shape = self.keys.shape[:3]
-            self.scores = torch.full(shape, torch.nan, dtype=torch.float32, device=self.keys.device)
+            self.scores = torch.full(self.keys.shape[:3], torch.nan, dtype=torch.float32, device=self.keys.device)
         target = self.scores[rows, :, :count]
         target.copy_(target.nan_to_num(nan=0.0) + scores if add else scores)
 
@@ -186,92 +258,74 @@ class DenseStore:
         """Reorders, repeats or drops rows."""
         if self.keys is None:
             return
-        index = index.to(self.keys.device)
-        if not self.is_even or len(index) != len(self.counts):
-            self.counts = [self.counts[row] for row in index.tolist()]
-        for name in ("keys", "values", "columns", "scores", "_hole"):
-            tensor = getattr(self, name)
-            if tensor is not None:
-                setattr(self, name, tensor.index_select(0, index))
-        self._bases = None
-
-    def holds_from(self, column: int) -> list[int]:
-        """Number of slots per row, in the set that has fewest, whose token stands at `column` or later."""
-        if self.columns is None:
-            return []
-        return (self.columns[:, :, : self.length] >= column).sum(-1).amin(1).tolist()
+        if len(self._lanes) > 1:
+            self._lanes = [copy.deepcopy(self._lanes[row]) for row in index.tolist()]
+        self.batch = len(index)
+        self.columns()
+        self._each_tensor(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
 
     def crop(self, column: int) -> None:
         """Drops the tokens at `column` and later ones."""
-        if self.columns is None:
-            return
-        counts = [count - gone for count, gone in zip(self.counts, self.holds_from(column), strict=True)]
-        columns = self.columns[:, :, : self.length]
-        self.keep((columns >= 0) & (columns < column), counts)
+        if self.keys is not None:
+            counts = [count - gone for count, gone in zip(self.counts, self.holds_from(column), strict=True)]
+            columns = self.columns()
+            self.keep((columns >= 0) & (columns < column), counts)
 
     def to(self, device: torch.device) -> None:
         """Moves every buffer to a device (offloading), without waiting for the copy."""
-        for name in ("keys", "values", "columns", "scores", "_hole"):
-            tensor = getattr(self, name)
-            if tensor is not None and tensor.device != device:
-                setattr(self, name, tensor.to(device, non_blocking=True))
-                self._bases = None
+        self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def split(self) -> None:
+        """Gives every row a bookkeeping of its own."""
+        if len(self._lanes) == 1 and self.batch > 1:
+            self.columns()
+            self._lanes = [copy.deepcopy(self._lanes[0]) for _ in range(self.batch)]
 
     # -- inner ---------------------------------------------------------------------------------------------------------
 
+    def _settle(self, counts: list[int]) -> None:
+        """Takes note that the tokens lie in order in the first positions; the oldest stay pinned as they were."""
+        before = self._lanes if len(self._lanes) == len(counts) else self._lanes * len(counts)
+        lanes = []
+        for old, count in zip(before, counts, strict=True):
+            lane = Lane(count, count)
+            if old.by_age:
+                lane.pin(old.pinned, old.to_pin + max(0, old.pinned - count))
+            lanes.append(lane)
+        self._lanes = lanes[:1] if all(lane == lanes[0] for lane in lanes) else lanes
+        self.length, self._ordered = max(counts), True
+
+    def _place(self, rows: slice, target: slice, keys: Tensor, values: Tensor, columns: Tensor) -> None:
+        assert self.keys is not None and self.values is not None and self._columns is not None
+        self.keys[rows, :, target], self.values[rows, :, target] = keys, values
+        self._columns[rows, :, target] = columns
+        if self.scores is not None:
+            self.scores[rows, :, target] = torch.nan
+
     def _reserve(self, slots: int, keys: Tensor, values: Tensor, room: int | None = None) -> None:
         """Grows the buffers to hold `slots`; a single new slot brings 1 % or 16 slots of slack, never past `room`."""
-        if self.keys is None or self.values is None or self.columns is None:
+        if self.keys is None or self.values is None or self._columns is None:
             batch, kv_heads = keys.shape[:2]
             self.keys = keys.new_zeros(batch, kv_heads, slots, keys.shape[3])
             self.values = values.new_zeros(batch, kv_heads, slots, values.shape[3])
-            self.columns = torch.full((batch, 1, slots), -1, dtype=torch.int32, device=keys.device)
-            return
-        if slots <= self.capacity:
-            return
-        capacity = slots if slots > self.length + 1 else slots + max(15, slots // 100)
-        capacity = max(slots, capacity if room is None else min(capacity, room))
-        self.keys, self.values = _grown(self.keys, capacity, 0.0), _grown(self.values, capacity, 0.0)
-        self.columns = _grown(self.columns.unsqueeze(-1), capacity, -1).squeeze(-1)
-        if self.scores is not None:
-            self.scores = _grown(self.scores.unsqueeze(-1), capacity, torch.nan).squeeze(-1)
-        self._bases = None
+            self._columns = torch.full((batch, 1, slots), -1, dtype=torch.int32, device=keys.device)
+        elif slots > self.capacity:
+            capacity = slots if keys.shape[2] > 1 else slots + max(15, slots // 100)
+            capacity = max(slots, capacity if room is None else min(capacity, room))
+            self.keys, self.values = _grown(self.keys, capacity, 0.0), _grown(self.values, capacity, 0.0)
+            self._columns = _grown(self._columns.unsqueeze(-1), capacity, -1).squeeze(-1)
+            if self.scores is not None:
+                self.scores = _grown(self.scores.unsqueeze(-1), capacity, torch.nan).squeeze(-1)
 
-    def _fill_first_hole(self, key: Tensor, value: Tensor, column: int, room: int | None) -> None:
-        """Stores one token in each row's first empty slot."""
-        if max(self.counts) == self.length:
-            self._reserve(self.length + 1, key, value, room)
-            self.length += 1
-        slot = self.columns[:, :, : self.length].argmin(-1)  # type: ignore[index]
-        self._put(slot, key, value, column)
-        self._holes = True
+    def _each_tensor(self, change: Callable[[Tensor], Tensor]) -> None:
+        for name in ("keys", "values", "_columns", "scores"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, change(tensor))
 
-    def _put(self, slot: Tensor, key: Tensor, value: Tensor, column: int) -> None:
-        assert self.keys is not None and self.values is not None and self.columns is not None
-        key_offsets, column_offsets = self._offsets()
-        flat = (slot + key_offsets).reshape(-1)
-        self.keys.view(-1, self.keys.shape[3]).index_copy_(0, flat, key.reshape(-1, key.shape[3]))
-        self.values.view(-1, self.values.shape[3]).index_copy_(0, flat, value.reshape(-1, value.shape[3]))
-        self.columns.view(-1).index_fill_(0, (slot + column_offsets).reshape(-1), column)
-        if self.scores is not None:
-            self.scores.view(-1).index_fill_(0, flat, torch.nan)
-        self.ordered = False
 
-    def _offsets(self) -> tuple[Tensor, Tensor]:
-        """Position of slot 0 of every head, and of every set of columns, in the flattened buffers."""
-        if self._bases is None:
-            assert self.keys is not None and self.columns is not None
-            shapes = (self.keys.shape, self.columns.shape)
-            keys, columns = (
-                torch.arange(0, batch * heads * slots, slots, device=self.keys.device).view(batch, heads)
-                for batch, heads, slots, *_ in shapes
-            )
-            self._bases = keys, columns
-        return self._bases
-
-    def _forget_scores(self, target: slice, row: int | slice = slice(None)) -> None:
-        if self.scores is not None:
-            self.scores[row, :, target] = torch.nan
+def _indices(numbers: Iterable[int], device: torch.device) -> Tensor:
+    return torch.tensor(list(numbers), device=device)
 
 
 def _gather(tensor: Tensor, index: Tensor, capacity: int) -> Tensor:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool
 from torch import Tensor
 
-from kvcompress.policies.evictors.decode_rules import oldest_slot
 from kvcompress.registry import EVICTORS
-from kvcompress.shapes import DecodeContext, SelectionContext
+from kvcompress.shapes import SelectionContext
 from kvcompress.stages import Evictor
 
 
@@ -33,11 +32,3 @@ class Streaming(Evictor):
         ranks = torch.arange(rank_by.shape[-1], device=rank_by.device)
         wanted = (ranks < layer.budget[:, None, None]).expand_as(order)
         return torch.zeros_like(rank_by, dtype=torch.bool).scatter_(-1, order, wanted)
-
-    def pinned(self, kept: int, sinks: int, recents: int) -> int:
-        """The sinks alone."""
-        return sinks
-
-    def victim(self, layer: DecodeContext) -> Int[Tensor, "batch sets"]:
-        """The oldest slot after the sinks."""
-        return oldest_slot(layer)

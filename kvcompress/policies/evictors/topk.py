@@ -9,7 +9,6 @@ from jaxtyping import Bool, Int
 from pydantic import Field
 from torch import Tensor
 
-from kvcompress.policies.evictors.decode_rules import lowest_score_slot, oldest_slot
 from kvcompress.registry import EVICTORS
 from kvcompress.shapes import DecodeContext, SelectionContext
 from kvcompress.stages import Evictor
@@ -40,9 +39,11 @@ class TopK(Evictor):
     distance: int = Field(default=25, ge=1)
 
     @property
-    def evicts_at_decode(self) -> bool:
-        """Every rule but "none" evicts."""
-        return self.decode != "none"
+    def frees(self) -> Literal["oldest", "chosen", "nothing"]:
+        """Two of the rules go by age, with different tokens pinned."""
+        if self.decode == "none":
+            return "nothing"
+        return "chosen" if self.decode == "lowest_score" else "oldest"
 
     @property
     def reach(self) -> int | None:
@@ -69,5 +70,15 @@ class TopK(Evictor):
         return kept - self.distance if kept > self.distance else min(kept // 2, max(0, kept - recents))
 
     def victim(self, layer: DecodeContext) -> Int[Tensor, "batch sets"]:
-        """The slot that the decode rule names."""
-        return lowest_score_slot(layer) if self.decode == "lowest_score" else oldest_slot(layer)
+        """The unprotected slot of the lowest score; the oldest one where none has a score yet."""
+        if layer.importance is None:
+            raise ValueError("evictor topk needs importance: choose a scorer")
+        score = layer.importance
+        if self.granularity == "layer":
+            score = score.mean(1, keepdim=True)
+        free = (layer.columns >= 0) & ~layer.protected
+        scored = free & ~score.isnan()
+        latest = torch.iinfo(layer.columns.dtype).max
+        lowest = score.masked_fill(~scored, torch.inf).argmin(-1)
+        oldest = layer.columns.masked_fill(~free, latest).argmin(-1)
+        return torch.where(scored.any(-1), lowest, oldest)

@@ -1,0 +1,145 @@
+"""From options to a configuration: presets, files, budgets, single fields, and the user's own policies."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+import yaml
+
+from kvcompress.config import Budget, CompressionConfig
+from kvcompress.errors import ConfigError
+from kvcompress.stages import Policy
+
+_AMOUNTS = ("fraction", "tokens", "bytes")
+
+
+def read_config(
+    preset: str | None, file: Path | None, budget: str | None, settings: Sequence[str]
+) -> CompressionConfig:
+    """Builds the configuration that the options describe.
+
+    Args:
+        preset: a preset's name; prefixkv if neither it nor a file is given.
+        file: a .yaml or .json file.
+        budget: the bare amount, see `parse_budget`.
+        settings: `field=value` or `field.parameter=value`, applied in order.
+
+    Raises:
+        ConfigError: if they describe none.
+    """
+    if preset is not None and file is not None:
+        raise typer.BadParameter("give --preset or --config, not both")
+    config = CompressionConfig.load(file) if file is not None else CompressionConfig.preset(preset or "prefixkv")
+    if budget is not None:
+        config = config.override(budget=parse_budget(budget))
+    if not settings:
+        return config
+    fields = {name: _given(getattr(config, name)) for name in CompressionConfig.model_fields}
+    for setting in settings:
+        path, separator, value = setting.partition("=")
+        if not (separator and path):
+            raise typer.BadParameter(f"'{setting}': must be field=value, as in scorer.window=32", param_hint="--set")
+        _assign(fields, path.split("."), _parsed(setting, value))
+    return CompressionConfig(**fields)
+
+
+def parse_budget(text: str) -> float | int | str:
+    """Reads a bare budget: with a dot a fraction ("0.2"), a whole number of tokens per layer ("512"), else bytes."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def import_modules(names: Sequence[str]) -> None:
+    """Imports modules, so that the policies they decorate are registered.
+
+    Args:
+        names: modules (also in the current folder) or paths of .py files.
+
+    Raises:
+        ConfigError: if one cannot be imported.
+    """
+    for name in names:
+        try:
+            with _current_folder_importable():
+                if name.endswith(".py"):
+                    _import_file(Path(name))
+                else:
+                    importlib.import_module(name)
+        except ConfigError as error:
+            raise ConfigError(f"import '{name}': {error}") from error
+        except Exception as error:  # somebody else's code: whatever it raises
+            raise ConfigError(f"import '{name}': cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _given(value: Any) -> Any:
+    """What was written down for a field: parameters that were left out stay out, so that others may set them."""
+    if isinstance(value, Policy):
+        return {"name": value.name, **value.model_dump(exclude_unset=True)}
+    return None if value is None else value.model_dump(exclude_none=True)
+
+
+def _assign(fields: dict[str, Any], path: list[str], value: Any) -> None:
+    name, *inner = path
+    if not inner or name not in fields:
+        # A bare budget keeps sinks and recents; an unknown name gets the configuration's own error.
+        fields[name] = _given(Budget.parse(value, Budget(**fields[name]))) if name == "budget" else value
+        return
+    if fields[name] is None or fields[name] == "none":
+        raise ConfigError(
+            f"{'.'.join(path)}: {name} is none; choose a policy first with --set {name}=NAME "
+            f"('kvcompress policies {name}' lists them)"
+        )
+    holder = fields[name] if isinstance(fields[name], dict) else {"name": fields[name]}
+    if name == "budget" and inner[0] in _AMOUNTS:
+        holder = {key: kept for key, kept in holder.items() if key not in _AMOUNTS}
+    for part in reversed(inner[1:]):
+        value = {part: value}
+    fields[name] = {**holder, inner[0]: value}
+
+
+def _parsed(setting: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise typer.BadParameter(f"'{setting}': the value is not valid YAML: {reason}", param_hint="--set") from None
+
+
+def _import_file(path: Path) -> None:
+    path = path.expanduser().resolve()
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise ConfigError("is no Python file")
+    known = sys.modules.get(path.stem)
+    if known is not None:
+        if getattr(known, "__file__", None) == str(path):
+            return
+        raise ConfigError(f"another module is called '{path.stem}' already; rename the file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[path.stem]
+        raise
+
+
+@contextmanager
+def _current_folder_importable() -> Iterator[None]:
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)

@@ -1,0 +1,254 @@
+"""One prompt, one cache: the answer, and what it took in memory and time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedTokenizerBase, TextStreamer
+from transformers.cache_utils import Cache
+
+from kvcompress.cache import CompressedCache
+from kvcompress.config import CompressionConfig
+from kvcompress.errors import ConfigError, UnsupportedModelError
+from kvcompress.evaluation.models import LoadedModel
+from kvcompress.report import CacheReport
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer and what it took.
+
+    Attributes:
+        text: the answer, without special tokens.
+        token_ids: its tokens, the end of sequence included.
+        prompt_tokens: tokens of the prompt, those of an image included.
+        seconds_to_first_token: from the call to the first token of the answer: prefill, compression, one choice.
+        tokens_per_second: speed of the tokens after the first; None where there is none.
+        report: what the cache held at the end.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    seconds_to_first_token: float
+    tokens_per_second: float | None
+    report: CacheReport
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer and the figures with the names they have as JSON; layers are those of the one row."""
+        report = self.report
+        return {
+            "text": self.text,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": len(self.token_ids),
+            "tokens_seen": report.tokens_seen,
+            "kept_per_layer": [rows[0] for rows in report.layer_lengths],
+            "retention": report.retention,
+            "threshold": None if report.threshold is None else report.threshold[0],
+            "kv_bytes": report.kv_bytes,
+            "index_bytes": report.index_bytes,
+            "full_kv_bytes": report.full_kv_bytes,
+            "seconds_to_first_token": self.seconds_to_first_token,
+            "tokens_per_second": self.tokens_per_second,
+            "notes": report.notes,
+        }
+
+
+def encode_prompt(
+    loaded: LoadedModel, prompt: str, *, image: Any | None = None, chat: bool | None = None
+) -> dict[str, Tensor]:
+    """Turns a prompt into a model's input, on the model's device.
+
+    Args:
+        loaded: the model.
+        prompt: what the user says.
+        image: a PIL image, for a model that sees images; it comes before the text unless the text has its token.
+        chat: whether the chat template goes around the prompt; None for "if there is one".
+
+    Raises:
+        ConfigError: if the prompt is empty, or a chat template is asked for where there is none.
+        UnsupportedModelError: if there is an image and the model sees none.
+    """
+    if not prompt.strip():
+        raise ConfigError("prompt: is empty")
+    if image is not None and not loaded.sees_images:
+        kind = loaded.model.config.model_type
+        raise UnsupportedModelError(
+            f"image: '{loaded.name}' is a text model ({kind}); an image needs a LLaVA model (llava, llava_next)"
+        )
+    encoded: Any
+    reader: Any = loaded.processor if loaded.processor is not None else loaded.tokenizer
+    template = getattr(reader, "chat_template", None)
+    if chat and template is None:
+        raise ConfigError(f"chat: '{loaded.name}' has no chat template; leave chat out or turn it off")
+    if template is not None and chat is not False:
+        messages = _messages(loaded, prompt, image)
+        wanted = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        encoded = reader.apply_chat_template(messages, **wanted)
+    elif loaded.processor is not None:
+        token = loaded.processor.image_token
+        text = prompt if image is None or token in prompt else f"{token}\n{prompt}"
+        encoded = loaded.processor(images=image, text=text, return_tensors="pt")
+    else:
+        encoded = loaded.tokenizer(prompt, return_tensors="pt")
+    dtype, device = loaded.model.dtype, loaded.model.device
+    return {
+        name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
+        for name, tensor in encoded.items()
+        if name != "token_type_ids"
+    }
+
+
+def generate(
+    loaded: LoadedModel,
+    inputs: dict[str, Tensor],
+    config: CompressionConfig | None,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    on_text: Callable[[str], None] | None = None,
+) -> Generation:
+    """Generates an answer with a new cache and measures it.
+
+    The clock is read when transformers hands a token on, which waits for the device in any case; time spent in
+    `on_text` does not count. Call `warm_up` before the first measurement of a model.
+
+    Args:
+        loaded: the model.
+        inputs: what `encode_prompt` gave; one row.
+        config: how the cache is compressed; None for transformers' own `DynamicCache`, which keeps everything.
+        max_new_tokens: most tokens of the answer.
+        temperature: 0 always takes the likeliest token; above 0, tokens are drawn.
+        seed: of the draws; the random state outside stays as it was.
+        on_text: is given the answer piece by piece while it grows.
+    """
+    model = loaded.model
+    cache: Cache = (
+        DynamicCache(config=model.config.get_text_config(decoder=True))
+        if config is None
+        else CompressedCache(model, config)
+    )
+    clock = _Clock(loaded.tokenizer, on_text)
+    with _seeded(seed, model.device):
+        clock.start()
+        output = model.generate(  # type: ignore[operator]
+            **inputs,
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            streamer=clock,
+            pad_token_id=_padding(loaded),
+            **_sampling(temperature),
+        )
+    prompt_tokens = inputs["input_ids"].shape[1]
+    token_ids: list[int] = output[0, prompt_tokens:].tolist()
+    return Generation(
+        text=_decode(loaded.tokenizer, token_ids),
+        token_ids=token_ids,
+        prompt_tokens=prompt_tokens,
+        seconds_to_first_token=clock.seconds_to_first_token,
+        tokens_per_second=clock.tokens_per_second,
+        report=cache.report() if isinstance(cache, CompressedCache) else _report_full(cache),
+    )
+
+
+def warm_up(loaded: LoadedModel) -> None:
+    """Runs two tokens through a model, so that no measurement pays for what libraries do once."""
+    start = torch.ones(1, 1, dtype=torch.long, device=loaded.model.device)
+    loaded.model.generate(  # type: ignore[operator]
+        start, attention_mask=start, max_new_tokens=2, pad_token_id=_padding(loaded), **_sampling(0.0)
+    )
+
+
+class _Clock(TextStreamer):
+    """Notes when tokens come, and passes the text on."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: Callable[[str], None] | None) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.on_text = on_text
+        self.arrivals: list[float] = []  # in seconds since the start, without the time spent here
+        self._offset = 0.0
+
+    def start(self) -> None:
+        self._offset = time.perf_counter()
+
+    @property
+    def seconds_to_first_token(self) -> float:
+        return self.arrivals[0]
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        if len(self.arrivals) < 2:
+            return None
+        return (len(self.arrivals) - 1) / (self.arrivals[-1] - self.arrivals[0])
+
+    def put(self, value: Tensor) -> None:
+        arrived = time.perf_counter()
+        if not self.next_tokens_are_prompt:
+            self.arrivals.append(arrived - self._offset)
+        if self.on_text is None:
+            self.next_tokens_are_prompt = False
+        else:
+            super().put(value)  # type: ignore[no-untyped-call]
+        self._offset += time.perf_counter() - arrived
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if self.on_text is not None and text:
+            self.on_text(text)
+
+
+def _messages(loaded: LoadedModel, prompt: str, image: Any | None) -> list[dict[str, Any]]:
+    if not loaded.sees_images:
+        return [{"role": "user", "content": prompt}]
+    parts = [] if image is None else [{"type": "image", "image": image}]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}]
+
+
+def _sampling(temperature: float) -> dict[str, Any]:
+    if temperature < 0:
+        raise ConfigError(f"temperature: must be 0 (greedy) or above; got {temperature}")
+    if temperature == 0:
+        return {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+    return {"do_sample": True, "temperature": temperature}
+
+
+def _padding(loaded: LoadedModel) -> int:
+    token_id = loaded.tokenizer.pad_token_id
+    if token_id is None:
+        token_id = loaded.tokenizer.eos_token_id
+    return token_id if isinstance(token_id, int) else 0
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
+    return str(tokenizer.decode(token_ids, skip_special_tokens=True))
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def _report_full(cache: Cache) -> CacheReport:
+    """What a cache that keeps everything holds, in the words of a compressed one."""
+    seen = cache.get_seq_length()
+    layers: list[Any] = list(cache.layers)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    return CacheReport(
+        tokens_seen=seen,
+        row_tokens_seen=[seen],
+        layer_lengths=[[layer.get_seq_length()] for layer in layers],
+        layer_budgets=None,
+        held_columns=[[[list(range(seen))]] for _ in layers],
+        kv_bytes=held,
+        index_bytes=0,
+        full_kv_bytes=held,
+    )

