@@ -1,7 +1,7 @@
 """The attention implementation that transformers knows as "kvcompress".
 
-`CompressedCache.update` returns the new keys with their cache layer attached. The function here reads that attribute and
-lets the layer attend; without one it hands over to the attention the model had before. So nothing global remembers
+`CompressedCache.update` returns the new keys with their cache layer attached. The function here reads that attribute
+and lets the layer attend; without one it hands over to the attention the model had before. So nothing global remembers
 which cache is in use, and a model works as ever with any other cache.
 """
 
@@ -73,7 +73,7 @@ def compressed_attention(
         with torch.no_grad():
             output = layer.attend(query, key, value, attention_mask, scaling)
         if query.requires_grad:
-            output = _InferenceOnly.apply(output, query)
+            output = _InferenceOnly.apply(output, query)  # type: ignore[no-untyped-call]
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvcompress import attention
+from kvcompress import attention, hooks
 from kvcompress.config import CompressionConfig
-from kvcompress.engine import Engine, too_short
+from kvcompress.engine import Engine
 from kvcompress.errors import CacheStateError, UnsupportedModeError
-from kvcompress.integrations import Adapter, adapter_for
+from kvcompress.integrations import adapter_for
 from kvcompress.report import CacheReport
 
-_HOOK = "_kvcompress_hook"
 
-
-class CompressedLayer(CacheLayerMixin):
+class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One decoder layer's part of a `CompressedCache`, in the shape transformers asks for."""
 
     is_sliding = False
@@ -33,7 +30,7 @@ class CompressedLayer(CacheLayerMixin):
         self.index = index
 
     @property
-    def is_initialized(self) -> bool:
+    def is_initialized(self) -> bool:  # type: ignore[override]
         """Whether the layer holds anything."""
         return self.engine.stores[self.index].keys is not None
 
@@ -43,12 +40,12 @@ class CompressedLayer(CacheLayerMixin):
         return self.engine.recording or self.engine.config.evictor is None or self.engine.can_drop(1)
 
     @property
-    def keys(self) -> Tensor | None:
+    def keys(self) -> Tensor | None:  # type: ignore[override]
         """Keys of the slots in use, `[batch, kv_heads, slots, head_dim]`."""
         return self.engine.stores[self.index].slots()[0] if self.is_initialized else None
 
     @property
-    def values(self) -> Tensor | None:
+    def values(self) -> Tensor | None:  # type: ignore[override]
         """Values of the slots in use."""
         return self.engine.stores[self.index].slots()[1] if self.is_initialized else None
 
@@ -86,7 +83,7 @@ class CompressedLayer(CacheLayerMixin):
             store.to(store.device)
 
 
-class CompressedCache(Cache):
+class CompressedCache(Cache, hooks.ObservesInputs):
     """A key-value cache that stays within a budget; pass it to a model as `past_key_values`.
 
     Args:
@@ -119,7 +116,7 @@ class CompressedCache(Cache):
         self._decoder = weakref.ref(adapter.decoder(model))
         super().__init__(layers=[CompressedLayer(self._engine, index) for index in range(layers)])
         attention.install(adapter.decoder(model), adapter.attention_modules(model))
-        _observe(model, adapter)
+        hooks.observe(model, adapter)
 
     def __repr__(self) -> str:
         return f"CompressedCache({self.config!r}, seen={self.get_seq_length()})"
@@ -140,7 +137,7 @@ class CompressedCache(Cache):
             self._engine.check_ready()
         if layer_idx >= len(self.layers):
             raise CacheStateError(f"layer {layer_idx}: the cache was made for a model of {len(self.layers)} layers")
-        return self.layers[layer_idx].update(key_states, value_states)
+        return self.layers[layer_idx].update(key_states, value_states)  # type: ignore[union-attr]
 
     @property
     def batch_size(self) -> int:
@@ -150,7 +147,7 @@ class CompressedCache(Cache):
     @property
     def is_initialized(self) -> bool:
         """Whether the cache holds anything."""
-        return all(layer.is_initialized for layer in self.layers)
+        return all(store.keys is not None for store in self._engine.stores)
 
     @property
     def is_croppable(self) -> bool:
@@ -198,6 +195,17 @@ class CompressedCache(Cache):
         """Whether eviction waits for `crop`."""
         return self._engine.recording
 
+    def before_forward(self, inputs: dict[str, Any], is_image: Tensor | None) -> None:
+        """Looks at the inputs of a forward before it runs; called by the hook on the model.
+
+        Raises:
+            UnsupportedModeError: for labels, masks that are not two-dimensional, and right padding in `generate`.
+            CacheStateError: for an attention mask that does not cover what was seen.
+        """
+        hooks.check_inputs(inputs, self.get_seq_length())
+        if is_image is not None:
+            self._engine.sequence.mark_images(is_image)
+
     # -- kvcompress's own ----------------------------------------------------------------------------------------------
 
     def compress(self) -> None:
@@ -221,7 +229,9 @@ class CompressedCache(Cache):
             kv_bytes=sum(store.nbytes for store in stores),
             index_bytes=sum(store.index_nbytes for store in stores),
             full_kv_bytes=sum(store.slot_nbytes for store in stores) * sequence.seen * sequence.batch,
-            threshold=None if allocation is None or "threshold" not in allocation.notes else allocation.notes["threshold"].tolist(),
+            threshold=None
+            if allocation is None or "threshold" not in allocation.notes
+            else allocation.notes["threshold"].tolist(),
             notes=self._notes(),
         )
 
@@ -239,8 +249,8 @@ class CompressedCache(Cache):
             raise CacheStateError("cache: the model it was made for no longer exists; make a new cache for this one")
         if not attention.is_installed(decoder):
             raise UnsupportedModeError(
-                f"model: its attention was switched to '{decoder.config._attn_implementation}' after the cache was made; "
-                "make a new CompressedCache(model, ...), or leave the attention 'kvcompress' in place"
+                f"model: its attention was switched to '{decoder.config._attn_implementation}' after the cache was "
+                "made; make a new CompressedCache(model, ...), or leave the attention 'kvcompress' in place"
             )
         if decoder.training:
             raise UnsupportedModeError(
@@ -255,54 +265,8 @@ def restore(model: PreTrainedModel) -> None:
     """
     adapter = adapter_for(model)
     attention.uninstall(adapter.decoder(model), adapter.attention_modules(model))
-    handle = model.__dict__.pop(_HOOK, None)
-    if handle is not None:
-        handle.remove()
+    hooks.remove(model)
 
 
 def _columns(store: Any) -> list[list[list[int]]]:
     return [] if store.keys is None else store.columns().tolist()
-
-
-def _observe(model: PreTrainedModel, adapter: Adapter) -> None:
-    """Puts one hook on a model that looks at the inputs of forwards with a compressed cache, and at nothing else."""
-    if _HOOK in model.__dict__:
-        return
-    signature = inspect.signature(model.forward)
-
-    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = signature.bind_partial(*args, **kwargs).arguments if args else kwargs
-        cache = inputs.get("past_key_values")
-        if isinstance(cache, CompressedCache):
-            _check_inputs(cache, inputs)
-            ids = inputs.get("input_ids")
-            if ids is not None and ids.shape[1] > 1:
-                is_image = adapter.image_tokens(module, ids)  # type: ignore[arg-type]
-                if is_image is not None:
-                    cache._engine.sequence.mark_images(is_image)
-
-    model.__dict__[_HOOK] = model.register_forward_pre_hook(look, with_kwargs=True)
-
-
-def _check_inputs(cache: CompressedCache, inputs: dict[str, Any]) -> None:
-    """Refuses what a compressed cache cannot serve, before anything ran."""
-    if inputs.get("labels") is not None:
-        raise UnsupportedModeError(
-            "labels: a loss over a sequence whose cache is compressed on the way means little; leave labels out and "
-            "compute the loss from the logits"
-        )
-    mask = inputs.get("attention_mask")
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        raise UnsupportedModeError("attention_mask: must be [batch, columns] with 1 for tokens and 0 for padding")
-    ids = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
-    seen = cache.get_seq_length()
-    if ids is not None and mask.shape[1] < seen + ids.shape[1]:
-        raise too_short(seen, ids.shape[1])
-    one = inputs.get("logits_to_keep")
-    if isinstance(one, int) and one == 1 and ids is not None and ids.shape[1] > 1 and not bool(mask[:, -1].all()):
-        raise UnsupportedModeError(
-            "attention_mask: a row ends in padding, so the logits of its last column mean nothing; pad on the left "
-            "(tokenizer.padding_side = 'left')"
-        )

@@ -74,7 +74,7 @@ class Budget(Configured):
         Raises:
             BudgetError: if it can be read as none of these.
         """
-        protected = {"sink": default.sink, "recent": default.recent} if default else {}
+        protected: dict[str, Any] = {"sink": default.sink, "recent": default.recent} if default else {}
         if isinstance(given, cls):
             return given
         if isinstance(given, dict):
@@ -86,7 +86,7 @@ class Budget(Configured):
         if isinstance(given, Real):
             return cls(fraction=float(given), **protected)
         if isinstance(given, str):
-            return cls(bytes=given, **protected)
+            return cls(**{"bytes": given, **protected})
         raise BudgetError(
             f"budget: must be a float (fraction), an int (tokens per layer), text ('64MiB') or a Budget; got {given!r}"
         )

@@ -9,11 +9,11 @@ from torch import Tensor
 
 from kvcompress import pipeline
 from kvcompress.config import CompressionConfig
-from kvcompress.errors import CacheStateError, PolicyError
-from kvcompress.kernels import attention, attention_with_lse, merge_attention
+from kvcompress.errors import CacheStateError
 from kvcompress.pipeline import Allocation
+from kvcompress.scoring import attend_and_score
 from kvcompress.sequence import Sequence
-from kvcompress.shapes import DecodeContext, LayerContext
+from kvcompress.shapes import DecodeContext
 from kvcompress.storage import DenseStore
 
 
@@ -107,15 +107,18 @@ class Engine:
         sequence = self.sequence
         if sequence.batch not in (0, batch):
             raise CacheStateError(
-                f"batch: the cache holds {sequence.batch} rows, this forward has {batch}; call reset() for another batch, "
-                "or batch_repeat_interleave / batch_select_indices to change the rows"
+                f"batch: the cache holds {sequence.batch} rows, this forward has {batch}; call reset() for another "
+                "batch, or batch_repeat_interleave / batch_select_indices to change the rows"
             )
         new_valid = None
         if mask is not None:
             visible = mask[:, 0, -1]
             new_valid = visible[:, sequence.seen :]
             if sequence.seen and not bool(new_valid[:, -1].any()):
-                raise too_short(sequence.seen, queries)
+                raise CacheStateError(
+                    f"attention_mask: hides the last of the {queries} new tokens in every row; it must cover the "
+                    f"{sequence.seen} tokens seen and the new ones. For a new conversation call reset()"
+                )
             if bool(new_valid.all()):
                 new_valid = None
         spans = None if new_valid is None else [row.nonzero().flatten() for row in new_valid]
@@ -155,10 +158,11 @@ class Engine:
         self, layer: int, store: DenseStore, forward: Forward, query: Tensor, key: Tensor, value: Tensor, scale: float
     ) -> Tensor:
         """Attends and scores row by row where rows differ, all rows at once where they do not."""
+        scorer = self.config.scorer
         before = store.counts if store.batch else [0] * query.shape[0]
         store.append(key, value, forward.first_column, forward.spans)
         if forward.spans is None and store.rows_alike:
-            output = self._attend_rows(layer, store, slice(None), before[0], query, scale)
+            output = attend_and_score(layer, store, slice(None), before[0], query, scale, scorer, self.sequence)
         else:
             output = query.new_zeros(*query.shape[:3], value.shape[3])
             for row in range(query.shape[0]):
@@ -166,51 +170,11 @@ class Engine:
                 own = query[row : row + 1, :, span]
                 if own.shape[2]:
                     rows = slice(row, row + 1)
-                    output[rows, :, span] = self._attend_rows(layer, store, rows, before[row], own, scale)
+                    output[rows, :, span] = attend_and_score(
+                        layer, store, rows, before[row], own, scale, scorer, self.sequence
+                    )
         if self.config.evictor is not None and not self.config.allocator.reads_importance and not self.recording:
             self._compress_local(layer, store, forward)
-        return output
-
-    def _attend_rows(
-        self, layer: int, store: DenseStore, rows: slice, past: int, query: Tensor, scale: float
-    ) -> Tensor:
-        """Attention of rows without padding over `past` older slots and their own new ones, and their scores."""
-        keys, values, columns = (
-            tensor[rows, :, : past + query.shape[2]] for tensor in (*store.slots(), store.columns())
-        )
-        scorer = self.config.scorer
-        reads_attention = scorer is not None and scorer.reads_attention
-        lse = None
-        if past == 0 and not reads_attention:
-            output = attention(query, keys, values, scale, causal=True)
-        else:
-            output, lse = attention_with_lse(query, keys[:, :, past:], values[:, :, past:], scale, causal=True)
-            if past:
-                older = attention_with_lse(query, keys[:, :, :past], values[:, :, :past], scale, causal=False)
-                output, lse = merge_attention(output, lse, *older)
-        if scorer is not None:
-            first = rows.start or 0
-            context = LayerContext(
-                layer=layer,
-                query=query,
-                keys=keys,
-                values=values,
-                lse=lse if reads_attention else None,
-                scaling=scale,
-                index=self.sequence.index_of(columns, rows),
-                seen=self.sequence.row_seen[first],
-                is_image=self.sequence.images_at(columns, rows),
-            )
-            scores = scorer.score(context)
-            if scores.shape != keys.shape[:3] or not bool(scores.isfinite().all()):
-                came = (
-                    "NaN or infinite scores" if scores.shape == keys.shape[:3] else f"the shape {tuple(scores.shape)}"
-                )
-                raise PolicyError(
-                    f"scorer {scorer.name}: layer {layer}: must return finite scores of the shape "
-                    f"{tuple(keys.shape[:3])} [batch, kv_heads, tokens]; got {came}"
-                )
-            store.score(rows, keys.shape[2], scores, add=scorer.accumulates)
         return output
 
     def _compress_local(self, layer: int, store: DenseStore, forward: Forward) -> None:
@@ -321,7 +285,7 @@ class Engine:
         if columns and not self.can_drop(columns):
             raise CacheStateError(
                 f"crop: some layer has already evicted one of the last {columns} tokens, so it cannot go back; call "
-                "activate_past_recording() before the forward that may be undone, or take copy.deepcopy(cache) before it"
+                "activate_past_recording() before a forward that may be undone, or take copy.deepcopy(cache) before it"
             )
         if columns == sequence.seen:
             self.reset()
@@ -347,16 +311,9 @@ class Engine:
 
     def _broken(self) -> CacheStateError:
         return CacheStateError(
-            "cache: an earlier forward failed half-way, so its layers no longer agree; call reset() and run the prompt again"
+            "cache: an earlier forward failed half-way, so its layers no longer agree; call reset() and run the prompt "
+            "again"
         )
 
 
-def too_short(seen: int, queries: int) -> CacheStateError:
-    """The error for a turn that does not carry the whole conversation."""
-    return CacheStateError(
-        f"input: the cache has seen {seen} tokens, and with the {queries} new ones attention_mask must cover "
-        f"{seen + queries}; pass the ids and the mask of the whole conversation, or call reset() for a new one"
-    )
-
-
-__all__ = ["Engine", "Forward", "too_short"]
+__all__ = ["Engine", "Forward"]

@@ -98,10 +98,10 @@ def attention_mass(
 ) -> Float[Tensor, "batch kv_heads tokens"]:
     """Attention probability that each key received, summed over queries and averaged over each group of heads.
 
-    The queries are the last ones of the sequence: query i sees the first `tokens - queries + i + 1` keys. The log-sum-exp
-    is subtracted inside the product, as further dimensions of query and key, so that a half-precision logit is rounded
-    when it is already the logarithm of a probability: the larger the probability, the smaller the error. Probabilities
-    are in the dtype of `query`, their sums in float32.
+    The queries are the last ones of the sequence: query i sees the first `tokens - queries + i + 1` keys. The
+    log-sum-exp is subtracted inside the product, as further dimensions of query and key, so that a half-precision
+    logit is rounded when it is already the logarithm of a probability: the larger the probability, the smaller the
+    error. Probabilities are in the dtype of `query`, their sums in float32.
 
     Args:
         query: queries, after rotary embedding.

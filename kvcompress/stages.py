@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from kvcompress.errors import ConfigError, KVCompressError, PolicyError
+from kvcompress.checks import check_allocation, check_allocation_input, readable_error
 from kvcompress.shapes import (
     AllocationContext,
     Columns,
@@ -39,24 +39,6 @@ class Configured(BaseModel):
             super().__init__(**fields)
         except ValidationError as error:
             raise readable_error(error, type(self)) from None
-
-
-def readable_error(error: ValidationError, model: type[BaseModel]) -> KVCompressError:
-    """Turns pydantic's report into one `ConfigError` that names the field, what came and what is allowed."""
-    lines = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))
-        cause = item.get("ctx", {}).get("error")
-        if isinstance(cause, KVCompressError):
-            if len(error.errors()) == 1:
-                return cause
-            lines.append(str(cause))
-        elif item["type"] == "extra_forbidden":
-            known = ", ".join(model.model_fields) or "none"
-            lines.append(f"{where}: unknown field of {model.__name__}; its fields: {known}")
-        else:
-            lines.append(f"{where or model.__name__}: {item['msg']}; got {item['input']!r}")
-    return ConfigError("; ".join(lines))
 
 
 class Policy(Configured, ABC):
@@ -126,10 +108,10 @@ def _checked(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         context: AllocationContext | None = None,
     ) -> Tensor:
         label = self.name or type(self).__name__
-        _check_allocation_input(label, self.reads_mass, importance, total, floor, capacity)
+        check_allocation_input(label, self.reads_mass, importance, total, floor, capacity)
         target = torch.minimum(torch.maximum(total, floor.sum(0)), capacity.sum(0))
         budget = allocate(self, importance, target, floor, capacity, context)
-        _check_allocation(label, budget, target, floor, capacity)
+        check_allocation(label, budget, target, floor, capacity)
         return budget
 
     return checked
@@ -241,57 +223,6 @@ class Reducer(Policy):
     """Shrinks the hidden states between decoder layers in prefill."""
 
     stage = "reducer"
-
-
-def _check_allocation_input(
-    label: str, reads_mass: bool, importance: Tensor, total: Tensor, floor: Tensor, capacity: Tensor
-) -> None:
-    if importance.ndim != 3:
-        shape = tuple(importance.shape)
-        raise PolicyError(f"allocator {label}: importance must be [layers, batch, tokens], got the shape {shape}")
-    layers, batch, tokens = importance.shape
-    for argument, tensor, shape in (
-        ("total", total, (batch,)),
-        ("floor", floor, (layers, batch)),
-        ("capacity", capacity, (layers, batch)),
-    ):
-        if tuple(tensor.shape) != shape or tensor.is_floating_point():
-            raise PolicyError(
-                f"allocator {label}: {argument} must be integers of the shape {shape}, "
-                f"got {tensor.dtype} of {tuple(tensor.shape)}"
-            )
-    bad = (floor < 0) | (floor > capacity) | (capacity > tokens)
-    if bad.any():
-        layer, row = bad.nonzero()[0].tolist()
-        raise PolicyError(
-            f"allocator {label}: layer {layer}, row {row}: needs 0 <= floor <= capacity <= {tokens} tokens, "
-            f"got floor {int(floor[layer, row])} and capacity {int(capacity[layer, row])}"
-        )
-    wrong = importance.isnan() if not reads_mass else ~((importance >= 0) & importance.isfinite())
-    if tokens and wrong.any():
-        layer = int(wrong.flatten(1).any(1).nonzero()[0])
-        allowed = "finite and not negative, since this allocator reads mass" if reads_mass else "numbers"
-        raise PolicyError(f"allocator {label}: layer {layer}: importance must be {allowed}; check the scorer")
-
-
-def _check_allocation(label: str, budget: Any, target: Tensor, floor: Tensor, capacity: Tensor) -> None:
-    if not isinstance(budget, Tensor) or budget.dtype != torch.int64 or budget.shape != floor.shape:
-        came = f"{budget.dtype} of {tuple(budget.shape)}" if isinstance(budget, Tensor) else repr(budget)
-        raise PolicyError(f"allocator {label}: must return int64 of the shape {tuple(floor.shape)}, got {came}")
-    outside = (budget < floor) | (budget > capacity)
-    if outside.any():
-        layer, row = outside.nonzero()[0].tolist()
-        raise PolicyError(
-            f"allocator {label}: layer {layer}, row {row}: gave {int(budget[layer, row])} tokens, allowed are "
-            f"{int(floor[layer, row])} to {int(capacity[layer, row])}"
-        )
-    wrong = budget.sum(0) != target
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise PolicyError(
-            f"allocator {label}: row {row}: the layers add up to {int(budget[:, row].sum())} tokens, "
-            f"must be exactly {int(target[row])}"
-        )
 
 
 __all__ = [

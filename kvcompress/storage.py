@@ -16,9 +16,9 @@ from kvcompress.shapes import Columns, Importance, Keys, Values
 class DenseStore:
     """Keys and values of one layer in full precision, with room to grow.
 
-    After an append or a selection, a row's tokens lie in the first positions, in the order of their columns. A decode step
-    may empty a position (column -1), which the next token takes. Rows may hold different counts; `length` covers the
-    longest.
+    After an append or a selection, a row's tokens lie in the first positions, in the order of their columns. A decode
+    step may empty a position (column -1), which the next token takes. Rows may hold different counts; `length` covers
+    the longest.
     """
 
     def __init__(self) -> None:
@@ -101,7 +101,7 @@ class DenseStore:
         """Tokens per row, in the set that has fewest, that stand at `column` or later."""
         if self.keys is None:
             return []
-        return (self.columns() >= column).sum(-1).amin(1).tolist()  # type: ignore[no-any-return]
+        return (self.columns() >= column).sum(-1).amin(1).tolist()
 
     # -- writing -------------------------------------------------------------------------------------------------------
 

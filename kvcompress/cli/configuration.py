@@ -83,9 +83,9 @@ def import_modules(names: Sequence[str]) -> None:
 
 
 def _given(value: Any) -> Any:
-    """What was written down for a field: parameters that were left out stay out, so that others may set them."""
+    """A field as a user would write it: parameters at their defaults stay out, so that short ways may set them."""
     if isinstance(value, Policy):
-        return {"name": value.name, **value.model_dump(exclude_unset=True)}
+        return {"name": value.name, **value.model_dump(exclude_defaults=True)}
     return None if value is None else value.model_dump(exclude_none=True)
 
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -87,7 +87,8 @@ def adapter_for(model: Any) -> Adapter:
     if model_type not in _ADAPTERS:
         raise UnsupportedModelError(
             f"model: no adapter for the model type '{model_type}' ({type(model).__name__}); known: "
-            f"{', '.join(known_models())}. For a model of the same shape: subclass kvcompress.integrations.LlamaAdapter "
+            f"{', '.join(known_models())}. For a model of the same shape: subclass "
+            "kvcompress.integrations.LlamaAdapter "
             f"and decorate it with @kvcompress.integrations.register_adapter('{model_type}')"
         )
     adapter = _ADAPTERS[model_type]()

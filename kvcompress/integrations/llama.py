@@ -15,4 +15,4 @@ class LlamaAdapter(Adapter):
 
     def decoder(self, model: PreTrainedModel) -> PreTrainedModel:
         """`model.model`, or the model itself where it is the bare decoder."""
-        return cast(PreTrainedModel, model if hasattr(model, "layers") else model.get_decoder())
+        return cast(PreTrainedModel, model if hasattr(model, "layers") else model.get_decoder())  # type: ignore[no-untyped-call]

@@ -21,11 +21,11 @@ class LlavaAdapter(Adapter):
 
     def decoder(self, model: PreTrainedModel) -> PreTrainedModel:
         """The language model; the vision tower keeps its own attention."""
-        return cast(PreTrainedModel, model.get_decoder())
+        return cast(PreTrainedModel, model.get_decoder())  # type: ignore[no-untyped-call]
 
     def image_tokens(self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"]) -> Tensor | None:
         """The processor writes one image token per vision feature, so ids tell."""
-        return input_ids == model.config.image_token_id
+        return cast(Tensor, input_ids == model.config.image_token_id)
 
     def check(self, model: PreTrainedModel) -> None:
         """Refuses language models of another shape."""

@@ -21,8 +21,8 @@ class Prefix(Allocator):
 
     Source: PrefixKV (arXiv 2412.03409, section 3.2 and algorithm 1).
 
-    Every layer's tokens are ranked by importance and their masses normalised. A rank is kept if the mass ranked before it
-    is below p; p is found by binary search so that all layers together keep the total. This maximises the smallest
+    Every layer's tokens are ranked by importance and their masses normalised. A rank is kept if the mass ranked before
+    it is below p; p is found by binary search so that all layers together keep the total. This maximises the smallest
     retained mass of any layer.
 
     *Deviates:* the paper stops within a few tokens of the total and rescales. Here the search runs over the 63 bits of

@@ -1,0 +1,82 @@
+"""Checks that every policy meets, and the words in which a broken one is reported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ValidationError
+from torch import Tensor
+
+from kvcompress.errors import ConfigError, KVCompressError, PolicyError
+
+
+def readable_error(error: ValidationError, model: type[BaseModel]) -> KVCompressError:
+    """Turns pydantic's report into one `ConfigError` that names the field, what came and what is allowed."""
+    lines = []
+    for item in error.errors():
+        where = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))
+        cause = item.get("ctx", {}).get("error")
+        if isinstance(cause, KVCompressError):
+            if len(error.errors()) == 1:
+                return cause
+            lines.append(str(cause))
+        elif item["type"] == "extra_forbidden":
+            known = ", ".join(model.model_fields) or "none"
+            lines.append(f"{where}: unknown field of {model.__name__}; its fields: {known}")
+        else:
+            lines.append(f"{where or model.__name__}: {item['msg']}; got {item['input']!r}")
+    return ConfigError("; ".join(lines))
+
+
+def check_allocation_input(
+    label: str, reads_mass: bool, importance: Tensor, total: Tensor, floor: Tensor, capacity: Tensor
+) -> None:
+    """Raises PolicyError unless the arguments of `Allocator.allocate` keep its contract."""
+    if importance.ndim != 3:
+        shape = tuple(importance.shape)
+        raise PolicyError(f"allocator {label}: importance must be [layers, batch, tokens], got the shape {shape}")
+    layers, batch, tokens = importance.shape
+    for argument, tensor, shape in (
+        ("total", total, (batch,)),
+        ("floor", floor, (layers, batch)),
+        ("capacity", capacity, (layers, batch)),
+    ):
+        if tuple(tensor.shape) != shape or tensor.is_floating_point():
+            raise PolicyError(
+                f"allocator {label}: {argument} must be integers of the shape {shape}, "
+                f"got {tensor.dtype} of {tuple(tensor.shape)}"
+            )
+    bad = (floor < 0) | (floor > capacity) | (capacity > tokens)
+    if bad.any():
+        layer, row = bad.nonzero()[0].tolist()
+        raise PolicyError(
+            f"allocator {label}: layer {layer}, row {row}: needs 0 <= floor <= capacity <= {tokens} tokens, "
+            f"got floor {int(floor[layer, row])} and capacity {int(capacity[layer, row])}"
+        )
+    wrong = importance.isnan() if not reads_mass else ~((importance >= 0) & importance.isfinite())
+    if tokens and wrong.any():
+        layer = int(wrong.flatten(1).any(1).nonzero()[0])
+        allowed = "finite and not negative, since this allocator reads mass" if reads_mass else "numbers"
+        raise PolicyError(f"allocator {label}: layer {layer}: importance must be {allowed}; check the scorer")
+
+
+def check_allocation(label: str, budget: Any, target: Tensor, floor: Tensor, capacity: Tensor) -> None:
+    """Raises PolicyError unless an allocator's answer keeps the contract."""
+    if not isinstance(budget, Tensor) or budget.dtype != torch.int64 or budget.shape != floor.shape:
+        came = f"{budget.dtype} of {tuple(budget.shape)}" if isinstance(budget, Tensor) else repr(budget)
+        raise PolicyError(f"allocator {label}: must return int64 of the shape {tuple(floor.shape)}, got {came}")
+    outside = (budget < floor) | (budget > capacity)
+    if outside.any():
+        layer, row = outside.nonzero()[0].tolist()
+        raise PolicyError(
+            f"allocator {label}: layer {layer}, row {row}: gave {int(budget[layer, row])} tokens, allowed are "
+            f"{int(floor[layer, row])} to {int(capacity[layer, row])}"
+        )
+    wrong = budget.sum(0) != target
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise PolicyError(
+            f"allocator {label}: row {row}: the layers add up to {int(budget[:, row].sum())} tokens, "
+            f"must be exactly {int(target[row])}"
+        )

@@ -1,0 +1,75 @@
+"""Attention of a scoring forward over rows without padding, and the scores it gives to every slot."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kvcompress.errors import PolicyError
+from kvcompress.kernels import attention, attention_with_lse, merge_attention
+from kvcompress.sequence import Sequence
+from kvcompress.shapes import LayerContext
+from kvcompress.stages import Scorer
+from kvcompress.storage import DenseStore
+
+
+def attend_and_score(
+    layer: int,
+    store: DenseStore,
+    rows: slice,
+    past: int,
+    query: Tensor,
+    scale: float,
+    scorer: Scorer | None,
+    sequence: Sequence,
+) -> Tensor:
+    """Attends over older slots and the forward's own tokens, which are in the store already, and sets scores.
+
+    Args:
+        layer: index of the decoder layer.
+        store: its buffers; the new tokens lie right after `past` older ones.
+        rows: rows of equal length without padding.
+        past: older slots per row; every query sees them all.
+        query: `[rows, heads, queries, head_dim]`.
+        scale: factor on the logits.
+        scorer: the scorer, if any.
+        sequence: the tokens seen, this forward included.
+
+    Returns:
+        The attention output, `[rows, heads, queries, head_dim]`.
+
+    Raises:
+        PolicyError: if the scores have the wrong shape or are not finite.
+    """
+    tokens = past + query.shape[2]
+    keys, values, columns = (tensor[rows, :, :tokens] for tensor in (*store.slots(), store.columns()))
+    reads_attention = scorer is not None and scorer.reads_attention
+    lse = None
+    if past == 0 and not reads_attention:
+        output = attention(query, keys, values, scale, causal=True)
+    else:
+        output, lse = attention_with_lse(query, keys[:, :, past:], values[:, :, past:], scale, causal=True)
+        if past:
+            older = attention_with_lse(query, keys[:, :, :past], values[:, :, :past], scale, causal=False)
+            output, lse = merge_attention(output, lse, *older)
+    if scorer is not None:
+        context = LayerContext(
+            layer=layer,
+            query=query,
+            keys=keys,
+            values=values,
+            lse=lse if reads_attention else None,
+            scaling=scale,
+            index=sequence.index_of(columns, rows),
+            seen=sequence.row_seen[rows.start or 0],
+            is_image=sequence.images_at(columns, rows),
+        )
+        scores = scorer.score(context)
+        expected = tuple(keys.shape[:3])
+        if tuple(scores.shape) != expected or not bool(scores.isfinite().all()):
+            came = f"the shape {tuple(scores.shape)}" if tuple(scores.shape) != expected else "NaN or infinite scores"
+            raise PolicyError(
+                f"scorer {scorer.name}: layer {layer}: must return finite scores of the shape "
+                f"{expected} [batch, kv_heads, tokens]; got {came}"
+            )
+        store.score(rows, tokens, scores, add=scorer.accumulates)
+    return output
