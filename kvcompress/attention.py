@@ -65,7 +65,7 @@ def compressed_attention(
     """
     layer: Attends | None = getattr(key, _LAYER, None)
     if layer is None:
-        return _former_attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return _former_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     scaling = scaling or query.shape[-1] ** -0.5
     if not torch.is_grad_enabled():
         output = layer.attend(query, key, value, attention_mask, scaling)
@@ -115,19 +115,19 @@ class _InferenceOnly(torch.autograd.Function):
 
 
 def _former_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The attention the model had before, given the mask in the form that it expects."""
     name = getattr(module, _PREVIOUS, "sdpa")
     if name == "eager":
         eager: Callable[..., tuple[Tensor, Tensor | None]]
         eager = sys.modules[type(module).__module__].eager_attention_forward
-        return eager(module, query, key, value, _additive_mask(query, key, mask), *args, **kwargs)
+        return eager(module, query, key, value, _additive_mask(query, key, mask), **kwargs)
     if name.startswith("flash"):
         mask = None if mask is None else mask[:, 0, -1].contiguous()  # the padding alone; causality is its own
     elif name != "sdpa":
         name = "sdpa"  # the mask function is sdpa's, and so is what it stands for
-    return ALL_ATTENTION_FUNCTIONS[name](module, query, key, value, mask, *args, **kwargs)  # type: ignore[no-any-return]
+    return ALL_ATTENTION_FUNCTIONS[name](module, query, key, value, mask, **kwargs)  # type: ignore[no-any-return]
 
 
 def _additive_mask(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:

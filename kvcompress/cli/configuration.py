@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,10 +15,11 @@ import typer
 import yaml
 
 from kvcompress.config import Budget, CompressionConfig
-from kvcompress.errors import ConfigError
+from kvcompress.errors import BudgetError, ConfigError
 from kvcompress.stages import Policy
 
 _AMOUNTS = ("fraction", "tokens", "bytes")
+_BYTES = re.compile(r"\d+(\.\d+)?\s*[KMGTP]?i?B", re.IGNORECASE)
 
 
 def read_config(
@@ -51,13 +53,25 @@ def read_config(
 
 
 def parse_budget(text: str) -> float | int | str:
-    """Reads a bare budget: with a dot a fraction ("0.2"), a whole number of tokens per layer ("512"), else bytes."""
+    """Reads a bare budget.
+
+    Args:
+        text: with a dot a fraction ("0.2"), a whole number of tokens per layer ("512"), or bytes ("64MiB").
+
+    Raises:
+        BudgetError: if it is none of these.
+    """
     for kind in (int, float):
         try:
             return kind(text)
         except ValueError:
             continue
-    return text
+    if _BYTES.fullmatch(text.strip()) is None:
+        raise BudgetError(
+            f"budget: must be a fraction with a dot (0.2), a number of tokens per layer (512) or bytes (64MiB); "
+            f"got '{text}'"
+        )
+    return text.strip()
 
 
 def import_modules(names: Sequence[str]) -> None:

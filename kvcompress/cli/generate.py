@@ -47,7 +47,7 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="What to answer; comes after the text of --prompt-file.")] = None,
     prompt_file: Annotated[
         Path | None,
-        typer.Option(help="A text file; - is stdin.", exists=True, dir_okay=False, allow_dash=True),
+        typer.Option(help="A text file; - is stdin."),
     ] = None,
     image: Annotated[Path | None, typer.Option(help="An image, for LLaVA models.", exists=True, dir_okay=False)] = None,
     preset: Annotated[

@@ -1,0 +1,145 @@
+"""Configurations: what is accepted, what is refused with which words, and files as exact inverses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcompress import Budget, CompressionConfig, KVCompressError
+from kvcompress.config import PRESETS
+from kvcompress.policies.allocators import Uniform
+from kvcompress.policies.scorers import Attention
+from tests import strategies
+
+
+@st.composite
+def budgets(draw: st.DrawFn) -> Budget:
+    protected = {"sink": draw(st.integers(0, 8)), "recent": draw(st.integers(0, 20))}
+    kind = draw(st.sampled_from(["fraction", "tokens", "bytes"]))
+    if kind == "fraction":
+        return Budget(fraction=draw(st.floats(0, 1, exclude_min=True)), **protected)
+    return Budget(**{kind: draw(st.integers(1, 10**12))}, **protected)
+
+
+@pytest.mark.parametrize("suffix", [".yaml", ".yml", ".json"])
+@given(data=st.data())
+def test_load_is_the_inverse_of_dump(
+    tmp_path_factory: pytest.TempPathFactory, suffix: str, data: st.DataObject
+) -> None:
+    config = data.draw(st.sampled_from([entry.values[0] for entry in strategies.configs()]))
+    if config.evictor is not None:
+        config = config.override(budget=data.draw(budgets()))
+    path = tmp_path_factory.mktemp("configs") / f"config{suffix}"
+    config.dump(path)
+    assert CompressionConfig.load(path) == config
+    assert CompressionConfig.model_validate_json(config.model_dump_json()) == config
+    assert CompressionConfig(**config.model_dump()) == config
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_is_a_configuration_like_any_other(preset: str, tmp_path: Path) -> None:
+    config = CompressionConfig.preset(preset)
+    config.dump(tmp_path / "preset.yaml")
+    assert CompressionConfig.read(tmp_path / "preset.yaml") == CompressionConfig.read(preset) == config
+    assert CompressionConfig.read(config.model_dump()) == CompressionConfig.read(config) == config
+
+
+def test_a_policy_is_a_name_a_dict_or_an_object() -> None:
+    spelled = [
+        CompressionConfig(scorer="attention", allocator="uniform"),
+        CompressionConfig(scorer={"name": "attention"}, allocator={"name": "uniform"}),
+        CompressionConfig(scorer=Attention(), allocator=Uniform()),
+    ]
+    assert spelled[0] == spelled[1] == spelled[2]
+    assert CompressionConfig(scorer="attention", merger="none").merger is None
+
+
+def test_a_bare_budget_is_a_fraction_tokens_or_bytes_and_keeps_what_is_protected() -> None:
+    config = CompressionConfig.preset("streaming")
+    assert config.override(budget=0.3).budget == Budget(fraction=0.3, sink=4)
+    assert config.override(budget=7).budget == Budget(tokens=7, sink=4)
+    assert config.override(budget="64MiB").budget == Budget(bytes=64 * 2**20, sink=4)
+    assert config.override(budget={"tokens": 7}).budget == Budget(tokens=7, sink=1)
+    assert CompressionConfig(scorer="attention", budget=1).budget == Budget(tokens=1)
+    assert CompressionConfig(scorer="attention", budget=1.0).budget.keeps_everything
+
+
+def test_window_is_short_for_the_last_queries() -> None:
+    assert Attention(window=16) == Attention(queries="window:16")
+    assert Attention(queries="window") == Attention(queries="window:32")
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"allocator": "prefx"}, "allocator: unknown policy 'prefx'; did you mean 'prefix'?"),
+    ({"budget": 0}, "tokens per layer must be at least 1; got 0"),
+    ({"budget": 1.5}, "a fraction lies in (0, 1]; got 1.5"),
+    ({"budget": -3}, "tokens per layer must be at least 1; got -3"),
+    ({"budget": float("nan")}, "a fraction lies in (0, 1]; got nan"),
+    ({"budget": True}, "budget: must be a number"),
+    ({"budget": "many"}, "could not parse value and unit from byte string"),
+    ({"budget": None}, "budget: must be a float (fraction)"),
+    ({"budget": {"fraction": 0.2, "tokens": 5}}, "give exactly one of fraction, tokens and bytes"),
+    ({"budget": {"sink": 2}}, "give exactly one of fraction, tokens and bytes; got none"),
+    ({"budget": {"fraction": 0.2, "sink": -1}}, "sink"),
+    ({"scorer": {"name": "attention", "windw": 3}}, "windw: unknown field of Attention"),
+    ({"scorer": {"name": "attention", "queries": "some"}}, "queries"),
+    ({"scorer": {"name": "attention", "queries": "stride:4", "window": 3}}, "contradict each other"),
+    ({"scorer": {"windw": 3}}, "scorer: a dict needs the key 'name'"),
+    ({"scorer": 3}, "scorer: must be a name, a dict with 'name' or a Scorer; got 3"),
+    ({"scorer": Uniform()}, "scorer: must be a name"),
+    ({"scoorer": "attention"}, "scoorer: unknown field of CompressionConfig"),
+    ({"scorer": "none"}, "evictor topk: ranks tokens by importance, but scorer is none"),
+    ({"scorer": "none", "evictor": "streaming"}, "allocator prefix: reads importance, but scorer is none"),
+    ({"evictor": "none"}, "nothing could be evicted to meet the budget"),
+    ({"budget": {"fraction": 0.2, "recent": 26}}, "would evict some of the 26 recents"),
+    ({"quantizer": "quanto3"}, "quantizer: unknown policy 'quanto3'"),
+    ({"allocator": "none"}, "allocator"),
+]
+
+
+@pytest.mark.parametrize(("fields", "says"), WRONG, ids=[str(fields) for fields, _ in WRONG])
+def test_what_cannot_be_is_refused_when_the_configuration_is_built(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(KVCompressError) as error:
+        CompressionConfig.preset("prefixkv", **fields)
+    assert says in str(error.value)
+    assert "\n" not in str(error.value)
+    assert isinstance(error.value, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("config.yaml", "scorer: [attention", "is not valid YAML"),
+        ("config.yaml", "- 1\n- 2", "must hold a mapping of fields"),
+        ("config.yaml", "", "must hold a mapping of fields"),
+        ("config.json", "{'scorer': 1}", "is not valid JSON"),
+        ("config.yaml", "1: 2", "config"),
+        ("config.yaml", "allocator: prefx", "did you mean 'prefix'"),
+        ("config.toml", "", "must end in one of .yaml, .yml, .json"),
+    ],
+)
+def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, name: str, text: str, says: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(KVCompressError, match="config") as error:
+        CompressionConfig.load(path)
+    assert says in str(error.value) and name in str(error.value)
+
+
+def test_a_missing_file_or_preset_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(KVCompressError, match=r"missing.yaml: cannot be read"):
+        CompressionConfig.load(tmp_path / "missing.yaml")
+    with pytest.raises(KVCompressError, match="unknown preset 'prefxkv'; did you mean 'prefixkv'"):
+        CompressionConfig.read("prefxkv")
+    with pytest.raises(KVCompressError, match="must be a preset's name"):
+        CompressionConfig.read(3)
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    config = CompressionConfig.preset("prefixkv")
+    with pytest.raises(ValueError, match="frozen"):
+        config.budget = Budget(tokens=3)
