@@ -1,0 +1,333 @@
+"""Every way of running a model that a compressed cache must hold up under."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from torch import Tensor
+from transformers import DynamicCache
+
+from kvcompress import CompressedCache, restore
+from kvcompress.config import PRESETS
+from kvcompress.engine import Engine
+from kvcompress.storage import DenseStore
+from tests import tiny
+
+SQUEEZED = [preset for preset in PRESETS if preset != "full"]
+
+
+def generate(cache: CompressedCache, inputs: dict[str, Any], new: int = 8, **how: Any) -> Tensor:
+    return tiny.model("llama").generate(
+        **inputs, past_key_values=cache, max_new_tokens=new, **{"do_sample": False, **how}
+    )
+
+
+def within_budget(cache: CompressedCache) -> bool:
+    report = cache.report()
+    budgets = report.layer_budgets
+    pairs = zip(report.layer_lengths, budgets or report.layer_lengths, strict=True)
+    return all(length <= budget for layer in pairs for length, budget in zip(*layer, strict=True))
+
+
+@pytest.mark.parametrize("preset", SQUEEZED)
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"do_sample": True, "temperature": 0.9, "top_k": 20},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 2},
+        {"num_return_sequences": 3, "do_sample": True},
+        {"prefill_chunk_size": 7},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+    ids=str,
+)
+def test_generation_keeps_to_the_budget(preset: str, how: dict[str, Any]) -> None:
+    cache = CompressedCache(tiny.model("llama"), preset, budget=0.4)
+    inputs = tiny.inputs("llama", 40, seed=1)
+    output = generate(cache, inputs, **how)
+    report = cache.report()
+    assert output.shape[1] == 48
+    assert report.tokens_seen == 47
+    assert report.retention <= 0.4
+    assert within_budget(cache)
+
+
+@pytest.mark.parametrize("preset", SQUEEZED)
+def test_sampling_draws_what_it_draws_without_the_cache(preset: str) -> None:
+    inputs = tiny.inputs("llama", 30, seed=2)
+    outputs = []
+    for cache in (
+        CompressedCache(tiny.model("llama"), preset, budget=1.0),
+        DynamicCache(config=tiny.model("llama").config),
+    ):
+        torch.manual_seed(5)
+        outputs.append(generate(cache, inputs, do_sample=True, new=12))  # type: ignore[arg-type]
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_beams_and_assisted_decoding_at_full_budget_are_those_of_dynamic_cache(preset: str) -> None:
+    inputs = tiny.inputs("llama", 25, seed=3)
+    for how in ({"num_beams": 3}, {"prompt_lookup_num_tokens": 4}, {"assistant_model": tiny.build("llama", seed=1)}):
+        found = generate(CompressedCache(tiny.model("llama"), preset, budget=1.0), inputs, new=16, **how)
+        expected = generate(DynamicCache(config=tiny.model("llama").config), inputs, new=16, **how)  # type: ignore[arg-type]
+        assert torch.equal(found, expected), how
+
+
+@pytest.mark.parametrize("preset", SQUEEZED)
+def test_several_turns_on_one_cache(preset: str) -> None:
+    cache = CompressedCache(tiny.model("llama"), preset, budget=0.5)
+    conversation = tiny.token_ids(1, 30, seed=4)
+    for turn in range(3):
+        conversation = torch.cat([conversation, tiny.token_ids(1, 9, seed=5 + turn)], dim=1)
+        conversation = generate(
+            cache, {"input_ids": conversation, "attention_mask": torch.ones_like(conversation)}, new=5
+        )
+        assert cache.get_seq_length() == conversation.shape[1] - 1
+        assert within_budget(cache) and cache.report().retention <= 0.5
+
+
+@pytest.mark.parametrize("preset", SQUEEZED)
+def test_one_document_many_questions(preset: str) -> None:
+    cache = CompressedCache(tiny.model("llama"), preset, budget=0.5)
+    document = tiny.token_ids(1, 40, seed=6)
+    with torch.no_grad():
+        tiny.model("llama")(document, past_key_values=cache)
+    before = cache.report()
+    for seed in (7, 8):
+        ids = torch.cat([document, tiny.token_ids(1, 6, seed)], dim=1)
+        own = copy.deepcopy(cache)
+        first = generate(own, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        again = generate(copy.deepcopy(cache), {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+        assert torch.equal(first, again)
+        assert own.report().tokens_seen > before.tokens_seen
+    assert cache.report() == before
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("preset", SQUEEZED)
+def test_a_prompt_of_one_token_grows_into_its_budget(preset: str) -> None:
+    cache = CompressedCache(tiny.model("llama"), preset, budget=6)
+    for step in range(20):
+        tiny.model("llama")(tiny.token_ids(1, 1, seed=step), past_key_values=cache)
+        report = cache.report()
+        assert report.layer_lengths == [[min(step + 1, 6)]] * 3
+        assert 0 in report.columns(0, 0) and step in report.columns(0, 0)
+
+
+@torch.no_grad()
+def test_two_caches_on_one_model_take_turns() -> None:
+    model, ids = tiny.model("llama"), tiny.token_ids(1, 40, seed=9)
+    alone = {preset: [] for preset in SQUEEZED}
+    for preset, logits in alone.items():
+        cache = CompressedCache(model, preset, budget=0.4)
+        logits += [
+            model(ids[:, step : step + n], past_key_values=cache).logits for step, n in [(0, 30), (30, 1), (31, 1)]
+        ]
+    caches = {preset: CompressedCache(model, preset, budget=0.4) for preset in SQUEEZED}
+    for turn, (step, n) in enumerate([(0, 30), (30, 1), (31, 1)]):
+        for preset, cache in caches.items():
+            logits = model(ids[:, step : step + n], past_key_values=cache).logits
+            assert torch.equal(logits, alone[preset][turn])
+
+
+def test_two_threads_on_two_models() -> None:
+    names, inputs = ("llama", "qwen2"), tiny.inputs("llama", 40, seed=10)
+    results: dict[tuple[str, int], Tensor] = {}
+
+    def run(name: str, turn: int) -> None:
+        cache = CompressedCache(tiny.model(name), "prefixkv", budget=0.4)
+        results[name, turn] = tiny.model(name).generate(
+            **inputs, past_key_values=cache, max_new_tokens=10, do_sample=False
+        )
+
+    for name in names:
+        run(name, 0)
+    threads = [threading.Thread(target=run, args=(name, turn)) for turn in (1, 2) for name in names]
+    for pair in (threads[:2], threads[2:]):
+        for thread in pair:
+            thread.start()
+        for thread in pair:
+            thread.join()
+    for name in names:
+        assert torch.equal(results[name, 0], results[name, 1]) and torch.equal(results[name, 0], results[name, 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["llama", "llama_mha"])
+@pytest.mark.parametrize("preset", SQUEEZED)
+def test_every_dtype_keeps_its_bytes(name: str, dtype: torch.dtype, preset: str) -> None:
+    model = tiny.model(name, dtype)
+    cache = CompressedCache(model, preset, budget=0.5)
+    model.generate(**tiny.inputs(name, 400, seed=11), past_key_values=cache, max_new_tokens=1, do_sample=False)
+    report, config = cache.report(), model.config
+    slot = 2 * config.num_key_value_heads * 8 * dtype.itemsize
+    assert report.full_kv_bytes == 3 * 400 * slot
+    assert report.kv_bytes == sum(n + 1 for (n,) in report.layer_lengths) * slot
+    assert abs(report.kv_bytes / report.full_kv_bytes - 0.5) <= 0.01
+    assert cache.layers[0].keys.dtype == dtype
+
+
+@pytest.mark.parametrize("slack", [16, 3000])
+def test_growth_leaves_little_slack(slack: int) -> None:
+    store, one = DenseStore(), torch.zeros(1, 1, 1, 2)
+    store.append(one.expand(1, 1, slack, 2), one.expand(1, 1, slack, 2), 0, None)
+    for column in range(slack, slack + 60):
+        store.write(one, one, column)
+        assert store.capacity - store.length <= max(16, store.length // 100)
+
+
+@pytest.mark.parametrize(("preset", "batch"), [("prefixkv", 1), ("uniform", 1), ("uniform", 2), ("streaming", 3)])
+def test_a_bytes_budget_is_never_exceeded(preset: str, batch: int) -> None:
+    cache = CompressedCache(tiny.model("llama"), preset, budget="12KiB")
+    generate(cache, tiny.inputs("llama", 200, seed=12, batch=batch), new=40)
+    assert 10 * 2**10 < cache.report().kv_bytes <= 12 * 2**10
+
+
+@torch.no_grad()
+def test_a_local_allocator_never_holds_two_whole_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[list[int]] = []
+    attend = Engine.attend
+
+    def watched(self: Engine, layer: int, *args: Any) -> Tensor:
+        output = attend(self, layer, *args)
+        held.append([store.length for store in self.stores])
+        return output
+
+    monkeypatch.setattr(Engine, "attend", watched)
+    for preset, whole in (("uniform", 0), ("streaming", 0), ("prefixkv", 3)):
+        held.clear()
+        tiny.model("llama")(
+            tiny.token_ids(1, 50, seed=13), past_key_values=CompressedCache(tiny.model("llama"), preset)
+        )
+        assert max(sum(length == 50 for length in lengths) for lengths in held[:-1]) == max(0, whole - 1)
+
+
+@pytest.mark.parametrize("preset", SQUEEZED)
+def test_weights_may_lie_elsewhere_than_they_compute(preset: str) -> None:
+    model = tiny.build("llama")
+    inputs = tiny.inputs("llama", 30, seed=14)
+    expected = generate(CompressedCache(tiny.model("llama"), preset, budget=0.5), inputs)
+    parts = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    layers = {f"model.layers.{index}": "cpu" for index in range(3)}
+    dispatched = dispatch_model(model, {**parts, **layers}, main_device="cpu", force_hooks=True)
+    cache = CompressedCache(dispatched, preset, budget=0.5)
+    found = dispatched.generate(**inputs, past_key_values=cache, max_new_tokens=8, do_sample=False)
+    assert torch.equal(found, expected)
+
+
+@torch.no_grad()
+def test_layers_go_to_cpu_memory_and_come_back() -> None:
+    model, ids = tiny.model("llama"), tiny.token_ids(1, 40, seed=15)
+    cache, twin = (CompressedCache(model, "prefixkv", budget=0.5) for _ in range(2))
+    for step, n in [(0, 30), (30, 1), (31, 5), (36, 1)]:
+        found = model(ids[:, step : step + n], past_key_values=cache).logits
+        assert torch.equal(found, model(ids[:, step : step + n], past_key_values=twin).logits)
+        for layer in cache.layers:
+            layer.offload()
+            assert layer.keys.device.type == "cpu"
+            layer.prefetch()
+
+
+@torch.no_grad()
+def test_the_buffers_of_a_layer_are_on_the_device_of_its_keys() -> None:
+    store = DenseStore()
+    keys = torch.zeros(1, 2, 5, 4, device="meta")
+    store.append(keys, keys, 0, None)
+    assert {tensor.device.type for tensor in (store.keys, store.values, store._columns)} == {"meta"}
+
+
+@pytest.mark.cuda
+@torch.no_grad()
+def test_layers_on_two_devices_and_offloading() -> None:
+    model = tiny.build("llama")
+    parts = {"model.embed_tokens": 0, "model.norm": 0, "model.rotary_emb": 0, "lm_head": 0}
+    dispatched = dispatch_model(model, {**parts, "model.layers.0": 0, "model.layers.1": 0, "model.layers.2": "cpu"})
+    cache = CompressedCache(dispatched, "prefixkv", budget=0.5)
+    inputs = {name: tensor.cuda() for name, tensor in tiny.inputs("llama", 30, seed=14).items()}
+    dispatched.generate(**inputs, past_key_values=cache, max_new_tokens=8, do_sample=False)
+    cache.layers[0].offload()
+    assert cache.layers[0].keys.device.type == "cpu"
+    cache.layers[0].prefetch()
+    assert cache.layers[0].keys.device.type == "cuda"
+
+
+def test_a_cache_keeps_no_model_alive_and_no_cache_needs_the_collector() -> None:
+    model = tiny.build("llama")
+    cache = CompressedCache(model, "prefixkv", budget=0.5)
+    model.generate(**tiny.inputs("llama", 20, seed=16), past_key_values=cache, max_new_tokens=3)
+    copied = copy.deepcopy(cache)
+    gc.collect()
+    gc.disable()
+    try:
+        keys = weakref.ref(cache.layers[0].engine)
+        del cache
+        assert keys() is None
+    finally:
+        gc.enable()
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+    assert copied.report().tokens_seen == 22
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", tiny.IMAGE_MODELS)
+def test_policies_are_told_which_tokens_are_images(name: str) -> None:
+    inputs = tiny.inputs(name, 12, seed=17)
+    is_image = inputs["input_ids"][0] == tiny.IMAGE_TOKEN
+    assert is_image.any() and not is_image.all()
+    for how in ({}, {"num_beams": 2}):
+        cache = CompressedCache(tiny.model(name), "prefixkv", budget=0.5)
+        tiny.model(name).generate(**inputs, past_key_values=cache, max_new_tokens=4, do_sample=False, **how)
+        sequence, store = cache._engine.sequence, cache._engine.stores[0]
+        found = sequence.images_at(store.columns())
+        assert found is not None
+        for row, columns in enumerate(store.columns()[:, 0].tolist()):
+            expected = [0 <= column < len(is_image) and bool(is_image[column]) for column in columns]
+            assert found[row, 0].tolist() == expected
+
+
+@torch.no_grad()
+def test_scores_of_a_prompt_in_chunks_add_up_to_those_of_the_whole() -> None:
+    ids = tiny.token_ids(1, 40, seed=18)
+    whole, chunked = (CompressedCache(tiny.model("llama"), "prefixkv", budget=1.0) for _ in range(2))
+    tiny.model("llama")(ids, past_key_values=whole)
+    for chunk in ids.split(11, dim=1):
+        tiny.model("llama")(chunk, past_key_values=chunked)
+    for one, other in zip(whole._engine.stores, chunked._engine.stores, strict=True):
+        torch.testing.assert_close(one.used_scores(), other.used_scores(), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_stride_estimates_the_sum_and_mean_divides_by_what_could_see() -> None:
+    ids, model = tiny.token_ids(1, 200, seed=19), tiny.model("llama")
+    scores = {}
+    for queries in ("all", "stride:2", "window:200", "stride:1"):
+        cache = CompressedCache(model, "prefixkv", budget=1.0, scorer={"name": "attention", "queries": queries})
+        model(ids, past_key_values=cache)
+        scores[queries] = cache._engine.stores[1].used_scores()
+    assert torch.equal(scores["all"], scores["stride:1"]) and torch.equal(scores["all"], scores["window:200"])
+    assert float(scores["stride:2"].sum() / scores["all"].sum()) == pytest.approx(1, abs=1e-5)
+    mean = CompressedCache(model, "prefixkv", scorer={"name": "attention", "reduce": "mean"}).config.scorer
+    age = torch.arange(200, 0, -1)[None, None]
+    assert torch.equal(mean.importance(scores["all"], age), scores["all"] / age)
+
+
+def test_a_restored_model_refuses_old_caches_and_serves_new_ones() -> None:
+    model = tiny.build("llama")
+    CompressedCache(model, "prefixkv")
+    restore(model)
+    cache = CompressedCache(model, "prefixkv", budget=0.5)
+    model.generate(**tiny.inputs("llama", 20, seed=20), past_key_values=cache, max_new_tokens=3)
+    assert cache.report().retention <= 0.5

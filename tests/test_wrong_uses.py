@@ -1,0 +1,291 @@
+"""Wrong uses give one clear message each, and leave the model usable."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from kvcompress import SCORERS, CompressedCache, CompressionConfig, KVCompressError
+from kvcompress.errors import BudgetWarning, CacheStateError, PolicyError, UnsupportedModeError, UnsupportedModelError
+from kvcompress.integrations import LlamaAdapter, adapter_for, base, register_adapter
+from kvcompress.registry import ALLOCATORS, EVICTORS
+from kvcompress.shapes import LayerContext
+from kvcompress.stages import Allocator, Evictor, Scorer
+from tests import tiny
+
+
+@pytest.fixture
+def model() -> Iterator[transformers.PreTrainedModel]:
+    """A model that must answer as a fresh one does, whatever the test did to it."""
+    model = tiny.build("llama")
+    yield model
+    model.eval()
+    inputs = tiny.inputs("llama", 20, seed=0)
+    expected = tiny.untouched("llama").generate(**inputs, max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), expected)
+    cache = CompressedCache(model, "full")
+    assert torch.equal(model.generate(**inputs, past_key_values=cache, max_new_tokens=4, do_sample=False), expected)
+
+
+def prompt(tokens: int = 20, batch: int = 1) -> dict[str, Any]:
+    return tiny.inputs("llama", tokens, seed=1, batch=batch)
+
+
+def test_labels_are_refused(model: Any) -> None:
+    with pytest.raises(UnsupportedModeError, match=r"labels: .* leave labels out"):
+        model(**prompt(), labels=prompt()["input_ids"], past_key_values=CompressedCache(model, "prefixkv"))
+
+
+def test_training_is_refused(model: Any) -> None:
+    cache = CompressedCache(model, "prefixkv")
+    model.train()
+    with pytest.raises(UnsupportedModeError, match=r"call model.eval\(\) first"):
+        model(**prompt(), past_key_values=cache)
+    model.eval()
+    model(**prompt(), past_key_values=cache)
+
+
+def test_a_backward_pass_is_refused(model: Any) -> None:
+    logits = model(**prompt(), past_key_values=CompressedCache(model, "prefixkv")).logits
+    with pytest.raises(UnsupportedModeError, match="carries no gradients"):
+        logits.sum().backward()
+    model.zero_grad()
+
+
+def test_right_padding_in_generate_is_refused(model: Any) -> None:
+    inputs = prompt(batch=2)
+    inputs["attention_mask"][1, 15:] = 0
+    cache = CompressedCache(model, "prefixkv")
+    with pytest.raises(UnsupportedModeError, match="pad on the left"):
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=2)
+    assert cache.get_seq_length() == 0
+
+
+def test_a_mask_of_four_dimensions_is_refused(model: Any) -> None:
+    mask = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
+    with pytest.raises(UnsupportedModeError, match=r"must be \[batch, columns\]"):
+        model(prompt()["input_ids"], attention_mask=mask, past_key_values=CompressedCache(model, "prefixkv"))
+
+
+def test_a_switched_attention_is_refused(model: Any) -> None:
+    cache = CompressedCache(model, "prefixkv")
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(UnsupportedModeError, match=r"switched to 'sdpa' .* make a new CompressedCache"):
+        model(**prompt(), past_key_values=cache)
+    CompressedCache(model, "prefixkv")
+
+
+def test_a_turn_without_the_conversation_is_refused(model: Any) -> None:
+    cache = CompressedCache(model, "prefixkv", budget=0.5)
+    model.generate(**prompt(), past_key_values=cache, max_new_tokens=2)
+    before = cache.report()
+    short = tiny.inputs("llama", 12, seed=2)
+    with pytest.raises(CacheStateError, match="the whole conversation"):
+        model(**short, past_key_values=cache)
+    with pytest.raises(CacheStateError, match="must cover"):
+        model.model(**short, past_key_values=cache)
+    assert cache.report() == before
+
+
+def test_another_batch_is_refused(model: Any) -> None:
+    cache = CompressedCache(model, "prefixkv")
+    model(**prompt(), past_key_values=cache)
+    with pytest.raises(CacheStateError, match=r"holds 1 rows, this forward has 2"):
+        model(tiny.token_ids(2, 3, seed=0), past_key_values=cache)
+    model(tiny.token_ids(1, 3, seed=0), past_key_values=cache)
+
+
+def test_cropping_below_an_evicted_slot_is_refused_and_changes_nothing(model: Any) -> None:
+    cache = CompressedCache(model, "prefixkv", budget=0.3)
+    model(**prompt(30), past_key_values=cache)
+    before = cache.report()
+    with pytest.raises(CacheStateError, match="has already evicted one of the last 25 tokens"):
+        cache.crop(-25)
+    with pytest.raises(CacheStateError, match="only 30 were seen"):
+        cache.crop(-31)
+    with pytest.raises(CacheStateError, match="minus the number of tokens"):
+        cache.crop(5)
+    assert cache.report() == before
+
+
+@torch.no_grad()
+def test_is_croppable_tells_whether_the_last_token_can_go(model: Any) -> None:
+    cache = CompressedCache(model, "streaming", budget=0.5)
+    model(**prompt(30), past_key_values=cache)
+    assert cache.is_croppable
+    cache.crop(-1)
+    assert cache.get_seq_length() == 29
+
+
+def test_a_forward_that_failed_half_way_breaks_the_cache_until_reset(model: Any) -> None:
+    cache = CompressedCache(model, "prefixkv", budget=0.5)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    handle = model.model.layers[1].mlp.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        model(**prompt(), past_key_values=cache)
+    handle.remove()
+    for use in (lambda: model(**prompt(), past_key_values=cache), cache.compress, lambda: cache.crop(0)):
+        with pytest.raises(CacheStateError, match=r"call reset\(\)"):
+            use()
+    cache.reset()
+    model(**prompt(), past_key_values=cache)
+    assert cache.report().retention <= 0.5
+
+
+def test_a_cache_outlives_its_model_but_serves_no_other() -> None:
+    cache = CompressedCache(tiny.build("llama"), "prefixkv")
+    other = tiny.build("llama")
+    CompressedCache(other, "prefixkv")
+    with pytest.raises(CacheStateError, match="no longer exists"):
+        other(**prompt(), past_key_values=cache)
+
+
+class Faulty(Scorer):
+    """A scorer that is wrong at layer 1."""
+
+    mass: ClassVar[bool] = True
+    fault: str = "nan"
+
+    def score(self, layer: LayerContext) -> Tensor:
+        scores = torch.rand(layer.keys.shape[:3], generator=torch.Generator().manual_seed(0))
+        if layer.layer != 1:
+            return scores
+        if self.fault == "shape":
+            return scores[:, :, :-1]
+        return scores.fill_({"nan": torch.nan, "inf": torch.inf, "negative": -1.0}[self.fault])
+
+
+class Greedy(Evictor):
+    """An evictor that keeps everything."""
+
+    reads_importance: ClassVar[bool] = False
+
+    def select(self, layer: Any) -> Tensor:
+        return layer.valid
+
+
+class Short(Allocator):
+    """An allocator that forgets a token."""
+
+    def allocate(self, importance: Any, total: Any, floor: Any, capacity: Any, context: Any = None) -> Tensor:
+        budget = floor + (total - floor.sum(0)) // len(floor)
+        budget[0] -= 1
+        return budget
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for registry, policy in ((SCORERS, Faulty), (EVICTORS, Greedy), (ALLOCATORS, Short)):
+        monkeypatch.setattr(registry, "_policies", dict(registry._policies))
+        registry.register(policy.__name__.lower())(policy)
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"scorer": {"name": "faulty", "fault": "nan"}}, "scorer faulty: layer 1: must return finite scores"),
+        ({"scorer": {"name": "faulty", "fault": "inf"}}, "scorer faulty: layer 1: must return finite scores"),
+        ({"scorer": {"name": "faulty", "fault": "shape"}}, "scorer faulty: layer 1: .* got the shape"),
+        (
+            {"scorer": {"name": "faulty", "fault": "negative"}},
+            "allocator prefix: layer 1: importance must be finite and not",
+        ),
+        (
+            {"allocator": "short", "budget": 10},
+            "allocator short: row 0: the layers add up to 29 tokens, must be exactly 30",
+        ),
+        ({"evictor": "greedy"}, "evictor greedy: layer 0: select must mark as many slots as the budget"),
+    ],
+)
+@pytest.mark.usefixtures("own")
+def test_a_policy_that_breaks_its_contract_is_named_with_its_layer(
+    model: Any, fields: dict[str, Any], says: str
+) -> None:
+    cache = CompressedCache(model, "prefixkv", **fields)
+    with pytest.raises(PolicyError, match=says):
+        model(**prompt(), past_key_values=cache)
+    with pytest.raises(CacheStateError, match=r"call reset\(\)"):
+        model(**prompt(), past_key_values=cache)
+
+
+@pytest.mark.usefixtures("own")
+def test_a_policy_that_is_not_registered_is_refused() -> None:
+    class Anonymous(Faulty):
+        name = ""
+
+    with pytest.raises(KVCompressError, match="Anonymous is not registered"):
+        CompressionConfig(scorer=Anonymous())
+
+
+def sliding_mistral() -> Any:
+    config = tiny.model("mistral").config.to_dict()
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**{**config, "sliding_window": 8}))
+
+
+def sliding_qwen2() -> Any:
+    config = {k: v for k, v in tiny.model("qwen2").config.to_dict().items() if k != "layer_types"}
+    sliding = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**{**config, **sliding}))
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (sliding_mistral, "layers 0-2 of MistralForCausalLM are sliding_attention"),
+        (sliding_qwen2, "layers 1-2 of Qwen2ForCausalLM are sliding_attention"),
+        (
+            lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=1)),
+            "no adapter for .* 'gpt2'",
+        ),
+        (lambda: torch.nn.Linear(1, 1), "must be a transformers model, got Linear"),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_refused(make: Callable[[], Any], says: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=says):
+        adapter_for(make())
+
+
+def test_an_adapter_of_ones_own_opens_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base, "_ADAPTERS", dict(base._ADAPTERS))
+    small = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+    config = transformers.GemmaConfig(**small, **heads)
+    model = transformers.GemmaForCausalLM(config).eval()
+    with pytest.raises(UnsupportedModelError, match=r"register_adapter\('gemma'\)"):
+        CompressedCache(model, "prefixkv")
+    register_adapter("gemma")(LlamaAdapter)
+    cache = CompressedCache(model, "prefixkv", budget=0.5)
+    model.generate(torch.randint(2, 50, (1, 20)), past_key_values=cache, max_new_tokens=3, do_sample=False)
+    assert cache.report().retention <= 0.5
+
+
+def test_a_wrong_configuration_leaves_the_model_untouched() -> None:
+    model = tiny.build("llama")
+    with pytest.raises(KVCompressError):
+        CompressedCache(model, "prefixkv", budget=0)
+    assert model.config._attn_implementation == "sdpa" and not model._forward_pre_hooks
+
+
+def test_protected_tokens_beat_the_budget_with_a_warning() -> None:
+    model = tiny.model("llama")
+    cache = CompressedCache(model, "streaming", budget=2)
+    with pytest.warns(BudgetWarning, match="the budget of 6 slots over all layers is below the 15"):
+        model(**prompt(), past_key_values=cache)
+    assert cache.report().layer_lengths == [[5]] * 3
+
+
+def test_a_deep_copy_of_a_broken_cache_is_broken_too(model: Any) -> None:
+    cache = CompressedCache(model, "prefixkv", budget=0.5)
+    with warnings.catch_warnings(), pytest.raises(IndexError):
+        model(torch.full((1, 4), 10**6), past_key_values=cache)  # fails before the first layer: nothing is broken
+    model(**prompt(), past_key_values=copy.deepcopy(cache))
