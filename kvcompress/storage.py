@@ -191,10 +191,12 @@ class DenseStore:
             rows: rows that drop one.
         """
         self.columns()
+        assert self.keys is not None and self._columns is not None
+        if positions.shape[1] > self._columns.shape[1]:  # heads part ways here for the first time
+            self._columns = self._columns.expand(-1, positions.shape[1], -1).contiguous()
         if len(rows) < self.batch:
             self.split()
         lanes = self._lanes if len(self._lanes) == 1 else [self._lanes[row] for row in rows]
-        assert self.keys is not None and self._columns is not None
         row, positions = _indices(rows, positions.device)[:, None], positions[rows]
         end = _indices([lane.extent - 1 for lane in lanes], positions.device)[:, None]
         heads = _indices(range(self.keys.shape[1]), positions.device)

@@ -1,0 +1,36 @@
+"""Shape checks on, Hypothesis profiles, and the `cuda` marker."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is loaded: on busy cores, OpenMP threads that spin while they wait make tiny models 20 times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import jaxtyping
+
+import tests.type_checker  # the hook finds it by name, and only once it is imported
+
+# Before anything imports the package: every annotated type and shape of it is checked while the tests run.
+jaxtyping.install_import_hook("kvcompress", f"{tests.type_checker.__name__}.check")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+
+# Examples run whole models, so how long one takes says nothing about the strategy that drew it. Longer searches:
+# pytest --hypothesis-profile=thorough --timeout=0
+settings.register_profile(
+    "quick", deadline=None, max_examples=25, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.register_profile("thorough", settings.get_profile("quick"), max_examples=500)
+settings.load_profile("quick")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `cuda` are skipped where there is no such device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,280 @@
+"""What Hypothesis draws: shapes and seeds, from which a torch.Generator makes tensors; and every registered policy."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args, get_origin
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvcompress import ALLOCATORS, EVICTORS, SCORERS, CompressionConfig
+from kvcompress.config import PRESETS
+from kvcompress.errors import ConfigError
+from kvcompress.registry import Registry
+from kvcompress.shapes import Importance, LayerContext, SelectionContext
+from kvcompress.stages import Allocator, Evictor, Policy, Scorer
+
+seeds = st.integers(0, 2**31 - 1)
+
+
+def examples(number: int) -> settings:
+    """So many examples in the quick profile, and as many times more in another as it runs more of all."""
+    return settings(max_examples=max(1, number * settings.default.max_examples // 25))
+
+
+def generator(seed: int) -> torch.Generator:
+    """The source of every random tensor of a test."""
+    return torch.Generator().manual_seed(seed)
+
+
+# -- policies ----------------------------------------------------------------------------------------------------------
+
+# Fields of policies that cannot be made from their name alone: (stage, name) -> fields.
+FIELDS: dict[tuple[str, str], dict[str, Any]] = {}
+
+
+def policy(registry: Registry[Any], name: str, **fields: Any) -> Any:
+    """A registered policy, with example values for the fields that it demands."""
+    return registry.create(name, **{**FIELDS.get((registry.stage, name), {}), **fields})
+
+
+def variants(registry: Registry[Any]) -> list[Policy]:
+    """Every registered policy of a stage with every combination of its choices (fields of Literal type)."""
+    found = []
+    for name in registry.names():
+        fields = registry.get(name).model_fields
+        choices = {key: get_args(f.annotation) for key, f in fields.items() if get_origin(f.annotation) is Literal}
+        for values in itertools.product(*choices.values()):
+            found.append(policy(registry, name, **dict(zip(choices, values, strict=True))))
+    return found
+
+
+def label(given: Any) -> str:
+    """A readable test id of a policy."""
+    return "none" if given is None else f"{given.name}-{'-'.join(str(v) for _, v in given)}".rstrip("-")
+
+
+def allocators() -> list[Allocator]:
+    """Every registered allocator."""
+    return [policy(ALLOCATORS, name) for name in ALLOCATORS.names()]
+
+
+def evictors() -> list[Evictor]:
+    """Every registered evictor, in every granularity and with every decode rule."""
+    return variants(EVICTORS)
+
+
+def scorers() -> list[Scorer]:
+    """Every registered scorer with every choice it offers."""
+    return variants(SCORERS)
+
+
+def _compatible(**fields: Any) -> CompressionConfig | None:
+    try:
+        return CompressionConfig(**fields)
+    except ConfigError:
+        return None
+
+
+def config_with(given: Policy, **fields: Any) -> CompressionConfig:
+    """A valid configuration around one policy: the first neighbours that go with it."""
+    mine = {given.stage: given}
+    for scorer, allocator, evictor in itertools.product(
+        [*scorers(), None], [policy(ALLOCATORS, "uniform"), *allocators()], evictors()
+    ):
+        around = {"scorer": scorer, "allocator": allocator, "evictor": evictor, **mine, **fields}
+        config = _compatible(**around)
+        if config is not None:
+            return config
+    raise AssertionError(f"no configuration goes with {given!r}")
+
+
+def configs() -> Iterator[Any]:
+    """Presets, and one configuration around every scorer, allocator and evictor; each with a test id."""
+    for name in PRESETS:
+        yield pytest.param(CompressionConfig.preset(name), id=f"preset-{name}")
+    for given in (*scorers(), *allocators(), *evictors()):
+        yield pytest.param(config_with(given), id=f"{given.stage}-{label(given)}")
+
+
+# -- allocation --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AllocationInput:
+    """What an allocator is given."""
+
+    importance: Tensor  # [layers, batch, tokens]
+    total: Tensor  # [batch]
+    floor: Tensor  # [layers, batch]
+    capacity: Tensor  # [layers, batch]
+
+
+def _random(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    return torch.empty(shape).exponential_(generator=g)
+
+
+def _ties(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    return torch.randint(0, 3, shape, generator=g).float()
+
+
+def _equal(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    return torch.full(shape, 0.37)
+
+
+def _zeros(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    return torch.zeros(shape)
+
+
+def _some_layers_empty(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    return _random(shape, g) * torch.randint(0, 2, (shape[0], 1, 1), generator=g)
+
+
+def _identical_layers(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    return _random((1, *shape[1:]), g).expand(shape).contiguous()
+
+
+def _one_hot(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    picked = torch.randint(0, shape[2], (*shape[:2], 1), generator=g)
+    return torch.zeros(shape).scatter_(2, picked, 1.0)
+
+
+def _powers(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    return torch.exp2(-torch.randint(0, 60, shape, generator=g).float())
+
+
+def _huge(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    return _random(shape, g).clamp(max=3.0) * 1e38
+
+
+def _denormal(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    return _random(shape, g) * 1e-43
+
+
+def _mixed_scales(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    return torch.pow(10.0, torch.randint(-44, 38, shape, generator=g).float())
+
+
+MASSES = {
+    f.__name__.strip("_"): f
+    for f in (
+        *(_random, _ties, _equal, _zeros, _some_layers_empty, _identical_layers),
+        *(_one_hot, _powers, _huge, _denormal, _mixed_scales),
+    )
+}
+
+
+any_mass = st.sampled_from(sorted(MASSES))
+
+
+def dyadic_masses(shape: tuple[int, ...], g: torch.Generator, bits: int = 10, empty: bool = True) -> Tensor:
+    """Integers that add up to 2**bits over the tokens of a layer, so that shares are exact; some layers hold none."""
+    layers, batch, tokens = shape
+    picked = torch.randint(0, tokens, (layers, batch, 2**bits), generator=g)
+    # Some layers concentrate: a token is picked again and again with the probability of a drawn power.
+    sharp = torch.randint(1, 4, (layers, batch, 1), generator=g)
+    picked = (tokens * (picked / tokens) ** sharp).long()
+    mass = torch.zeros(shape).scatter_add_(2, picked, torch.ones(picked.shape))
+    if empty:
+        mass *= torch.randint(0, 4, (layers, batch, 1), generator=g) > 0
+    return mass
+
+
+@st.composite
+def allocation_inputs(
+    draw: st.DrawFn,
+    kinds: st.SearchStrategy[str] = any_mass,
+    max_layers: int = 6,
+    max_batch: int = 3,
+    max_tokens: int = 40,
+    min_tokens: int = 1,
+) -> AllocationInput:
+    """Importance of a drawn kind with totals, floors and capacities, also totals that no allocation can meet."""
+    layers, batch = draw(st.integers(1, max_layers)), draw(st.integers(1, max_batch))
+    tokens, seed, kind = draw(st.integers(min_tokens, max_tokens)), draw(seeds), draw(kinds)
+    g = generator(seed)
+    importance = (
+        dyadic_masses((layers, batch, tokens), g) if kind == "dyadic" else MASSES[kind]((layers, batch, tokens), g)
+    )
+    floor, capacity = draw(bounds(layers, batch, tokens, g))
+    most = layers * tokens
+    totals = st.integers(0, most) | st.integers(-3, most + 3) | st.sampled_from([0, 1, most, 2**40])
+    total = torch.tensor([draw(totals) for _ in range(batch)])
+    return AllocationInput(importance, total, floor, capacity)
+
+
+@st.composite
+def bounds(draw: st.DrawFn, layers: int, batch: int, tokens: int, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Floors and capacities: none, the same everywhere, or random."""
+    capacity = torch.full((layers, batch), tokens)
+    if draw(st.booleans()):
+        capacity = torch.randint(0, tokens + 1, (layers, batch), generator=g)
+    floor = torch.zeros(layers, batch, dtype=torch.long)
+    kind = draw(st.sampled_from(["none", "same", "random"]))
+    if kind == "same":
+        floor = torch.minimum(floor + draw(st.integers(0, tokens)), capacity)
+    elif kind == "random":
+        floor = (torch.rand(layers, batch, generator=g) * (capacity + 1)).long().clamp(max=capacity)
+    return floor, capacity
+
+
+# -- selection ---------------------------------------------------------------------------------------------------------
+
+
+class Scripted(Scorer):
+    """Scores that follow from layer, head and the number of tokens before alone, so that plain lists can know them."""
+
+    name: ClassVar[str] = "scripted"
+    mass: ClassVar[bool] = True
+    seed: int = 0
+    highest: int = 2**20  # sums of a few are exact in float32, and equal shares of two layers unlikely
+
+    def table(self, layer: int, heads: int, tokens: int) -> Tensor:
+        """Scores `[heads, tokens]`."""
+        rows = [
+            torch.randint(1, self.highest, (512,), generator=generator(self.seed + 64 * layer + head))
+            for head in range(heads)
+        ]
+        return torch.stack(rows)[:, :tokens].float()
+
+    def at(self, layer: int, head: int, index: int) -> int:
+        """Score of one token."""
+        return _scripted_row(self.seed, self.highest, layer, head)[index]
+
+    def score(self, layer: LayerContext) -> Importance:
+        """Looks the scores up."""
+        batch, heads, tokens = layer.keys.shape[:3]
+        index = layer.index.long().expand(batch, heads, tokens)
+        return self.table(layer.layer, heads, 512).expand(batch, -1, -1).gather(-1, index)
+
+
+@functools.cache
+def _scripted_row(seed: int, highest: int, layer: int, head: int) -> list[int]:
+    return Scripted(seed=seed, highest=highest).table(layer, head + 1, 512)[head].int().tolist()
+
+
+@st.composite
+def selection_contexts(draw: st.DrawFn) -> SelectionContext:
+    """A layer with empty slots, protected slots, ties, and a budget that covers the protected."""
+    batch, heads, slots = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 24))
+    sets = draw(st.sampled_from([1, heads]))
+    g = generator(draw(seeds))
+    count = torch.tensor([draw(st.integers(1, slots)) for _ in range(batch)])[:, None, None]
+    sinks, recents = draw(st.integers(0, 4)), draw(st.integers(0, 6))
+    # Any order of columns: decode steps overwrite freed slots.
+    position = torch.rand(batch, sets, slots, generator=g).argsort(-1)
+    valid = position < count
+    gaps = torch.randint(1, 4, (batch, sets, slots), generator=g).cumsum(-1)
+    columns = gaps.gather(-1, position).masked_fill(~valid, -1).int()
+    protected = valid & ((position < sinks) | (position >= count - recents))
+    least = protected.sum(-1).amax(-1)
+    budget = [draw(st.integers(low, high)) for low, high in zip(least.tolist(), count.flatten().tolist(), strict=True)]
+    score = MASSES[draw(st.sampled_from(["random", "ties", "equal", "zeros"]))]((batch, heads, slots), g)
+    return SelectionContext(torch.tensor(budget), valid, protected, columns, score)

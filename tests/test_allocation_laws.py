@@ -1,0 +1,366 @@
+"""Allocation: budgets add up to the total exactly, within floors and capacities, on every input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvcompress import ALLOCATORS, CompressedCache, KVCompressError
+from kvcompress.config import CompressionConfig
+from kvcompress.errors import CacheStateError, PolicyError
+from kvcompress.shapes import AllocationContext
+from kvcompress.stages import Allocator
+from tests import oracles, strategies, tiny
+from tests.strategies import MASSES, AllocationInput, allocation_inputs
+
+every_allocator = pytest.mark.parametrize("allocator", strategies.allocators(), ids=strategies.label)
+mass_readers = pytest.mark.parametrize(
+    "allocator", [a for a in strategies.allocators() if a.reads_mass], ids=strategies.label
+)
+prefix = ALLOCATORS.create("prefix")
+
+
+def clamped(total: int, floor: Tensor, capacity: Tensor) -> int:
+    return max(int(floor.sum()), min(int(total), int(capacity.sum())))
+
+
+def rows_of(given: AllocationInput) -> list[tuple[list[list[float]], int, list[int], list[int]]]:
+    return [
+        (given.importance[:, row].tolist(), int(total), given.floor[:, row].tolist(), given.capacity[:, row].tolist())
+        for row, total in enumerate(given.total)
+    ]
+
+
+# -- every allocator ---------------------------------------------------------------------------------------------------
+
+
+@every_allocator
+@given(given=allocation_inputs(), dtype=st.sampled_from([torch.float32, torch.float64]))
+def test_budgets_meet_the_total_exactly(allocator: Allocator, given: AllocationInput, dtype: torch.dtype) -> None:
+    """Layers add up to clamp(total, sum of floors, sum of capacities), each within its floor and capacity."""
+    budget = allocator.allocate(given.importance.to(dtype), given.total, given.floor, given.capacity)
+    assert budget.dtype == torch.int64
+    assert budget.shape == given.floor.shape
+    assert (budget >= given.floor).all()
+    assert (budget <= given.capacity).all()
+    wanted = [clamped(total, given.floor[:, row], given.capacity[:, row]) for row, total in enumerate(given.total)]
+    assert budget.sum(0).tolist() == wanted
+
+
+@every_allocator
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@given(given=allocation_inputs(kinds=st.sampled_from(["random", "ties", "equal", "zeros", "one_hot"])))
+def test_half_precision_importance_is_allocated_exactly(
+    allocator: Allocator, dtype: torch.dtype, given: AllocationInput
+) -> None:
+    """Importance may come in half precision."""
+    budget = allocator.allocate(given.importance.to(dtype), given.total, given.floor, given.capacity)
+    wanted = [clamped(total, given.floor[:, row], given.capacity[:, row]) for row, total in enumerate(given.total)]
+    assert budget.sum(0).tolist() == wanted
+
+
+@every_allocator
+@given(given=allocation_inputs(kinds=st.just("random")), dtype=st.sampled_from([torch.int32, torch.int16]))
+def test_any_integer_type_counts_tokens(allocator: Allocator, given: AllocationInput, dtype: torch.dtype) -> None:
+    """Totals, floors and capacities of a narrow integer type give the same int64 budgets."""
+    total = given.total.clamp(max=1000)
+    wide = allocator.allocate(given.importance, total, given.floor, given.capacity)
+    narrow = allocator.allocate(given.importance, total.to(dtype), given.floor.to(dtype), given.capacity.to(dtype))
+    assert narrow.dtype == torch.int64
+    assert narrow.tolist() == wide.tolist()
+
+
+@every_allocator
+@given(given=allocation_inputs(), seed=strategies.seeds)
+def test_rows_are_allocated_independently(allocator: Allocator, given: AllocationInput, seed: int) -> None:
+    """A row of a batch gets what it gets alone, whatever the other rows are."""
+    together = allocator.allocate(given.importance, given.total, given.floor, given.capacity)
+    for row in range(given.total.shape[0]):
+        only = slice(row, row + 1)
+        alone = allocator.allocate(
+            given.importance[:, only], given.total[only], given.floor[:, only], given.capacity[:, only]
+        )
+        assert together[:, only].tolist() == alone.tolist()
+
+
+@every_allocator
+@given(given=allocation_inputs())
+def test_inputs_are_left_as_they_were(allocator: Allocator, given: AllocationInput) -> None:
+    """An allocator writes to none of its arguments."""
+    arguments = (given.importance, given.total, given.floor, given.capacity)
+    copies = [argument.clone() for argument in arguments]
+    allocator.allocate(*arguments)
+    assert all(torch.equal(now, before) for now, before in zip(arguments, copies, strict=True))
+
+
+@every_allocator
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_cache_without_tokens_has_empty_budgets(allocator: Allocator, layers: int) -> None:
+    """No tokens, no slots, whatever the total."""
+    none = torch.zeros(layers, 2, dtype=torch.long)
+    budget = allocator.allocate(torch.zeros(layers, 2, 0), torch.tensor([0, 7]), none, none)
+    assert budget.dtype == torch.int64
+    assert budget.tolist() == none.tolist()
+
+
+def valid_input() -> dict[str, Tensor]:
+    return {
+        "importance": torch.rand(3, 2, 5),
+        "total": torch.tensor([6, 9]),
+        "floor": torch.ones(3, 2, dtype=torch.long),
+        "capacity": torch.full((3, 2), 5),
+    }
+
+
+def poisoned(value: float, layer: int) -> Tensor:
+    importance = torch.rand(3, 2, 5)
+    importance[layer, 1, 3] = value
+    return importance
+
+
+def at(layer: int, value: int) -> Tensor:
+    counts = torch.full((3, 2), 5)
+    counts[layer, 1] = value
+    return counts
+
+
+@every_allocator
+@pytest.mark.parametrize(
+    ("argument", "wrong", "says"),
+    [
+        *(
+            pytest.param("importance", poisoned(torch.nan, layer), f"layer {layer}", id=f"nan-{layer}")
+            for layer in (0, 2)
+        ),
+        pytest.param("importance", torch.rand(3, 5), "importance", id="importance-2d"),
+        pytest.param("importance", torch.rand(2, 2, 5), "floor|capacity", id="importance-fewer-layers"),
+        pytest.param("importance", torch.rand(3, 1, 5), "total|floor|capacity", id="importance-fewer-rows"),
+        pytest.param("importance", torch.rand(3, 2, 4), "layer 0", id="capacity-over-tokens-everywhere"),
+        pytest.param("total", torch.tensor([6.0, 9.0]), "total", id="total-float"),
+        pytest.param("total", torch.tensor(6), "total", id="total-scalar"),
+        pytest.param("total", torch.tensor([6, 9, 9]), "total", id="total-more-rows"),
+        pytest.param("floor", torch.ones(3, 2), "floor", id="floor-float"),
+        pytest.param("floor", torch.ones(2, 2, dtype=torch.long), "floor", id="floor-fewer-layers"),
+        pytest.param("floor", at(1, 6), "layer 1", id="floor-over-capacity"),
+        pytest.param("floor", at(2, -1), "layer 2", id="floor-negative"),
+        pytest.param("capacity", at(2, 6), "layer 2", id="capacity-over-tokens"),
+        pytest.param("capacity", at(1, 0), "layer 1", id="capacity-under-floor"),
+        pytest.param("capacity", torch.full((3, 2), 5.0), "capacity", id="capacity-float"),
+        pytest.param("capacity", torch.full((3,), 5), "capacity", id="capacity-1d"),
+    ],
+)
+def test_invalid_input_is_refused_by_name(allocator: Allocator, argument: str, wrong: Tensor, says: str) -> None:
+    """What breaks the contract raises PolicyError naming the argument, or the layer where there is one."""
+    assert allocator.allocate(**valid_input()).sum(0).tolist() == [6, 9]
+    with pytest.raises(PolicyError, match=says) as caught:
+        allocator.allocate(**{**valid_input(), argument: wrong})
+    assert allocator.name in str(caught.value)
+
+
+@mass_readers
+@pytest.mark.parametrize("value", [-1.0, -1e-30, torch.inf, -torch.inf])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_what_is_no_mass_is_refused(allocator: Allocator, value: float, layer: int) -> None:
+    """An allocator of mass refuses negative and infinite importance, naming the layer."""
+    with pytest.raises(PolicyError, match=f"layer {layer}"):
+        allocator.allocate(**{**valid_input(), "importance": poisoned(value, layer)})
+
+
+# -- the prefix allocator ----------------------------------------------------------------------------------------------
+
+dyadic = allocation_inputs(kinds=st.just("dyadic"), max_tokens=24)
+
+
+@given(given=dyadic)
+def test_prefix_keeps_the_ranks_with_least_mass_before_them(given: AllocationInput) -> None:
+    """With exact shares, budgets are those of brute force over all ranks, ties by layer, then rank."""
+    budget = prefix.allocate(given.importance, given.total, given.floor, given.capacity)
+    for row, (masses, total, floor, capacity) in enumerate(rows_of(given)):
+        assert budget[:, row].tolist() == oracles.prefix_budgets(masses, total, floor, capacity)
+
+
+@given(given=allocation_inputs(kinds=st.sampled_from(sorted(MASSES))))
+def test_prefix_keeps_no_rank_above_one_it_drops(given: AllocationInput) -> None:
+    """On any masses, the mass before a kept rank never exceeds, but for rounding, that before a dropped one."""
+    budget = prefix.allocate(given.importance, given.total, given.floor, given.capacity)
+    for row, (masses, _, floor, capacity) in enumerate(rows_of(given)):
+        before = [oracles.mass_before(layer, most) for layer, most in zip(masses, capacity, strict=True)]
+        kept = budget[:, row].tolist()
+        layers = range(len(masses))
+        last_kept = max((before[i][kept[i] - 1] for i in layers if kept[i] > floor[i]), default=0)
+        first_dropped = min((before[i][kept[i]] for i in layers if kept[i] < capacity[i]), default=2)
+        assert last_kept <= first_dropped + 1e-12
+
+
+@given(given=allocation_inputs(kinds=st.just("dyadic"), max_layers=3, max_batch=2, max_tokens=5))
+def test_prefix_is_max_min_optimal(given: AllocationInput) -> None:
+    """No feasible allocation has a larger minimum, over the layers, of retained mass."""
+    budget = prefix.allocate(given.importance, given.total, given.floor, given.capacity)
+    for row, (masses, total, floor, capacity) in enumerate(rows_of(given)):
+        reached = oracles.smallest_retained(masses, budget[:, row].tolist(), capacity)
+        best = max(
+            oracles.smallest_retained(masses, other, capacity) for other in oracles.feasible(total, floor, capacity)
+        )
+        assert reached == best
+
+
+@given(given=allocation_inputs(), more=st.integers(1, 20))
+def test_prefix_budgets_grow_with_the_total(given: AllocationInput, more: int) -> None:
+    """A larger total takes no slot from any layer."""
+    total = given.total.clamp(max=1000)
+    smaller = prefix.allocate(given.importance, total, given.floor, given.capacity)
+    larger = prefix.allocate(given.importance, total + more, given.floor, given.capacity)
+    assert (larger >= smaller).all()
+
+
+@given(given=dyadic, seed=strategies.seeds)
+def test_prefix_ignores_the_order_of_tokens(given: AllocationInput, seed: int) -> None:
+    """Permuting the tokens of a layer changes no budget."""
+    shuffled = torch.rand(given.importance.shape, generator=strategies.generator(seed)).argsort(-1)
+    permuted = given.importance.gather(-1, shuffled)
+    budgets = [prefix.allocate(m, given.total, given.floor, given.capacity) for m in (given.importance, permuted)]
+    assert budgets[0].tolist() == budgets[1].tolist()
+
+
+@given(given=allocation_inputs(kinds=st.just("random"), min_tokens=2), seed=strategies.seeds)
+def test_prefix_permutes_with_the_layers(given: AllocationInput, seed: int) -> None:
+    """Without ties, permuting layers permutes their budgets."""
+    layers = given.importance.shape[0]
+    # Rank 0 ties in all layers, since no mass is before it; a floor of one decides that tie.
+    capacity = given.capacity.clamp(min=1)
+    floor = torch.minimum(given.floor.clamp(min=1), capacity)
+    order = torch.randperm(layers, generator=strategies.generator(seed))
+    budget = prefix.allocate(given.importance, given.total, floor, capacity)
+    permuted = prefix.allocate(given.importance[order], given.total, floor[order], capacity[order])
+    assert permuted.tolist() == budget[order].tolist()
+
+
+@given(given=dyadic, scale=st.integers(-20, 20))
+def test_prefix_reads_shares_not_sizes(given: AllocationInput, scale: int) -> None:
+    """Scaling the masses of one layer changes no budget."""
+    scaled = given.importance.clone()
+    scaled[0] *= 2.0**scale
+    budgets = [prefix.allocate(m, given.total, given.floor, given.capacity) for m in (given.importance, scaled)]
+    assert budgets[0].tolist() == budgets[1].tolist()
+
+
+@given(given=dyadic)
+def test_prefix_notes_the_threshold_that_splits_kept_from_dropped(given: AllocationInput) -> None:
+    """Beyond floors, no kept rank has more mass before it than the threshold, and no dropped rank has less."""
+    context = AllocationContext()
+    budget = prefix.allocate(given.importance, given.total, given.floor, given.capacity, context)
+    threshold = context.notes["threshold"]
+    assert threshold.shape == given.total.shape
+    assert ((threshold >= 0) & (threshold <= 1)).all()
+    for row, (masses, total, floor, capacity) in enumerate(rows_of(given)):
+        if total <= sum(floor) or total > sum(capacity):
+            continue  # floors or capacities decide alone
+        for layer, (mass, most) in enumerate(zip(masses, capacity, strict=True)):
+            before, kept = oracles.mass_before(mass, most), int(budget[layer, row])
+            p = float(threshold[row]) + 1e-12
+            assert kept == floor[layer] or before[kept - 1] <= p
+            assert kept == most or before[kept] >= p - 2e-12
+
+
+@given(given=dyadic, seed=strategies.seeds)
+def test_prefix_reads_no_importance_of_empty_slots(given: AllocationInput, seed: int) -> None:
+    """Whatever stands in slots that are not valid, budgets are as if it were zero."""
+    tokens = given.importance.shape[-1]
+    valid = torch.arange(tokens) < given.capacity.unsqueeze(-1)
+    clean = given.importance.masked_fill(~valid, 0.0)
+    dirty = torch.where(valid, clean, 1e6 * torch.rand(clean.shape, generator=strategies.generator(seed)))
+    budgets = [
+        prefix.allocate(m, given.total, given.floor, given.capacity, AllocationContext(valid=valid))
+        for m in (clean, dirty)
+    ]
+    assert budgets[0].tolist() == budgets[1].tolist()
+
+
+# -- the uniform allocator ---------------------------------------------------------------------------------------------
+
+
+@given(given=allocation_inputs(kinds=st.just("equal"), max_tokens=12))
+def test_uniform_gives_slots_one_at_a_time_to_the_smallest_layer(given: AllocationInput) -> None:
+    """Beyond floors, each slot goes to the layer that has fewest so far, the first of them where they tie."""
+    uniform = ALLOCATORS.create("uniform")
+    budget = uniform.allocate(given.importance, given.total, given.floor, given.capacity)
+    for row, (_, total, floor, capacity) in enumerate(rows_of(given)):
+        assert budget[:, row].tolist() == oracles.uniform_budgets(total, floor, capacity)
+
+
+# -- an allocator of one's own -----------------------------------------------------------------------------------------
+
+
+class Liar(Allocator):
+    """Gives what the contract allows, and one of the answers that it does not."""
+
+    name = "liar"
+    lie: str = "none"
+
+    def allocate(self, importance, total, floor, capacity, context=None):
+        budget = ALLOCATORS.create("uniform").allocate(importance, total, floor, capacity, context)
+        if self.lie in ("more", "less"):
+            budget[0] += 1 if self.lie == "more" else -1
+        if self.lie == "moved":  # the total stays right
+            budget[0], budget[1] = budget[0] + budget[1], 0
+        answers = {
+            "float": budget.float(),
+            "int32": budget.int(),
+            "flat": budget.flatten(),
+            "transposed": budget.T.contiguous(),
+            "row": budget[:, :1].expand(-1, 3),
+            "list": budget.tolist(),
+            "nothing": None,
+        }
+        return answers.get(self.lie, budget)
+
+
+LIES = {
+    "more": "liar",
+    "less": "liar",
+    "moved": "layer",
+    "float": "int64",
+    "int32": "int64",
+    "flat": "int64",
+    "transposed": "int64",
+    "row": "int64",
+    "list": "int64",
+    "nothing": "int64",
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_wrong_answer_is_refused_when_called_directly(lie: str) -> None:
+    """A custom allocator that returns a wrong total, type or shape is caught by name, whoever calls it."""
+    given = valid_input()
+    assert Liar().allocate(**given).sum(0).tolist() == [6, 9]
+    with pytest.raises(PolicyError, match=LIES[lie]):
+        Liar(lie=lie).allocate(**given)
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_wrong_answer_is_refused_within_a_cache(lie: str) -> None:
+    """The same answers stop the forward of a cache, and leave the cache unusable until it is reset."""
+    model, given = tiny.model("llama"), tiny.inputs("llama", 12, seed=1)
+    config = CompressionConfig(budget=0.5, scorer="attention", allocator=Liar(lie=lie))
+    cache = CompressedCache(model, config)
+    with torch.no_grad(), pytest.raises(PolicyError, match=LIES[lie]):
+        model(**given, past_key_values=cache)
+    with torch.no_grad(), pytest.raises(CacheStateError, match="reset"):
+        model(**given, past_key_values=cache)
+    cache.reset()
+    assert cache.get_seq_length() == 0
+    with torch.no_grad(), pytest.raises(KVCompressError, match=LIES[lie]):
+        model(**given, past_key_values=cache)
+
+
+def test_an_honest_allocator_of_ones_own_works_within_a_cache() -> None:
+    """The counterpart of the two tests above."""
+    model, given = tiny.model("llama"), tiny.inputs("llama", 12, seed=1)
+    cache = CompressedCache(model, CompressionConfig(budget=0.5, scorer="attention", allocator=Liar()))
+    with torch.no_grad():
+        model(**given, past_key_values=cache)
+    assert cache.report().layer_lengths == [[6]] * 3

@@ -1,0 +1,266 @@
+"""Selection: budgets are met to the slot, the protected survive, and decode steps evict by the rule that was chosen."""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvcompress import EVICTORS, Budget, CompressedCache, CompressionConfig
+from kvcompress.errors import ConfigError
+from kvcompress.shapes import SelectionContext
+from kvcompress.stages import Evictor
+from tests import oracles, reference, strategies, tiny
+from tests.strategies import Scripted, examples, selection_contexts
+
+every_evictor = pytest.mark.parametrize("evictor", strategies.evictors(), ids=strategies.label)
+bounded = [evictor for evictor in strategies.evictors() if getattr(evictor, "decode", None) != "none"]
+
+
+def prompt(row_lengths: list[int], seed: int) -> tuple[dict[str, Any], Tensor]:
+    """A left-padded batch for plain forwards, and which columns are tokens."""
+    longest = max(row_lengths)
+    ids = tiny.token_ids(len(row_lengths), longest, seed)
+    valid = torch.arange(longest) >= longest - torch.tensor(row_lengths)[:, None]
+    positions = (valid.cumsum(1) - 1).clamp(min=0)
+    return {"input_ids": ids, "attention_mask": valid.long(), "position_ids": positions}, valid
+
+
+def step(cache: CompressedCache, valid: Tensor, seed: int, tokens: int = 1) -> Tensor:
+    """One more forward of random tokens; returns the columns' validity with the new ones."""
+    batch = valid.shape[0]
+    valid = torch.cat([valid, torch.ones(batch, tokens, dtype=torch.bool)], dim=1)
+    positions = (valid.cumsum(1) - 1)[:, -tokens:]
+    ids = tiny.token_ids(batch, tokens, seed)
+    with torch.no_grad():
+        tiny.model("llama")(ids, attention_mask=valid.long(), position_ids=positions, past_key_values=cache)
+    return valid
+
+
+def started(config: CompressionConfig, row_lengths: list[int], seed: int) -> tuple[CompressedCache, Tensor]:
+    """A cache of the tiny LLaMA after a prompt."""
+    cache = CompressedCache(tiny.model("llama"), config)
+    inputs, valid = prompt(row_lengths, seed)
+    with torch.no_grad():
+        tiny.model("llama")(**inputs, past_key_values=cache)
+    return cache, valid
+
+
+# -- one selection -----------------------------------------------------------------------------------------------------
+
+
+@every_evictor
+@given(layer=selection_contexts())
+def test_a_selection_is_the_budget_the_protected_and_no_empty_slot(evictor: Evictor, layer: SelectionContext) -> None:
+    """Every set keeps exactly the budget of its row, all protected slots among it, and only slots that hold a token."""
+    mask = evictor.select(layer)
+    batch, sets, slots = layer.valid.shape
+    heads = layer.importance.shape[1]
+    assert mask.dtype == torch.bool
+    assert mask.shape[0] == batch
+    assert mask.shape[1] in (sets, heads)
+    assert mask.shape[2] == slots
+    assert (mask.sum(-1) == layer.budget[:, None]).all()
+    assert not (mask & ~layer.valid).any()
+    assert (mask | ~layer.protected).all()
+
+
+@every_evictor
+@given(layer=selection_contexts())
+def test_a_selection_changes_nothing_it_was_shown(evictor: Evictor, layer: SelectionContext) -> None:
+    """An evictor writes to no tensor of its context."""
+    before = {name: tensor.clone() for name, tensor in vars(layer).items()}
+    evictor.select(layer)
+    assert all(torch.equal(getattr(layer, name), tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("granularity", ["layer", "head"])
+@given(layer=selection_contexts())
+def test_topk_keeps_the_highest_scores(granularity: str, layer: SelectionContext) -> None:
+    """No slot that may go and stays scores less than one that goes; of equal slots, the one stored first stays."""
+    batch, sets, slots = layer.valid.shape
+    assume(sets == 1)  # heads that hold different tokens have no common slots to rank
+    mask = EVICTORS.create("topk", granularity=granularity).select(layer)
+    score = layer.importance if granularity == "head" else layer.importance.mean(1, keepdim=True)
+    for row in range(batch):
+        for kept, scores in zip(mask[row].tolist(), score[row].tolist(), strict=True):
+            protected, valid = layer.protected[row, 0].tolist(), layer.valid[row, 0].tolist()
+            ranked = sorted((not protected[slot], -scores[slot], slot) for slot in range(slots) if valid[slot])
+            best = {slot for *_, slot in ranked[: int(layer.budget[row])]}
+            assert {slot for slot in range(slots) if kept[slot]} == best
+
+
+@given(layer=selection_contexts())
+def test_streaming_keeps_the_latest(layer: SelectionContext) -> None:
+    """Beyond the protected, columns that stay come after all that go."""
+    mask = EVICTORS.create("streaming").select(layer)
+    free = layer.valid & ~layer.protected
+    gone = layer.columns.masked_fill(~(free & ~mask), -1).amax(-1)
+    stay = layer.columns.masked_fill(~(free & mask), 10**6).amin(-1)
+    assert (gone < stay).all()
+
+
+@every_evictor
+@given(
+    recent=st.integers(0, 40),
+    distance=st.integers(1, 40),
+    sink=st.integers(0, 40),
+)
+def test_recents_past_the_reach_of_the_decode_rule_are_refused(
+    evictor: Evictor, recent: int, distance: int, sink: int
+) -> None:
+    """A configuration whose decode steps would evict recents cannot be made, and the error says what to change."""
+    if "distance" in type(evictor).model_fields:
+        evictor = type(evictor)(**{**dict(evictor), "distance": distance})
+    fields = {"budget": Budget(fraction=0.5, sink=sink, recent=recent), "scorer": Scripted(), "evictor": evictor}
+    if evictor.reach is not None and recent > evictor.reach:
+        with pytest.raises(ConfigError, match=f"{recent} recents"):
+            CompressionConfig(**fields)
+    else:
+        assert CompressionConfig(**fields).budget.recent == recent
+
+
+@pytest.mark.parametrize("recent", [25, 26])
+def test_the_fixed_point_reaches_25_recents_and_no_more(recent: int) -> None:
+    """With the distance of the paper's code, 25 recents are safe and 26 are not."""
+    fields = {"budget": Budget(fraction=0.5, recent=recent), "scorer": "attention", "evictor": "topk"}
+    if recent == 25:
+        CompressionConfig(**fields)
+    else:
+        with pytest.raises(ConfigError, match="distance"):
+            CompressionConfig(**fields)
+
+
+# -- a running cache ---------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def budgets(draw: st.DrawFn, recent: int = 5) -> Budget:
+    """Fractions that are exact in binary, and numbers of tokens; with sinks and recents."""
+    protected = {"sink": draw(st.integers(0, 4)), "recent": draw(st.integers(0, recent))}
+    fraction = st.sampled_from([0.125, 0.25, 0.375, 0.5, 0.75, 1.0])
+    amount = draw(st.one_of(st.builds(dict, fraction=fraction), st.builds(dict, tokens=st.integers(1, 24))))
+    return Budget(**amount, **protected)
+
+
+@every_evictor
+@examples(6)
+@given(
+    budget=budgets(),
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=3),
+    distance=st.integers(5, 12),
+    steps=st.integers(1, 12),
+    seed=strategies.seeds,
+)
+def test_sinks_and_recents_survive_every_step(
+    evictor: Evictor, budget: Budget, lengths: list[int], distance: int, steps: int, seed: int
+) -> None:
+    """After the prompt and after every decode step, every layer and head holds each row's first and last tokens."""
+    if "distance" in type(evictor).model_fields:
+        evictor = type(evictor)(**{**dict(evictor), "distance": distance})
+    cache, valid = started(strategies.config_with(evictor, budget=budget, scorer=Scripted(seed=seed)), lengths, seed)
+    for number in range(steps + 1):
+        tokens = [row.nonzero().flatten().tolist() for row in valid]
+        for layer in reference.held(cache):
+            for row, sets in enumerate(layer):
+                protected = {*tokens[row][: budget.sink], *tokens[row][max(0, len(tokens[row]) - budget.recent) :]}
+                for columns in sets:
+                    assert protected <= set(columns) <= set(tokens[row])
+        if number < steps:
+            valid = step(cache, valid, seed + number)
+
+
+@every_evictor
+@pytest.mark.parametrize("allocator", ["uniform", "prefix"])
+@examples(8)
+@given(
+    budget=budgets(),
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=3),
+    forwards=st.lists(st.sampled_from([1, 1, 1, 1, 4]), min_size=1, max_size=10),
+    distance=st.integers(5, 12),
+    seed=strategies.seeds,
+)
+def test_a_running_cache_holds_what_plain_lists_hold(
+    evictor: Evictor,
+    allocator: str,
+    budget: Budget,
+    lengths: list[int],
+    forwards: list[int],
+    distance: int,
+    seed: int,
+) -> None:
+    """Through a padded prompt, decode steps and turns, every layer and head holds the columns that the rules name."""
+    if type(evictor).__module__ != EVICTORS.get("topk").__module__ and evictor.name != "streaming":
+        pytest.skip("the plain lists know the rules of topk and streaming")
+    if "distance" in type(evictor).model_fields:
+        evictor = type(evictor)(**{**dict(evictor), "distance": distance})
+    by_head = getattr(evictor, "granularity", "layer") == "head"
+    if allocator == "prefix" and by_head:
+        assume(4 not in forwards)  # how heads with different tokens are compared is not the matter here
+    scorer = Scripted(seed=seed)
+    config = CompressionConfig(budget=budget, scorer=scorer, allocator=allocator, evictor=evictor)
+    cache, valid = started(config, lengths, seed)
+    rows = [oracles.PlainRow(config, layers=3, heads=2, score=scorer.at) for _ in lengths]
+    for row, row_valid in zip(rows, valid.tolist(), strict=True):
+        row.forward(row_valid, recording=False)
+    for number, tokens in enumerate([0, *forwards]):
+        if tokens:
+            valid = step(cache, valid, seed + number, tokens)
+            for row in rows:
+                row.forward([True] * tokens, recording=False)
+        expected = [[row.layers[layer].held for row in rows] for layer in range(3)]
+        assert alike(reference.held(cache), expected)
+
+
+def alike(found: list[list[list[list[int]]]], expected: list[list[list[list[int]]]]) -> bool:
+    """Whether columns are the same, where one set may stand for all heads."""
+    for found_row, expected_row in zip(chain(*found), chain(*expected), strict=True):
+        heads = max(len(found_row), len(expected_row))
+        if found_row * (heads // len(found_row)) != expected_row * (heads // len(expected_row)):
+            return False
+    return True
+
+
+@pytest.mark.parametrize("evictor", bounded, ids=strategies.label)
+@examples(8)
+@given(
+    budget=budgets(),
+    lengths=st.lists(st.integers(1, 30), min_size=1, max_size=3),
+    forwards=st.lists(st.sampled_from([1, 1, 1, 1, 4]), min_size=1, max_size=8),
+    seed=strategies.seeds,
+)
+def test_no_layer_holds_more_than_the_budget(
+    evictor: Evictor, budget: Budget, lengths: list[int], forwards: list[int], seed: int
+) -> None:
+    """After every forward the layers of a row together hold at most its budget, or the protected if they are more."""
+    cache, valid = started(strategies.config_with(evictor, budget=budget, scorer=Scripted(seed=seed)), lengths, seed)
+    for number, tokens in enumerate([0, *forwards]):
+        if tokens:
+            valid = step(cache, valid, seed + number, tokens)
+        report = cache.report()
+        for row, seen in enumerate(valid.sum(1).tolist()):
+            allowed = budget.tokens * 3 if budget.tokens else int(budget.fraction * seen * 3)
+            protected = min(seen, budget.sink + budget.recent)
+            assert sum(layer[row] for layer in report.layer_lengths) <= max(allowed, 3 * protected)
+            for layer, limits in zip(report.layer_lengths, report.layer_budgets, strict=True):
+                assert layer[row] <= limits[row]
+
+
+@pytest.mark.parametrize("kept", [40, 26, 25, 12])
+def test_the_papers_fixed_point(kept: int) -> None:
+    """The first kept - 25 slots stay for good, half of them if fewer are kept; the rest leave by age."""
+    config = CompressionConfig.preset("prefixkv", budget=kept, scorer=Scripted(), allocator="uniform")
+    cache, valid = started(config, [60], seed=0)
+    stay = kept - 25 if kept > 25 else kept // 2
+    first = cache.report().columns(0, 0)
+    model = list(first)
+    for number in range(60):
+        valid = step(cache, valid, seed=number)
+        model = [*model[:stay], *model[stay + 1 :], 60 + number]
+        assert cache.report().columns(0, 0) == model
+    assert model == [*first[:stay], *range(120 - (kept - stay), 120)]
