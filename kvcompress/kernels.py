@@ -117,35 +117,40 @@ def attention_mass(
     batch, heads, queries, _ = query.shape
     kv_heads, tokens = key.shape[1], key.shape[2]
     past, group, rows = tokens - queries, heads // kv_heads, batch * kv_heads
-    queries_with_lse = _with_lse(query[:, :, start::step], lse[:, :, start::step], scaling)
-    width, counted = queries_with_lse.shape[-1], queries_with_lse.shape[2]
-    queries_with_lse = queries_with_lse.view(rows, group, counted, width)
-    keys_with_one = F.pad(key, (0, width - key.shape[3]), value=1.0).view(rows, tokens, width).transpose(1, 2)
+    queries_with_lse = _with_lse(query[:, :, start::step], lse[:, :, start::step], scaling, kv_heads)
+    counted, width = queries_with_lse.shape[1], queries_with_lse.shape[3]
+    keys_with_one = F.pad(key, (0, width - key.shape[3]), value=1.0).view(rows, tokens, width)
     columns = torch.arange(tokens, device=query.device)
     last_key = columns[past + start :: step]  # the query's own token is the last that it sees
     mass = torch.zeros(rows, tokens, dtype=torch.float32, device=query.device)
     tile_queries, tile_keys = _tile(rows * group, query.device)
-    ones = torch.ones(1, 1, group * tile_queries, device=query.device).expand(rows, -1, -1)
+    tiles = [tile.contiguous().transpose(1, 2) for tile in keys_with_one.split(tile_keys, dim=1)]
+    ones = torch.ones(rows, 1, group * min(tile_queries, counted), device=query.device)
     for first in range(0, counted, tile_queries):
         end = min(first + tile_queries, counted)
-        block = queries_with_lse[:, :, first:end].reshape(rows, -1, width)
+        block = queries_with_lse[:, first:end].flatten(1, 2).contiguous()
         seen_by_all, seen = past + start + first * step + 1, past + start + (end - 1) * step + 1
-        for left in range(0, seen, tile_keys):
+        for left, tile in zip(range(0, seen, tile_keys), tiles, strict=False):
             right = min(left + tile_keys, seen)
-            probability = torch.bmm(block, keys_with_one[:, :, left:right]).exp_().float()
+            probability = torch.bmm(block, tile[:, :, : right - left]).exp_().float()
             if right > seen_by_all:
                 edge = max(left, seen_by_all)
-                hidden = columns[edge:right] > last_key[first:end, None]
-                probability.view(rows, group, end - first, -1)[..., edge - left :].masked_fill_(hidden, 0.0)
+                visible = (columns[edge:right] <= last_key[first:end, None]).float().unsqueeze(1)
+                probability.view(rows, end - first, group, -1)[..., edge - left :].mul_(visible)
             mass[:, left:right] += torch.bmm(ones[:, :, : block.shape[1]], probability).squeeze(1)  # a sum, but faster
     return mass.div_(group).view(batch, kv_heads, tokens)
 
 
-def _with_lse(query: Tensor, lse: Tensor, scaling: float) -> Tensor:
-    """Scaled queries with minus their log-sum-exp as two more dimensions: as rounded, and what rounding left over."""
-    negative = lse.unsqueeze(-1).neg()
+def _with_lse(query: Tensor, lse: Tensor, scaling: float, kv_heads: int) -> Tensor:
+    """Scaled queries with minus their log-sum-exp as two more dimensions: as rounded, and what rounding left over.
+
+    Returns:
+        `[batch * kv_heads, queries, group, head_dim + 2]`.
+    """
+    query = query.unflatten(1, (kv_heads, -1)).transpose(2, 3)
+    negative = lse.unflatten(1, (kv_heads, -1)).transpose(2, 3).unsqueeze(-1).neg()
     rounded = negative.to(query.dtype)
-    return torch.cat([query * scaling, rounded, (negative - rounded).to(query.dtype)], dim=-1)
+    return torch.cat([query * scaling, rounded, (negative - rounded).to(query.dtype)], dim=-1).flatten(0, 1)
 
 
 def _tile(head_rows: int, device: torch.device) -> tuple[int, int]:

@@ -16,12 +16,18 @@ jaxtyping.install_import_hook("kvcompress", f"{tests.type_checker.__name__}.chec
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from hypothesis import HealthCheck, settings  # noqa: E402
+from hypothesis import HealthCheck, Phase, settings  # noqa: E402
 
 # Examples run whole models, so how long one takes says nothing about the strategy that drew it. Longer searches:
 # pytest --hypothesis-profile=thorough --timeout=0
+# Explaining a failure would trace every line of the models.
 settings.register_profile(
-    "quick", deadline=None, max_examples=25, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+    "quick",
+    deadline=None,
+    max_examples=25,
+    print_blob=True,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink],
+    suppress_health_check=[HealthCheck.too_slow],
 )
 settings.register_profile("thorough", settings.get_profile("quick"), max_examples=500)
 settings.load_profile("quick")

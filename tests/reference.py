@@ -160,7 +160,7 @@ class Reference:
                     wanted = whole[row, head, sets[0 if len(sets) == 1 else head]]
                     near = (wanted[:, None] - stored[row, head]).abs().amax(-1) < tolerance  # in any order
                     assert near.any(1).all(), f"layer {layer}, row {row}, head {head}: stores another token"
-                    assert len(set(near.int().argmax(1).tolist())) == len(wanted)
+                    assert near.any(0).sum() >= len(wanted), f"layer {layer}, row {row}, head {head}: stores one twice"
 
     def copy(self) -> Reference:
         """A reference that goes on independently."""

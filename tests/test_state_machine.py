@@ -64,6 +64,10 @@ class World:
     def valid(self) -> Tensor:
         return torch.tensor([row.valid for row in self.rows], dtype=torch.bool)
 
+    def copy(self) -> World:
+        rows = [row.copy() for row in self.rows]
+        return World(copy.deepcopy(self.cache), rows, self.reference.copy(), self.recording)
+
 
 @dataclass
 class Prompt:
@@ -293,4 +297,4 @@ def same_columns(found: list[Any], expected: list[Any]) -> bool:
 
 
 TestCache = CacheMachine.TestCase
-TestCache.settings = settings(max_examples=60, stateful_step_count=30)
+TestCache.settings = settings(strategies.examples(60), stateful_step_count=30)

@@ -1,0 +1,225 @@
+"""Speed and memory against transformers' own cache, paired in one process: `python -m kvcompress.evaluation.bench`.
+
+Every figure is a ratio of runs that take turns, and the median of those ratios, since a busy machine changes its mind
+about what a second is.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from kvcompress.cache import CompressedCache
+from kvcompress.evaluation.models import load_model
+from kvcompress.registry import ALLOCATORS
+
+QUERIES = {"exact": "all", "stride:4": "stride:4", "window:32": "window:32"}
+
+
+class Bench:
+    """SmolLM2 in bfloat16, a long prompt, and the caches to compare."""
+
+    def __init__(self, tokens: int) -> None:
+        """Loads the model and reads `tokens` tokens of English text."""
+        loaded = load_model("smollm2", dtype="bfloat16")
+        text = "\n".join(topics[name] for name in sorted(topics))
+        self.model: PreTrainedModel = loaded.model
+        self.ids: Tensor = loaded.tokenizer(text, return_tensors="pt").input_ids[:, :tokens]
+
+    def dynamic(self) -> Cache:
+        """Transformers' default cache."""
+        return DynamicCache(config=self.model.config)
+
+    def compressed(self, queries: str, budget: float = 0.2) -> CompressedCache:
+        """PrefixKV with attention summed over some queries."""
+        scorer = {"name": "attention", "queries": queries}
+        return CompressedCache(self.model, "prefixkv", budget=budget, scorer=scorer)
+
+    @torch.inference_mode()
+    def run(self, cache: Cache, ids: Tensor) -> float:
+        """Seconds of one forward, as in `generate`: logits for the last token alone."""
+        start = time.perf_counter()
+        self.model(ids, past_key_values=cache, logits_to_keep=1)
+        return time.perf_counter() - start
+
+    def run_new(self, make: Callable[[], Cache]) -> float:
+        """Seconds of the whole prompt with a new cache."""
+        return self.run(make(), self.ids)
+
+    def prefill(self, rounds: int) -> dict[str, float]:
+        """Time of a whole prompt, as a ratio to `DynamicCache`."""
+        makers: dict[str, Callable[[], Cache]] = {
+            "DynamicCache": self.dynamic,
+            "no scores (preset full)": partial(CompressedCache, self.model, "full"),
+            **{f"scores {name}": partial(self.compressed, queries) for name, queries in QUERIES.items()},
+        }
+        times = in_turns({name: partial(self.run_new, make) for name, make in makers.items()}, rounds)
+        return ratios(times, "DynamicCache")
+
+    def decode(self, rounds: int) -> tuple[dict[str, float], float]:
+        """Time of one decoded token as a ratio to a cache of one token (weights alone), and that one's seconds."""
+        fifth = self.ids[:, : self.ids.shape[1] // 5]
+        caches = {
+            "DynamicCache, everything": (self.dynamic(), self.ids),
+            "DynamicCache, cut to 20 %": (self.dynamic(), fifth),
+            "kvcompress, everything": (CompressedCache(self.model, "full"), self.ids),
+            "kvcompress prefixkv, 20 %": (self.compressed("all"), self.ids),
+        }
+        for cache, ids in caches.values():
+            self.run(cache, ids)
+        one = self.ids[:, :1]
+
+        def floor() -> float:
+            cache = self.dynamic()
+            self.run(cache, one)
+            return self.run(cache, one)
+
+        steps: dict[str, Callable[[], float]] = {"DynamicCache, one token": floor}
+        steps |= {name: partial(self.run, cache, one) for name, (cache, _) in caches.items()}
+        times = in_turns(steps, rounds, warm_up=5)
+        return ratios(times, "DynamicCache, one token"), statistics.median(times["DynamicCache, one token"])
+
+    def kept(self) -> dict[str, float]:
+        """Share of the exactly scored choice that cheaper scores choose too, and bytes held against the budget."""
+        caches = {name: self.compressed(queries) for name, queries in QUERIES.items()}
+        for cache in caches.values():
+            self.run(cache, self.ids)
+        reports = {name: cache.report() for name, cache in caches.items()}
+        exact, found = reports["exact"], {}
+        layers = range(len(exact.layer_lengths))
+        for name in list(QUERIES)[1:]:
+            same = [len({*exact.columns(n, 0)} & {*reports[name].columns(n, 0)}) for n in layers]
+            found[f"kept by {name} too"] = sum(same) / sum(map(sum, exact.layer_lengths))
+        found["bytes held / (20 % of all bytes)"] = exact.kv_bytes / (0.2 * exact.full_kv_bytes)
+        found["index bytes / bytes held"] = exact.index_bytes / exact.kv_bytes
+        return found
+
+
+def allocation_seconds(tokens: int = 131_072, layers: int = 80) -> dict[str, float]:
+    """Time of the prefix allocator on a long context, and how it grows when the context doubles."""
+    seconds = {}
+    for length in (tokens // 2, tokens):
+        mass = torch.rand(layers, 1, length, generator=torch.Generator().manual_seed(0)) ** 8
+        capacity = torch.full((layers, 1), length)
+        total, floor = capacity.sum(0) // 5, torch.full_like(capacity, 2)
+        runs = in_turns({"run": partial(timed, ALLOCATORS.create("prefix").allocate, mass, total, floor, capacity)}, 3)
+        seconds[length] = statistics.median(runs["run"])
+    return {"seconds": seconds[tokens], "when tokens double": seconds[tokens] / seconds[tokens // 2]}
+
+
+def peak_bytes(case: str, tokens: int) -> int:
+    """Memory that the prefill of a fresh process takes on top of the loaded model (Linux)."""
+    command = [sys.executable, "-m", "kvcompress.evaluation.bench", "--peak", case, "--tokens", str(tokens)]
+    return int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+
+
+def own_peak_bytes(case: str, tokens: int) -> int:
+    """The same for this process."""
+    bench = Bench(tokens)
+    CompressedCache(bench.model, "full")
+    bench.run(bench.dynamic(), bench.ids[:, :64])
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
+    before = _memory("VmHWM")
+    bench.run(bench.dynamic() if case == "DynamicCache" else bench.compressed(QUERIES[case]), bench.ids)
+    return _memory("VmHWM") - before
+
+
+def _memory(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
+
+
+def timed(function: Callable[..., Any], *arguments: Any) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def in_turns(runs: dict[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Runs each in turn, `rounds` times after a warm-up; garbage is collected between rounds, not within."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(warm_up + rounds):
+        gc.collect()
+        for name, run in runs.items():
+            seconds = run()
+            if turn >= warm_up:
+                times[name].append(seconds)
+    return times
+
+
+def ratios(times: dict[str, list[float]], base: str) -> dict[str, float]:
+    """Median over rounds of each time divided by the base's in the same round."""
+    return {
+        name: statistics.median(own / other for own, other in zip(seconds, times[base], strict=True))
+        for name, seconds in times.items()
+    }
+
+
+def table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    """Two columns under a title."""
+    found = Table("", "measured", title=title, title_justify="left")
+    for row in rows:
+        found.add_row(*row)
+    return found
+
+
+def main(
+    tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 4000,
+    rounds: Annotated[int, typer.Option(help="Paired rounds of prefill; decoding takes ten times as many.")] = 5,
+    peak: Annotated[str | None, typer.Option(hidden=True)] = None,
+) -> None:
+    """Measures decoding, prefill, memory and allocation on SmolLM2-135M in bfloat16."""
+    if peak is not None:
+        print(own_peak_bytes(peak, tokens))
+        return
+    console, bench = Console(), Bench(tokens)
+    console.print(
+        f"SmolLM2-135M, bfloat16, {tokens} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    decode, floor = bench.decode(10 * rounds)
+    own, full = decode["kvcompress prefixkv, 20 %"], decode["kvcompress, everything"]
+    against = {
+        "prefixkv at 20 % faster than DynamicCache with everything": decode["DynamicCache, everything"] / own,
+        "prefixkv at 20 % faster than DynamicCache cut to 20 %": decode["DynamicCache, cut to 20 %"] / own,
+        "kvcompress with everything faster than DynamicCache": decode["DynamicCache, everything"] / full,
+    }
+    rows = [(name, f"{ratio:.2f}x the floor") for name, ratio in decode.items()]
+    rows += [(name, f"{ratio:.2f}x") for name, ratio in against.items()]
+    console.print(table(f"Decoding one token (floor: {1000 * floor:.1f} ms)", rows))
+    console.print(table("Prefill", [(n, f"{r:.2f}x DynamicCache") for n, r in bench.prefill(rounds).items()]))
+    console.print(table("What is kept at 20 %", [(name, f"{share:.3f}") for name, share in bench.kept().items()]))
+    if sys.platform == "linux":
+        base = peak_bytes("DynamicCache", tokens)
+        peaks = [(f"scores {case}", f"{peak_bytes(case, tokens) / base:.2f}x DynamicCache") for case in QUERIES]
+        console.print(
+            table(f"Peak memory of prefill (DynamicCache: {base / 2**20:.0f} MiB on top of the model)", peaks)
+        )
+    allocation = allocation_seconds()
+    rows = [
+        ("seconds", f"{allocation['seconds']:.2f}"),
+        ("when tokens double", f"{allocation['when tokens double']:.2f}x"),
+    ]
+    console.print(table("Prefix allocation, 80 layers x 131,072 tokens", rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)
