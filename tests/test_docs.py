@@ -1,0 +1,66 @@
+"""What the documents show runs: Python blocks, command lines, and the examples in docstrings."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvcompress import CompressedCache
+from kvcompress.cli import app
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "CONTRIBUTING.md"]
+_BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_SLOW = ("kvcompress demo",)  # minutes; `make demo` runs it
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [text for kind, text in _BLOCK.findall(page.read_text(encoding="utf-8")) if kind == language]
+
+
+def command_lines(page: Path) -> list[str]:
+    joined = "\n".join(blocks(page, "sh") + blocks(page, "bash") + blocks(page, "console")).replace("\\\n", " ")
+    lines = [line.removeprefix("$ ").split("  #")[0].strip() for line in joined.splitlines()]
+    return [line for line in lines if line.startswith("kvcompress")]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
+def test_python_blocks_run_in_order(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    from kvcompress import ALLOCATORS
+
+    monkeypatch.setattr(ALLOCATORS, "_policies", dict(ALLOCATORS._policies))
+    code = "\n".join(blocks(page, "python"))
+    exec(compile(code, str(page), "exec"), {"__name__": page.stem})
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("page", "line"), [(page, line) for page in PAGES for line in command_lines(page)], ids=lambda given: str(given)
+)
+def test_command_lines_run(page: Path, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if line.startswith(_SLOW):
+        line += " --help"
+    result = CliRunner().invoke(app, shlex.split(line)[1:])
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("name", ["kvcompress.registry", "kvcompress.config", "kvcompress.cache"])
+def test_examples_in_docstrings_run(name: str) -> None:
+    given = {
+        "model": tiny.model("llama"),
+        "inputs": tiny.inputs("llama", 40, seed=0),
+        "CompressedCache": CompressedCache,
+    }
+    results = doctest.testmod(importlib.import_module(name), extraglobs=given)
+    assert results.attempted and not results.failed
