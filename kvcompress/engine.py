@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -179,17 +180,10 @@ class Engine:
 
     def _compress_local(self, layer: int, store: DenseStore, forward: Forward) -> None:
         """Compresses a layer as soon as it ran, for allocators that need no scores of other layers."""
-        if forward.local is None:
-            new = [forward.queries] * store.batch if forward.spans is None else [len(s) for s in forward.spans]
-            held = [
-                other.counts
-                if index <= layer
-                else [
-                    count + more
-                    for count, more in zip(other.counts if other.batch else [0] * len(new), new, strict=True)
-                ]
-                for index, other in enumerate(self.stores)
-            ]
+        if forward.local is None:  # the first layer has its new tokens, the others will have them
+            new = [forward.queries] * store.batch if forward.spans is None else [len(span) for span in forward.spans]
+            held = [[sum(pair) for pair in zip_longest(other.counts, new, fillvalue=0)] for other in self.stores[1:]]
+            held = [store.counts, *held]
             forward.local = pipeline.allocate(self.config, self.sequence, self.stores, held, None, None)
         pipeline.shrink(layer, store, self.config, self.sequence, forward.local.budgets[layer])
         self._pin(layer)
@@ -238,8 +232,9 @@ class Engine:
             pipeline.row_total(self.config.budget, sequence.row_seen[r], self.stores, sequence.batch) for r in rows
         ]
         least = pipeline.floors(self.config, sequence)
+        spent, even = allocation.spent, [total // len(self.stores) for total in totals]
         return [
-            [max(share[r] * totals[r] // (allocation.spent[r] or 1), least[r]) for r in rows]
+            [max(share[r] * totals[r] // spent[r] if spent[r] else even[r], least[r]) for r in rows]
             for share in allocation.budgets
         ]
 
@@ -314,6 +309,3 @@ class Engine:
             "cache: an earlier forward failed half-way, so its layers no longer agree; call reset() and run the prompt "
             "again"
         )
-
-
-__all__ = ["Engine", "Forward"]

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvcompress.errors import CacheStateError, UnsupportedModeError
+from kvcompress.errors import CacheStateError, UnsupportedModeError, UnsupportedModelError
 from kvcompress.integrations import Adapter
 
 _HOOK = "_kvcompress_hook"  # on the model
@@ -33,6 +33,9 @@ def observe(model: PreTrainedModel, adapter: Adapter) -> None:
         inputs = signature.bind_partial(*args, **kwargs).arguments if args else kwargs
         cache = inputs.get("past_key_values")
         if isinstance(cache, ObservesInputs):
+            if inputs.get("pixel_values") is not None and not adapter.sees_images:
+                kind = type(module).__name__
+                raise UnsupportedModelError(f"pixel_values: {kind} is a text model; an image needs a LLaVA model")
             ids = inputs.get("input_ids")
             several = ids is not None and ids.shape[1] > 1
             cache.before_forward(inputs, adapter.image_tokens(module, ids) if several else None)  # type: ignore[arg-type]

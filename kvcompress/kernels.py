@@ -124,7 +124,9 @@ def attention_mass(
     last_key = columns[past + start :: step]  # the query's own token is the last that it sees
     mass = torch.zeros(rows, tokens, dtype=torch.float32, device=query.device)
     tile_queries, tile_keys = _tile(rows * group, query.device)
-    tiles = [tile.contiguous().transpose(1, 2) for tile in keys_with_one.split(tile_keys, dim=1)]
+    tiles = [
+        keys_with_one[:, left : left + tile_keys].contiguous().transpose(1, 2) for left in range(0, tokens, tile_keys)
+    ]
     ones = torch.ones(rows, 1, group * min(tile_queries, counted), device=query.device)
     for first in range(0, counted, tile_queries):
         end = min(first + tile_queries, counted)
@@ -132,10 +134,14 @@ def attention_mass(
         seen_by_all, seen = past + start + first * step + 1, past + start + (end - 1) * step + 1
         for left, tile in zip(range(0, seen, tile_keys), tiles, strict=False):
             right = min(left + tile_keys, seen)
-            probability = torch.bmm(block, tile[:, :, : right - left]).exp_().float()
-            if right > seen_by_all:
+            logits = torch.bmm(block, tile[:, :, : right - left])
+            if right <= seen_by_all:
+                probability = logits.exp_().float()
+            else:  # towards the end of the tile some queries see nothing, where their logits mean nothing
                 edge = max(left, seen_by_all)
                 visible = (columns[edge:right] <= last_key[first:end, None]).float().unsqueeze(1)
+                logits[..., edge - left :].clamp_(max=0.0)
+                probability = logits.exp_().float()
                 probability.view(rows, end - first, group, -1)[..., edge - left :].mul_(visible)
             mass[:, left:right] += torch.bmm(ones[:, :, : block.shape[1]], probability).squeeze(1)  # a sum, but faster
     return mass.div_(group).view(batch, kv_heads, tokens)
@@ -147,8 +153,9 @@ def _with_lse(query: Tensor, lse: Tensor, scaling: float, kv_heads: int) -> Tens
     Returns:
         `[batch * kv_heads, queries, group, head_dim + 2]`.
     """
-    query = query.unflatten(1, (kv_heads, -1)).transpose(2, 3)
-    negative = lse.unflatten(1, (kv_heads, -1)).transpose(2, 3).unsqueeze(-1).neg()
+    batch, heads, queries, head_dim = query.shape
+    query = query.view(batch, kv_heads, heads // kv_heads, queries, head_dim).transpose(2, 3)
+    negative = lse.view(batch, kv_heads, heads // kv_heads, queries, 1).transpose(2, 3).neg()
     rounded = negative.to(query.dtype)
     return torch.cat([query * scaling, rounded, (negative - rounded).to(query.dtype)], dim=-1).flatten(0, 1)
 

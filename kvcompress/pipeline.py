@@ -92,7 +92,7 @@ def gather_importance(
 def importance_of(layer: int, store: DenseStore, config: CompressionConfig, sequence: Sequence) -> Tensor | None:
     """Importance of every slot of a layer; slots without a score rank with the highest, empty ones are zero."""
     columns, scores = store.columns(), store.used_scores()
-    if config.scorer is None or scores is None:
+    if config.scorer is None or scores is None or not store.length:
         return None
     index = sequence.index_of(columns)
     ends = torch.tensor(sequence.row_seen, device=columns.device)[:, None, None]

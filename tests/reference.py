@@ -150,7 +150,7 @@ class Reference:
         """Everything that one layer holds."""
         return self.cache.layers[layer].keys, self.cache.layers[layer].values
 
-    def check_stored(self, cache: CompressedCache, tolerance: float = 1e-5) -> None:
+    def check_stored(self, cache: CompressedCache, tolerance: float = 1e-4) -> None:
         """Asserts that each head of the cache stores the keys and values of exactly the columns it reports."""
         for layer, rows in enumerate(held(cache)):
             stored = torch.cat([cache.layers[layer].keys, cache.layers[layer].values], -1)

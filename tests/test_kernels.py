@@ -103,6 +103,16 @@ def test_mass_in_half_precision_is_near_the_exact_one(dtype: torch.dtype, error:
     assert float((mass.sum(-1) - 600).abs().max()) < 600 * error / 10
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_mass_is_finite_where_unseen_keys_have_huge_logits(dtype: torch.dtype) -> None:
+    query = torch.full((1, 1, 40, 16), 8.0, dtype=dtype)
+    key = torch.linspace(-8, 8, 40, dtype=dtype)[None, None, :, None].expand(1, 1, 40, 16).contiguous()
+    _, lse = kernels.attention_with_lse(query, key, key, 0.25, causal=True)
+    mass = kernels.attention_mass(query, key, lse, 0.25)
+    assert bool(mass.isfinite().all())
+    assert float(mass.sum()) == pytest.approx(40, rel=0.02)
+
+
 def test_no_tile_is_larger_than_its_budget() -> None:
     for heads in (1, 9, 64, 1024):
         queries, keys = kernels._tile(heads, torch.device("cpu"))

@@ -74,6 +74,20 @@ def test_a_mask_of_four_dimensions_is_refused(model: Any) -> None:
         model(prompt()["input_ids"], attention_mask=mask, past_key_values=CompressedCache(model, "prefixkv"))
 
 
+def test_an_image_for_a_text_model_is_refused(model: Any) -> None:
+    cache = CompressedCache(model, "prefixkv")
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is a text model"):
+        model(**prompt(), pixel_values=torch.zeros(1, 3, 8, 8), past_key_values=cache)
+    with pytest.raises(ValueError, match="pixel_values"):  # generate() says so itself
+        model.generate(**prompt(), pixel_values=torch.zeros(1, 3, 8, 8), past_key_values=cache)
+
+
+def test_a_static_cache_at_the_same_time_is_refused(model: Any) -> None:
+    cache = CompressedCache(model, "prefixkv")
+    with pytest.raises(ValueError, match="Please use only one of the two"):
+        model.generate(**prompt(), past_key_values=cache, cache_implementation="static", max_new_tokens=2)
+
+
 def test_a_switched_attention_is_refused(model: Any) -> None:
     cache = CompressedCache(model, "prefixkv")
     model.set_attn_implementation("sdpa")

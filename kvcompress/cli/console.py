@@ -30,10 +30,28 @@ def print_json(content: dict[str, Any]) -> None:
     typer.echo(json.dumps(content, indent=2))
 
 
-def working(what: str) -> Status:
-    """A spinner on stderr, for as long as it is entered or until it is stopped; unseen where nobody watches."""
+@contextmanager
+def working(what: str, *, spins: bool = True) -> Iterator[Status]:
+    """Says on stderr what is going on, where somebody watches.
+
+    Args:
+        what: what is going on.
+        spins: whether a spinner says it and goes away in the end; if not, a line does.
+
+    Yields:
+        The spinner, to be changed or stopped early.
+    """
     # The stream of now, by itself: what swaps sys.stderr for a while must not swallow the spinner.
-    return Console(file=sys.stderr).status(Text(what))
+    console = Console(file=sys.stderr)
+    status = console.status(Text(what))
+    if spins:
+        status.start()
+    elif console.is_terminal:
+        console.print(Text(what))
+    try:
+        yield status
+    finally:
+        status.stop()
 
 
 def warn(message: str) -> None:

@@ -104,14 +104,9 @@ def generate(
 
 def load_with_spinner(name: str, dtype: str, device: str = "auto") -> LoadedModel:
     """Loads a model and warms it up."""
-    spinner = working(f"loading {name}")
-    if is_local(name):  # a download shows its own progress
-        spinner.start()
-    try:
+    with working(f"loading {name}", spins=is_local(name)):  # a download shows its own progress
         loaded = load_model(name, dtype=dtype, device=device)
         warm_up(loaded)
-    finally:
-        spinner.stop()
     return loaded
 
 

@@ -33,6 +33,7 @@ kvcompress policies --import my_policies.py
 """
 
 _STAGES = [registry.stage for registry in REGISTRIES]
+_MEANINGS = {registry.stage: documentation_of(registry.contract).summary for registry in REGISTRIES}
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
@@ -128,7 +129,7 @@ def _type_name(annotation: Any) -> str:
 
 def _show(console: Console, content: dict[str, Any]) -> None:
     for section, entries in content.items():
-        console.print(Text(section, style="bold cyan"))
+        console.print(Text.assemble((section, "bold cyan"), "  ", (_MEANINGS.get(section, ""), "italic")))
         for entry in entries:
             console.print(Padding(_entry(entry), (0, 0, 0, 2)))
         if not entries:

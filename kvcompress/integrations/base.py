@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -32,6 +32,8 @@ class Adapter(ABC):
     def attention_modules(self, model: PreTrainedModel) -> list[nn.Module]:
         """The attention module of every decoder layer."""
         return [layer.self_attn for layer in self.layers(model)]  # type: ignore[misc]
+
+    sees_images: ClassVar[bool] = False
 
     def image_tokens(self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"]) -> Tensor | None:
         """Which input ids stand for image tokens; None for a model without vision."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import ClassVar, cast
 
 from jaxtyping import Int
 from torch import Tensor
@@ -18,6 +18,8 @@ _DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 @register_adapter("llava", "llava_next")
 class LlavaAdapter(Adapter):
     """LlavaForConditionalGeneration and LlavaNextForConditionalGeneration over a decoder of LLaMA's shape."""
+
+    sees_images: ClassVar[bool] = True
 
     def decoder(self, model: PreTrainedModel) -> PreTrainedModel:
         """The language model; the vision tower keeps its own attention."""
