@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 _TILE_KEYS = 512
-_TILE_LOGITS_CPU = 128 * 9 * _TILE_KEYS  # stays in the last-level cache
+_TILE_LOGITS_CPU = 256 * 9 * _TILE_KEYS  # stays in the last-level cache
 _TILE_LOGITS_GPU = 64 * 1024 * 1024  # large enough to hide the launch of a kernel
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvcompress import Budget, CompressedCache, CompressionConfig
 from kvcompress.errors import CacheStateError
+from kvcompress.storage import DenseStore
 from tests import oracles, strategies, tiny
 from tests.reference import Reference, decoder_layers, held, recorded
 from tests.strategies import Scripted
@@ -298,3 +299,186 @@ def same_columns(found: list[Any], expected: list[Any]) -> bool:
 
 TestCache = CacheMachine.TestCase
 TestCache.settings = settings(strategies.examples(60), stateful_step_count=30)
+
+
+# -- the store of one layer --------------------------------------------------------------------------------------------
+
+Token = tuple[int, float]  # a column, and the number that its keys and values are made of
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """Appends, decode steps, evictions by age or by choice, selections, and changes of rows and length."""
+
+    @initialize(batch=st.integers(1, 3), by_age=st.booleans(), data=st.data())
+    def start(self, batch: int, by_age: bool, data: st.DataObject) -> None:
+        """A store after a first append."""
+        self.store, self.by_age, self.seen, self.made = DenseStore(), by_age, 0, 0
+        self.tokens: list[list[list[Token]]] = [[[] for _ in range(HEADS)] for _ in range(batch)]
+        self.scores: list[dict[tuple[int, int], float]] = [{} for _ in range(batch)]
+        self.pinned = [0] * batch
+        self.append(data.draw(st.integers(1, 6)), data)
+
+    def new(self, tokens: int) -> Tensor:
+        """Numbers never seen before, `[batch, tokens]`."""
+        batch = len(self.tokens)
+        numbers = torch.arange(self.made + 1, self.made + 1 + batch * tokens).view(batch, tokens).float()
+        self.made += batch * tokens
+        return numbers
+
+    def keys_and_values(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
+        """What a token's number becomes in each head."""
+        heads = torch.arange(HEADS).view(1, HEADS, 1, 1) / 4
+        return (numbers[:, None, :, None] + heads).expand(-1, -1, -1, 3), (heads - numbers[:, None, :, None]).expand(
+            -1, -1, -1, 2
+        )
+
+    def settled(self, data: st.DataObject) -> None:
+        """After an append or a selection, tokens may be pinned."""
+        if self.by_age:
+            self.pinned = [data.draw(st.integers(0, len(heads[0]))) for heads in self.tokens]
+            self.store.pin(self.pinned, [0] * len(self.tokens))
+
+    @rule(tokens=st.integers(1, 4), data=st.data())
+    def append(self, tokens: int, data: st.DataObject) -> None:
+        """The tokens of a forward; some rows have padding among them."""
+        numbers, spans = self.new(tokens), None
+        if data.draw(st.booleans()):
+            masks = st.lists(st.booleans(), min_size=tokens, max_size=tokens)
+            spans = [torch.tensor(data.draw(masks)).nonzero().flatten() for _ in self.tokens]
+        self.store.append(*self.keys_and_values(numbers), self.seen, spans)
+        for row, heads in enumerate(self.tokens):
+            for new in range(tokens) if spans is None else spans[row].tolist():
+                for head in heads:
+                    head.append((self.seen + new, float(numbers[row, new])))
+        self.seen += tokens
+        self.settled(data)
+
+    @rule(room=st.none() | st.integers(1, 30), steps=st.integers(1, 3))
+    def write(self, room: int | None, steps: int) -> None:
+        """The tokens of decode steps."""
+        for _ in range(steps):
+            numbers = self.new(1)
+            self.store.write(*self.keys_and_values(numbers), self.seen, room)
+            for heads, number in zip(self.tokens, numbers[:, 0].tolist(), strict=True):
+                for head in heads:
+                    head.append((self.seen, number))
+            self.seen += 1
+
+    @precondition(lambda self: self.by_age)
+    @rule(data=st.data())
+    def evict_oldest(self, data: st.DataObject) -> None:
+        """Rows over their limits lose their oldest loose tokens."""
+        batch = len(self.tokens)
+        limits = data.draw(
+            st.lists(st.integers(0, 12), min_size=1, max_size=1)
+            | st.lists(st.integers(0, 12), min_size=batch, max_size=batch)
+        )
+        self.store.evict_oldest(limits)
+        for heads, pinned, limit in zip(self.tokens, self.pinned, limits * (batch // len(limits)), strict=True):
+            for head in heads:
+                head[:] = (
+                    [*head[:pinned], *head[max(pinned, pinned + len(head) - max(limit, pinned)) :]]
+                    if len(head) > limit
+                    else head
+                )
+
+    @precondition(lambda self: not self.by_age and all(heads[0] for heads in self.tokens))
+    @rule(data=st.data())
+    def evict_at(self, data: st.DataObject) -> None:
+        """Some rows lose a chosen token, each set another."""
+        rows = sorted(data.draw(st.sets(st.sampled_from(range(len(self.tokens))), min_size=1)))
+        columns = self.store.columns()
+        positions = torch.zeros(columns.shape[:2], dtype=torch.long)
+        for row in rows:
+            for index in range(columns.shape[1]):
+                column, _ = data.draw(st.sampled_from(self.tokens[row][index]))
+                positions[row, index] = int((columns[row, index] == column).nonzero())
+                for head in self.tokens[row] if columns.shape[1] == 1 else [self.tokens[row][index]]:
+                    head[:] = [token for token in head if token[0] != column]
+        self.store.evict_at(positions, rows)
+
+    @rule(by_head=st.booleans(), room=st.integers(0, 2), seed=strategies.seeds, data=st.data())
+    def keep(self, by_head: bool, room: int, seed: int, data: st.DataObject) -> None:
+        """A selection: as many slots in every set of a row."""
+        columns, generator = self.store.columns(), strategies.generator(seed)
+        sets = HEADS if by_head else columns.shape[1]
+        counts = [data.draw(st.integers(0, len(heads[0]))) for heads in self.tokens]
+        chance = torch.rand(len(counts), sets, columns.shape[2], generator=generator)
+        ranks = chance.masked_fill(columns < 0, -1.0).argsort(-1, descending=True).argsort(-1)
+        mask = ranks < torch.tensor(counts)[:, None, None]
+        kept = [
+            [set(c[m].tolist()) for c, m in zip(columns[row].expand(sets, -1), mask[row], strict=True)]
+            for row in range(len(counts))
+        ]
+        self.store.keep(mask, counts, room)
+        for heads, row_kept in zip(self.tokens, kept, strict=True):
+            for index, head in enumerate(heads):
+                head[:] = [token for token in head if token[0] in row_kept[index if sets > 1 else 0]]
+        self.settled(data)
+
+    @rule(seed=strategies.seeds, add=st.booleans())
+    def score(self, seed: int, add: bool) -> None:
+        """Scores for all slots of every row."""
+        if self.store.has_holes or not self.store.length:
+            return
+        scores = torch.randint(
+            0, 100, (len(self.tokens), HEADS, self.store.length), generator=strategies.generator(seed)
+        ).float()
+        self.store.score(slice(None), self.store.length, scores, add)
+        columns = self.store.columns().expand(-1, HEADS, -1)
+        for row, known in enumerate(self.scores):
+            for head in range(HEADS):
+                for column, score in zip(columns[row, head].tolist(), scores[row, head].tolist(), strict=True):
+                    known[head, column] = score + (known.get((head, column), 0.0) if add else 0.0)
+
+    @rule(data=st.data())
+    def select_rows(self, data: st.DataObject) -> None:
+        """Rows are reordered, repeated or dropped."""
+        index = data.draw(st.lists(st.integers(0, len(self.tokens) - 1), min_size=1, max_size=3))
+        self.store.select_rows(torch.tensor(index))
+        self.tokens = [[list(head) for head in self.tokens[row]] for row in index]
+        self.scores = [dict(self.scores[row]) for row in index]
+        self.pinned = [self.pinned[row] for row in index]
+
+    @rule(data=st.data())
+    def crop(self, data: st.DataObject) -> None:
+        """The last columns go, as far as all heads hold the same of them."""
+        column = self.seen - data.draw(st.integers(0, 3))
+        gone = [[[token[0] for token in head if token[0] >= column] for head in heads] for heads in self.tokens]
+        if column < 0 or any(head != heads[0] for heads in gone for head in heads):
+            return
+        assert self.store.holds_from(column) == [len(heads[0]) for heads in gone]
+        self.store.crop(column)
+        self.seen = column
+        for heads, known in zip(self.tokens, self.scores, strict=True):
+            for head in heads:
+                head[:] = [token for token in head if token[0] < column]
+            for key in [key for key in known if key[1] >= column]:
+                del known[key]
+
+    @invariant()
+    def every_slot_is_where_and_what_it_should_be(self) -> None:
+        """Each head's columns, keys, values and scores, in any order; and the sizes that follow."""
+        store = self.store
+        assert store.counts == [len(heads[0]) for heads in self.tokens]
+        assert store.batch == len(self.tokens)
+        assert max(store.counts) <= store.length <= store.capacity
+        assert store.nbytes == store.keys.nbytes + store.values.nbytes
+        columns, scores = store.columns().expand(-1, HEADS, -1), store.used_scores()
+        assert store.has_holes == bool((columns < 0).any())
+        keys, values = store.slots()
+        for row, heads in enumerate(self.tokens):
+            for head, tokens in enumerate(heads):
+                filled = columns[row, head] >= 0
+                order = columns[row, head, filled].argsort()
+                assert columns[row, head, filled][order].tolist() == [column for column, _ in tokens]
+                wanted_keys, wanted_values = self.keys_and_values(torch.tensor([[number for _, number in tokens]]))
+                assert torch.equal(keys[row, head, filled][order], wanted_keys[0, head])
+                assert torch.equal(values[row, head, filled][order], wanted_values[0, head])
+                if scores is not None:
+                    known = [self.scores[row].get((head, column), float("nan")) for column, _ in tokens]
+                    torch.testing.assert_close(scores[row, head, filled][order], torch.tensor(known), equal_nan=True)
+
+
+TestStore = StoreMachine.TestCase
+TestStore.settings = settings(strategies.examples(60), stateful_step_count=20)

@@ -43,21 +43,31 @@ class Dtype(str, Enum):
 
 
 def generate(
-    model: Annotated[str, typer.Option(help="A folder, a model's id on the hub, or smollm2.")] = "smollm2",
-    prompt: Annotated[str | None, typer.Option(help="What to answer; comes after the text of --prompt-file.")] = None,
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="A folder, a model's id on the hub, or smollm2.")
+    ] = "smollm2",
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What to answer; comes after the text of --prompt-file.")
+    ] = None,
     prompt_file: Annotated[
         Path | None,
-        typer.Option(help="A text file; - is stdin."),
+        typer.Option(metavar="FILE", help="A text file; - is stdin."),
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="An image, for LLaVA models.", exists=True, dir_okay=False)] = None,
+    image: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="An image, for LLaVA models.", exists=True, dir_okay=False)
+    ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="A named configuration ('kvcompress policies presets').  [default: prefixkv]")
+        str | None,
+        typer.Option(
+            metavar="NAME", help="A named configuration ('kvcompress policies presets'); prefixkv if left out."
+        ),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(help="A .yaml or .json configuration instead of a preset.", dir_okay=False)
+        Path | None,
+        typer.Option(metavar="FILE", help="A .yaml or .json configuration instead of a preset.", dir_okay=False),
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="0.2: share of the tokens; 512: tokens per layer; 64MiB: bytes.")
+        str | None, typer.Option(metavar="SIZE", help="0.2: share of the tokens; 512: tokens per layer; 64MiB: bytes.")
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -67,15 +77,21 @@ def generate(
         list[str] | None,
         typer.Option("--import", metavar="MODULE", help="Imports your policies first (module or .py); repeatable."),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of the answer.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token, more draws.")] = 0.0,
-    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens of the answer.")] = 128,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, metavar="T", help="0 takes the likeliest token, more draws.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the draws.")] = 0,
     chat: Annotated[
         bool | None,
-        typer.Option("--chat/--no-chat", help="Chat template around the prompt.  [default: if there is one]"),
+        typer.Option("--chat/--no-chat", help="Chat template around the prompt; used if there is one."),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of weights and cache; auto is the checkpoint's own.")] = Dtype.auto,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1; auto is a GPU if there is one.")] = "auto",
+    dtype: Annotated[
+        Dtype, typer.Option(metavar="TYPE", help="float32, bfloat16, float16; auto is the checkpoint's own.")
+    ] = Dtype.auto,
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1; auto is a GPU if there is one.")
+    ] = "auto",
     compare: Annotated[bool, typer.Option("--compare", help="Runs transformers' full cache too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Shows the traceback of an error.")] = False,

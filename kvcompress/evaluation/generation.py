@@ -141,9 +141,8 @@ def generate(
         output = model.generate(  # type: ignore[operator]
             **inputs,
             past_key_values=cache,
-            max_new_tokens=max_new_tokens,
             streamer=clock,
-            pad_token_id=_padding(loaded),
+            **_limits(loaded, max_new_tokens),
             **_sampling(temperature),
         )
     prompt_tokens = inputs["input_ids"].shape[1]
@@ -162,7 +161,7 @@ def warm_up(loaded: LoadedModel) -> None:
     """Runs two tokens through a model, so that no measurement pays for what libraries do once."""
     start = torch.ones(1, 1, dtype=torch.long, device=loaded.model.device)
     loaded.model.generate(  # type: ignore[operator]
-        start, attention_mask=start, max_new_tokens=2, pad_token_id=_padding(loaded), **_sampling(0.0)
+        start, attention_mask=start, **_limits(loaded, 2), **_sampling(0.0)
     )
 
 
@@ -218,11 +217,12 @@ def _sampling(temperature: float) -> dict[str, Any]:
     return {"do_sample": True, "temperature": temperature}
 
 
-def _padding(loaded: LoadedModel) -> int:
-    token_id = loaded.tokenizer.pad_token_id
-    if token_id is None:
-        token_id = loaded.tokenizer.eos_token_id
-    return token_id if isinstance(token_id, int) else 0
+def _limits(loaded: LoadedModel, max_new_tokens: int) -> dict[str, Any]:
+    """Where an answer ends; a `max_length` from the checkpoint is another way to say it, and steps back."""
+    padding = loaded.tokenizer.pad_token_id
+    if padding is None:
+        padding = loaded.tokenizer.eos_token_id
+    return {"max_new_tokens": max_new_tokens, "max_length": None, "pad_token_id": padding}
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
