@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BeforeValidator, ByteSize, Field, PlainSerializer, field_serializer, model_validator
+from pydantic import (
+    BeforeValidator,
+    ByteSize,
+    Field,
+    PlainSerializer,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from kvcompress import policies  # noqa: F401  (registers the built-in policies)
 from kvcompress.errors import BudgetError, ConfigError
@@ -38,6 +47,16 @@ class Budget(Configured):
     bytes: ByteSize | None = None
     sink: int = Field(default=1, ge=0)
     recent: int = Field(default=1, ge=0)
+
+    @field_validator("bytes", mode="before")
+    @classmethod
+    def _with_unit(cls, value: object) -> object:
+        if isinstance(value, str) and not re.fullmatch(r"\s*\d+(\.\d+)?\s*([kmgtp]i?)?b\s*", value, re.IGNORECASE):
+            raise BudgetError(
+                f"budget: text must be bytes with a unit, such as '64MiB'; got {value!r}. A fraction is a float (0.2), "
+                "tokens per layer are an int (512)"
+            )
+        return value
 
     @model_validator(mode="after")
     def _one_amount(self) -> Budget:
