@@ -117,20 +117,20 @@ def attention_mass(
     batch, heads, queries, _ = query.shape
     kv_heads, tokens = key.shape[1], key.shape[2]
     past, group, rows = tokens - queries, heads // kv_heads, batch * kv_heads
-    queries_with_lse = _with_lse(query[:, :, start::step], lse[:, :, start::step], scaling, kv_heads)
-    counted, width = queries_with_lse.shape[1], queries_with_lse.shape[3]
-    keys_with_one = F.pad(key, (0, width - key.shape[3]), value=1.0).view(rows, tokens, width)
+    query, lse = query[:, :, start::step], lse[:, :, start::step]
+    counted, width = query.shape[2], query.shape[3] + 2
     columns = torch.arange(tokens, device=query.device)
     last_key = columns[past + start :: step]  # the query's own token is the last that it sees
     mass = torch.zeros(rows, tokens, dtype=torch.float32, device=query.device)
     tile_queries, tile_keys = _tile(rows * group, query.device)
     tiles = [
-        keys_with_one[:, left : left + tile_keys].contiguous().transpose(1, 2) for left in range(0, tokens, tile_keys)
+        F.pad(key[:, :, left : left + tile_keys], (0, 2), value=1.0).view(rows, -1, width).transpose(1, 2)
+        for left in range(0, tokens, tile_keys)
     ]
     ones = torch.ones(rows, 1, group * min(tile_queries, counted), device=query.device)
     for first in range(0, counted, tile_queries):
         end = min(first + tile_queries, counted)
-        block = queries_with_lse[:, first:end].flatten(1, 2).contiguous()
+        block = _with_lse(query[:, :, first:end], lse[:, :, first:end], scaling, kv_heads)
         seen_by_all, seen = past + start + first * step + 1, past + start + (end - 1) * step + 1
         for left, tile in zip(range(0, seen, tile_keys), tiles, strict=False):
             right = min(left + tile_keys, seen)
@@ -151,13 +151,15 @@ def _with_lse(query: Tensor, lse: Tensor, scaling: float, kv_heads: int) -> Tens
     """Scaled queries with minus their log-sum-exp as two more dimensions: as rounded, and what rounding left over.
 
     Returns:
-        `[batch * kv_heads, queries, group, head_dim + 2]`.
+        `[batch * kv_heads, queries * group, head_dim + 2]`.
     """
     batch, heads, queries, head_dim = query.shape
     query = query.view(batch, kv_heads, heads // kv_heads, queries, head_dim).transpose(2, 3)
     negative = lse.view(batch, kv_heads, heads // kv_heads, queries, 1).transpose(2, 3).neg()
     rounded = negative.to(query.dtype)
-    return torch.cat([query * scaling, rounded, (negative - rounded).to(query.dtype)], dim=-1).flatten(0, 1)
+    return (
+        torch.cat([query * scaling, rounded, (negative - rounded).to(query.dtype)], dim=-1).flatten(2, 3).flatten(0, 1)
+    )
 
 
 def _tile(head_rows: int, device: torch.device) -> tuple[int, int]:
