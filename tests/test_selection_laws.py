@@ -19,7 +19,8 @@ from tests import oracles, reference, strategies, tiny
 from tests.strategies import Scripted, examples, selection_contexts
 
 every_evictor = pytest.mark.parametrize("evictor", strategies.evictors(), ids=strategies.label)
-bounded = [evictor for evictor in strategies.evictors() if getattr(evictor, "decode", None) != "none"]
+# The evictors whose rules the plain lists know.
+known = [evictor for evictor in strategies.evictors() if evictor.name in ("topk", "streaming")]
 
 
 def prompt(row_lengths: list[int], seed: int) -> tuple[dict[str, Any], Tensor]:
@@ -175,7 +176,7 @@ def test_sinks_and_recents_survive_every_step(
             valid = step(cache, valid, seed + number)
 
 
-@every_evictor
+@pytest.mark.parametrize("evictor", known, ids=strategies.label)
 @pytest.mark.parametrize("allocator", ["uniform", "prefix"])
 @examples(8)
 @given(
@@ -195,8 +196,6 @@ def test_a_running_cache_holds_what_plain_lists_hold(
     seed: int,
 ) -> None:
     """Through a padded prompt, decode steps and turns, every layer and head holds the columns that the rules name."""
-    if type(evictor).__module__ != EVICTORS.get("topk").__module__ and evictor.name != "streaming":
-        pytest.skip("the plain lists know the rules of topk and streaming")
     if "distance" in type(evictor).model_fields:
         evictor = type(evictor)(**{**dict(evictor), "distance": distance})
     by_head = getattr(evictor, "granularity", "layer") == "head"
@@ -226,7 +225,7 @@ def alike(found: list[list[list[list[int]]]], expected: list[list[list[list[int]
     return True
 
 
-@pytest.mark.parametrize("evictor", bounded, ids=strategies.label)
+@pytest.mark.parametrize("evictor", strategies.bounded_evictors(), ids=strategies.label)
 @examples(8)
 @given(
     budget=budgets(),
