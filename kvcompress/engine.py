@@ -293,12 +293,19 @@ class Engine:
     def select_rows(self, index: Tensor) -> None:
         """Reorders, repeats or drops rows."""
         self.check_ready()
-        allocation, sequence = self.allocation, self.sequence
+        allocation, sequence, rows_before = self.allocation, self.sequence, self.sequence.batch
         if allocation is not None:
             allocation.select_rows(index)
         sequence.select_rows(index)
         for store in self.stores:
             store.select_rows(index)
+        if (
+            len(index) != rows_before
+            and self.config.budget.bytes is not None
+            and allocation is not None
+            and not self.recording
+        ):
+            self._compress_all(None)  # bytes are shared by all rows, so each one's share has changed
 
     def reset(self) -> None:
         """Forgets everything, a failed forward included."""

@@ -164,7 +164,7 @@ def test_bytes_are_split_equally_over_rows(slots: int, lengths: list[int], seed:
     rows = [tiny.inputs("llama", tokens, seed + number) for number, tokens in enumerate(lengths)]
     # The tiny LLaMA: 2 heads x (8 + 8) numbers x 4 bytes a slot.
     batch, single = (
-        CompressionConfig.preset("uniform", budget=str(128 * slots * count), scorer=Scripted(seed=seed))
+        CompressionConfig.preset("uniform", budget=Budget(bytes=128 * slots * count), scorer=Scripted(seed=seed))
         for count in (len(rows), 1)
     )
     together = generated("llama", batch, left_padded("llama", rows))

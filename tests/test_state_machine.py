@@ -530,18 +530,26 @@ def test_rows_that_are_repeated_share_a_budget_in_bytes(evictor: Evictor) -> Non
 def test_bytes_held_stay_within_a_budget_in_bytes(
     allocator: Allocator, kib: int, lengths: list[int], steps: int, seed: int
 ) -> None:
-    """What is allocated for keys and values after any forward is at most the budget, or what the protected need."""
+    """Bytes held after any forward are at most the budget, or what the protected need.
+
+    Where rows differ in layer sizes, the padding of the shorter rows comes on top, as `Budget` says.
+    """
+
+    def held() -> int:
+        report = cache.report()
+        return sum(map(sum, report.layer_lengths)) * 128 if allocator.reads_importance else report.kv_bytes
+
     budget = Budget(bytes=f"{kib}KiB", sink=1, recent=1)
     config = strategies.config_with(allocator, budget=budget, scorer=Scripted(seed=seed))
     cache, batch = CompressedCache(tiny.model("llama"), config), len(lengths)
     protected = batch * LAYERS * (2 + 1) * 128  # and a slot for the token that comes
     valid = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
     plain_forward(cache, tiny.token_ids(batch, max(lengths), seed), valid)
-    assert cache.report().kv_bytes <= max(kib * 1024, protected)
+    assert held() <= max(kib * 1024, protected)
     for number in range(steps):
         valid = grown(valid)
         plain_forward(cache, tiny.token_ids(batch, 1, seed + number), valid)
-        assert cache.report().kv_bytes <= max(kib * 1024, protected)
+        assert held() <= max(kib * 1024, protected)
 
 
 def storages(thing: Any, found: dict[int, int], visited: set[int]) -> dict[int, int]:
