@@ -128,7 +128,7 @@ class Engine:
             self.recording = False  # nobody cropped after the last forward, so nobody is rolling back
             self.compress()
         forward = Forward(sequence.seen, queries, spans, scores)
-        sequence.extend(batch, queries, new_valid)
+        sequence.extend(batch, queries, new_valid, scores)
         if not scores:
             forward.limits = self.limits()
             if forward.limits is not None and self.config.budget.fraction is None:

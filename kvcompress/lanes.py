@@ -46,7 +46,7 @@ class Lane:
             position, self.extent = self.extent, self.extent + 1
         self.count += 1
         if self.to_pin:
-            self.to_pin -= 1
+            self.to_pin, self.pinned = self.to_pin - 1, self.pinned + 1
         elif self.by_age:
             self.written.append(position)
         return position

@@ -94,9 +94,8 @@ def importance_of(layer: int, store: DenseStore, config: CompressionConfig, sequ
     columns, scores = store.columns(), store.used_scores()
     if config.scorer is None or scores is None or not store.length:
         return None
-    index = sequence.index_of(columns)
-    ends = torch.tensor(sequence.row_seen, device=columns.device)[:, None, None]
-    importance = config.scorer.importance(scores, (ends - index).clamp(min=1))
+    queries = sequence.queries_on(columns, last=not config.scorer.accumulates)
+    importance = config.scorer.importance(scores, queries)
     if importance.isinf().any():
         raise PolicyError(f"scorer {config.scorer.name}: layer {layer}: importance must be finite, got an infinity")
     highest = importance.nan_to_num(nan=-torch.inf).amax(-1, keepdim=True).nan_to_num(neginf=0.0)

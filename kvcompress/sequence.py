@@ -16,6 +16,8 @@ class Sequence:
         row_seen: tokens of each row so far, padding left out.
         valid: which columns hold a token of the row; None while no row has padding.
         is_image: which of the first columns hold image tokens; None for text alone.
+        decoded: columns of decode steps, whose queries scored nothing, as ranges `[first, end)`.
+        last_scored: tokens of each row in the last scoring forward that had any of it.
     """
 
     def __init__(self) -> None:
@@ -24,6 +26,8 @@ class Sequence:
         self.row_seen: list[int] = []
         self.valid: Bool[Tensor, "batch columns"] | None = None
         self.is_image: Bool[Tensor, "batch columns"] | None = None
+        self.decoded: list[tuple[int, int]] = []
+        self.last_scored: list[int] = []
 
     @property
     def batch(self) -> int:
@@ -35,16 +39,20 @@ class Sequence:
         """Whether every row has as many tokens."""
         return all(count == self.row_seen[0] for count in self.row_seen)
 
-    def extend(self, batch: int, columns: int, new_valid: Bool[Tensor, "batch columns"] | None) -> None:
+    def extend(
+        self, batch: int, columns: int, new_valid: Bool[Tensor, "batch columns"] | None, scored: bool = True
+    ) -> None:
         """Takes note of new columns.
 
         Args:
             batch: number of rows.
             columns: number of new columns.
             new_valid: which of them hold a token; None if all do.
+            scored: whether their queries score; if not, this is a decode step, and all rows have a token.
         """
         if not self.row_seen:
-            self.row_seen = [0] * batch
+            self.row_seen = self.last_scored = [0] * batch
+        before = self.row_seen
         if new_valid is None and self.valid is None:
             self.row_seen = [count + columns for count in self.row_seen]
         else:
@@ -58,6 +66,13 @@ class Sequence:
                 added = new_valid.sum(1).tolist()
                 self.row_seen = [count + more for count, more in zip(self.row_seen, added, strict=True)]
             self.valid = torch.cat([self.valid, new_valid], dim=1)
+        if scored:
+            new = [count - old for count, old in zip(self.row_seen, before, strict=True)]
+            self.last_scored = [count or last for count, last in zip(new, self.last_scored, strict=True)]
+        elif self.decoded and self.decoded[-1][1] == self.seen:
+            self.decoded[-1] = (self.decoded[-1][0], self.seen + columns)
+        else:
+            self.decoded.append((self.seen, self.seen + columns))
         self.seen += columns
 
     def mark_images(self, is_image: Bool[Tensor, "batch columns"]) -> None:
@@ -77,6 +92,21 @@ class Sequence:
         flat = columns.clamp(min=0).long().flatten(1)
         return before.gather(1, flat).view(columns.shape)
 
+    def queries_on(self, columns: Int[Tensor, "batch sets slots"], last: bool) -> Tensor:
+        """Number of queries that scored each column's token, at least 1.
+
+        Args:
+            columns: columns of the slots; the number is meaningless for empty ones.
+            last: whether only the last scoring forward counts, since its scores replaced earlier ones.
+        """
+        ends = torch.tensor(self.row_seen, device=columns.device)[:, None, None]
+        queries = ends - self.index_of(columns)
+        for first, end in self.decoded:
+            queries = queries - (end - columns.clamp(first, end))
+        if last:
+            queries = queries.minimum(torch.tensor(self.last_scored, device=columns.device)[:, None, None])
+        return queries.clamp(min=1)
+
     def images_at(self, columns: Int[Tensor, "batch sets slots"], rows: slice = slice(None)) -> Tensor | None:
         """Which slots hold image tokens, from the columns of their tokens."""
         if self.is_image is None:
@@ -94,8 +124,10 @@ class Sequence:
 
     def select_rows(self, index: Int[Tensor, " rows"]) -> None:
         """Reorders, repeats or drops rows."""
-        if not self.rows_alike or len(index) != self.batch:
-            self.row_seen = [self.row_seen[row] for row in index.tolist()]
+        if not self.rows_alike or len(set(self.last_scored)) > 1 or len(index) != self.batch:
+            rows = index.tolist()
+            self.row_seen = [self.row_seen[row] for row in rows]
+            self.last_scored = [self.last_scored[row] for row in rows]
         if self.valid is not None:
             self.valid = self.valid.index_select(0, index.to(self.valid.device))
         if self.is_image is not None:
@@ -111,4 +143,5 @@ class Sequence:
             self.row_seen = [count - removed for count in self.row_seen]
         if self.is_image is not None:
             self.is_image = self.is_image[:, :columns]
+        self.decoded = [(first, min(end, columns)) for first, end in self.decoded if first < columns]
         self.seen = columns

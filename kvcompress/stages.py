@@ -82,12 +82,13 @@ class Scorer(Policy):
             One score per key/value head and slot, `[batch, kv_heads, tokens]`, floating point, no NaN.
         """
 
-    def importance(self, score: Importance, age: Int[Tensor, "batch sets tokens"]) -> Importance:
+    def importance(self, score: Importance, queries: Int[Tensor, "batch sets tokens"]) -> Importance:
         """Turns accumulated scores into the importance that allocators and evictors rank.
 
         Args:
             score: what `score` returned, added up over forwards if the scorer accumulates.
-            age: number of queries that could see each slot's token, its own included, at least 1.
+            queries: number of queries that saw each slot's token, its own included, in the forwards that scored it (the
+                last one alone unless the scorer accumulates); at least 1.
 
         Returns:
             Importance of the same shape; by default the scores themselves.

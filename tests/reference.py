@@ -134,16 +134,17 @@ class Reference:
             self.model(**{key: inputs[key] for key in passed if key in inputs}, past_key_values=self.cache)
         return steps[0]
 
-    def accumulated_attention(self) -> list[Tensor]:
+    def attention_mass(self, last: int | None = None) -> list[Tensor]:
         """Probability that each column received in the last forward, `[batch, kv_heads, columns]` per layer.
 
-        Summed over queries and averaged over each group of heads; padded queries do not count.
+        Summed over queries, or the last of them, and averaged over each group of heads; padded queries do not count.
         """
         found = []
         for module in self.layers:
             queries = module.weights.shape[2]
             counts = module.visible[:, :1, -queries:].unsqueeze(-1)
-            found.append((module.weights * counts).sum(2).unflatten(1, (self.kv_heads, -1)).mean(2))
+            mass = (module.weights * counts)[:, :, 0 if last is None else -last :].sum(2)
+            found.append(mass.unflatten(1, (self.kv_heads, -1)).mean(2))
         return found
 
     def keys_and_values(self, layer: int) -> tuple[Tensor, Tensor]:

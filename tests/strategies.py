@@ -38,6 +38,10 @@ def generator(seed: int) -> torch.Generator:
 
 # Fields of policies that cannot be made from their name alone: (stage, name) -> fields.
 FIELDS: dict[tuple[str, str], dict[str, Any]] = {}
+# Further variants of policies, beyond the combinations of their choices.
+VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
+    ("scorer", "attention"): [{"queries": "window:4"}, {"queries": "stride:3"}],
+}
 
 
 def policy(registry: Registry[Any], name: str, **fields: Any) -> Any:
@@ -46,13 +50,14 @@ def policy(registry: Registry[Any], name: str, **fields: Any) -> Any:
 
 
 def variants(registry: Registry[Any]) -> list[Policy]:
-    """Every registered policy of a stage with every combination of its choices (fields of Literal type)."""
+    """Every registered policy of a stage with every combination of its choices (fields of Literal type), and more."""
     found = []
     for name in registry.names():
         fields = registry.get(name).model_fields
         choices = {key: get_args(f.annotation) for key, f in fields.items() if get_origin(f.annotation) is Literal}
         for values in itertools.product(*choices.values()):
             found.append(policy(registry, name, **dict(zip(choices, values, strict=True))))
+        found += [policy(registry, name, **more) for more in VARIANTS.get((registry.stage, name), [])]
     return found
 
 
@@ -71,6 +76,11 @@ def evictors() -> list[Evictor]:
     return variants(EVICTORS)
 
 
+def bounded_evictors() -> list[Evictor]:
+    """Those that keep layers within their budget while decoding."""
+    return [evictor for evictor in evictors() if getattr(evictor, "decode", None) != "none"]
+
+
 def scorers() -> list[Scorer]:
     """Every registered scorer with every choice it offers."""
     return variants(SCORERS)
@@ -87,7 +97,7 @@ def config_with(given: Policy, **fields: Any) -> CompressionConfig:
     """A valid configuration around one policy: the first neighbours that go with it."""
     mine = {given.stage: given}
     for scorer, allocator, evictor in itertools.product(
-        [*scorers(), None], [policy(ALLOCATORS, "uniform"), *allocators()], evictors()
+        [*scorers(), None], [policy(ALLOCATORS, "uniform"), *allocators()], [policy(EVICTORS, "topk"), *evictors()]
     ):
         around = {"scorer": scorer, "allocator": allocator, "evictor": evictor, **mine, **fields}
         config = _compatible(**around)

@@ -265,17 +265,21 @@ def test_prefix_notes_the_threshold_that_splits_kept_from_dropped(given: Allocat
             assert kept == most or before[kept] >= p - 2e-12
 
 
-@given(given=dyadic, seed=strategies.seeds)
-def test_prefix_reads_no_importance_of_empty_slots(given: AllocationInput, seed: int) -> None:
+@given(
+    given=allocation_inputs(kinds=st.just("dyadic"), min_tokens=8),
+    share=st.floats(0.2, 0.8),
+    seed=strategies.seeds,
+)
+def test_prefix_reads_no_importance_of_empty_slots(given: AllocationInput, share: float, seed: int) -> None:
     """Whatever stands in slots that are not valid, budgets are as if it were zero."""
-    tokens = given.importance.shape[-1]
-    valid = torch.arange(tokens) < given.capacity.unsqueeze(-1)
+    layers, batch, tokens = given.importance.shape
+    source = strategies.generator(seed)
+    capacity = torch.randint(1, tokens, (layers, batch), generator=source)
+    total, floor = (capacity.sum(0) * share).long(), torch.zeros_like(capacity)
+    valid = torch.arange(tokens) < capacity.unsqueeze(-1)
     clean = given.importance.masked_fill(~valid, 0.0)
-    dirty = torch.where(valid, clean, 1e6 * torch.rand(clean.shape, generator=strategies.generator(seed)))
-    budgets = [
-        prefix.allocate(m, given.total, given.floor, given.capacity, AllocationContext(valid=valid))
-        for m in (clean, dirty)
-    ]
+    dirty = torch.where(valid, clean, 1e3 * torch.rand(clean.shape, generator=source))
+    budgets = [prefix.allocate(m, total, floor, capacity, AllocationContext(valid=valid)) for m in (clean, dirty)]
     assert budgets[0].tolist() == budgets[1].tolist()
 
 

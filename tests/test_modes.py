@@ -320,8 +320,8 @@ def test_stride_estimates_the_sum_and_mean_divides_by_what_could_see() -> None:
     assert torch.equal(scores["all"], scores["stride:1"]) and torch.equal(scores["all"], scores["window:200"])
     assert float(scores["stride:2"].sum() / scores["all"].sum()) == pytest.approx(1, abs=1e-5)
     mean = CompressedCache(model, "prefixkv", scorer={"name": "attention", "reduce": "mean"}).config.scorer
-    age = torch.arange(200, 0, -1)[None, None]
-    assert torch.equal(mean.importance(scores["all"], age), scores["all"] / age)
+    queries = torch.arange(200, 0, -1)[None, None]
+    assert torch.equal(mean.importance(scores["all"], queries), scores["all"] / queries)
 
 
 def test_a_restored_model_refuses_old_caches_and_serves_new_ones() -> None:

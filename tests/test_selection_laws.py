@@ -15,11 +15,13 @@ from kvcompress import EVICTORS, Budget, CompressedCache, CompressionConfig
 from kvcompress.errors import ConfigError
 from kvcompress.shapes import SelectionContext
 from kvcompress.stages import Evictor
-from tests import oracles, reference, strategies, tiny
+from tests import oracles, strategies, tiny
+from tests.reference import Reference, held
 from tests.strategies import Scripted, examples, selection_contexts
 
 every_evictor = pytest.mark.parametrize("evictor", strategies.evictors(), ids=strategies.label)
-bounded = [evictor for evictor in strategies.evictors() if getattr(evictor, "decode", None) != "none"]
+# The evictors whose rules the plain lists know.
+known = [evictor for evictor in strategies.evictors() if evictor.name in ("topk", "streaming")]
 
 
 def prompt(row_lengths: list[int], seed: int) -> tuple[dict[str, Any], Tensor]:
@@ -166,7 +168,7 @@ def test_sinks_and_recents_survive_every_step(
     cache, valid = started(strategies.config_with(evictor, budget=budget, scorer=Scripted(seed=seed)), lengths, seed)
     for number in range(steps + 1):
         tokens = [row.nonzero().flatten().tolist() for row in valid]
-        for layer in reference.held(cache):
+        for layer in held(cache):
             for row, sets in enumerate(layer):
                 protected = {*tokens[row][: budget.sink], *tokens[row][max(0, len(tokens[row]) - budget.recent) :]}
                 for columns in sets:
@@ -175,7 +177,7 @@ def test_sinks_and_recents_survive_every_step(
             valid = step(cache, valid, seed + number)
 
 
-@every_evictor
+@pytest.mark.parametrize("evictor", known, ids=strategies.label)
 @pytest.mark.parametrize("allocator", ["uniform", "prefix"])
 @examples(8)
 @given(
@@ -195,8 +197,6 @@ def test_a_running_cache_holds_what_plain_lists_hold(
     seed: int,
 ) -> None:
     """Through a padded prompt, decode steps and turns, every layer and head holds the columns that the rules name."""
-    if type(evictor).__module__ != EVICTORS.get("topk").__module__ and evictor.name != "streaming":
-        pytest.skip("the plain lists know the rules of topk and streaming")
     if "distance" in type(evictor).model_fields:
         evictor = type(evictor)(**{**dict(evictor), "distance": distance})
     by_head = getattr(evictor, "granularity", "layer") == "head"
@@ -214,7 +214,7 @@ def test_a_running_cache_holds_what_plain_lists_hold(
             for row in rows:
                 row.forward([True] * tokens, recording=False)
         expected = [[row.layers[layer].held for row in rows] for layer in range(3)]
-        assert alike(reference.held(cache), expected)
+        assert alike(held(cache), expected)
 
 
 def alike(found: list[list[list[list[int]]]], expected: list[list[list[list[int]]]]) -> bool:
@@ -226,7 +226,7 @@ def alike(found: list[list[list[list[int]]]], expected: list[list[list[list[int]
     return True
 
 
-@pytest.mark.parametrize("evictor", bounded, ids=strategies.label)
+@pytest.mark.parametrize("evictor", strategies.bounded_evictors(), ids=strategies.label)
 @examples(8)
 @given(
     budget=budgets(),
@@ -264,3 +264,66 @@ def test_the_papers_fixed_point(kept: int) -> None:
         model = [*model[:stay], *model[stay + 1 :], 60 + number]
         assert cache.report().columns(0, 0) == model
     assert model == [*first[:stay], *range(120 - (kept - stay), 120)]
+
+
+# -- scores ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", ["layer", "head"])
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("allocator", ["uniform", "prefix"])
+@examples(6)
+@given(
+    fraction=st.sampled_from([0.2, 0.4, 0.7]),
+    prompt_tokens=st.integers(2, 30),
+    forwards=st.lists(st.sampled_from([[1, 1, 1, 1], [1], [2], [6]]), max_size=5).map(lambda parts: [*chain(*parts)]),
+    seed=strategies.seeds,
+)
+def test_the_attention_scorer_ranks_by_the_probability_that_dense_attention_gives(
+    allocator: str,
+    window: int | None,
+    reduce: str,
+    granularity: str,
+    fraction: float,
+    prompt_tokens: int,
+    forwards: list[int],
+    seed: int,
+) -> None:
+    """After every scoring forward, no token that went had, but for rounding, more mass than one that stayed.
+
+    Mass is summed over the queries of all scoring forwards, or the last few of the latest; "mean" divides it by the
+    number of these queries that saw the token.
+    """
+    scorer = {"name": "attention", "reduce": reduce, "queries": "all" if window is None else f"window:{window}"}
+    evictor = {"name": "topk", "granularity": granularity, "distance": 2}
+    config = CompressionConfig(budget=fraction, scorer=scorer, allocator=allocator, evictor=evictor)
+    cache, dense = CompressedCache(tiny.model("llama"), config), Reference("llama")
+    mass, counted = [torch.zeros(2, 0, dtype=torch.double)] * 3, torch.zeros(0)
+    for number, tokens in enumerate([prompt_tokens, *forwards]):
+        before, past = held(cache) if number else [[[[]]]] * 3, dense.cache.get_seq_length()
+        inputs = {"input_ids": tiny.token_ids(1, tokens, seed + number)}
+        with torch.no_grad():
+            tiny.model("llama")(**inputs, past_key_values=cache)
+        dense.run(inputs, before)
+        sees = torch.cat([torch.full((past,), tokens), torch.arange(tokens, 0, -1)])
+        new = dense.attention_mass(window)
+        padded = [torch.cat([layer, torch.zeros(2, tokens, dtype=torch.double)], dim=1) for layer in mass]
+        if number and tokens == 1:  # a decode step scores nothing
+            mass, counted = padded, torch.cat([counted, torch.zeros(1)])
+            continue
+        if window is None:
+            mass = [old + layer[0] for old, layer in zip(padded, new, strict=True)]
+            counted = torch.cat([counted, torch.zeros(tokens)]) + sees
+        else:
+            mass, counted = [layer[0] for layer in new], sees.clamp(max=min(window, tokens))
+        after, seen = held(cache), past + tokens
+        for layer in range(3):
+            score = mass[layer] if reduce == "sum" else mass[layer] / counted
+            for head in range(2):
+                rank_by = score[head] if granularity == "head" else score.mean(0)
+                had, has = (set(state[layer][0][head if len(state[layer][0]) > 1 else 0]) for state in (before, after))
+                had |= set(range(past, seen))
+                least = min((float(rank_by[column]) for column in has - {0, seen - 1}), default=1e9)
+                most = max((float(rank_by[column]) for column in had - has), default=-1e9)
+                assert least >= most - 1e-4

@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
 from kvcompress import Budget, CompressedCache, CompressionConfig
 from kvcompress.errors import CacheStateError
+from kvcompress.stages import Allocator, Evictor
 from kvcompress.storage import DenseStore
 from tests import oracles, strategies, tiny
 from tests.reference import Reference, decoder_layers, held, recorded
@@ -56,6 +57,7 @@ class World:
     rows: list[oracles.PlainRow]
     reference: Reference
     recording: bool = False
+    cropped: bool = False  # since the last forward: a budget may then be below what is held
 
     @property
     def seen(self) -> int:
@@ -67,7 +69,7 @@ class World:
 
     def copy(self) -> World:
         rows = [row.copy() for row in self.rows]
-        return World(copy.deepcopy(self.cache), rows, self.reference.copy(), self.recording)
+        return World(copy.deepcopy(self.cache), rows, self.reference.copy(), self.recording, self.cropped)
 
 
 @dataclass
@@ -131,6 +133,7 @@ class CacheMachine(RuleBasedStateMachine):
             torch.testing.assert_close(found_layer[new_valid], wanted_layer[new_valid], rtol=0, atol=2e-5)
         for row, row_valid in zip(now.rows, new_valid.tolist(), strict=True):
             row.forward(row_valid, now.recording)
+        now.cropped = False
 
     @rule(tokens=st.integers(2, 5), padded=st.integers(0, 7), left=st.booleans(), seed=strategies.seeds)
     def turn(self, tokens: int, padded: int, left: bool, seed: int) -> None:
@@ -192,6 +195,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.now.reference.cache.crop(-removed)
             for row in self.now.rows:
                 row.crop(removed)
+            self.now.cropped |= removed > 0
         for wrong in (-self.now.seen - 1, 1):
             with pytest.raises(CacheStateError, match="crop"):
                 self.now.cache.crop(wrong)
@@ -250,10 +254,7 @@ class CacheMachine(RuleBasedStateMachine):
         if number < len(self.worlds):
             self.now = self.worlds[number]
             return
-        now = self.now
-        self.now = World(
-            copy.deepcopy(now.cache), [row.copy() for row in now.rows], now.reference.copy(), now.recording
-        )
+        self.now = self.now.copy()
         self.worlds = [*self.worlds, self.now][-3:]
 
     # -- what always holds ---------------------------------------------------------------------------------------------
@@ -277,7 +278,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert report.full_kv_bytes == sum(
                 tensor.nbytes for layer in world.reference.cache.layers for tensor in (layer.keys, layer.values)
             )
-            if not world.recording and getattr(self.config.evictor, "decode", None) != "none":
+            if not world.recording and not world.cropped and getattr(self.config.evictor, "decode", None) != "none":
                 for layer, limits in zip(report.layer_lengths, report.layer_budgets, strict=True):
                     assert all(count <= limit for count, limit in zip(layer, limits, strict=True))
 
@@ -333,7 +334,16 @@ class StoreMachine(RuleBasedStateMachine):
         )
 
     def settled(self, data: st.DataObject) -> None:
-        """After an append or a selection, tokens may be pinned."""
+        """After an append or a selection, tokens may be scored row by row, and some are pinned."""
+        if data.draw(st.integers(0, 3)):
+            source, add = strategies.generator(data.draw(strategies.seeds)), data.draw(st.booleans())
+            columns = self.store.columns().expand(-1, HEADS, -1)
+            for row, (count, known) in enumerate(zip(self.store.counts, self.scores, strict=True)):
+                scores = torch.randint(0, 100, (1, HEADS, count), generator=source).float()
+                self.store.score(slice(row, row + 1), count, scores, add)
+                for head in range(HEADS):
+                    for column, score in zip(columns[row, head].tolist(), scores[0, head].tolist(), strict=False):
+                        known[head, column] = score + (known.get((head, column), 0.0) if add else 0.0)
         if self.by_age:
             self.pinned = [data.draw(st.integers(0, len(heads[0]))) for heads in self.tokens]
             self.store.pin(self.pinned, [0] * len(self.tokens))
@@ -353,9 +363,13 @@ class StoreMachine(RuleBasedStateMachine):
         self.seen += tokens
         self.settled(data)
 
-    @rule(room=st.none() | st.integers(1, 30), steps=st.integers(1, 3))
-    def write(self, room: int | None, steps: int) -> None:
-        """The tokens of decode steps."""
+    @rule(
+        steps=st.integers(1, 4),
+        room=st.none() | st.integers(1, 30),
+        limits=st.none() | st.lists(st.integers(0, 9), min_size=3, max_size=3),
+    )
+    def decode(self, steps: int, room: int | None, limits: list[int] | None) -> None:
+        """A token at a time; rows over their limits lose their oldest loose tokens."""
         for _ in range(steps):
             numbers = self.new(1)
             self.store.write(*self.keys_and_values(numbers), self.seen, room)
@@ -363,24 +377,21 @@ class StoreMachine(RuleBasedStateMachine):
                 for head in heads:
                     head.append((self.seen, number))
             self.seen += 1
+            if self.by_age and limits is not None:
+                self.evict_oldest(limits[: len(self.tokens)])
 
     @precondition(lambda self: self.by_age)
-    @rule(data=st.data())
-    def evict_oldest(self, data: st.DataObject) -> None:
-        """Rows over their limits lose their oldest loose tokens."""
-        batch = len(self.tokens)
-        limits = data.draw(
-            st.lists(st.integers(0, 12), min_size=1, max_size=1)
-            | st.lists(st.integers(0, 12), min_size=batch, max_size=batch)
-        )
+    @rule(limit=st.integers(0, 9))
+    def evict_to_one_limit(self, limit: int) -> None:
+        """A limit that is the same for all rows may be given once."""
+        self.evict_oldest([limit])
+
+    def evict_oldest(self, limits: list[int]) -> None:
         self.store.evict_oldest(limits)
-        for heads, pinned, limit in zip(self.tokens, self.pinned, limits * (batch // len(limits)), strict=True):
+        limits = limits * len(self.tokens) if len(limits) == 1 else limits
+        for heads, pinned, limit in zip(self.tokens, self.pinned, limits, strict=True):
             for head in heads:
-                head[:] = (
-                    [*head[:pinned], *head[max(pinned, pinned + len(head) - max(limit, pinned)) :]]
-                    if len(head) > limit
-                    else head
-                )
+                del head[pinned : max(pinned, pinned + len(head) - max(limit, pinned))]
 
     @precondition(lambda self: not self.by_age and all(heads[0] for heads in self.tokens))
     @rule(data=st.data())
@@ -415,21 +426,6 @@ class StoreMachine(RuleBasedStateMachine):
             for index, head in enumerate(heads):
                 head[:] = [token for token in head if token[0] in row_kept[index if sets > 1 else 0]]
         self.settled(data)
-
-    @rule(seed=strategies.seeds, add=st.booleans())
-    def score(self, seed: int, add: bool) -> None:
-        """Scores for all slots of every row."""
-        if self.store.has_holes or not self.store.length:
-            return
-        scores = torch.randint(
-            0, 100, (len(self.tokens), HEADS, self.store.length), generator=strategies.generator(seed)
-        ).float()
-        self.store.score(slice(None), self.store.length, scores, add)
-        columns = self.store.columns().expand(-1, HEADS, -1)
-        for row, known in enumerate(self.scores):
-            for head in range(HEADS):
-                for column, score in zip(columns[row, head].tolist(), scores[row, head].tolist(), strict=True):
-                    known[head, column] = score + (known.get((head, column), 0.0) if add else 0.0)
 
     @rule(data=st.data())
     def select_rows(self, data: st.DataObject) -> None:
@@ -482,3 +478,145 @@ class StoreMachine(RuleBasedStateMachine):
 
 TestStore = StoreMachine.TestCase
 TestStore.settings = settings(strategies.examples(60), stateful_step_count=20)
+
+
+# -- single laws -------------------------------------------------------------------------------------------------------
+
+
+def plain_forward(cache: CompressedCache, ids: Tensor, valid: Tensor) -> None:
+    """A forward of the tiny LLaMA; the mask covers all columns."""
+    positions = (valid.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    with torch.no_grad():
+        tiny.model("llama")(ids, attention_mask=valid.long(), position_ids=positions, past_key_values=cache)
+
+
+def grown(valid: Tensor, tokens: int = 1) -> Tensor:
+    return torch.cat([valid, torch.ones(valid.shape[0], tokens, dtype=torch.bool)], dim=1)
+
+
+@pytest.mark.parametrize("evictor", strategies.bounded_evictors(), ids=strategies.label)
+def test_rows_that_are_repeated_share_a_budget_in_bytes(evictor: Evictor) -> None:
+    """From the next forward on, layers hold no more than a row's smaller share, sinks and recents among it."""
+    config = strategies.config_with(evictor, budget=Budget(bytes="16KiB", sink=2, recent=2), allocator="uniform")
+    cache, valid = CompressedCache(tiny.model("llama"), config), torch.ones(1, 100, dtype=torch.bool)
+    plain_forward(cache, tiny.token_ids(1, 100, seed=0), valid)
+    cache.batch_repeat_interleave(4)
+    valid = valid.repeat(4, 1)
+    for number in range(3):
+        valid = grown(valid)
+        plain_forward(cache, tiny.token_ids(4, 1, seed=number), valid)
+        report = cache.report()
+        assert report.kv_bytes <= 16 * 1024
+        for layer in range(LAYERS):
+            for row in range(4):
+                for head in range(HEADS):
+                    assert {0, 1, 99 + number, 100 + number} <= set(report.columns(layer, row, head))
+
+
+@pytest.mark.parametrize("allocator", strategies.allocators(), ids=strategies.label)
+@strategies.examples(12)
+@given(
+    kib=st.integers(2, 10),
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=4),
+    steps=st.integers(0, 20),
+    seed=strategies.seeds,
+)
+def test_bytes_held_stay_within_a_budget_in_bytes(
+    allocator: Allocator, kib: int, lengths: list[int], steps: int, seed: int
+) -> None:
+    """Bytes held after any forward are at most the budget, or what the protected need.
+
+    Where rows differ in layer sizes, the padding of the shorter rows comes on top, as `Budget` says.
+    """
+
+    def held() -> int:
+        report = cache.report()
+        return sum(map(sum, report.layer_lengths)) * 128 if allocator.reads_importance else report.kv_bytes
+
+    budget = Budget(bytes=f"{kib}KiB", sink=1, recent=1)
+    config = strategies.config_with(allocator, budget=budget, scorer=Scripted(seed=seed))
+    cache, batch = CompressedCache(tiny.model("llama"), config), len(lengths)
+    protected = batch * LAYERS * (2 + 1) * 128  # and a slot for the token that comes
+    valid = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+    plain_forward(cache, tiny.token_ids(batch, max(lengths), seed), valid)
+    assert held() <= max(kib * 1024, protected)
+    for number in range(steps):
+        valid = grown(valid)
+        plain_forward(cache, tiny.token_ids(batch, 1, seed + number), valid)
+        assert held() <= max(kib * 1024, protected)
+
+
+def storages(thing: Any, found: dict[int, int], visited: set[int]) -> dict[int, int]:
+    """Bytes of every tensor storage that an object leads to, by address; models are held by weak reference only."""
+    if id(thing) in visited:
+        return found
+    visited.add(id(thing))
+    if isinstance(thing, torch.Tensor):
+        found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    elif isinstance(thing, dict):
+        for value in thing.values():
+            storages(value, found, visited)
+    elif isinstance(thing, (list, tuple, set)):
+        for value in thing:
+            storages(value, found, visited)
+    elif hasattr(thing, "__dict__") and not isinstance(thing, type):
+        storages(vars(thing), found, visited)
+    return found
+
+
+@pytest.mark.parametrize("config", list(strategies.configs()))
+def test_the_report_counts_every_byte(config: CompressionConfig) -> None:
+    """No tensor that a cache leads to is missing from the report, but for a few bytes per column and layer."""
+    tokens, steps = 600, 5
+    cache, valid = CompressedCache(tiny.model("llama"), config), torch.ones(2, tokens, dtype=torch.bool)
+    valid[0, :9] = False
+    plain_forward(cache, tiny.token_ids(2, tokens, seed=0), valid)
+    for number in range(steps):
+        valid = grown(valid)
+        plain_forward(cache, tiny.token_ids(2, 1, seed=number), valid)
+        report = cache.report()
+        found = sum(storages(cache, {}, set()).values())
+        assert report.kv_bytes + report.index_bytes <= found
+        assert found <= report.kv_bytes + report.index_bytes + 2 * valid.numel() + 256 * LAYERS
+    lengths = sum(map(sum, report.layer_lengths))
+    if config.quantizer is None:
+        assert report.kv_bytes >= lengths * 128
+        assert report.kv_bytes <= 1.1 * max(map(max, report.layer_lengths)) * 2 * LAYERS * 128
+    assert report.full_kv_bytes == 2 * LAYERS * (tokens + steps) * 128
+
+
+def test_a_cropped_away_cache_starts_anew() -> None:
+    """Taking every token back leaves an empty cache that serves any batch."""
+    cache = CompressedCache(tiny.model("llama"), "full")
+    plain_forward(cache, tiny.token_ids(2, 9, seed=0), torch.ones(2, 9, dtype=torch.bool))
+    cache.crop(-9)
+    assert cache.get_seq_length() == cache.report().kv_bytes == 0
+    plain_forward(cache, tiny.token_ids(3, 5, seed=1), torch.ones(3, 5, dtype=torch.bool))
+    assert cache.report().layer_lengths == [[5] * 3] * LAYERS
+
+
+def test_an_empty_cache_takes_every_call() -> None:
+    """Before the first forward, changes of rows and length change nothing."""
+    cache = CompressedCache(tiny.model("llama"), "prefixkv", budget=0.5)
+    cache.reset()
+    cache.crop(0)
+    cache.compress()
+    cache.batch_repeat_interleave(3)
+    cache = copy.deepcopy(cache)
+    assert (cache.get_seq_length(), cache.is_initialized, cache.report().retention) == (0, False, 1.0)
+    plain_forward(cache, tiny.token_ids(2, 8, seed=0), torch.ones(2, 8, dtype=torch.bool))
+    assert cache.report().retention == 0.5
+
+
+def test_a_deep_copy_shares_the_model_and_no_tensor() -> None:
+    """Copies are for many questions on one document: nothing of the model is copied, everything of the cache is."""
+    cache = CompressedCache(tiny.model("llama"), "prefixkv", budget=0.5)
+    valid = torch.ones(1, 40, dtype=torch.bool)
+    plain_forward(cache, tiny.token_ids(1, 40, seed=0), valid)
+    other = copy.deepcopy(cache)
+    before, mine, theirs = cache.report(), storages(cache, {}, set()), storages(other, {}, set())
+    assert not set(mine) & set(theirs)
+    assert sum(theirs.values()) <= sum(mine.values())
+    plain_forward(other, tiny.token_ids(1, 3, seed=1), grown(valid, 3))
+    assert cache.report() == before
+    assert other.get_seq_length() == 43

@@ -29,7 +29,7 @@ class Attention(Scorer):
             of adding to them.
         window: short for `queries="window:n"`.
         reduce: "sum" as in the papers, which favours early tokens since more queries see them, or "mean" over the
-            queries that could see the token.
+            queries that saw the token.
         seed: seed of the offset of "stride:n".
     """
 
@@ -71,9 +71,9 @@ class Attention(Scorer):
         offset = random.Random(f"{self.seed} {layer.layer} {layer.seen}").randrange(step)
         return layer.attention_mass(start=offset, step=step) * step
 
-    def importance(self, score: Importance, age: Int[Tensor, "batch sets tokens"]) -> Importance:
+    def importance(self, score: Importance, queries: Int[Tensor, "batch sets tokens"]) -> Importance:
         """Divides by the number of counted queries that saw the token if `reduce` is "mean"."""
         if self.reduce == "sum":
             return score
         kind, _, count = self.queries.partition(":")
-        return score / (age.clamp(max=int(count)) if kind == "window" else age)
+        return score / (queries.clamp(max=int(count)) if kind == "window" else queries)
