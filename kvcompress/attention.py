@@ -28,7 +28,9 @@ _PREVIOUS = "_kvcompress_previous_attention"  # on attention modules
 class Attends(Protocol):
     """What `update` attaches to the keys it returns."""
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
         """Attends over the stored slots and the new tokens; returns `[batch, heads, queries, head_dim]`."""
 
 
@@ -68,10 +70,10 @@ def compressed_attention(
         return _former_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     scaling = scaling or query.shape[-1] ** -0.5
     if not torch.is_grad_enabled():
-        output = layer.attend(query, key, value, attention_mask, scaling)
+        output = layer.attend(module, query, key, value, attention_mask, scaling)
     else:
         with torch.no_grad():
-            output = layer.attend(query, key, value, attention_mask, scaling)
+            output = layer.attend(module, query, key, value, attention_mask, scaling)
         if query.requires_grad:
             output = _InferenceOnly.apply(output, query)  # type: ignore[no-untyped-call]
     return output.transpose(1, 2).contiguous(), None

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -15,7 +16,7 @@ from kvcompress import attention, hooks
 from kvcompress.config import CompressionConfig
 from kvcompress.engine import Engine
 from kvcompress.errors import CacheStateError, UnsupportedModeError
-from kvcompress.integrations import adapter_for
+from kvcompress.integrations import Adapter, adapter_for
 from kvcompress.report import CacheReport
 
 
@@ -25,9 +26,13 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, engine: Engine, index: int) -> None:
+    def __init__(
+        self, engine: Engine, index: int, adapter: Adapter, decoder: weakref.ReferenceType[PreTrainedModel]
+    ) -> None:
         self.engine = engine
         self.index = index
+        self._adapter = adapter
+        self._decoder = decoder
 
     @property
     def is_initialized(self) -> bool:  # type: ignore[override]
@@ -56,9 +61,14 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Hands the new tokens on to the attention function, which stores them and attends."""
         return attention.attach(key_states, self), value_states
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    def attend(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+    ) -> Tensor:
         """Attends over the stored slots and the new tokens."""
-        return self.engine.attend(self.index, query, key, value, mask, scaling)
+        decoder = self._decoder()
+        assert decoder is not None
+        weights = partial(self._adapter.layer_weights, decoder, module)
+        return self.engine.attend(self.index, query, key, value, mask, scaling, weights)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Masks cover every column seen, whatever is kept."""
@@ -114,7 +124,9 @@ class CompressedCache(Cache, hooks.ObservesInputs):
         layers = len(adapter.layers(model))
         self._engine = Engine(self.config, layers)
         self._decoder = weakref.ref(adapter.decoder(model))
-        super().__init__(layers=[CompressedLayer(self._engine, index) for index in range(layers)])
+        super().__init__(
+            layers=[CompressedLayer(self._engine, index, adapter, self._decoder) for index in range(layers)]
+        )
         attention.install(adapter.decoder(model), adapter.attention_modules(model))
         hooks.observe(model, adapter)
 

@@ -22,8 +22,17 @@ from pydantic import (
 
 from kvcompress import policies  # noqa: F401  (registers the built-in policies)
 from kvcompress.errors import BudgetError, ConfigError
-from kvcompress.registry import ALLOCATORS, EVICTORS, MERGERS, QUANTIZERS, REDUCERS, SCORERS, unknown_name
-from kvcompress.stages import Allocator, Configured, Evictor, Merger, Quantizer, Reducer, Scorer
+from kvcompress.registry import (
+    ALLOCATORS,
+    EVICTORS,
+    MERGERS,
+    QUANTIZERS,
+    REDUCERS,
+    SCORERS,
+    AllocatorField,
+    unknown_name,
+)
+from kvcompress.stages import Configured, Evictor, Merger, Quantizer, Reducer, Scorer
 
 
 class Budget(Configured):
@@ -113,12 +122,11 @@ class Budget(Configured):
 
 
 BudgetField = Annotated[Budget, BeforeValidator(Budget.parse)]
-ScorerField = Annotated[Scorer | None, BeforeValidator(SCORERS.parse), PlainSerializer(SCORERS.dump)]
-AllocatorField = Annotated[Allocator, BeforeValidator(ALLOCATORS.parse), PlainSerializer(ALLOCATORS.dump)]
-EvictorField = Annotated[Evictor | None, BeforeValidator(EVICTORS.parse), PlainSerializer(EVICTORS.dump)]
-MergerField = Annotated[Merger | None, BeforeValidator(MERGERS.parse), PlainSerializer(MERGERS.dump)]
-QuantizerField = Annotated[Quantizer | None, BeforeValidator(QUANTIZERS.parse), PlainSerializer(QUANTIZERS.dump)]
-ReducerField = Annotated[Reducer | None, BeforeValidator(REDUCERS.parse), PlainSerializer(REDUCERS.dump)]
+_Scorer = Annotated[Scorer | None, BeforeValidator(SCORERS.parse), PlainSerializer(SCORERS.dump)]
+_Evictor = Annotated[Evictor | None, BeforeValidator(EVICTORS.parse), PlainSerializer(EVICTORS.dump)]
+_Merger = Annotated[Merger | None, BeforeValidator(MERGERS.parse), PlainSerializer(MERGERS.dump)]
+_Quantizer = Annotated[Quantizer | None, BeforeValidator(QUANTIZERS.parse), PlainSerializer(QUANTIZERS.dump)]
+_Reducer = Annotated[Reducer | None, BeforeValidator(REDUCERS.parse), PlainSerializer(REDUCERS.dump)]
 
 
 class CompressionConfig(Configured):
@@ -146,12 +154,12 @@ class CompressionConfig(Configured):
     """
 
     budget: BudgetField = Budget(fraction=0.2)
-    scorer: ScorerField = None
+    scorer: _Scorer = None
     allocator: AllocatorField = Field(default_factory=lambda: ALLOCATORS.create("uniform"))
-    evictor: EvictorField = Field(default_factory=lambda: EVICTORS.create("topk"))
-    merger: MergerField = None
-    quantizer: QuantizerField = None
-    reducer: ReducerField = None
+    evictor: _Evictor = Field(default_factory=lambda: EVICTORS.create("topk"))
+    merger: _Merger = None
+    quantizer: _Quantizer = None
+    reducer: _Reducer = None
 
     @model_validator(mode="after")
     def _combination(self) -> CompressionConfig:
@@ -161,6 +169,11 @@ class CompressionConfig(Configured):
                 raise ConfigError(
                     "evictor: none, so nothing could be evicted to meet the budget; choose an evictor "
                     f"({', '.join(EVICTORS.names())}) or set budget=1.0"
+                )
+            if self.merger is not None:
+                raise ConfigError(
+                    f"merger {self.merger.name}: evictor is none, so there is nothing to merge; choose an evictor "
+                    f"({', '.join(EVICTORS.names())}) or merger=None"
                 )
             return self
         if scorer is None and evictor.reads_importance:
@@ -178,6 +191,12 @@ class CompressionConfig(Configured):
             raise ConfigError(
                 f"allocator {allocator.name}: reads shares of mass, but the scores of {scorer.name} are no mass; "
                 f"choose a scorer of mass ({', '.join(mass)}) or an allocator that reads none"
+            )
+        if allocator.splits_modality and not evictor.keeps_modality:
+            able = [name for name in EVICTORS.names() if EVICTORS.get(name).keeps_modality]
+            raise ConfigError(
+                f"allocator {allocator.name}: gives image tokens a budget of their own, which {evictor.name} does not "
+                f"keep; choose an evictor that does ({', '.join(able)}) or another allocator"
             )
         recent = max(self.budget.recent, scorer.protects if scorer else 0)
         if evictor.reach is not None and recent > evictor.reach:

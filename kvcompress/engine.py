@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import zip_longest
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from kvcompress.errors import CacheStateError
 from kvcompress.pipeline import Allocation
 from kvcompress.scoring import attend_and_score
 from kvcompress.sequence import Sequence
-from kvcompress.shapes import DecodeContext
+from kvcompress.shapes import DecodeContext, LayerWeights
 from kvcompress.storage import DenseStore
 
 
@@ -51,6 +53,7 @@ class Engine:
         stores: the layers' buffers.
         sequence: the tokens seen.
         allocation: the last allocation; None before the first.
+        statistics: what the allocator reads of each layer's last scoring forward, by name, `[batch]`.
         recording: whether eviction waits for the next crop (assisted decoding).
     """
 
@@ -60,6 +63,7 @@ class Engine:
         self.stores = [DenseStore() for _ in range(layers)]
         self.sequence = Sequence()
         self.allocation: Allocation | None = None
+        self.statistics: list[dict[str, Tensor]] = [{} for _ in range(layers)]
         self.recording = False
         self._forward: Forward | None = None
         self._waiting: str | None = None  # kind of the forward whose eviction waits: "scored" or "decoded"
@@ -67,7 +71,14 @@ class Engine:
     # -- a forward -----------------------------------------------------------------------------------------------------
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        weights: Callable[[], LayerWeights] = LayerWeights,
     ) -> Tensor:
         """Stores a layer's new tokens, attends, scores, and evicts what may go.
 
@@ -78,6 +89,7 @@ class Engine:
             value: like `key`.
             mask: None, or bool `[batch, 1, queries, columns]` over all columns seen.
             scale: factor on the logits.
+            weights: gives the layer's own weights, for scorers that read them.
 
         Returns:
             The attention output, `[batch, heads, queries, head_dim]`.
@@ -89,7 +101,7 @@ class Engine:
             raise self._broken()
         store = self.stores[layer]
         if forward.scores:
-            output = self._attend_and_score(layer, store, forward, query, key, value, scale)
+            output = self._attend_and_score(layer, store, forward, query, key, value, scale, weights())
         else:
             output = self._attend_one(layer, store, forward, query, key, value, scale)
         forward.next_layer += 1
@@ -149,21 +161,31 @@ class Engine:
         if forward is not None and forward.local is not None:
             self.allocation = forward.local
         else:
-            self.allocation = pipeline.compress(self.stores, config, self.sequence)
+            self.allocation = pipeline.compress(self.stores, config, self.sequence, self.statistics)
             for layer in range(len(self.stores)):
                 self._pin(layer)
 
     # -- scoring -------------------------------------------------------------------------------------------------------
 
     def _attend_and_score(
-        self, layer: int, store: DenseStore, forward: Forward, query: Tensor, key: Tensor, value: Tensor, scale: float
+        self,
+        layer: int,
+        store: DenseStore,
+        forward: Forward,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        weights: LayerWeights,
     ) -> Tensor:
         """Attends and scores row by row where rows differ, all rows at once where they do not."""
-        scorer = self.config.scorer
+        config = self.config
+        needs = config.allocator.needs if config.evictor is not None else ()
+        rest = (scale, weights, config.scorer, needs, self.statistics[layer], self.sequence)
         before = store.counts if store.batch else [0] * query.shape[0]
         store.append(key, value, forward.first_column, forward.spans)
         if forward.spans is None and store.rows_alike:
-            output = attend_and_score(layer, store, slice(None), before[0], query, scale, scorer, self.sequence)
+            output = attend_and_score(layer, store, slice(None), before[0], query, *rest)
         else:
             output = query.new_zeros(*query.shape[:3], value.shape[3])
             for row in range(query.shape[0]):
@@ -171,10 +193,8 @@ class Engine:
                 own = query[row : row + 1, :, span]
                 if own.shape[2]:
                     rows = slice(row, row + 1)
-                    output[rows, :, span] = attend_and_score(
-                        layer, store, rows, before[row], own, scale, scorer, self.sequence
-                    )
-        if self.config.evictor is not None and not self.config.allocator.reads_importance and not self.recording:
+                    output[rows, :, span] = attend_and_score(layer, store, rows, before[row], own, *rest)
+        if config.evictor is not None and not config.allocator.reads_importance and not self.recording:
             self._compress_local(layer, store, forward)
         return output
 
@@ -185,7 +205,7 @@ class Engine:
             held = [[sum(pair) for pair in zip_longest(other.counts, new, fillvalue=0)] for other in self.stores[1:]]
             held = [store.counts, *held]
             forward.local = pipeline.allocate(self.config, self.sequence, self.stores, held, None, None)
-        pipeline.shrink(layer, store, self.config, self.sequence, forward.local.budgets[layer])
+        pipeline.shrink(layer, store, self.config, self.sequence, forward.local)
         self._pin(layer)
 
     # -- decoding ------------------------------------------------------------------------------------------------------
@@ -209,14 +229,29 @@ class Engine:
         """Frees slots in rows that are over their limit, by the evictor's decode rule."""
         evictor = self.config.evictor
         assert evictor is not None
+        merger = self.config.merger if self.config.merger and self.config.merger.merges_decoding else None
         if evictor.frees == "oldest":
+            before, counts = store.columns().clone() if merger else None, store.counts
             store.evict_oldest(limits)
+            if before is not None and store.counts != counts:
+                self._merge(layer, store, before != store.columns())
             return
         limits = limits * store.batch if len(limits) == 1 else limits
         while over := [row for row, count in enumerate(store.counts) if count > limits[row]]:
             columns = store.columns()
             protected = self.sequence.protected(columns, *pipeline.protection(self.config))
-            store.evict_at(evictor.victim(DecodeContext(columns, protected, store.used_scores())), over)
+            victims = evictor.victim(DecodeContext(columns, protected, store.used_scores()))
+            if merger:
+                rows = torch.zeros(store.batch, 1, 1, dtype=torch.bool, device=columns.device)
+                rows[over] = True
+                freed = torch.zeros(*victims.shape, store.length, dtype=torch.bool, device=columns.device)
+                self._merge(layer, store, freed.scatter_(-1, victims.unsqueeze(-1), True) & rows)
+            store.evict_at(victims, over)
+
+    def _merge(self, layer: int, store: DenseStore, freed: Tensor) -> None:
+        """Merges what a decode step frees."""
+        kept = (store.columns() >= 0) & ~freed
+        pipeline.merge(layer, store, self.config, self.sequence, kept, freed, store.used_scores(), decoding=True)
 
     def limits(self) -> list[list[int]] | None:
         """Slots that each layer may hold now, `[layers][batch]`; `[layers][1]` while all rows agree.
@@ -297,8 +332,10 @@ class Engine:
         if allocation is not None:
             allocation.select_rows(index)
         sequence.select_rows(index)
-        for store in self.stores:
+        for store, statistics in zip(self.stores, self.statistics, strict=True):
             store.select_rows(index)
+            for name, known in statistics.items():
+                statistics[name] = known.index_select(0, index.to(known.device))
         if (
             len(index) != rows_before
             and self.config.budget.bytes is not None

@@ -147,6 +147,33 @@ def attention_mass(
     return mass.div_(group).view(batch, kv_heads, tokens)
 
 
+def attention_probabilities(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch kv_heads tokens head_dim"],
+    lse: Float[Tensor, "batch heads queries"],
+    scaling: float,
+    last: int,
+) -> Float[Tensor, "batch heads last tokens"]:
+    """Attention probabilities of the last queries, written out; the arguments are those of `attention_mass`.
+
+    Args:
+        query: queries, after rotary embedding.
+        key: every key the queries may see; the last `queries` of them belong to the queries' own tokens.
+        lse: log-sum-exp of every query's scaled logits.
+        scaling: factor on the logits.
+        last: number of last queries; all of them where there are fewer.
+
+    Returns:
+        Probabilities, float32; zero for keys after the query's own.
+    """
+    query, lse = query[:, :, -last:].float() * scaling, lse[:, :, -last:].float()
+    (batch, heads, queries, head_dim), (kv_heads, tokens) = query.shape, key.shape[1:3]
+    grouped = query.reshape(batch, kv_heads, -1, head_dim)
+    logits = torch.matmul(grouped, key.float().transpose(2, 3)).view(batch, heads, queries, tokens)
+    visible = torch.ones(queries, tokens, dtype=torch.bool, device=query.device).tril(tokens - queries)
+    return (logits - lse.unsqueeze(-1)).clamp_(max=0.0).exp_().mul_(visible)
+
+
 def _with_lse(query: Tensor, lse: Tensor, scaling: float, kv_heads: int) -> Tensor:
     """Scaled queries with minus their log-sum-exp as two more dimensions: as rounded, and what rounding left over.
 

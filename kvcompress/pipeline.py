@@ -14,7 +14,7 @@ from torch import Tensor
 from kvcompress.config import Budget, CompressionConfig
 from kvcompress.errors import BudgetWarning, PolicyError
 from kvcompress.sequence import Sequence
-from kvcompress.shapes import AllocationContext, SelectionContext
+from kvcompress.shapes import AllocationContext, MergeContext, SelectionContext
 from kvcompress.storage import DenseStore
 
 
@@ -26,11 +26,13 @@ class Allocation:
         budgets: slots per layer and row.
         spent: sum of `budgets` per row.
         notes: figures that the allocator noted per row (for instance "threshold").
+        image_budgets: how many of the slots are for image tokens, where the allocator splits them.
     """
 
     budgets: list[list[int]]
     spent: list[int]
     notes: dict[str, Tensor] = field(default_factory=dict)
+    image_budgets: list[list[int]] | None = None
 
     @property
     def rows_alike(self) -> bool:
@@ -42,17 +44,21 @@ class Allocation:
         if len(index) != len(self.spent) or not self.rows_alike:
             rows = index.tolist()
             self.budgets = [[layer[row] for row in rows] for layer in self.budgets]
+            self.image_budgets = self.image_budgets and [[layer[row] for row in rows] for layer in self.image_budgets]
             self.spent = [self.spent[row] for row in rows]
         self.notes = {name: values.index_select(0, index.to(values.device)) for name, values in self.notes.items()}
 
 
-def compress(stores: List[DenseStore], config: CompressionConfig, sequence: Sequence) -> Allocation:
+def compress(
+    stores: List[DenseStore], config: CompressionConfig, sequence: Sequence, statistics: List[dict[str, Tensor]]
+) -> Allocation:
     """Brings every layer down to its budget once all of them are scored.
 
     Args:
         stores: the layers' buffers, scored.
         config: the policies.
         sequence: the tokens seen, this forward included.
+        statistics: what the allocator needs of each layer beyond importance, by name, `[batch]`.
 
     Returns:
         The allocation, which also rules how far layers may grow while decoding.
@@ -60,15 +66,15 @@ def compress(stores: List[DenseStore], config: CompressionConfig, sequence: Sequ
     Raises:
         PolicyError: if a policy breaks its contract; the message names policy and layer.
     """
-    importance, context = gather_importance(stores, config, sequence)
+    importance, context = gather_importance(stores, config, sequence, statistics)
     allocation = allocate(config, sequence, stores, [store.counts for store in stores], importance, context)
     for layer, store in enumerate(stores):
-        shrink(layer, store, config, sequence, allocation.budgets[layer])
+        shrink(layer, store, config, sequence, allocation)
     return allocation
 
 
 def gather_importance(
-    stores: List[DenseStore], config: CompressionConfig, sequence: Sequence
+    stores: List[DenseStore], config: CompressionConfig, sequence: Sequence, statistics: List[dict[str, Tensor]]
 ) -> tuple[Tensor, AllocationContext]:
     """Head-mean importance of every layer on one device, padded to the longest layer, with what belongs to it."""
     slots, device = max(store.length for store in stores), stores[-1].device
@@ -85,6 +91,9 @@ def gather_importance(
     context = AllocationContext(
         valid=torch.cat(columns, 1).transpose(0, 1) >= 0,
         is_image=None if sequence.is_image is None else torch.cat(images, 1).transpose(0, 1),  # type: ignore[arg-type]
+        statistics={
+            name: torch.stack([known[name].to(device) for known in statistics]) for name in config.allocator.needs
+        },
     )
     return torch.stack(rows), context
 
@@ -132,7 +141,9 @@ def allocate(
     context = context or AllocationContext()
     budgets: list[list[int]] = config.allocator.allocate(importance, total, floor, capacity, context).tolist()
     spent = [sum(layer[row] for layer in budgets) for row in range(batch)]
-    return Allocation(budgets, spent, dict(context.notes))
+    notes = dict(context.notes)
+    images = notes.pop("image_budget", None)
+    return Allocation(budgets, spent, notes, None if images is None else images.tolist())
 
 
 def floors(config: CompressionConfig, sequence: Sequence) -> list[int]:
@@ -160,21 +171,67 @@ def row_total(budget: Budget, row_seen: int, stores: List[DenseStore], batch: in
     return max(0, slots - layers)  # each layer has room for one slot more while it decodes
 
 
-def shrink(layer: int, store: DenseStore, config: CompressionConfig, sequence: Sequence, budget: list[int]) -> None:
+def shrink(
+    layer: int, store: DenseStore, config: CompressionConfig, sequence: Sequence, allocation: Allocation
+) -> None:
     """Selects the slots of one layer that stay, and gives the rest back."""
+    budget = allocation.budgets[layer]
     if config.evictor is None or budget == store.counts:
         return
-    columns = store.columns()
+    columns, images = store.columns(), allocation.image_budgets
     context = SelectionContext(
         budget=torch.tensor(budget, device=columns.device),
         valid=columns >= 0,
         protected=sequence.protected(columns, *protection(config)),
         columns=columns,
         importance=importance_of(layer, store, config, sequence),
+        is_image=sequence.images_at(columns),
+        image_budget=None if images is None else torch.tensor(images[layer], device=columns.device),
     )
     mask = config.evictor.select(context)
     _check_selection(f"evictor {config.evictor.name}: layer {layer}", mask, context)
+    if config.merger is not None:
+        merge(layer, store, config, sequence, mask, context.valid & ~mask, context.importance, decoding=False)
     store.keep(mask, budget, room=0 if config.evictor.frees == "nothing" else 1)
+
+
+def merge(
+    layer: int,
+    store: DenseStore,
+    config: CompressionConfig,
+    sequence: Sequence,
+    kept: Tensor,
+    evicted: Tensor,
+    importance: Tensor | None,
+    decoding: bool,
+) -> None:
+    """Lets the kept slots of a layer take up the evicted ones, whose keys and values are still there."""
+    assert config.merger is not None
+    keys, values = store.slots()
+    every_head = (keys.shape[0], keys.shape[1], -1)
+    columns, images = store.columns(), sequence.images_at(store.columns())
+    context = MergeContext(
+        layer=layer,
+        keys=keys,
+        values=values,
+        kept=kept.expand(every_head),
+        evicted=evicted.expand(every_head),
+        columns=columns.expand(every_head),
+        importance=importance,
+        is_image=None if images is None else images.expand(every_head),
+        decoding=decoding,
+        state=store.merger_state,
+    )
+    merged = config.merger.merge(context)
+    label = f"merger {config.merger.name}: layer {layer}"
+    for name, given, came in (("keys", keys, merged.keys), ("values", values, merged.values)):
+        if came.shape != given.shape or came.dtype != given.dtype:
+            raise PolicyError(
+                f"{label}: must return {name} as {given.dtype} {tuple(given.shape)}, got {came.dtype} "
+                f"{tuple(came.shape)}"
+            )
+    store.replace(merged.keys, merged.values)
+    store.merger_state = merged.state
 
 
 def _check_selection(label: str, mask: Tensor, context: SelectionContext) -> None:

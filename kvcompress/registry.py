@@ -7,7 +7,9 @@ import importlib
 import warnings
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import BeforeValidator, PlainSerializer
 
 from kvcompress.errors import ConfigError, UnknownPolicyError
 from kvcompress.stages import Allocator, Evictor, Merger, Policy, Quantizer, Reducer, Scorer
@@ -142,7 +144,12 @@ def _load_entry_points() -> None:
 SCORERS: Registry[Scorer] = Registry(Scorer)  # type: ignore[type-abstract]
 ALLOCATORS: Registry[Allocator] = Registry(Allocator)  # type: ignore[type-abstract]
 EVICTORS: Registry[Evictor] = Registry(Evictor)  # type: ignore[type-abstract]
-MERGERS: Registry[Merger] = Registry(Merger)
+MERGERS: Registry[Merger] = Registry(Merger)  # type: ignore[type-abstract]
 QUANTIZERS: Registry[Quantizer] = Registry(Quantizer)
 REDUCERS: Registry[Reducer] = Registry(Reducer)
+
+# Fields of policies that are made of other policies: a name, a dict with `name`, or an object.
+ScorerField = Annotated[Scorer, BeforeValidator(SCORERS.parse), PlainSerializer(SCORERS.dump)]
+AllocatorField = Annotated[Allocator, BeforeValidator(ALLOCATORS.parse), PlainSerializer(ALLOCATORS.dump)]
+
 REGISTRIES: tuple[Registry[Any], ...] = (SCORERS, ALLOCATORS, EVICTORS, MERGERS, QUANTIZERS, REDUCERS)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+import torch
 from torch import Tensor
 
 from kvcompress.errors import PolicyError
 from kvcompress.kernels import attention, attention_with_lse, merge_attention
 from kvcompress.sequence import Sequence
-from kvcompress.shapes import LayerContext
+from kvcompress.shapes import LayerContext, LayerWeights
 from kvcompress.stages import Scorer
+from kvcompress.statistics import STATISTICS
 from kvcompress.storage import DenseStore
 
 
@@ -19,7 +23,10 @@ def attend_and_score(
     past: int,
     query: Tensor,
     scale: float,
+    weights: LayerWeights,
     scorer: Scorer | None,
+    needs: Collection[str],
+    statistics: dict[str, Tensor],
     sequence: Sequence,
 ) -> Tensor:
     """Attends over older slots and the forward's own tokens, which are in the store already, and sets scores.
@@ -31,7 +38,10 @@ def attend_and_score(
         past: older slots per row; every query sees them all.
         query: `[rows, heads, queries, head_dim]`.
         scale: factor on the logits.
+        weights: the layer's own weights, as far as scorers read them.
         scorer: the scorer, if any.
+        needs: names of the statistics that the allocator reads.
+        statistics: where they are put, `[batch]` each.
         sequence: the tokens seen, this forward included.
 
     Returns:
@@ -42,7 +52,7 @@ def attend_and_score(
     """
     tokens = past + query.shape[2]
     keys, values, columns = (tensor[rows, :, :tokens] for tensor in (*store.slots(), store.columns()))
-    reads_attention = scorer is not None and scorer.reads_attention
+    reads_attention = bool(needs) or (scorer is not None and scorer.reads_attention)
     lse = None
     if past == 0 and not reads_attention:
         output = attention(query, keys, values, scale, causal=True)
@@ -51,7 +61,7 @@ def attend_and_score(
         if past:
             older = attention_with_lse(query, keys[:, :, :past], values[:, :, :past], scale, causal=False)
             output, lse = merge_attention(output, lse, *older)
-    if scorer is not None:
+    if scorer is not None or needs:
         context = LayerContext(
             layer=layer,
             query=query,
@@ -62,7 +72,12 @@ def attend_and_score(
             index=sequence.index_of(columns, rows),
             seen=sequence.row_seen[rows.start or 0],
             is_image=sequence.images_at(columns, rows),
+            weights=weights,
         )
+        for name in needs:
+            known = statistics.setdefault(name, torch.zeros(store.batch, device=query.device))
+            known[rows] = STATISTICS[name](context)
+    if scorer is not None:
         scores = scorer.score(context)
         expected = tuple(keys.shape[:3])
         if tuple(scores.shape) != expected or not bool(scores.isfinite().all()):

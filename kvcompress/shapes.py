@@ -7,13 +7,13 @@ Axes: `batch` rows, `layers` decoder layers, `kv_heads` key/value heads, `heads`
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvcompress.kernels import attention_mass
+from kvcompress.kernels import attention_mass, attention_probabilities
 
 Queries: TypeAlias = Float[Tensor, "batch heads queries head_dim"]
 Keys: TypeAlias = Float[Tensor, "batch kv_heads tokens head_dim"]
@@ -22,6 +22,20 @@ Importance: TypeAlias = Float[Tensor, "batch kv_heads tokens"]  # higher = keep
 LayerImportance: TypeAlias = Float[Tensor, "layers batch tokens"]  # higher = keep
 TokenCounts: TypeAlias = Int[Tensor, "layers batch"]
 Columns: TypeAlias = Int[Tensor, "batch sets slots"]  # -1 marks an empty slot
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """What scorers may read of a layer's weights.
+
+    Attributes:
+        output: weight of the output projection, `[hidden, heads * value_dim]`; None if the model has none.
+        inverse_frequencies: angles per position of the rotary embedding, for the pairs of dimensions
+            (i, i + head_dim / 2); None if the model turns none.
+    """
+
+    output: Float[Tensor, "hidden heads_value_dim"] | None = None
+    inverse_frequencies: Float[Tensor, " half_dim"] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +54,7 @@ class LayerContext:
         index: number of tokens of the row that came before each slot's token.
         seen: number of tokens of the row, this forward included.
         is_image: which slots hold image tokens; None for a text-only sequence.
+        weights: the layer's own weights, as far as scorers read them.
     """
 
     layer: int
@@ -51,6 +66,15 @@ class LayerContext:
     index: Int[Tensor, "batch sets tokens"]
     seen: int
     is_image: Bool[Tensor, "batch sets tokens"] | None = None
+    weights: LayerWeights = LayerWeights()
+
+    def rows(self) -> list[LayerContext]:
+        """The same layer a row at a time, for scorers that treat rows differently."""
+        batch, names = self.query.shape[0], ("query", "keys", "values", "lse", "index", "is_image")
+        tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return [
+            replace(self, **{name: tensor[row : row + 1] for name, tensor in tensors.items()}) for row in range(batch)
+        ]
 
     def attention_mass(self, start: int = 0, step: int = 1) -> Importance:
         """Attention probability that each slot received in this forward, summed over queries, head mean per group.
@@ -62,9 +86,23 @@ class LayerContext:
         Raises:
             RuntimeError: if the scorer did not declare `reads_attention`.
         """
+        return attention_mass(self.query, self.keys, self._lse(), self.scaling, start, step)
+
+    def attention_probabilities(self, last: int) -> Float[Tensor, "batch heads queries tokens"]:
+        """Attention probabilities of the last queries of this forward, float32; for small windows.
+
+        Args:
+            last: number of queries; all of them where the forward has fewer.
+
+        Raises:
+            RuntimeError: if the scorer did not declare `reads_attention`.
+        """
+        return attention_probabilities(self.query, self.keys, self._lse(), self.scaling, last)
+
+    def _lse(self) -> Tensor:
         if self.lse is None:
-            raise RuntimeError("attention_mass: the scorer must set reads_attention = True to read attention")
-        return attention_mass(self.query, self.keys, self.lse, self.scaling, start, step)
+            raise RuntimeError("attention: the scorer must set reads_attention = True to read attention")
+        return self.lse
 
 
 @dataclass(frozen=True)
@@ -75,7 +113,8 @@ class AllocationContext:
         valid: which slots hold a token; slots beyond a row's tokens are False.
         is_image: which slots hold image tokens; None for text-only sequences.
         statistics: tensors by the names in the allocator's `needs`.
-        notes: figures for the report, written by the allocator (for instance the searched threshold).
+        notes: figures for the report, written by the allocator (for instance the searched threshold). An allocator that
+            gives image tokens a budget of their own notes it as "image_budget", int64 `[layers, batch]`.
     """
 
     valid: Bool[Tensor, "layers batch tokens"] | None = None
@@ -94,6 +133,8 @@ class SelectionContext:
         protected: which slots must stay (sinks, recents and what the scorer protects).
         columns: column of each slot's token.
         importance: score of each slot; None without a scorer.
+        is_image: which slots hold image tokens; None for text-only sequences.
+        image_budget: how many of the budget are for image tokens; None unless the allocator splits it by modality.
     """
 
     budget: Int[Tensor, " batch"]
@@ -101,6 +142,52 @@ class SelectionContext:
     protected: Bool[Tensor, "batch sets slots"]
     columns: Columns
     importance: Float[Tensor, "batch kv_heads slots"] | None
+    is_image: Bool[Tensor, "batch sets slots"] | None = None
+    image_budget: Int[Tensor, " batch"] | None = None
+
+
+@dataclass(frozen=True)
+class MergeContext:
+    """What a merger sees of one layer after selection, before the evicted slots are given back.
+
+    Attributes:
+        layer: index of the decoder layer.
+        keys: keys of all slots.
+        values: values of all slots.
+        kept: slots that stay.
+        evicted: slots that go; a slot that is neither kept nor evicted is empty.
+        columns: column of each slot's token, -1 where the slot is empty.
+        importance: score of each slot, NaN where it has none; None without a scorer.
+        is_image: which slots hold image tokens; None for text-only sequences.
+        decoding: whether this is one slot that a decode step frees, not what a scoring forward dropped.
+        state: what the merger returned as its state for this layer last time; None at first. Its first axis is batch.
+    """
+
+    layer: int
+    keys: Float[Tensor, "batch kv_heads slots head_dim"]
+    values: Float[Tensor, "batch kv_heads slots value_dim"]
+    kept: Bool[Tensor, "batch kv_heads slots"]
+    evicted: Bool[Tensor, "batch kv_heads slots"]
+    columns: Int[Tensor, "batch kv_heads slots"]
+    importance: Float[Tensor, "batch kv_heads slots"] | None
+    is_image: Bool[Tensor, "batch kv_heads slots"] | None
+    decoding: bool = False
+    state: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merger returns.
+
+    Attributes:
+        keys: keys of all slots, like `MergeContext.keys`; those of slots that are not kept mean nothing.
+        values: values of all slots, likewise.
+        state: what the merger wants to see next time; None if nothing.
+    """
+
+    keys: Float[Tensor, "batch kv_heads slots head_dim"]
+    values: Float[Tensor, "batch kv_heads slots value_dim"]
+    state: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,8 @@ from kvcompress.shapes import (
     Importance,
     LayerContext,
     LayerImportance,
+    MergeContext,
+    Merged,
     SelectionContext,
     TokenCounts,
 )
@@ -125,13 +127,15 @@ class Allocator(Policy):
         reads_importance: whether `allocate` looks at importance at all; if not, a layer is compressed as soon as it
             ran, and the full cache never exists at once.
         reads_mass: whether it treats importance as mass (shares of a sum), which not every scorer gives.
-        needs: names of further statistics it reads from the context.
+        needs: names of the statistics (see `kvcompress.statistics`) that it reads from the context.
+        splits_modality: whether it gives image tokens a budget of their own, which the evictor must keep.
     """
 
     stage = "allocator"
     reads_importance: ClassVar[bool] = True
     reads_mass: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
+    splits_modality: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Wraps the subclass's `allocate` in the checks of the contract."""
@@ -170,10 +174,16 @@ class Allocator(Policy):
 
 
 class Evictor(Policy):
-    """Selects the slots of a layer that stay, after a scoring forward and at each decode step."""
+    """Selects the slots of a layer that stay, after a scoring forward and at each decode step.
+
+    Class attributes:
+        reads_importance: whether it ranks by importance, which needs a scorer.
+        keeps_modality: whether `select` keeps `SelectionContext.image_budget` image tokens where one is given.
+    """
 
     stage = "evictor"
     reads_importance: ClassVar[bool] = True
+    keeps_modality: ClassVar[bool] = False
 
     @abstractmethod
     def select(self, layer: SelectionContext) -> Bool[Tensor, "batch sets slots"]:
@@ -209,9 +219,26 @@ class Evictor(Policy):
 
 
 class Merger(Policy):
-    """Folds the tokens that are evicted into those that stay."""
+    """Folds the tokens that are evicted into those that stay, before their slots are given back."""
 
     stage = "merger"
+
+    @property
+    def merges_decoding(self) -> bool:
+        """Whether slots that decode steps free are merged too, which reads the whole layer once more per step."""
+        return False
+
+    @abstractmethod
+    def merge(self, layer: MergeContext) -> Merged:
+        """Gives every kept slot what it takes up of the evicted ones.
+
+        Args:
+            layer: all slots with what was selected. Rows, heads and empty slots are independent of each other.
+
+        Returns:
+            Keys and values in the shapes and dtypes they came in, accumulated in float32, and the merger's state.
+            A kept slot that takes up nothing is bit for bit what it was.
+        """
 
 
 class Quantizer(Policy):

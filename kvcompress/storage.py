@@ -26,6 +26,7 @@ class DenseStore:
         self.keys: Keys | None = None
         self.values: Values | None = None
         self.scores: Float[Tensor, "batch kv_heads slots"] | None = None
+        self.merger_state: Tensor | None = None  # what the merger remembers of this layer, batch first
         self.batch = 0
         self.length = 0
         self.device: torch.device | None = None
@@ -65,8 +66,9 @@ class DenseStore:
 
     @property
     def index_nbytes(self) -> int:
-        """Bytes allocated for columns and scores."""
-        return sum(tensor.nbytes for tensor in (self._columns, self.scores) if tensor is not None)
+        """Bytes allocated for columns, scores and what the merger remembers."""
+        index = (self._columns, self.scores, self.merger_state)
+        return sum(tensor.nbytes for tensor in index if tensor is not None)
 
     @property
     def slot_nbytes(self) -> int:
@@ -256,6 +258,12 @@ class DenseStore:
         target = self.scores[rows, :, :count]
         target.copy_(target.nan_to_num(nan=0.0) + scores if add else scores)
 
+    def replace(self, keys: Keys, values: Values) -> None:
+        """Overwrites keys and values of the positions in use."""
+        own_keys, own_values = self.slots()
+        own_keys.copy_(keys)
+        own_values.copy_(values)
+
     def select_rows(self, index: Int[Tensor, " rows"]) -> None:
         """Reorders, repeats or drops rows."""
         if self.keys is None:
@@ -320,7 +328,7 @@ class DenseStore:
                 self.scores = _grown(self.scores.unsqueeze(-1), capacity, torch.nan).squeeze(-1)
 
     def _each_tensor(self, change: Callable[[Tensor], Tensor]) -> None:
-        for name in ("keys", "values", "_columns", "scores"):
+        for name in ("keys", "values", "_columns", "scores", "merger_state"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, change(tensor))

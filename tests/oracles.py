@@ -194,7 +194,7 @@ class PlainRow:
         """The index `distance` slots before the end, or the middle where fewer are kept."""
         if getattr(self.config.evictor, "decode", None) != "fixed_point":
             return 0
-        distance = self.config.evictor.distance
+        distance = self.config.evictor.distance or max(25, len(self.recents()))
         return kept - distance if kept > distance else min(kept // 2, max(0, kept - len(self.recents())))
 
     def limit(self, index: int) -> int:

@@ -14,12 +14,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcompress import ALLOCATORS, EVICTORS, SCORERS, CompressionConfig
+from kvcompress import ALLOCATORS, EVICTORS, MERGERS, QUANTIZERS, SCORERS, CompressionConfig
 from kvcompress.config import PRESETS
 from kvcompress.errors import ConfigError
 from kvcompress.registry import Registry
 from kvcompress.shapes import Importance, LayerContext, SelectionContext
-from kvcompress.stages import Allocator, Evictor, Policy, Scorer
+from kvcompress.stages import Allocator, Evictor, Merger, Policy, Quantizer, Scorer
 
 seeds = st.integers(0, 2**31 - 1)
 
@@ -86,6 +86,16 @@ def scorers() -> list[Scorer]:
     return variants(SCORERS)
 
 
+def mergers() -> list[Merger]:
+    """Every registered merger with every choice it offers."""
+    return variants(MERGERS)
+
+
+def quantizers() -> list[Quantizer]:
+    """Every registered quantizer with every choice it offers."""
+    return variants(QUANTIZERS)
+
+
 def _compatible(**fields: Any) -> CompressionConfig | None:
     try:
         return CompressionConfig(**fields)
@@ -107,10 +117,10 @@ def config_with(given: Policy, **fields: Any) -> CompressionConfig:
 
 
 def configs() -> Iterator[Any]:
-    """Presets, and one configuration around every scorer, allocator and evictor; each with a test id."""
+    """Presets, and one configuration around every other policy but reducers; each with a test id."""
     for name in PRESETS:
         yield pytest.param(CompressionConfig.preset(name), id=f"preset-{name}")
-    for given in (*scorers(), *allocators(), *evictors()):
+    for given in (*scorers(), *allocators(), *evictors(), *mergers(), *quantizers()):
         yield pytest.param(config_with(given), id=f"{given.stage}-{label(given)}")
 
 

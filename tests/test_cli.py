@@ -317,7 +317,7 @@ def test_policies_lists_every_policy_with_parameters_and_paper() -> None:
 def test_a_parameter_comes_with_type_default_and_meaning() -> None:
     (topk,) = [e for e in json.loads(run("policies", "evictor", "--json").stdout)["evictor"] if e["name"] == "topk"]
     distance = next(parameter for parameter in topk["parameters"] if parameter["name"] == "distance")
-    assert distance["type"] == "int >= 1" and distance["default"] == 25 and not distance["required"]
+    assert distance["type"] == "int | none >= 1" and distance["default"] is None and not distance["required"]
     assert "fixed point" in distance["meaning"]
 
 

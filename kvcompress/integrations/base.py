@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvcompress.errors import UnsupportedModelError
+from kvcompress.shapes import LayerWeights
 
 AdapterT = TypeVar("AdapterT", bound="type[Adapter]")
 
@@ -32,6 +33,12 @@ class Adapter(ABC):
     def attention_modules(self, model: PreTrainedModel) -> list[nn.Module]:
         """The attention module of every decoder layer."""
         return [layer.self_attn for layer in self.layers(model)]  # type: ignore[misc]
+
+    def layer_weights(self, decoder: nn.Module, attention: nn.Module) -> LayerWeights:
+        """What scorers may read of a layer's weights; looked up anew at each scoring forward, never kept."""
+        output = getattr(getattr(attention, "o_proj", None), "weight", None)
+        frequencies = getattr(getattr(decoder, "rotary_emb", None), "inv_freq", None)
+        return LayerWeights(output, frequencies)
 
     sees_images: ClassVar[bool] = False
 

@@ -13,6 +13,8 @@ from kvcompress.registry import EVICTORS
 from kvcompress.shapes import DecodeContext, SelectionContext
 from kvcompress.stages import Evictor
 
+_DISTANCE = 25  # of the released code
+
 
 @EVICTORS.register("topk")
 class TopK(Evictor):
@@ -31,12 +33,13 @@ class TopK(Evictor):
             for good and the rest leave by age; "oldest": the oldest after the sinks; "lowest_score": the lowest score
             of the last scoring forward, where tokens without a score are safe until they have one; "none": the layer
             grows.
-        distance: slots (tokens) between the fixed point and the end.
+        distance: slots (tokens) between the fixed point and the end; None for the released code's 25, or as many as
+            are protected as recents where that is more.
     """
 
     granularity: Literal["layer", "head"] = "layer"
     decode: Literal["fixed_point", "oldest", "lowest_score", "none"] = "fixed_point"
-    distance: int = Field(default=25, ge=1)
+    distance: int | None = Field(default=None, ge=1)
 
     @property
     def frees(self) -> Literal["oldest", "chosen", "nothing"]:
@@ -47,7 +50,7 @@ class TopK(Evictor):
 
     @property
     def reach(self) -> int | None:
-        """The fixed point evicts by age from `distance` slots before the end on, whatever is protected."""
+        """A given fixed point evicts by age from `distance` slots before the end on, whatever is protected."""
         return self.distance if self.decode == "fixed_point" else None
 
     def select(self, layer: SelectionContext) -> Bool[Tensor, "batch sets slots"]:
@@ -67,7 +70,8 @@ class TopK(Evictor):
         """Everything before the fixed point, or the sinks."""
         if self.decode != "fixed_point":
             return sinks
-        return kept - self.distance if kept > self.distance else min(kept // 2, max(0, kept - recents))
+        distance = self.distance or max(_DISTANCE, recents)
+        return kept - distance if kept > distance else min(kept // 2, max(0, kept - recents))
 
     def victim(self, layer: DecodeContext) -> Int[Tensor, "batch sets"]:
         """The unprotected slot of the lowest score; the oldest one where none has a score yet."""
