@@ -164,6 +164,8 @@ class CompressionConfig(Configured):
     @model_validator(mode="after")
     def _combination(self) -> CompressionConfig:
         scorer, allocator, evictor = self.scorer, self.allocator, self.evictor
+        if self.quantizer is not None and evictor is not None:
+            self._check_residual(self.quantizer, evictor)
         if evictor is None:
             if not self.budget.keeps_everything:
                 raise ConfigError(
@@ -205,6 +207,21 @@ class CompressionConfig(Configured):
                 f"some of the {recent} recents; raise its distance, lower budget.recent or choose decode='oldest'"
             )
         return self
+
+    def _check_residual(self, quantizer: Quantizer, evictor: Evictor) -> None:
+        """Decode steps free single slots, which only slots in full precision can be."""
+        if evictor.frees == "nothing":
+            return
+        many = 2**20
+        recent = max(self.budget.recent, self.scorer.protects if self.scorer else 0)
+        loose = many - evictor.pinned(many, self.budget.sink, recent)
+        if evictor.frees == "chosen" or loose > quantizer.residual:
+            reach = "any slot" if evictor.frees == "chosen" or loose > many // 2 else f"the last {loose} slots"
+            raise ConfigError(
+                f"quantizer {quantizer.name}: decode steps of the evictor {evictor.name} free {reach}, but only the "
+                f"residual of {quantizer.residual} is not quantized; choose an evictor with decode='fixed_point' or "
+                "'none', or a residual of at least its distance"
+            )
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> CompressionConfig:

@@ -14,7 +14,8 @@ from kvcompress import pipeline
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import CacheStateError
 from kvcompress.pipeline import Allocation
-from kvcompress.scoring import attend_and_score
+from kvcompress.quantized import QuantizedStore
+from kvcompress.scoring import attend_and_score, attend_in_blocks
 from kvcompress.sequence import Sequence
 from kvcompress.shapes import DecodeContext, LayerWeights
 from kvcompress.storage import DenseStore
@@ -60,7 +61,8 @@ class Engine:
     def __init__(self, config: CompressionConfig, layers: int) -> None:
         """Starts with nothing seen."""
         self.config = config
-        self.stores = [DenseStore() for _ in range(layers)]
+        quantizer = config.quantizer
+        self.stores = [QuantizedStore(quantizer) if quantizer else DenseStore() for _ in range(layers)]
         self.sequence = Sequence()
         self.allocation: Allocation | None = None
         self.statistics: list[dict[str, Tensor]] = [{} for _ in range(layers)]
@@ -162,8 +164,9 @@ class Engine:
             self.allocation = forward.local
         else:
             self.allocation = pipeline.compress(self.stores, config, self.sequence, self.statistics)
-            for layer in range(len(self.stores)):
+            for layer, store in enumerate(self.stores):
                 self._pin(layer)
+                store.pack()
 
     # -- scoring -------------------------------------------------------------------------------------------------------
 
@@ -194,7 +197,10 @@ class Engine:
                 if own.shape[2]:
                     rows = slice(row, row + 1)
                     output[rows, :, span] = attend_and_score(layer, store, rows, before[row], own, *rest)
-        if config.evictor is not None and not config.allocator.reads_importance and not self.recording:
+        if config.evictor is None:
+            if not self.recording:
+                store.pack()
+        elif not config.allocator.reads_importance and not self.recording:
             self._compress_local(layer, store, forward)
         return output
 
@@ -207,6 +213,7 @@ class Engine:
             forward.local = pipeline.allocate(self.config, self.sequence, self.stores, held, None, None)
         pipeline.shrink(layer, store, self.config, self.sequence, forward.local)
         self._pin(layer)
+        store.pack()
 
     # -- decoding ------------------------------------------------------------------------------------------------------
 
@@ -215,15 +222,20 @@ class Engine:
     ) -> Tensor:
         """A decode step: writes one token, attends over all slots, frees one if the layer is over its budget."""
         store.write(key, value, forward.first_column, forward.rooms[layer] if forward.rooms else None)
-        keys, values = store.slots()
         batch, heads, _, head_dim = query.shape
-        kv_heads = keys.shape[1]
+        kv_heads = key.shape[1]
         grouped = query.view(batch, kv_heads, heads // kv_heads, head_dim)
-        mask = (store.columns() >= 0).unsqueeze(2).expand(-1, kv_heads, -1, -1) if store.has_holes else None
-        output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+        if store.packed:
+            output = attend_in_blocks(store, grouped, scale)
+        else:
+            keys, values = store.slots()
+            mask = (store.columns() >= 0).unsqueeze(2).expand(-1, kv_heads, -1, -1) if store.has_holes else None
+            output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
         if forward.limits is not None and not self.recording:
             self._evict(layer, store, forward.limits[layer])
-        return output.view(batch, heads, 1, values.shape[3])
+        if not self.recording:
+            store.pack()
+        return output.view(batch, heads, 1, value.shape[3])
 
     def _evict(self, layer: int, store: DenseStore, limits: list[int]) -> None:
         """Frees slots in rows that are over their limit, by the evictor's decode rule."""
@@ -292,6 +304,9 @@ class Engine:
         elif waiting == "decoded" and (limits := self.limits()) is not None:
             for layer, store in enumerate(self.stores):
                 self._evict(layer, store, limits[layer])
+        if waiting:
+            for store in self.stores:
+                store.pack()
 
     def can_drop(self, columns: int) -> bool:
         """Whether every layer still holds all the tokens of the last `columns` columns."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 _TILE_KEYS = 512
@@ -86,6 +86,23 @@ def merge_attention(
     total = torch.logaddexp(lse, other_lse)
     weight, other_weight = (lse - total).exp().unsqueeze(-1), (other_lse - total).exp().unsqueeze(-1)
     return (output * weight + other_output * other_weight).to(output.dtype), total
+
+
+def masked_attention_with_lse(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch heads tokens head_dim"],
+    value: Float[Tensor, "batch heads tokens value_dim"],
+    scaling: float,
+    mask: Bool[Tensor, "batch sets tokens"],
+) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
+    """Attention over the slots that a mask marks, at least one per row, for a few queries; written out in float32.
+
+    Returns:
+        The output in the dtype of `query`, and the log-sum-exp, as from `attention_with_lse`.
+    """
+    logits = (query.float() @ key.float().transpose(2, 3) * scaling).masked_fill_(~mask.unsqueeze(2), -torch.inf)
+    lse = logits.logsumexp(-1)
+    return (logits.sub_(lse.unsqueeze(-1)).exp_() @ value.float()).to(query.dtype), lse
 
 
 def attention_mass(

@@ -165,10 +165,9 @@ def row_total(budget: Budget, row_seen: int, stores: List[DenseStore], batch: in
         return math.floor(budget.fraction * row_seen * layers + 1e-6)
     if budget.tokens is not None:
         return budget.tokens * layers
-    slot = sum(store.slot_nbytes for store in stores if store.keys is not None)
-    known = sum(store.keys is not None for store in stores)
-    slots = int(budget.bytes or 0) * known // (slot * batch)
-    return max(0, slots - layers)  # each layer has room for one slot more while it decodes
+    known = [store for store in stores if store.keys is not None]
+    slots = sum(store.slots_within((budget.bytes or 0) / (layers * batch)) for store in known) * layers / len(known)
+    return max(0, int(slots) - layers)  # each layer has room for one slot more while it decodes
 
 
 def shrink(
@@ -210,11 +209,15 @@ def merge(
     keys, values = store.slots()
     every_head = (keys.shape[0], keys.shape[1], -1)
     columns, images = store.columns(), sequence.images_at(store.columns())
+    kept = kept.expand(every_head)
+    if store.packed:  # what is quantized takes up nothing any more
+        kept = kept.clone()
+        kept[..., : store.packed] = False
     context = MergeContext(
         layer=layer,
         keys=keys,
         values=values,
-        kept=kept.expand(every_head),
+        kept=kept,
         evicted=evicted.expand(every_head),
         columns=columns.expand(every_head),
         importance=importance,

@@ -145,7 +145,7 @@ SCORERS: Registry[Scorer] = Registry(Scorer)  # type: ignore[type-abstract]
 ALLOCATORS: Registry[Allocator] = Registry(Allocator)  # type: ignore[type-abstract]
 EVICTORS: Registry[Evictor] = Registry(Evictor)  # type: ignore[type-abstract]
 MERGERS: Registry[Merger] = Registry(Merger)  # type: ignore[type-abstract]
-QUANTIZERS: Registry[Quantizer] = Registry(Quantizer)
+QUANTIZERS: Registry[Quantizer] = Registry(Quantizer)  # type: ignore[type-abstract]
 REDUCERS: Registry[Reducer] = Registry(Reducer)
 
 # Fields of policies that are made of other policies: a name, a dict with `name`, or an object.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.errors import PolicyError
-from kvcompress.kernels import attention, attention_with_lse, merge_attention
+from kvcompress.kernels import attention, attention_with_lse, masked_attention_with_lse, merge_attention
 from kvcompress.sequence import Sequence
 from kvcompress.shapes import LayerContext, LayerWeights
 from kvcompress.stages import Scorer
@@ -51,17 +51,14 @@ def attend_and_score(
         PolicyError: if the scores have the wrong shape or are not finite.
     """
     tokens = past + query.shape[2]
-    keys, values, columns = (tensor[rows, :, :tokens] for tensor in (*store.slots(), store.columns()))
     reads_attention = bool(needs) or (scorer is not None and scorer.reads_attention)
-    lse = None
     if past == 0 and not reads_attention:
-        output = attention(query, keys, values, scale, causal=True)
+        ((keys, values),) = store.blocks(rows, tokens)
+        output, lse = attention(query, keys, values, scale, causal=True), None
     else:
-        output, lse = attention_with_lse(query, keys[:, :, past:], values[:, :, past:], scale, causal=True)
-        if past:
-            older = attention_with_lse(query, keys[:, :, :past], values[:, :, :past], scale, causal=False)
-            output, lse = merge_attention(output, lse, *older)
+        output, lse = _attend(store, rows, past, query, scale)
     if scorer is not None or needs:
+        keys, values, columns = (tensor[rows, :, :tokens] for tensor in (*store.slots(), store.columns()))
         context = LayerContext(
             layer=layer,
             query=query,
@@ -88,3 +85,39 @@ def attend_and_score(
             )
         store.score(rows, tokens, scores, add=scorer.accumulates)
     return output
+
+
+def attend_in_blocks(store: DenseStore, query: Tensor, scale: float) -> Tensor:
+    """Attention of a decode step over a store that gives its slots in blocks, of which only the last has empty ones.
+
+    Args:
+        store: the buffers of a layer.
+        query: `[batch, kv_heads, group, head_dim]`, the query heads of a group as queries.
+        scale: factor on the logits.
+    """
+    first, parts = 0, None
+    for keys, values in store.blocks(slice(None), store.length):
+        end = first + keys.shape[2]
+        if end == store.length and store.has_holes:
+            mask = store.columns()[:, :, first:end] >= 0
+            part = masked_attention_with_lse(query, keys, values, scale, mask)
+        else:
+            part = attention_with_lse(query, keys, values, scale, causal=False)
+        parts, first = part if parts is None else merge_attention(*parts, *part), end
+    assert parts is not None
+    return parts[0]
+
+
+def _attend(store: DenseStore, rows: slice, past: int, query: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention over what the store gives block by block: all of it for older slots, causal for the new tokens."""
+    first, tokens, parts = 0, past + query.shape[2], None
+    for keys, values in store.blocks(rows, tokens):
+        end = first + keys.shape[2]
+        for left, right, causal in ((first, min(end, past), False), (max(first, past), end, True)):
+            if left < right:
+                piece = slice(left - first, right - first)
+                part = attention_with_lse(query, keys[:, :, piece], values[:, :, piece], scale, causal=causal)
+                parts = part if parts is None else merge_attention(*parts, *part)
+        first = end
+    assert parts is not None
+    return parts

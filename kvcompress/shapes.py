@@ -6,11 +6,11 @@ Axes: `batch` rows, `layers` decoder layers, `kv_heads` key/value heads, `heads`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from kvcompress.kernels import attention_mass, attention_probabilities
@@ -188,6 +188,38 @@ class Merged:
     keys: Float[Tensor, "batch kv_heads slots head_dim"]
     values: Float[Tensor, "batch kv_heads slots value_dim"]
     state: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Quantized keys or values: `code * scale - shift` gives them back.
+
+    Attributes:
+        data: codes of every slot, packed into bytes or in a narrow dtype; its last axis holds a slot's dimensions.
+        scale: step between neighbouring codes, a row per slot or per group of slots, whose last axis divides the slot's
+            dimensions evenly.
+        shift: what is subtracted; None if zero is code 0. Shaped like `scale`.
+        dim: dimensions of a slot.
+    """
+
+    data: Shaped[Tensor, "batch kv_heads slots width"]
+    scale: Float[Tensor, "batch kv_heads scale_rows parts"]
+    shift: Float[Tensor, "batch kv_heads scale_rows parts"] | None
+    dim: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in (self.data, self.scale, self.shift) if tensor is not None)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Codes:
+        """The same change to every tensor."""
+        return replace(
+            self,
+            data=change(self.data),
+            scale=change(self.scale),
+            shift=None if self.shift is None else change(self.shift),
+        )
 
 
 @dataclass(frozen=True)

@@ -13,21 +13,24 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Int
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from kvcompress.checks import check_allocation, check_allocation_input, readable_error
 from kvcompress.shapes import (
     AllocationContext,
+    Codes,
     Columns,
     DecodeContext,
     Importance,
+    Keys,
     LayerContext,
     LayerImportance,
     MergeContext,
     Merged,
     SelectionContext,
     TokenCounts,
+    Values,
 )
 
 
@@ -242,9 +245,35 @@ class Merger(Policy):
 
 
 class Quantizer(Policy):
-    """Stores keys and values in fewer bits."""
+    """Stores keys and values in fewer bits, all but the most recent ones, a whole group of tokens at a time.
+
+    What is quantized is never touched again: later groups are appended, and eviction copies codes as they are.
+
+    Args:
+        group: tokens that are quantized together.
+        residual: most recent tokens that stay in full precision; decode steps evict among them alone.
+    """
 
     stage = "quantizer"
+
+    group: int = Field(default=64, ge=1)
+    residual: int = Field(default=64, ge=0)
+
+    @abstractmethod
+    def encode_keys(self, keys: Keys) -> Codes:
+        """Quantizes keys, whose number of tokens is a multiple of `group`."""
+
+    @abstractmethod
+    def encode_values(self, values: Values) -> Codes:
+        """Quantizes values, whose number of tokens is a multiple of `group`."""
+
+    @abstractmethod
+    def decode(self, codes: Codes) -> Keys:
+        """Gives keys or values back, in the dtype of `codes.scale`.
+
+        Args:
+            codes: codes with as many rows of scales as slots, or one for every `group` slots.
+        """
 
 
 class Reducer(Policy):

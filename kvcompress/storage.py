@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -29,6 +29,7 @@ class DenseStore:
         self.merger_state: Tensor | None = None  # what the merger remembers of this layer, batch first
         self.batch = 0
         self.length = 0
+        self.packed = 0  # first positions that are quantized and lie elsewhere
         self.device: torch.device | None = None
         self._columns: Columns | None = None
         self._lanes: list[Lane] = []  # one for all rows while their tokens lie alike, else one a row
@@ -47,7 +48,7 @@ class DenseStore:
     @property
     def capacity(self) -> int:
         """Slots that are allocated."""
-        return 0 if self.keys is None else self.keys.shape[2]
+        return 0 if self.keys is None else self.packed + self.keys.shape[2]
 
     @property
     def rows_alike(self) -> bool:
@@ -72,15 +73,24 @@ class DenseStore:
 
     @property
     def slot_nbytes(self) -> int:
-        """Bytes of one row's slot over all heads."""
+        """Bytes of one row's slot in full precision over all heads."""
         if self.keys is None or self.values is None:
             return 0
         return self.keys.shape[1] * (self.keys.shape[3] + self.values.shape[3]) * self.keys.element_size()
+
+    def slots_within(self, nbytes: float) -> float:
+        """Slots of one row whose keys and values fit into so many bytes."""
+        return nbytes / self.slot_nbytes
 
     def slots(self) -> tuple[Keys, Values]:
         """Keys and values of the positions in use, as views."""
         assert self.keys is not None and self.values is not None
         return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+
+    def blocks(self, rows: slice, end: int) -> Iterator[tuple[Keys, Values]]:
+        """Keys and values of the first `end` positions of some rows, in as many pieces as suit the storage."""
+        keys, values = self.slots()
+        yield keys[rows, :, :end], values[rows, :, :end]
 
     def columns(self) -> Columns:
         """Columns of the positions in use, -1 where one is empty, as a view."""
@@ -158,12 +168,13 @@ class DenseStore:
         assert self.keys is not None and self.values is not None and self._columns is not None
         if len(positions) == 1:
             position = positions[0]
-            self.keys[:, :, position] = key[:, :, 0]
-            self.values[:, :, position] = value[:, :, 0]
+            self.keys[:, :, position - self.packed] = key[:, :, 0]
+            self.values[:, :, position - self.packed] = value[:, :, 0]
             self._late[position] = column
         else:
             rows, at = _indices(range(self.batch), key.device), _indices(positions, key.device)
-            self.keys[rows, :, at], self.values[rows, :, at] = key[:, :, 0], value[:, :, 0]
+            inner = at - self.packed
+            self.keys[rows, :, inner], self.values[rows, :, inner] = key[:, :, 0], value[:, :, 0]
             self._columns[rows, :, at] = column
             if self.scores is not None:
                 self.scores[rows, :, at] = torch.nan
@@ -221,17 +232,17 @@ class DenseStore:
             counts: number of kept slots per row.
             room: free slots to allocate beyond them.
         """
-        keys, values = self.slots()
+        assert self.keys is not None
         columns, scores = self.columns(), self.used_scores()
         kept, capacity = max(counts), max(counts) + room
         latest = torch.iinfo(torch.int32).max
         order = columns.expand(mask.shape).masked_fill(~mask, latest).argsort(dim=-1, stable=True)[..., :kept]
-        per_head = order.expand(-1, keys.shape[1], -1)
+        per_head = order.expand(-1, self.keys.shape[1], -1)
         picked = columns.new_full((*order.shape[:2], capacity), -1)
         picked[..., :kept] = columns.expand(mask.shape).gather(-1, order)
         for row, count in enumerate(counts):
             picked[row, :, count:] = -1
-        self.keys, self.values = _gather(keys, per_head, capacity), _gather(values, per_head, capacity)
+        self._keep_slots(order, counts, capacity)
         if scores is not None:
             self.scores = scores.new_full((*per_head.shape[:2], capacity), torch.nan)
             self.scores[..., :kept] = scores.gather(-1, per_head)
@@ -254,9 +265,13 @@ class DenseStore:
         """Sets the scores of the first `count` slots of some rows, or adds to those they have."""
         assert self.keys is not None
         if self.scores is None:
-            self.scores = torch.full(self.keys.shape[:3], torch.nan, dtype=torch.float32, device=self.keys.device)
+            shape = (*self.keys.shape[:2], self.capacity)
+            self.scores = torch.full(shape, torch.nan, dtype=torch.float32, device=self.keys.device)
         target = self.scores[rows, :, :count]
         target.copy_(target.nan_to_num(nan=0.0) + scores if add else scores)
+
+    def pack(self) -> None:
+        """Quantizes what is old enough; nothing here."""
 
     def replace(self, keys: Keys, values: Values) -> None:
         """Overwrites keys and values of the positions in use."""
@@ -307,7 +322,8 @@ class DenseStore:
 
     def _place(self, rows: slice, target: slice, keys: Tensor, values: Tensor, columns: Tensor) -> None:
         assert self.keys is not None and self.values is not None and self._columns is not None
-        self.keys[rows, :, target], self.values[rows, :, target] = keys, values
+        inner = slice(target.start - self.packed, target.stop - self.packed)
+        self.keys[rows, :, inner], self.values[rows, :, inner] = keys, values
         self._columns[rows, :, target] = columns
         if self.scores is not None:
             self.scores[rows, :, target] = torch.nan
@@ -322,10 +338,17 @@ class DenseStore:
         elif slots > self.capacity:
             capacity = slots if keys.shape[2] > 1 else slots + max(15, slots // 100)
             capacity = max(slots, capacity if room is None else min(capacity, room))
-            self.keys, self.values = _grown(self.keys, capacity, 0.0), _grown(self.values, capacity, 0.0)
+            inner = capacity - self.packed
+            self.keys, self.values = _grown(self.keys, inner, 0.0), _grown(self.values, inner, 0.0)
             self._columns = _grown(self._columns.unsqueeze(-1), capacity, -1).squeeze(-1)
             if self.scores is not None:
                 self.scores = _grown(self.scores.unsqueeze(-1), capacity, torch.nan).squeeze(-1)
+
+    def _keep_slots(self, order: Int[Tensor, "batch sets slots"], counts: list[int], capacity: int) -> None:
+        """Keeps keys and values of the first `counts[row]` positions in `order`, in buffers of `capacity` slots."""
+        keys, values = self.slots()
+        per_head = order.expand(-1, keys.shape[1], -1)
+        self.keys, self.values = gathered(keys, per_head, capacity), gathered(values, per_head, capacity)
 
     def _each_tensor(self, change: Callable[[Tensor], Tensor]) -> None:
         for name in ("keys", "values", "_columns", "scores", "merger_state"):
@@ -338,9 +361,10 @@ def _indices(numbers: Iterable[int], device: torch.device) -> Tensor:
     return torch.tensor(list(numbers), device=device)
 
 
-def _gather(tensor: Tensor, index: Tensor, capacity: int) -> Tensor:
-    gathered = tensor.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, tensor.shape[3]))
-    return gathered if gathered.shape[2] == capacity else _grown(gathered, capacity, 0.0)
+def gathered(tensor: Tensor, index: Tensor, capacity: int) -> Tensor:
+    """Slots of every row and head in the order of `index`, with free slots up to `capacity`."""
+    picked = tensor.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, tensor.shape[3]))
+    return picked if picked.shape[2] == capacity else _grown(picked, capacity, 0.0)
 
 
 def _grown(tensor: Tensor, capacity: int, fill: float) -> Tensor:

@@ -1,0 +1,29 @@
+"""Decoding that all quantizers share: a code times its scale, minus its shift."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcompress.shapes import Codes
+
+
+def decode_affine(numbers: Tensor, codes: Codes) -> Tensor:
+    """Turns codes back into keys or values with one fused operation.
+
+    Args:
+        numbers: the unpacked codes as `[batch, kv_heads, slots, dim]`, in the dtype of the scales.
+        codes: what they were packed in, with their scales and shifts.
+
+    Returns:
+        `number * scale - shift` in the dtype of the scales, where each row of scales serves `slots / scale_rows`
+        neighbouring slots, and each part of it `dim / parts` neighbouring dimensions.
+    """
+    batch, heads, slots, dim = numbers.shape
+    rows, parts = codes.scale.shape[2:]
+    blocks = numbers.reshape(batch, heads, rows, slots // rows, parts, dim // parts)
+    scale = codes.scale.view(batch, heads, rows, 1, parts, 1)
+    if codes.shift is None:
+        return (blocks * scale).reshape(numbers.shape)
+    minus_shift = codes.shift.view(batch, heads, rows, 1, parts, 1).neg()
+    return torch.addcmul(minus_shift, blocks, scale).reshape(numbers.shape)
