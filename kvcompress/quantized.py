@@ -40,9 +40,9 @@ class Packed:
         codes, data = self.codes, self.codes.data[batch, :, start:end]
         if self.rows is not None:
             index = self.rows[batch, :, start:end].long()
-            return replace(_scales(codes, lambda scale: _rows_of(scale[batch], index)), data=data)
+            return _changed(codes, data, lambda scale: _rows_of(scale[batch], index))
         group = codes.data.shape[2] // codes.scale.shape[2]
-        return replace(_scales(codes, lambda scale: scale[batch, :, start // group : end // group]), data=data)
+        return _changed(codes, data, lambda scale: scale[batch, :, start // group : end // group])
 
     def joined(self, new: Codes) -> Packed:
         """With whole groups appended; older codes stay what they are."""
@@ -60,10 +60,10 @@ class Packed:
         codes, rows = self.codes, self.rows
         data = _rows_of(codes.data, index)
         if rows is None and codes.scale.shape[2] == codes.data.shape[2]:
-            return replace(self, codes=replace(_scales(codes, lambda scale: _rows_of(scale, index)), data=data))
+            return replace(self, codes=_changed(codes, data, lambda scale: _rows_of(scale, index)))
         rows = index // self.group if rows is None else rows.gather(2, index)
         used, rows = torch.unique(rows, return_inverse=True)
-        return replace(self, codes=replace(_scales(codes, lambda scale: scale[:, :, used]), data=data), rows=rows.int())
+        return replace(self, codes=_changed(codes, data, lambda scale: scale[:, :, used]), rows=rows.int())
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Packed:
         """The same change to every tensor."""
@@ -115,7 +115,7 @@ class QuantizedStore(DenseStore):
         step = max(1, _BLOCK // self.quantizer.group) * self.quantizer.group
         for start in range(0, self.packed, step):
             yield self._decoded(rows, start, min(start + step, self.packed))
-        if end > self.packed:
+        if end > self.packed or not self.packed:
             yield self.keys[rows, :, : end - self.packed], self.values[rows, :, : end - self.packed]
 
     def pack(self) -> None:
@@ -181,8 +181,9 @@ class QuantizedStore(DenseStore):
             self._packed = (self._packed[0].each(change), self._packed[1].each(change))
 
 
-def _scales(codes: Codes, change: Callable[[Tensor], Tensor]) -> Codes:
-    return replace(codes, scale=change(codes.scale), shift=None if codes.shift is None else change(codes.shift))
+def _changed(codes: Codes, data: Tensor, change: Callable[[Tensor], Tensor]) -> Codes:
+    """Other codes, and a change to both scales and shifts."""
+    return Codes(data, change(codes.scale), None if codes.shift is None else change(codes.shift), codes.dim)
 
 
 def _rows_of(tensor: Tensor, index: Int[Tensor, "batch kv_heads slots"]) -> Tensor:

@@ -15,21 +15,28 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
-from pydoc_data.topics import topics
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import Cache, QuantizedCache
 
 from kvcompress.cache import CompressedCache
+from kvcompress.composition import policies_of
+from kvcompress.config import PRESETS, CompressionConfig
 from kvcompress.evaluation.models import load_model
-from kvcompress.registry import ALLOCATORS
+from kvcompress.evaluation.perplexity import continuation_perplexity, english_text, samples_of
+from kvcompress.evaluation.timing import in_turns, ratios, timed
+from kvcompress.kernels import attention_with_lse
+from kvcompress.registry import ALLOCATORS, QUANTIZERS
+from kvcompress.shapes import LayerContext, LayerWeights
 
+BUDGETS = (0.5, 0.2, 0.1)
 QUERIES = {"exact": "all", "stride:4": "stride:4", "window:32": "window:32"}
 
 
@@ -39,9 +46,9 @@ class Bench:
     def __init__(self, tokens: int) -> None:
         """Loads the model and reads `tokens` tokens of English text."""
         loaded = load_model("smollm2", dtype="bfloat16")
-        text = "\n".join(topics[name] for name in sorted(topics))
         self.model: PreTrainedModel = loaded.model
-        self.ids: Tensor = loaded.tokenizer(text, return_tensors="pt").input_ids[:, :tokens]
+        self.tokenizer = loaded.tokenizer
+        self.ids: Tensor = loaded.tokenizer(english_text(), return_tensors="pt").input_ids[:, :tokens]
 
     def dynamic(self) -> Cache:
         """Transformers' default cache."""
@@ -62,6 +69,18 @@ class Bench:
     def run_new(self, make: Callable[[], Cache]) -> float:
         """Seconds of the whole prompt with a new cache."""
         return self.run(make(), self.ids)
+
+    def quantized(self, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+        """Decoding from four bits against transformers' cache of the same bits, and bytes held against all of them."""
+        cut = {name: CompressedCache(self.model, "full", quantizer=name) for name in QUANTIZERS.names()}
+        theirs = QuantizedCache("quanto", self.model.config, nbits=4, q_group_size=64, residual_length=128)
+        caches: dict[str, Cache] = {"transformers' QuantizedCache, 4 bits": theirs, **cut}
+        for cache in caches.values():
+            self.run(cache, self.ids)
+        held = {name: cache.report().kv_bytes / cache.report().full_kv_bytes for name, cache in cut.items()}
+        one = self.ids[:, :1]
+        times = in_turns({name: partial(self.run, cache, one) for name, cache in caches.items()}, rounds, warm_up=5)
+        return ratios(times, next(iter(caches))), held
 
     def prefill(self, rounds: int) -> dict[str, float]:
         """Time of a whole prompt, as a ratio to `DynamicCache`."""
@@ -124,6 +143,22 @@ def allocation_seconds(tokens: int = 131_072, layers: int = 80) -> dict[str, flo
     return {"seconds": seconds[tokens], "when tokens double": seconds[tokens] / seconds[tokens // 2]}
 
 
+def scorer_costs(rounds: int, tokens: int = 4000) -> dict[str, float]:
+    """Time of one scorer step as a share of its layer's attention, in SmolLM2's shape."""
+    g = torch.Generator().manual_seed(0)
+    query, keys, values = (torch.randn(1, heads, tokens, 64, generator=g).bfloat16() for heads in (9, 3, 3))
+    _, lse = attention_with_lse(query, keys, values, 0.125, causal=True)
+    weights = LayerWeights(torch.randn(576, 576, generator=g).bfloat16(), 10000.0 ** (-torch.arange(32) / 32))
+    index = torch.arange(tokens, dtype=torch.int32).view(1, 1, tokens)
+    context = LayerContext(0, query, keys, values, lse, 0.125, index, tokens, None, weights)
+    runs: dict[str, Callable[[], float]] = {
+        "attention": partial(timed, attention_with_lse, query, keys, values, 0.125, True)
+    }
+    for label, scorer in policies_of("scorer"):
+        runs[f"{label} "] = partial(timed, scorer.score, context)  # type: ignore[attr-defined]
+    return dict(list(ratios(in_turns(runs, rounds), "attention").items())[1:])
+
+
 def peak_bytes(case: str, tokens: int) -> int:
     """Memory that the prefill of a fresh process takes on top of the loaded model (Linux)."""
     command = [sys.executable, "-m", "kvcompress.evaluation.bench", "--peak", case, "--tokens", str(tokens)]
@@ -147,33 +182,6 @@ def _memory(field: str) -> int:
     return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
 
 
-def timed(function: Callable[..., Any], *arguments: Any) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - start
-
-
-def in_turns(runs: dict[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
-    """Runs each in turn, `rounds` times after a warm-up; garbage is collected between rounds, not within."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(warm_up + rounds):
-        gc.collect()
-        for name, run in runs.items():
-            seconds = run()
-            if turn >= warm_up:
-                times[name].append(seconds)
-    return times
-
-
-def ratios(times: dict[str, list[float]], base: str) -> dict[str, float]:
-    """Median over rounds of each time divided by the base's in the same round."""
-    return {
-        name: statistics.median(own / other for own, other in zip(seconds, times[base], strict=True))
-        for name, seconds in times.items()
-    }
-
-
 def table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     """Two columns under a title."""
     found = Table("", "measured", title=title, title_justify="left")
@@ -182,9 +190,28 @@ def table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     return found
 
 
+def preset_table(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, samples: int = 4, prompt: int = 1536, new: int = 96
+) -> Table:
+    """Perplexity of continuations for every preset and retention."""
+    ids = samples_of(tokenizer, english_text(), samples, prompt + new)
+    full = continuation_perplexity(model, partial(DynamicCache, config=model.config), ids, prompt)
+    found = Table(title=f"Perplexity of {new} tokens after {prompt}; DynamicCache: {full:.2f}", title_justify="left")
+    for column in ("preset", *(f"retention {budget}" for budget in BUDGETS)):
+        found.add_column(column)
+    for name in PRESETS:
+        budgets = [None] if CompressionConfig.preset(name).budget.keeps_everything else BUDGETS
+        makers = [partial(CompressedCache, model, name, **({"budget": b} if b else {})) for b in budgets]
+        found.add_row(
+            name, *(f"{continuation_perplexity(model, make, ids, prompt):.2f}" for make in track(makers, name))
+        )
+    return found
+
+
 def main(
     tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 4000,
     rounds: Annotated[int, typer.Option(help="Paired rounds of prefill; decoding takes ten times as many.")] = 5,
+    quality: Annotated[bool, typer.Option(help="Perplexity of every preset too (20 minutes).")] = True,
     peak: Annotated[str | None, typer.Option(hidden=True)] = None,
 ) -> None:
     """Measures decoding, prefill, memory and allocation on SmolLM2-135M in bfloat16."""
@@ -219,6 +246,14 @@ def main(
         ("when tokens double", f"{allocation['when tokens double']:.2f}x"),
     ]
     console.print(table("Prefix allocation, 80 layers x 131,072 tokens", rows))
+    costs = scorer_costs(2 * rounds)
+    console.print(table("One scorer step", [(n, f"{r:.2f}x the layer's attention") for n, r in costs.items()]))
+    speed, held = bench.quantized(2 * rounds)
+    rows = [(name, f"{1 / ratio:.2f}x as fast") for name, ratio in speed.items()]
+    rows += [(f"bytes of {name} / bfloat16", f"{share:.3f}") for name, share in held.items()]
+    console.print(table("Decoding from quantized storage", rows))
+    if quality:
+        console.print(preset_table(bench.model, bench.tokenizer))
 
 
 if __name__ == "__main__":

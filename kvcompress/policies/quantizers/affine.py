@@ -9,7 +9,7 @@ from kvcompress.shapes import Codes
 
 
 def decode_affine(numbers: Tensor, codes: Codes) -> Tensor:
-    """Turns codes back into keys or values with one fused operation.
+    """Turns codes back into keys or values.
 
     Args:
         numbers: the unpacked codes as `[batch, kv_heads, slots, dim]`, in the dtype of the scales.
@@ -25,5 +25,7 @@ def decode_affine(numbers: Tensor, codes: Codes) -> Tensor:
     scale = codes.scale.view(batch, heads, rows, 1, parts, 1)
     if codes.shift is None:
         return (blocks * scale).reshape(numbers.shape)
-    minus_shift = codes.shift.view(batch, heads, rows, 1, parts, 1).neg()
-    return torch.addcmul(minus_shift, blocks, scale).reshape(numbers.shape)
+    shift = codes.shift.view(batch, heads, rows, 1, parts, 1)
+    if parts == dim:
+        return torch.addcmul(shift.neg(), blocks, scale).reshape(numbers.shape)
+    return (blocks * scale).sub_(shift).reshape(numbers.shape)  # addcmul is slow where dimensions share a scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from kvcompress.policies.quantizers.affine import decode_affine
 from kvcompress.registry import QUANTIZERS
@@ -10,6 +11,7 @@ from kvcompress.shapes import Codes, Keys, Values
 from kvcompress.stages import Quantizer
 
 _DTYPE = torch.float8_e4m3fn
+_WIDENED = {torch.bfloat16: (4, 2.0**120), torch.float16: (7, 2.0**8)}  # dtype -> places to shift, factor
 
 
 @QUANTIZERS.register("fp8")
@@ -41,4 +43,16 @@ class FP8(Quantizer):
 
     def decode(self, codes: Codes) -> Keys:
         """Rescales."""
-        return decode_affine(codes.data.view(_DTYPE).to(codes.scale.dtype), codes)
+        return decode_affine(_numbers(codes.data, codes.scale.dtype), codes)
+
+
+def _numbers(data: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bytes of eight-bit floats in a wider dtype; much faster than torch's own conversion on CPU.
+
+    Sign, exponent and mantissa are moved to their place among 16 bits; a factor makes up for the other exponent bias.
+    """
+    if dtype not in _WIDENED:
+        return data.view(_DTYPE).to(dtype)
+    places, factor = _WIDENED[dtype]
+    bits = data.view(torch.int8).to(torch.int16).bitwise_left_shift_(places).bitwise_and_((0x7F << places) - 0x8000)
+    return bits.view(dtype).mul_(factor)

@@ -36,7 +36,7 @@ class Quanto(Quantizer):
 
     def decode(self, codes: Codes) -> Keys:
         """Unpacks and rescales."""
-        return decode_affine(self._unpack(codes).to(codes.scale.dtype), codes)
+        return decode_affine(self._unpack(codes), codes)
 
     def _encode(self, grouped: Tensor, axis: int, shape: torch.Size) -> Codes:
         from optimum.quanto.library import quantize  # noqa: F401  (registers its operators with torch)
@@ -55,20 +55,13 @@ class Quanto(Quantizer):
         return Codes(numbers, scale.reshape(rows), shift.reshape(rows), shape[3])
 
     def _unpack(self, codes: Codes) -> Tensor:
-        """Codes as bytes; a packed byte holds one dimension from each half (or quarter) of the slot."""
-        if self.bits == 8:
-            return codes.data
-        width, mask = codes.data.shape[-1], 2**self.bits - 1
-        numbers = codes.data.new_empty(*codes.data.shape[:3], width * 8 // self.bits)
-        for part in range(8 // self.bits):
-            target = numbers[..., part * width : (part + 1) * width]
-            if part == 0:
-                torch.bitwise_and(codes.data, mask, out=target)
-            else:
-                torch.bitwise_right_shift(codes.data, part * self.bits, out=target)
-                if (part + 1) * self.bits < 8:
-                    target.bitwise_and_(mask)
-        return numbers[..., : codes.dim]
+        """Codes as numbers; a packed byte holds one dimension from each half (or quarter) of the slot."""
+        data, parts, mask = codes.data, 8 // self.bits, 2**self.bits - 1
+        numbers = codes.scale.new_empty(*data.shape[:3], parts, data.shape[3])
+        for part in range(parts):
+            shifted = data >> part * self.bits if part else data
+            numbers[..., part, :] = shifted & mask if part < parts - 1 else shifted
+        return numbers.flatten(3)[..., : codes.dim]
 
 
 @QUANTIZERS.register("quanto2")

@@ -1,0 +1,36 @@
+"""Paired timing: every figure is a ratio of runs that take turns in one process."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def timed(function: Callable[..., Any], *arguments: Any) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    function(*arguments)
+    return time.perf_counter() - start
+
+
+def in_turns(runs: dict[str, Callable[[], float]], rounds: int, warm_up: int = 1) -> dict[str, list[float]]:
+    """Runs each in turn, `rounds` times after a warm-up; garbage is collected between rounds, not within."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for turn in range(warm_up + rounds):
+        gc.collect()
+        for name, run in runs.items():
+            seconds = run()
+            if turn >= warm_up:
+                times[name].append(seconds)
+    return times
+
+
+def ratios(times: dict[str, list[float]], base: str) -> dict[str, float]:
+    """Median over rounds of each time divided by the base's in the same round."""
+    return {
+        name: statistics.median(own / other for own, other in zip(seconds, times[base], strict=True))
+        for name, seconds in times.items()
+    }

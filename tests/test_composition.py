@@ -1,0 +1,52 @@
+"""Every pair of neighbouring policies either runs or is refused with a reason, as the documentation says."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvcompress import CompressedCache
+from kvcompress.composition import NEIGHBOURS, Pair, as_markdown, pairs
+from tests import tiny
+
+ALL = list(itertools.chain(*(pairs(*stages) for stages in NEIGHBOURS)))
+VALID = [pair for pair in ALL if pair.config is not None]
+
+
+def label(pair: Pair) -> str:
+    """A readable test id."""
+    return "-".join((*pair.stages, *pair.labels)).replace(", ", "-")
+
+
+@pytest.mark.parametrize("pair", VALID, ids=label)
+@pytest.mark.parametrize("family", ["llama", "llava"])
+@torch.no_grad()
+def test_a_valid_pair_runs(pair: Pair, family: str) -> None:
+    """A prompt, decode steps and another turn: finite logits, and layers within what the budget allows."""
+    model = tiny.model(family)
+    cache = CompressedCache(model, pair.config)
+    logits = model(**tiny.inputs(family, tokens=300, seed=1), past_key_values=cache).logits
+    for number, tokens in enumerate([1, 1, 1, 4, 1]):
+        assert logits.isfinite().all()
+        logits = model(tiny.token_ids(1, tokens, seed=number), past_key_values=cache).logits
+    report = cache.report()
+    if report.layer_budgets is not None:
+        assert report.retention <= 0.5
+        for held, most in zip(report.layer_lengths, report.layer_budgets, strict=True):
+            assert held <= most
+    if pair.config.quantizer is not None:
+        assert report.kv_bytes < report.retention * report.full_kv_bytes
+
+
+def test_what_is_refused_has_a_reason_and_a_way_out() -> None:
+    refused = [pair for pair in ALL if pair.config is None]
+    assert refused and all("choose" in pair.reason for pair in refused)
+
+
+def test_the_page_says_what_the_code_does() -> None:
+    """`python tools/composition.py` rewrites it."""
+    page = Path(__file__).parent.parent / "docs" / "composition.md"
+    assert page.read_text(encoding="utf-8") == as_markdown()

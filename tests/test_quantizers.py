@@ -1,0 +1,285 @@
+"""Quantizers: how far off a number may be, what is never touched again, and a store that forgets nothing."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import rule
+from torch import Tensor
+from transformers import GenerationConfig
+
+from kvcompress import QUANTIZERS, Budget, CompressedCache, CompressionConfig
+from kvcompress.errors import ConfigError
+from kvcompress.quantized import QuantizedStore
+from kvcompress.shapes import Codes, Keys, Values
+from kvcompress.stages import Quantizer
+from kvcompress.storage import DenseStore
+from tests import strategies, tiny
+from tests.reference import held
+from tests.test_state_machine import StoreMachine
+
+names = pytest.mark.parametrize("name", QUANTIZERS.names())
+
+
+class Lossless(Quantizer):
+    """Divides by a power of two: keys with one for each head and group, values with one for each head and token."""
+
+    name: ClassVar[str] = "lossless"
+
+    def encode_keys(self, keys: Keys) -> Codes:
+        batch, heads, tokens, dim = keys.shape
+        blocks = keys.reshape(batch, heads, tokens // self.group, -1)
+        return self._encode(keys, blocks)
+
+    def encode_values(self, values: Values) -> Codes:
+        return self._encode(values, values)
+
+    def decode(self, codes: Codes) -> Keys:
+        numbers = codes.data.view(codes.scale.dtype)
+        each = codes.scale.repeat_interleave(numbers.shape[2] // codes.scale.shape[2], 2)
+        return numbers * each
+
+    def _encode(self, tensor: Tensor, blocks: Tensor) -> Codes:
+        scale = torch.exp2(blocks.abs().amax(-1, keepdim=True).clamp(min=2**-20).log2().floor())
+        numbers = (blocks / scale).view(tensor.shape)
+        return Codes(numbers.view(torch.uint8), scale, None, tensor.shape[3])
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def tensors(draw: st.DrawFn, group: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Keys with channels and tokens of very different magnitude, constant ones and zeros among them."""
+    batch, heads, groups = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    dim = draw(st.sampled_from([4, 6, 8, 16, 64]))
+    g = strategies.generator(draw(strategies.seeds))
+    keys = torch.randn(batch, heads, groups * group, dim, generator=g) + torch.randn(dim, generator=g)
+    keys = keys * torch.pow(10.0, torch.randint(-2, 3, (dim,), generator=g))
+    kind = draw(st.sampled_from(["mixed", "constant", "zero", "outlier"]))
+    if kind == "constant":
+        keys = keys[:, :, :1].expand(keys.shape).contiguous()
+    elif kind == "zero":
+        keys = torch.zeros_like(keys)
+    elif kind == "outlier":
+        keys[..., 0] *= 10
+    return keys.to(dtype)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("quanto2", 2), ("quanto4", 4), ("quanto8", 8)])
+@given(data=st.data(), group=st.sampled_from([1, 2, 8, 64]))
+def test_a_number_is_off_by_half_a_step_at_most(name: str, bits: int, data: st.DataObject, group: int) -> None:
+    """A step is the range of a channel in a group of tokens (keys), or of a token's run of channels (values)."""
+    quantizer, keys = QUANTIZERS.create(name, group=group), data.draw(tensors(group))
+    for encode, grouped in (
+        (quantizer.encode_keys, keys.unflatten(2, (-1, group)).movedim(3, -1)),
+        (quantizer.encode_values, keys.unsqueeze(-2) if group == 64 else None),
+    ):
+        if grouped is None:
+            continue
+        found = quantizer.decode(encode(keys))
+        assert found.shape == keys.shape and found.dtype == keys.dtype
+        spread = (grouped.amax(-1, keepdim=True) - grouped.amin(-1, keepdim=True)).expand(grouped.shape)
+        spread = (
+            spread.movedim(-1, 3).reshape(keys.shape) if encode == quantizer.encode_keys else spread.view(keys.shape)
+        )
+        allowed = spread / (2**bits - 1) / 2 + keys.abs() * 1e-5 + spread * 1e-5
+        assert ((found - keys).abs() <= allowed).all()
+
+
+@given(data=st.data(), group=st.sampled_from([1, 2, 8, 64]))
+def test_fp8_keeps_three_bits_of_mantissa(data: st.DataObject, group: int) -> None:
+    """The error is at most 1/16 of a number, or half a step of the smallest exponent of its block."""
+    quantizer, keys = QUANTIZERS.create("fp8", group=group), data.draw(tensors(group))
+    largest = keys.unflatten(2, (-1, group)).abs().amax((3, 4), keepdim=True)
+    smallest = (largest / 448 * 2.0**-10).expand(-1, -1, -1, group, keys.shape[3]).reshape(keys.shape)
+    for encode in (quantizer.encode_keys, quantizer.encode_values):
+        error = (quantizer.decode(encode(keys)) - keys).abs()
+        assert (error <= keys.abs() / 16 * (1 + 1e-5) + smallest * (1 + 1e-5)).all()
+
+
+@names
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@given(data=st.data())
+def test_half_precision_decodes_like_single(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    """The same codes and scales mean the same numbers, but for the rounding of the dtype."""
+    quantizer, keys = QUANTIZERS.create(name, group=8), data.draw(tensors(8, dtype))
+    for codes in (quantizer.encode_keys(keys), quantizer.encode_values(keys)):
+        found = quantizer.decode(codes)
+        wanted = quantizer.decode(
+            Codes(codes.data, codes.scale.float(), None if codes.shift is None else codes.shift.float(), codes.dim)
+        )
+        assert found.dtype == dtype and found.isfinite().all()
+        largest = wanted.abs().amax() if codes.shift is None else codes.shift.abs().amax() + wanted.abs().amax()
+        assert ((found.float() - wanted).abs() <= 4 * torch.finfo(dtype).eps * largest).all()
+
+
+@pytest.mark.parametrize(("name", "bits"), [("quanto2", 2), ("quanto4", 4)])
+@given(data=st.data())
+def test_codes_are_packed_as_quanto_packs_them(name: str, bits: int, data: st.DataObject) -> None:
+    """Quanto's own operator unpacks the bytes into the codes that give the numbers back."""
+    from optimum.quanto.library import unpack  # noqa: F401
+
+    quantizer, keys = QUANTIZERS.create(name, group=4), data.draw(tensors(4))
+    codes = quantizer.encode_keys(keys)
+    assert codes.data.dtype == torch.uint8
+    assert codes.data.shape[-1] == -(-keys.shape[3] * bits // 8)
+    numbers = torch.ops.quanto.unpack(codes.data.movedim(-1, 0), bits).movedim(0, -1)[..., : keys.shape[3]].float()
+    wanted = numbers * codes.scale.repeat_interleave(4, 2) - codes.shift.repeat_interleave(4, 2)
+    torch.testing.assert_close(quantizer.decode(codes), wanted, rtol=1e-5, atol=1e-6 * float(keys.abs().max()))
+
+
+# -- the store ---------------------------------------------------------------------------------------------------------
+
+
+@names
+@given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=4), seed=strategies.seeds)
+def test_later_groups_leave_older_ones_alone(name: str, counts: list[int], seed: int) -> None:
+    """Whatever comes, what was quantized stays bit for bit what it was, and its bytes are counted."""
+    store, g, seen = QuantizedStore(QUANTIZERS.create(name, group=4, residual=3)), strategies.generator(seed), 0
+    packed_before: list[Tensor] = []
+    for new in counts:
+        keys, values = (torch.randn(2, 2, new, 8, generator=g) for _ in range(2))
+        store.append(keys, values, seen, None)
+        seen += new
+        before = store.nbytes
+        store.pack()
+        assert store.packed == max(0, seen - 3) // 4 * 4
+        assert store.nbytes <= before
+        packed = [tensor[:, :, : store.packed] for tensor in store.slots()]
+        for old, now in zip(packed_before, packed, strict=False):
+            assert torch.equal(old, now[:, :, : old.shape[2]])
+        packed_before = packed
+
+
+class QuantizedStoreMachine(StoreMachine):
+    """The same laws as for every store, with tokens quantized in between and taken along."""
+
+    chooses = False
+
+    def new_store(self) -> DenseStore:
+        return QuantizedStore(Lossless(group=2, residual=2))
+
+    @rule()
+    def pack(self) -> None:
+        """Whole groups are quantized, as many as leave the residual in the shortest row; they no longer go by age."""
+        shortest, before = min(len(heads[0]) for heads in self.tokens), self.store.packed
+        self.store.pack()
+        assert self.store.packed == before + max(0, shortest - 2 - before) // 2 * 2
+        if self.by_age and self.store.packed > before:
+            self.pinned = [max(pinned, self.store.packed) for pinned in self.pinned]
+
+
+TestQuantizedStore = QuantizedStoreMachine.TestCase
+TestQuantizedStore.settings = settings(strategies.examples(60), stateful_step_count=20)
+
+
+# -- caches ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama", "llava"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"budget": 1.0, "evictor": None, "allocator": "uniform"},
+        {"budget": Budget(tokens=30), "scorer": "attention", "allocator": "prefix"},
+        {"budget": Budget(tokens=30), "scorer": "attention", "evictor": {"name": "topk", "granularity": "head"}},
+        {"budget": 0.5, "scorer": "attention", "evictor": {"name": "topk", "decode": "none"}},
+    ],
+    ids=["everything", "prefix", "heads", "grows"],
+)
+@strategies.examples(6)
+@given(
+    lengths=st.lists(st.integers(20, 70), min_size=1, max_size=2),
+    forwards=st.lists(st.sampled_from([1, 1, 1, 9]), max_size=14),
+    swap=st.booleans(),
+    seed=strategies.seeds,
+)
+def test_a_quantizer_that_loses_nothing_changes_nothing(
+    family: str, fields: dict[str, Any], lengths: list[int], forwards: list[int], swap: bool, seed: int
+) -> None:
+    """Logits and columns are those of the same policies without a quantizer, through turns, padding and beams."""
+    model = tiny.model(family)
+    config = CompressionConfig(**fields)
+    lossless = config.model_copy(update={"quantizer": Lossless(group=4, residual=26)})
+    plain, packed = CompressedCache(model, config), CompressedCache(model, lossless)
+    valid = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]
+    ids = tiny.token_ids(len(lengths), max(lengths), seed)
+    for number, tokens in enumerate([0, *forwards]):
+        if number:
+            ids = tiny.token_ids(len(lengths), tokens, seed + number)
+            valid = torch.cat([valid, torch.ones_like(ids, dtype=torch.bool)], 1)
+        positions = (valid.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        inputs = {"input_ids": ids, "attention_mask": valid.long(), "position_ids": positions}
+        with torch.no_grad():
+            wanted, found = (model(**inputs, past_key_values=cache).logits for cache in (plain, packed))
+        torch.testing.assert_close(found[:, -1], wanted[:, -1], rtol=0, atol=1e-4)
+        assert held(plain) == held(packed)
+        if swap:
+            for cache in (plain, packed):
+                cache.reorder_cache(torch.arange(len(lengths)).flip(0))
+            valid = valid.flip(0)
+    for store in packed._engine.stores:
+        assert store.packed or min(store.counts) < 30
+
+
+@names
+def test_generation_runs_and_bytes_fall(name: str) -> None:
+    """Greedy, beams and assisted-style rollback run on a quantized cache, which holds less than full precision."""
+    model, ids = tiny.model("llama"), tiny.token_ids(2, 120, seed=3)
+    for beams in (1, 3):
+        cache = CompressedCache(model, "prefixkv", budget=0.8, quantizer={"name": name, "group": 8, "residual": 25})
+        settings_ = GenerationConfig(
+            max_new_tokens=20, num_beams=beams, do_sample=False, pad_token_id=0, eos_token_id=None
+        )
+        model.generate(input_ids=ids, past_key_values=cache, generation_config=settings_)
+        report = cache.report()
+        assert report.kv_bytes < 0.85 * report.retention * report.full_kv_bytes
+    cache = CompressedCache(model, "full", quantizer={"name": name, "group": 8, "residual": 8})
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        model(tiny.token_ids(2, 5, seed=4), past_key_values=cache)
+    cache.crop(-90)  # into what is quantized
+    assert cache.get_seq_length() == 35
+    assert [store.packed for store in cache._engine.stores] == [35] * 3
+    with torch.no_grad():
+        model(tiny.token_ids(2, 5, seed=5), past_key_values=cache)
+    assert cache.report().layer_lengths == [[40, 40]] * 3
+
+
+def test_a_budget_in_bytes_counts_quantized_bytes() -> None:
+    """Four bits hold more tokens in the same bytes, and the bytes stay within the budget."""
+    model, ids = tiny.model("llama"), tiny.token_ids(1, 400, seed=3)
+    lengths = []
+    for quantizer in (None, {"name": "quanto4", "group": 8, "residual": 25}):
+        cache = CompressedCache(model, "uniform", budget="64KiB", quantizer=quantizer)
+        with torch.no_grad():
+            model(ids, past_key_values=cache)
+            for number in range(20):
+                assert cache.report().kv_bytes <= 64 * 1024
+                model(tiny.token_ids(1, 1, seed=number), past_key_values=cache)
+        lengths.append(cache.report().layer_lengths[0][0])
+    assert lengths[1] > 1.5 * lengths[0]
+
+
+@pytest.mark.parametrize(
+    "evictor",
+    [
+        "streaming",
+        {"name": "topk", "decode": "oldest"},
+        {"name": "topk", "decode": "lowest_score"},
+        {"name": "topk", "distance": 80},
+    ],
+    ids=str,
+)
+def test_what_decoding_frees_must_not_be_quantized(evictor: Any) -> None:
+    """Single slots of a group cannot be freed, so a rule that would is refused with a way out."""
+    with pytest.raises(ConfigError, match=r"quantizer quanto4: .*residual of 64.*fixed_point"):
+        CompressionConfig(scorer="attention", evictor=evictor, quantizer="quanto4")
+    CompressionConfig(
+        scorer="attention", evictor={"name": "topk", "distance": 80}, quantizer={"name": "quanto4", "residual": 80}
+    )
