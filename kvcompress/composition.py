@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from kvcompress.config import CompressionConfig
+from kvcompress.config import Budget, CompressionConfig
 from kvcompress.errors import ConfigError
 from kvcompress.registry import ALLOCATORS, EVICTORS, MERGERS, QUANTIZERS, SCORERS, Registry
 from kvcompress.stages import Policy
@@ -80,7 +80,7 @@ def _around(given: dict[str, Policy]) -> tuple[CompressionConfig | None, str]:
     choices = [[given[stage]] if stage in given else others for stage, others in _AROUND.items()]
     for values in itertools.product(*choices):
         try:
-            return CompressionConfig(budget=0.5, **dict(zip(_AROUND, values, strict=True))), ""
+            return CompressionConfig(budget=Budget(fraction=0.5), **dict(zip(_AROUND, values, strict=True))), ""
         except ConfigError as error:
             reason = reason or str(error)
     return None, reason

@@ -97,7 +97,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"scorer": "none"}, "evictor topk: ranks tokens by importance, but scorer is none"),
     ({"scorer": "none", "evictor": "streaming"}, "allocator prefix: reads importance, but scorer is none"),
     ({"evictor": "none"}, "nothing could be evicted to meet the budget"),
-    ({"budget": {"fraction": 0.2, "recent": 26}}, "would evict some of the 26 recents"),
+    (
+        {"budget": {"fraction": 0.2, "recent": 26}, "evictor": {"name": "topk", "distance": 25}},
+        "would evict some of the 26 recents",
+    ),
     ({"quantizer": "quanto3"}, "quantizer: unknown policy 'quanto3'"),
     ({"allocator": "none"}, "allocator"),
 ]

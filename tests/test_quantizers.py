@@ -31,7 +31,7 @@ class Lossless(Quantizer):
     name: ClassVar[str] = "lossless"
 
     def encode_keys(self, keys: Keys) -> Codes:
-        batch, heads, tokens, dim = keys.shape
+        batch, heads, tokens, _ = keys.shape
         blocks = keys.reshape(batch, heads, tokens // self.group, -1)
         return self._encode(keys, blocks)
 

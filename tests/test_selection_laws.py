@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kvcompress import EVICTORS, Budget, CompressedCache, CompressionConfig
 from kvcompress.errors import ConfigError
+from kvcompress.policies.evictors import TopK
 from kvcompress.shapes import SelectionContext
 from kvcompress.stages import Evictor
 from tests import oracles, strategies, tiny
@@ -127,15 +128,12 @@ def test_recents_past_the_reach_of_the_decode_rule_are_refused(
         assert CompressionConfig(**fields).budget.recent == recent
 
 
-@pytest.mark.parametrize("recent", [25, 26])
-def test_the_fixed_point_reaches_25_recents_and_no_more(recent: int) -> None:
-    """With the distance of the paper's code, 25 recents are safe and 26 are not."""
-    fields = {"budget": Budget(fraction=0.5, recent=recent), "scorer": "attention", "evictor": "topk"}
-    if recent == 25:
-        CompressionConfig(**fields)
-    else:
-        with pytest.raises(ConfigError, match="distance"):
-            CompressionConfig(**fields)
+@pytest.mark.parametrize("recent", [25, 26, 60])
+def test_the_fixed_point_lies_before_all_recents(recent: int) -> None:
+    """It is 25 slots before the end as in the paper's code, or further where more recents are protected."""
+    evictor = TopK()
+    CompressionConfig(budget=Budget(fraction=0.5, recent=recent), scorer="attention", evictor=evictor)
+    assert evictor.pinned(1000, 1, recent) == 1000 - max(25, recent)
 
 
 # -- a running cache ---------------------------------------------------------------------------------------------------
