@@ -192,7 +192,7 @@ def test_post_vision_counts_the_queries_after_the_image(reduce: str, layer: Laye
 
 
 def scores_of(cache: CompressedCache, layer: int) -> Tensor:
-    return cache.engine.stores[layer].used_scores()
+    return cache._engine.stores[layer].used_scores()
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
