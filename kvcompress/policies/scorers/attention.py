@@ -20,7 +20,7 @@ class Attention(Scorer):
     """Attention probability that a slot received, averaged over each group of heads.
 
     Source: PrefixKV (arXiv 2412.03409, section 3) sums over all prompt queries; H2O (arXiv 2306.14048) likewise;
-    VL-Cache (arXiv 2410.23317, section 4) over those after the image.
+    VL-Cache (arXiv 2410.23317, post-vision attention) over those after the image.
 
     *Deviates:* scores are per key/value head, and the evictor decides whether a layer ranks their mean. `stride` and
     `window` are cheaper than the papers' sum over all queries.

@@ -20,7 +20,7 @@ _Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class Blend(Scorer):
     """Weighted sum of the scores of other scorers, each brought to one scale within its layer and head.
 
-    Source: none, a building block; sums of normalised criteria are common, as in R-KV (arXiv 2505.24133, section 3).
+    Source: none, a building block.
 
     A part counts as it stands after this forward alone: what it would add up over forwards starts anew.
 

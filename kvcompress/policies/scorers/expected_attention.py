@@ -18,7 +18,7 @@ from kvcompress.stages import Scorer
 class ExpectedAttention(Scorer):
     """Attention that Gaussian queries at the next positions are expected to give a slot, times its value's norm.
 
-    Source: Expected Attention (arXiv 2510.00636, section 3).
+    Source: Expected Attention (arXiv 2510.00636).
 
     Queries before rotation are taken as Gaussian with the mean and covariance of this forward's, and the rotation as
     its mean over the next `future` positions. A key k then gets exp(mean k s + k' covariance k s^2 / 2), where s is

@@ -13,7 +13,7 @@ from kvcompress.stages import Scorer
 class KeyDiff(Scorer):
     """Minus the cosine of a slot's key to the mean of all keys of its head, each taken at unit length.
 
-    Source: KeyDiff (arXiv 2504.15364, section 3).
+    Source: KeyDiff (arXiv 2504.15364, section 3: the variant with one anchor, the mean of the unit keys).
 
     The mean over unit keys ranks slots by their mean cosine to all keys, without the matrix of all pairs.
     """

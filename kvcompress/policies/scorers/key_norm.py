@@ -14,7 +14,7 @@ from kvcompress.stages import Scorer
 class KeyNorm(Scorer):
     """Minus the L2 norm of a slot's key: the smaller the key, the more attention it tends to get.
 
-    Source: A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression (arXiv 2406.11430, section 3).
+    Source: A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression (arXiv 2406.11430).
 
     *Deviates:* the paper leaves the first two layers whole; here every layer has the size that the allocator gives it.
     """

@@ -18,7 +18,7 @@ _LEAST_RANGE = 1e-6  # of a channel that is constant over a partition
 class LagKV(Scorer):
     """Spread of keys and values over their channels, relative to the range that the next partition has in each.
 
-    Source: LagKV (arXiv 2504.04704, section 3, equations 4 to 9).
+    Source: LagKV (arXiv 2504.04704).
 
     After the sinks, slots form partitions of `lag`. A partition is scaled by the minimum and maximum of each channel in
     the next one; a slot's score is the standard deviation over the scaled channels as a softmax within its partition,

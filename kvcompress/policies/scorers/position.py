@@ -11,7 +11,7 @@ from kvcompress.stages import Scorer
 class Position(Scorer):
     """Number of tokens before the slot's token: with sinks, a sliding window as any evictor of scores keeps it.
 
-    Source: StreamingLLM (arXiv 2309.17453, section 3.2); a baseline for other scorers.
+    Source: StreamingLLM (arXiv 2309.17453); a baseline for other scorers.
     """
 
     def score(self, layer: LayerContext) -> Importance:

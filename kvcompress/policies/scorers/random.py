@@ -20,8 +20,8 @@ _MASK = 2**_BITS - 1
 class Random(Scorer):
     """Noise, uniform in (0, 1), that depends on seed, layer, head and the tokens before a slot's own alone.
 
-    Source: a baseline, as in PrefixKV's and other comparisons; a counter-based generator (Salmon et al., Parallel
-    Random Numbers: As Easy as 1, 2, 3, 2011) with an integer hash.
+    Source: none, a baseline; the noise is an integer hash of counters, in the way of Salmon et al. (Parallel Random
+    Numbers: As Easy as 1, 2, 3, 2011).
 
     So a token has the same score in any batch, chunk or turn, and on any device.
 

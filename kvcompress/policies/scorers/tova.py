@@ -13,7 +13,7 @@ from kvcompress.stages import Scorer
 class TOVA(Scorer):
     """Attention probability that the last query gives to a slot, averaged over all heads of the layer.
 
-    Source: TOVA (arXiv 2401.06104, section 3.2).
+    Source: TOVA, in Transformers are Multi-State RNNs (arXiv 2401.06104).
 
     *Deviates:* the paper drops the lowest token at every decode step; here scores come from prompts and turns, and
     between them the evictor's decode rule applies.

@@ -14,8 +14,8 @@ from kvcompress.shapes import Importance, LayerContext
 class ValueAware(Attention):
     """Attention times the L2 norm of the slot's value after the output projection of each head.
 
-    Source: CriticalKV (arXiv 2502.03805, section 3), which bounds the change of a layer's output by it; LAVa
-    (arXiv 2509.09754) with the value's own norm.
+    Source: CriticalKV (arXiv 2502.03805), whose bound on the change of a layer's output is made of both; LAVa
+    (arXiv 2509.09754), likewise with the value's own norm.
 
     *Deviates:* CriticalKV takes the L1 norm and spends part of the budget on attention alone. Attention and norm are
     averaged over the heads of a group each, then multiplied. Where the projection's weight is missing or not stored as
