@@ -461,6 +461,26 @@ def test_noise_depends_on_seed_layer_head_and_token_alone(layer: LayerContext, o
                     assert known.setdefault((head, token), score) == score
 
 
+@given(tokens=st.integers(2, 24), cut=st.integers(1, 23), pad=st.integers(0, 5), seed=strategies.seeds)
+def test_noise_is_the_same_in_chunks_and_batches(tokens: int, cut: int, pad: int, seed: int) -> None:
+    """A prompt at once, in two chunks, and as the shorter row of a padded batch has the same scores."""
+    model, config = tiny.model("llama"), CompressionConfig(budget=1.0, scorer={"name": "random", "seed": seed})
+    ids = tiny.token_ids(2, tokens + pad, seed)
+    whole, chunks, batch = (CompressedCache(model, config) for _ in range(3))
+    mask = torch.ones_like(ids)
+    mask[0, :pad] = 0
+    with torch.no_grad():
+        model(ids[:1, pad:], past_key_values=whole)
+        for part in ids[:1, pad:].tensor_split((min(cut, tokens - 1),), dim=1):
+            model(part, past_key_values=chunks)
+        model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=batch)
+    for layer in range(3):
+        expected = scores_of(whole, layer)
+        assert torch.equal(scores_of(batch, layer)[:1, :, :tokens], expected)
+        if tokens - cut != 1 and cut < tokens:  # a forward of one token scores nothing
+            assert torch.equal(scores_of(chunks, layer), expected)
+
+
 def test_noise_is_noise() -> None:
     """Uniform, and unrelated between seeds, layers, heads and neighbours."""
     layer = context(6, batch=1, kv_heads=3, queries=1, past=3999)
