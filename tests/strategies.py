@@ -37,10 +37,22 @@ def generator(seed: int) -> torch.Generator:
 # -- policies ----------------------------------------------------------------------------------------------------------
 
 # Fields of policies that cannot be made from their name alone: (stage, name) -> fields.
-FIELDS: dict[tuple[str, str], dict[str, Any]] = {}
+FIELDS: dict[tuple[str, str], dict[str, Any]] = {("scorer", "blend"): {"scorers": ["attention", "position"]}}
 # Further variants of policies, beyond the combinations of their choices.
 VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
-    ("scorer", "attention"): [{"queries": "window:4"}, {"queries": "stride:3"}],
+    ("scorer", "attention"): [
+        {"queries": "window:4"},
+        {"queries": "stride:3"},
+        {"queries": "post_vision", "reduce": "mean", "image_weight": 0.5},
+    ],
+    ("scorer", "blend"): [
+        {"scorers": [{"name": "snapkv", "window": 3}, "random"], "weights": [1, 0.25], "normalise": "mass"},
+        {"scorers": [{"name": "blend", "scorers": ["attention", "key_diff"]}, "value_aware"], "normalise": "mass"},
+    ],
+    ("scorer", "expected_attention"): [{"future": 3, "epsilon": 0.02}],
+    ("scorer", "lagkv"): [{"lag": 4, "sink": 2}],
+    ("scorer", "snapkv"): [{"window": 3, "kernel": 3, "pool": "max"}, {"window": 1}],
+    ("scorer", "value_aware"): [{"queries": "window:4"}],
 }
 
 

@@ -120,6 +120,10 @@ def _type_name(annotation: Any) -> str:
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return " | ".join(str(value) for value in arguments)
+    if origin is Annotated:
+        return _type_name(arguments[0])
+    if origin is list:
+        return f"list of {_type_name(arguments[0])}"
     if origin in (typing.Union, types.UnionType):
         return " | ".join(_type_name(argument) for argument in arguments)
     if annotation is type(None):

@@ -1,5 +1,27 @@
 """Scorers: which slots of a layer matter, higher = keep."""
 
 from kvcompress.policies.scorers.attention import Attention
+from kvcompress.policies.scorers.blend import Blend
+from kvcompress.policies.scorers.expected_attention import ExpectedAttention
+from kvcompress.policies.scorers.key_diff import KeyDiff
+from kvcompress.policies.scorers.key_norm import KeyNorm
+from kvcompress.policies.scorers.lagkv import LagKV
+from kvcompress.policies.scorers.position import Position
+from kvcompress.policies.scorers.random import Random
+from kvcompress.policies.scorers.snapkv import SnapKV
+from kvcompress.policies.scorers.tova import TOVA
+from kvcompress.policies.scorers.value_aware import ValueAware
 
-__all__ = ["Attention"]
+__all__ = [
+    "TOVA",
+    "Attention",
+    "Blend",
+    "ExpectedAttention",
+    "KeyDiff",
+    "KeyNorm",
+    "LagKV",
+    "Position",
+    "Random",
+    "SnapKV",
+    "ValueAware",
+]

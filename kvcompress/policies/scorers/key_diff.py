@@ -1,0 +1,25 @@
+"""KeyDiff: keys that point where most keys point can go."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+
+from kvcompress.registry import SCORERS
+from kvcompress.shapes import Importance, LayerContext
+from kvcompress.stages import Scorer
+
+
+@SCORERS.register("key_diff")
+class KeyDiff(Scorer):
+    """Minus the cosine of a slot's key to the mean of all keys of its head, each taken at unit length.
+
+    Source: KeyDiff (arXiv 2504.15364, section 3: the variant with one anchor, the mean of the unit keys).
+
+    The mean over unit keys ranks slots by their mean cosine to all keys, without the matrix of all pairs.
+    """
+
+    def score(self, layer: LayerContext) -> Importance:
+        """Needs no attention, and two passes over the keys."""
+        unit = F.normalize(layer.keys.float(), dim=-1)
+        mean = F.normalize(unit.mean(2, keepdim=True), dim=-1)
+        return -(unit @ mean.transpose(2, 3)).squeeze(-1)

@@ -1,0 +1,25 @@
+"""Keys of small norm draw attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvcompress.registry import SCORERS
+from kvcompress.shapes import Importance, LayerContext
+from kvcompress.stages import Scorer
+
+
+@SCORERS.register("key_norm")
+class KeyNorm(Scorer):
+    """Minus the L2 norm of a slot's key: the smaller the key, the more attention it tends to get.
+
+    Source: A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression (arXiv 2406.11430).
+
+    *Deviates:* the paper leaves the first two layers whole; here every layer has the size that the allocator gives it.
+    """
+
+    def score(self, layer: LayerContext) -> Importance:
+        """Needs no attention, and one pass over the keys."""
+        norm: Tensor = torch.linalg.vector_norm(layer.keys, dim=-1, dtype=torch.float32)
+        return -norm

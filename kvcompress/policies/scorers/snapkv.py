@@ -1,0 +1,59 @@
+"""SnapKV: what the last queries of the prompt look at, smoothed along positions."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, field_validator
+
+from kvcompress.registry import SCORERS
+from kvcompress.shapes import Importance, LayerContext
+from kvcompress.stages import Scorer
+
+
+@SCORERS.register("snapkv")
+class SnapKV(Scorer):
+    """Mean attention of the last queries, pooled along positions; the tokens of these queries are kept.
+
+    Source: SnapKV (arXiv 2404.14469, section 4 and listing 1).
+
+    *Deviates:* the query heads of a group are averaged before pooling, since they share a key/value head. After an
+    eviction, neighbours are the slots that are left. Every later turn votes anew, with as many queries as it has, and
+    its scores replace earlier ones.
+
+    Args:
+        window: number of last queries (tokens) that vote, and of last tokens that are protected.
+        kernel: width of the pooling in slots, odd; 1 for none.
+        pool: "avg", where slots beyond the end count as zero, or "max".
+    """
+
+    mass: ClassVar[bool] = True
+    reads_attention: ClassVar[bool] = True
+
+    window: int = Field(default=32, ge=1)
+    kernel: int = Field(default=5, ge=1)
+    pool: Literal["avg", "max"] = "avg"
+
+    @field_validator("kernel")
+    @classmethod
+    def _odd(cls, kernel: int) -> int:
+        if kernel % 2 == 0:
+            raise ValueError(f"must be odd, so that a slot is in the middle of its neighbours; got {kernel}")
+        return kernel
+
+    @property
+    def protects(self) -> int:
+        """The window stays."""
+        return self.window
+
+    def score(self, layer: LayerContext) -> Importance:
+        """Pools the mean over the window for all slots before it; those in it have their own mean."""
+        queries, before = layer.query.shape[2], layer.keys.shape[2] - self.window
+        mean = layer.attention_mass(start=max(0, queries - self.window)) / min(queries, self.window)
+        if before <= 0 or self.kernel == 1:
+            return mean
+        pool = F.avg_pool1d if self.pool == "avg" else F.max_pool1d
+        pooled = pool(mean[..., :before], self.kernel, stride=1, padding=self.kernel // 2)
+        return torch.cat([pooled, mean[..., before:]], dim=-1)

@@ -1,0 +1,27 @@
+"""TOVA: what the last token attends to."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from kvcompress.registry import SCORERS
+from kvcompress.shapes import Importance, LayerContext
+from kvcompress.stages import Scorer
+
+
+@SCORERS.register("tova")
+class TOVA(Scorer):
+    """Attention probability that the last query gives to a slot, averaged over all heads of the layer.
+
+    Source: TOVA, in Transformers are Multi-State RNNs (arXiv 2401.06104).
+
+    *Deviates:* the paper drops the lowest token at every decode step; here scores come from prompts and turns, and
+    between them the evictor's decode rule applies.
+    """
+
+    mass: ClassVar[bool] = True
+    reads_attention: ClassVar[bool] = True
+
+    def score(self, layer: LayerContext) -> Importance:
+        """One row of the softmax, the same for every key/value head."""
+        return layer.attention_probabilities(last=1).mean(1).expand(layer.keys.shape[:3])

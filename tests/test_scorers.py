@@ -1,0 +1,633 @@
+"""Scorers: each does what its paper's formula says, written out here in loops or with dense matrices."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvcompress import SCORERS, CompressedCache, CompressionConfig, KVCompressError
+from kvcompress.kernels import attention_with_lse
+from kvcompress.policies.scorers import Attention, Blend, SnapKV
+from kvcompress.shapes import LayerContext, LayerWeights
+from kvcompress.stages import Scorer
+from tests import strategies, tiny
+from tests.reference import Reference
+from tests.strategies import generator
+
+DIM, HIDDEN = 8, 24
+every_scorer = pytest.mark.parametrize("scorer", strategies.scorers(), ids=strategies.label)
+
+
+def context(
+    seed: int,
+    batch: int = 2,
+    kv_heads: int = 2,
+    group: int = 2,
+    queries: int = 6,
+    past: int = 3,
+    images: bool = True,
+    rotary: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> LayerContext:
+    """One layer with gaps between its older slots, rows of different lengths, images here and there."""
+    g, tokens, heads = generator(seed), past + queries, kv_heads * group
+    query = torch.randn(batch, heads, queries, DIM, generator=g) * 1.5
+    keys, values = (torch.randn(batch, kv_heads, tokens, DIM, generator=g) * 1.5 for _ in range(2))
+    gaps = torch.randint(1, 4, (batch, 1, tokens), generator=g)
+    gaps[..., past + 1 :] = 1
+    index = gaps.cumsum(-1) - 1
+    scaling = 0.3
+    logits = query.double() @ keys.repeat_interleave(group, 1).double().transpose(2, 3) * scaling
+    lse = logits.masked_fill(~visible(queries, tokens), -torch.inf).logsumexp(-1)
+    return LayerContext(
+        layer=int(torch.randint(0, 9, (), generator=g)),
+        query=query.to(dtype),
+        keys=keys.to(dtype),
+        values=values.to(dtype),
+        lse=lse.float(),
+        scaling=scaling,
+        index=index,
+        seen=int(index[0, 0, -1]) + 1,
+        is_image=torch.rand(batch, 1, tokens, generator=g) < 0.3 if images else None,
+        weights=LayerWeights(
+            torch.randn(HIDDEN, heads * DIM, generator=g).to(dtype),
+            0.7 ** torch.arange(1, DIM // 2 + 1) if rotary else None,
+        ),
+    )
+
+
+def visible(queries: int, tokens: int) -> Tensor:
+    return torch.ones(queries, tokens, dtype=torch.bool).tril(tokens - queries)
+
+
+def dense(layer: LayerContext) -> Tensor:
+    """Probabilities `[batch, heads, queries, tokens]` of a plain softmax in float64."""
+    group = layer.query.shape[1] // layer.keys.shape[1]
+    logits = layer.query.double() @ layer.keys.repeat_interleave(group, 1).double().transpose(2, 3) * layer.scaling
+    return logits.masked_fill(~visible(*logits.shape[2:]), -torch.inf).softmax(-1)
+
+
+def group_mean(per_head: Tensor, layer: LayerContext) -> Tensor:
+    return per_head.unflatten(1, (layer.keys.shape[1], -1)).mean(2)
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(found.double(), expected.double(), atol=tolerance, rtol=tolerance)
+
+
+def rotation(seed: int) -> Tensor:
+    """A random orthogonal matrix."""
+    return torch.linalg.qr(torch.randn(DIM, DIM, generator=generator(seed))).Q
+
+
+contexts = st.builds(
+    context,
+    seed=strategies.seeds,
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    queries=st.integers(1, 14),
+    past=st.integers(0, 9),
+    images=st.booleans(),
+    rotary=st.booleans(),
+)
+
+
+# -- the contract ------------------------------------------------------------------------------------------------------
+
+
+@every_scorer
+@given(layer=contexts)
+def test_scores_are_finite_and_mass_is_not_negative(scorer: Scorer, layer: LayerContext) -> None:
+    """One score per head and slot, in no other tensor's place; mass has a sum to take shares of."""
+    before = {name: t.clone() for name, t in vars(layer).items() if isinstance(t, Tensor)}
+    score = scorer.score(layer)
+    assert score.shape == layer.keys.shape[:3] and score.is_floating_point()
+    assert score.isfinite().all()
+    assert not scorer.mass or bool((score >= 0).all() and (score.sum(-1) > 0).all())
+    assert all(torch.equal(getattr(layer, name), tensor) for name, tensor in before.items())
+
+
+@every_scorer
+@given(layer=contexts)
+def test_a_row_scores_as_alone(scorer: Scorer, layer: LayerContext) -> None:
+    """Rows of other lengths beside it, with images in other places, change nothing."""
+    alone = []
+    for row in layer.rows():
+        alone.append(scorer.score(dataclasses.replace(row, seen=int(row.index[0, 0, -1]) + 1)))
+    close(scorer.score(layer), torch.cat(alone), 1e-5)
+
+
+@every_scorer
+@given(seed=strategies.seeds)
+def test_heads_that_hold_different_tokens_are_scored(scorer: Scorer, seed: int) -> None:
+    """Places and images given once per head, as after an eviction by head, mean what they mean given once for all."""
+    layer = context(seed)
+    sets = {"index": layer.index.expand(2, 2, -1), "is_image": layer.is_image.expand(2, 2, -1)}
+    assert torch.equal(scorer.score(dataclasses.replace(layer, **sets)), scorer.score(layer))
+
+
+@every_scorer
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_scores_are_near_the_exact_ones(scorer: Scorer, dtype: torch.dtype) -> None:
+    """The same tensors in float32 give nearly the same scores."""
+    half = context(1, queries=40, past=0, images=False, dtype=dtype)
+    fields = {name: getattr(half, name).float() for name in ("query", "keys", "values")}
+    full = dataclasses.replace(
+        half, **fields, weights=LayerWeights(half.weights.output.float(), half.weights.inverse_frequencies)
+    )
+    found, expected = scorer.score(half), scorer.score(full)
+    assert float((found - expected).abs().max()) < 0.02 * float(expected.abs().max())
+
+
+@every_scorer
+def test_attention_is_read_only_where_it_is_declared(scorer: Scorer) -> None:
+    """Without a log-sum-exp, a scorer that declares none works, and one that declares it says so."""
+    layer = dataclasses.replace(context(2), lse=None)
+    if scorer.reads_attention:
+        with pytest.raises(RuntimeError, match="reads_attention"):
+            scorer.score(layer)
+    else:
+        scorer.score(layer)
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+@given(layer=contexts, image=st.floats(0, 3), text=st.floats(0, 3), queries=st.sampled_from(["all", "window:3"]))
+def test_modality_weights_are_factors(layer: LayerContext, image: float, text: float, queries: str) -> None:
+    """Image slots have their mass times one weight, text slots times the other."""
+    score = Attention(queries=queries, image_weight=image, text_weight=text).score(layer)
+    last = 3 if queries == "window:3" else layer.query.shape[2]
+    mass = group_mean(dense(layer)[:, :, -last:].sum(2), layer)
+    for row, heads in enumerate(mass.tolist()):
+        for slot in range(layer.keys.shape[2]):
+            is_image = layer.is_image is not None and bool(layer.is_image[row, 0, slot])
+            for head, scores in enumerate(heads):
+                expected = scores[slot] * (image if is_image else text)
+                assert float(score[row, head, slot]) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+@given(layer=contexts)
+def test_post_vision_counts_the_queries_after_the_image(reduce: str, layer: LayerContext) -> None:
+    """From the first query after the forward's last image token on, or the last one alone if there is none."""
+    score = Attention(queries="post_vision", reduce=reduce).score(layer)
+    queries, tokens = layer.query.shape[2], layer.keys.shape[2]
+    for row, weights in enumerate(group_mean(dense(layer).flatten(2), layer).unflatten(2, (queries, tokens))):
+        new = [False] * queries if layer.is_image is None else layer.is_image[row, 0, -queries:].tolist()
+        counted = [q for q in range(queries) if not any(new[q:])] or [queries - 1]
+        for slot in range(tokens):
+            saw = [q for q in counted if q + tokens - queries >= slot]
+            mass = weights[:, counted, slot].sum(1)
+            close(score[row, :, slot], mass / max(1, len(saw)) if reduce == "mean" else mass)
+
+
+def scores_of(cache: CompressedCache, layer: int) -> Tensor:
+    return cache._engine.stores[layer].used_scores()
+
+
+@pytest.mark.parametrize("reduce", ["sum", "mean"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_post_vision_on_llava_is_dense_attention_from_the_question(reduce: str, padded: bool) -> None:
+    """Prompt, a turn without an image, and a prompt that ends with its image; scores are those of the last forward."""
+    model = tiny.model("llava")
+    prompt = tiny.inputs("llava", 10, seed=3)
+    question = {"input_ids": tiny.token_ids(1, 5, seed=4)}
+    cut = int((prompt["input_ids"][0] == tiny.IMAGE_TOKEN).nonzero()[-1]) + 1
+    ending = {**prompt, **{key: prompt[key][:, :cut] for key in ("input_ids", "attention_mask")}}
+    scorer = Attention(queries="post_vision", reduce=reduce)
+    for first, counted in ((prompt, prompt["input_ids"].shape[1] - cut), (ending, 1)):
+        cache, other = CompressedCache(model, CompressionConfig(budget=1.0, scorer=scorer)), Reference("llava")
+        pad, rows, given_to = 0, slice(None), first
+        if padded:  # beside a row that is three tokens longer, whose image comes later
+            pad, rows = 3, slice(0, 1)
+            longer = tiny.inputs("llava", 10 + pad, seed=5)["input_ids"][:, : first["input_ids"].shape[1] + pad]
+            left = {key: torch.nn.functional.pad(first[key], (pad, 0)) for key in ("input_ids", "attention_mask")}
+            given_to = {
+                "input_ids": torch.cat([left["input_ids"], longer]),
+                "attention_mask": torch.cat([left["attention_mask"], torch.ones_like(longer)]),
+                "pixel_values": first["pixel_values"].repeat(2, 1, 1, 1),
+            }
+            positions = (given_to["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        other.run(first, [])
+        tokens = first["input_ids"].shape[1]
+        with torch.no_grad():
+            model(**given_to, **({"position_ids": positions} if padded else {}), past_key_values=cache)
+        check_dense(cache, other, rows, tokens, counted, reduce)
+        if padded:
+            continue
+        with torch.no_grad():
+            model(**question, past_key_values=cache)
+        other.run(question, [[[list(range(tokens))]]] * 3)
+        check_dense(cache, other, rows, tokens + 5, 5, reduce)
+
+
+def check_dense(cache: CompressedCache, other: Reference, rows: slice, tokens: int, counted: int, reduce: str) -> None:
+    saw = torch.arange(tokens, 0, -1).clamp(max=counted) if reduce == "mean" else 1
+    for layer, mass in enumerate(other.attention_mass(counted)):
+        close(scores_of(cache, layer)[rows, :, :tokens], mass / saw)
+
+
+# -- snapkv, tova ------------------------------------------------------------------------------------------------------
+
+
+@given(
+    layer=contexts, window=st.integers(1, 8), kernel=st.sampled_from([1, 3, 5]), pool=st.sampled_from(["avg", "max"])
+)
+def test_snapkv_is_its_formula(layer: LayerContext, window: int, kernel: int, pool: str) -> None:
+    """Mean over the last queries; before the window, the mean or most of the neighbours there, zeros beyond the end."""
+    score = SnapKV(window=window, kernel=kernel, pool=pool).score(layer)
+    vote = group_mean(dense(layer)[:, :, -window:].mean(2), layer)
+    tokens = layer.keys.shape[2]
+    for row, head in torch.cartesian_prod(*map(torch.arange, vote.shape[:2])).view(-1, 2).tolist():
+        votes = vote[row, head].tolist()
+        for slot in range(tokens):
+            expected = votes[slot]
+            if slot < tokens - window:
+                around = range(slot - kernel // 2, slot + kernel // 2 + 1)
+                near = [votes[i] for i in around if 0 <= i < tokens - window]
+                expected = sum(near) / kernel if pool == "avg" else max(near)
+            assert float(score[row, head, slot]) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "kept"), [("snapkv", {"window": 3}, 3), ("snapkv", {}, 30), ("lagkv", {"lag": 4}, 4)], ids=str
+)
+@pytest.mark.parametrize("budget", [0.2, 0.6])
+def test_the_window_is_kept(name: str, fields: dict[str, Any], kept: int, budget: float) -> None:
+    """Whatever the budget, every layer holds the last tokens that a method protects."""
+    config = CompressionConfig(budget=budget, scorer={"name": name, **fields})
+    cache = CompressedCache(tiny.model("llama"), config)
+    with torch.no_grad():
+        tiny.model("llama")(**tiny.inputs("llama", 30, seed=6), past_key_values=cache)
+    for layer in range(3):
+        assert set(range(30 - kept, 30)) <= set(cache.report().columns(layer, 0))
+
+
+@given(layer=contexts)
+def test_tova_is_one_row_of_the_softmax(layer: LayerContext) -> None:
+    """The last query's probabilities, averaged over all heads."""
+    score = SCORERS.create("tova").score(layer)
+    close(score, dense(layer)[:, :, -1].mean(1, keepdim=True).expand_as(score), 1e-5)
+    close(score.sum(-1), torch.ones(score.shape[:2]))
+
+
+# -- keys and values ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["key_norm", "key_diff"])
+@given(layer=contexts, seed=strategies.seeds)
+def test_turning_all_keys_changes_no_score(name: str, layer: LayerContext, seed: int) -> None:
+    """Norms and angles between keys are what counts."""
+    scorer = SCORERS.create(name)
+    turned = dataclasses.replace(layer, keys=layer.keys @ rotation(seed))
+    close(scorer.score(turned), scorer.score(layer))
+
+
+@given(layer=contexts)
+def test_key_norm_is_minus_the_length(layer: LayerContext) -> None:
+    """Twice the key, twice as low a score."""
+    score = SCORERS.create("key_norm").score(layer)
+    for keys, scores in zip(layer.keys.flatten(0, 1).tolist(), score.flatten(0, 1).tolist(), strict=True):
+        assert scores == pytest.approx([-math.hypot(*key) for key in keys], rel=1e-5)
+
+
+@given(layer=contexts, seed=strategies.seeds)
+def test_key_diff_orders_slots_by_their_mean_cosine_to_all_keys(layer: LayerContext, seed: int) -> None:
+    """As the matrix of all pairs does, and however long each key is."""
+    score = SCORERS.create("key_diff").score(layer)
+    keys = layer.keys.double()
+    pairs = torch.nn.functional.cosine_similarity(keys.unsqueeze(3), keys.unsqueeze(2), dim=-1).mean(3)
+    close(score / score.norm(dim=-1, keepdim=True), -pairs / pairs.norm(dim=-1, keepdim=True), 1e-3)
+    factor = torch.rand(*keys.shape[:3], 1, generator=generator(seed)) + 0.5
+    close(SCORERS.create("key_diff").score(dataclasses.replace(layer, keys=layer.keys * factor)), score)
+
+
+@given(
+    seed=strategies.seeds,
+    tokens=st.integers(1, 40),
+    lag=st.integers(1, 9),
+    sink=st.integers(0, 9),
+    constant=st.booleans(),
+)
+def test_lagkv_is_its_formula(seed: int, tokens: int, lag: int, sink: int, constant: bool) -> None:
+    """Each whole partition but the last has softmaxes of its spread in the next one's range; the rest rank above."""
+    layer = context(seed, queries=tokens, past=0)
+    if constant:  # no range at all
+        layer = dataclasses.replace(layer, values=torch.ones_like(layer.values))
+    score = SCORERS.create("lagkv", lag=lag, sink=sink).score(layer)
+    starts = [start for start in range(sink, tokens, lag) if start + lag <= tokens]
+    scored: list[int] = []
+    for here, there in pairwise(starts):
+        scored += range(here, here + lag)
+        expected = torch.zeros(*score.shape[:2], lag, dtype=torch.double)
+        for states in (layer.keys.double(), layer.values.double()):
+            block, following = states[:, :, here:there], states[:, :, there : there + lag]
+            low, high = following.amin(2), following.amax(2)
+            scaled = torch.stack([(block[:, :, i] - low) / (high - low).clamp(min=1e-6) for i in range(lag)], 2)
+            deviation = scaled - scaled.mean(-1, keepdim=True)
+            expected += (deviation.square().sum(-1) / (DIM - 1)).sqrt().softmax(-1)
+        close(score[..., here:there], expected, 1e-3)
+    rest = [slot for slot in range(tokens) if slot not in scored]
+    assert (score[..., rest] > score[..., scored].amax(-1, keepdim=True)).all() if scored else True
+    late = [slot for slot in rest if slot >= sink]
+    assert (score[..., late].diff(dim=-1) > 0).all()
+    assert (score[..., :sink] > 3).all()
+
+
+# -- expected attention ------------------------------------------------------------------------------------------------
+
+
+def turn(angle: Tensor) -> Tensor:
+    """The rotation of dimensions i and i + half by angle i, as a matrix."""
+    half = len(angle)
+    matrix = torch.zeros(2 * half, 2 * half, dtype=torch.double)
+    for i, a in enumerate(angle.tolist()):
+        matrix[i, i] = matrix[i + half, i + half] = math.cos(a)
+        matrix[i, i + half], matrix[i + half, i] = -math.sin(a), math.sin(a)
+    return matrix
+
+
+def gaussian(layer: LayerContext, row: int, head: int) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of a head's queries, turned back by their positions."""
+    queries = layer.query[row, head].double()
+    positions = layer.index[row, 0, -len(queries) :].tolist()
+    frequencies = layer.weights.inverse_frequencies
+    if frequencies is not None:
+        queries = torch.stack([turn(-p * frequencies) @ q for p, q in zip(positions, queries, strict=True)])
+    mean = queries.mean(0)
+    return mean, sum(torch.outer(q - mean, q - mean) for q in queries) / len(queries)
+
+
+@given(layer=contexts, future=st.integers(1, 5), epsilon=st.sampled_from([0.0, 0.02]))
+def test_expected_attention_is_its_formula(layer: LayerContext, future: int, epsilon: float) -> None:
+    """With rotations as matrices, averaged over the next positions, a query head and a key at a time."""
+    score = SCORERS.create("expected_attention", future=future, epsilon=epsilon).score(layer)
+    frequencies, s = layer.weights.inverse_frequencies, layer.scaling
+    (batch, heads, _, _), kv_heads = layer.query.shape, layer.keys.shape[1]
+    for row in range(batch):
+        end = int(layer.index[row, 0, -1]) + 1
+        ahead = torch.eye(DIM, dtype=torch.double)
+        if frequencies is not None:
+            ahead = sum(turn((end + step) * frequencies) for step in range(future)) / future
+        shares = torch.zeros(kv_heads, layer.keys.shape[2], dtype=torch.double)
+        for head in range(heads):
+            mean, covariance = gaussian(layer, row, head)
+            mean, covariance = ahead @ mean, ahead @ covariance @ ahead.T
+            keys = layer.keys[row, head * kv_heads // heads].double()
+            expected = torch.stack([(mean @ k * s + k @ covariance @ k * s * s / 2).exp() for k in keys])
+            shares[head * kv_heads // heads] += expected / expected.sum() / (heads // kv_heads)
+        close(score[row], (shares + epsilon) * layer.values[row].double().norm(dim=-1), 1e-3)
+
+
+def test_expected_attention_is_the_mean_over_sampled_queries() -> None:
+    """Gaussian queries drawn at the next position give, on average, the same weights."""
+    layer = context(3, batch=1, kv_heads=1, group=1, queries=12, past=4)
+    layer = dataclasses.replace(layer, scaling=0.15, values=torch.ones_like(layer.values))
+    score = SCORERS.create("expected_attention", future=1).score(layer)[0, 0].double() / DIM**0.5
+    mean, covariance = gaussian(layer, 0, 0)
+    g = generator(4)
+    noise = torch.randn(400_000, DIM, generator=g, dtype=torch.double)
+    drawn = mean + noise @ torch.linalg.cholesky(covariance + 1e-9 * torch.eye(DIM)).T
+    at_next = drawn @ turn((int(layer.index[0, 0, -1]) + 1) * layer.weights.inverse_frequencies).T
+    weights = (at_next @ layer.keys[0, 0].double().T * layer.scaling).exp().mean(0)
+    torch.testing.assert_close(score, weights / weights.sum(), rtol=0.02, atol=0)
+
+
+@given(seed=strategies.seeds, shift=st.integers(1, 500))
+def test_expected_attention_looks_at_relative_positions(seed: int, shift: int) -> None:
+    """A sequence that starts later, and is turned accordingly, scores the same."""
+    layer = context(seed)
+    matrix = turn(shift * layer.weights.inverse_frequencies).T.float()
+    later = dataclasses.replace(
+        layer, index=layer.index + shift, query=layer.query @ matrix, keys=layer.keys @ matrix, seen=layer.seen + shift
+    )
+    scorer = SCORERS.create("expected_attention", future=7)
+    close(scorer.score(later), scorer.score(layer), 1e-3)
+
+
+# -- value aware -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@given(layer=contexts)
+def test_value_aware_is_attention_times_the_projected_value(dtype: torch.dtype, layer: LayerContext) -> None:
+    """Each head's part of the projection applied to each value, the norms averaged over the group."""
+    output = layer.weights.output.to(dtype)
+    layer = dataclasses.replace(layer, weights=LayerWeights(output))
+    heads, kv_heads = layer.query.shape[1], layer.keys.shape[1]
+    norms = torch.zeros(layer.values.shape[0], heads, layer.values.shape[2], dtype=torch.double)
+    for head in range(heads):
+        part = output[:, head * DIM : (head + 1) * DIM].double()
+        norms[:, head] = (layer.values[:, head * kv_heads // heads].double() @ part.T).norm(dim=-1)
+    expected = group_mean(dense(layer).sum(2), layer) * group_mean(norms, layer)
+    close(SCORERS.create("value_aware").score(layer), expected, 1e-3)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [None, torch.ones(HIDDEN * 8, 1), torch.empty(HIDDEN, 4 * DIM, device="meta")],
+    ids=["none", "packed", "offloaded"],
+)
+def test_value_aware_takes_the_values_own_norm_where_there_is_no_projection(output: Tensor | None) -> None:
+    """Without a weight, with one packed by a quantized layer, and with one that is elsewhere."""
+    layer = dataclasses.replace(context(5), weights=LayerWeights(output))
+    expected = group_mean(dense(layer).sum(2), layer) * layer.values.double().norm(dim=-1)
+    close(SCORERS.create("value_aware").score(layer), expected)
+
+
+# -- random, position --------------------------------------------------------------------------------------------------
+
+
+@given(layer=contexts, other=contexts, seed=st.integers(-(2**63), 2**63))
+def test_noise_depends_on_seed_layer_head_and_token_alone(layer: LayerContext, other: LayerContext, seed: int) -> None:
+    """The same token of the same layer and head scores the same, whatever else is there."""
+    scorer = SCORERS.create("random", seed=seed)
+    other = dataclasses.replace(other, layer=layer.layer)
+    known: dict[tuple[int, int], float] = {}
+    for given_layer in (layer, other):
+        for index, heads in zip(given_layer.index[:, 0].tolist(), scorer.score(given_layer).tolist(), strict=True):
+            for head, scores in enumerate(heads):
+                for token, score in zip(index, scores, strict=True):
+                    assert known.setdefault((head, token), score) == score
+
+
+@given(tokens=st.integers(2, 24), cut=st.integers(1, 23), pad=st.integers(0, 5), seed=strategies.seeds)
+def test_noise_is_the_same_in_chunks_and_batches(tokens: int, cut: int, pad: int, seed: int) -> None:
+    """A prompt at once, in two chunks, and as the shorter row of a padded batch has the same scores."""
+    model, config = tiny.model("llama"), CompressionConfig(budget=1.0, scorer={"name": "random", "seed": seed})
+    ids = tiny.token_ids(2, tokens + pad, seed)
+    whole, chunks, batch = (CompressedCache(model, config) for _ in range(3))
+    mask = torch.ones_like(ids)
+    mask[0, :pad] = 0
+    with torch.no_grad():
+        model(ids[:1, pad:], past_key_values=whole)
+        for part in ids[:1, pad:].tensor_split((min(cut, tokens - 1),), dim=1):
+            model(part, past_key_values=chunks)
+        model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=batch)
+    for layer in range(3):
+        expected = scores_of(whole, layer)
+        assert torch.equal(scores_of(batch, layer)[:1, :, :tokens], expected)
+        if tokens - cut != 1 and cut < tokens:  # a forward of one token scores nothing
+            assert torch.equal(scores_of(chunks, layer), expected)
+
+
+def test_noise_is_noise() -> None:
+    """Uniform, and unrelated between seeds, layers, heads and neighbours."""
+    layer = context(6, batch=1, kv_heads=3, queries=1, past=3999)
+    layer = dataclasses.replace(layer, index=torch.arange(4000)[None, None])
+    draws = [
+        SCORERS.create("random", seed=seed).score(dataclasses.replace(layer, layer=number))[0]
+        for seed, number in ((0, 0), (1, 0), (0, 1))
+    ]
+    noise = torch.cat(draws).double()
+    assert float(noise.min()) > 0 and float(noise.max()) < 1
+    counts = torch.stack([torch.histc(row, 20, 0, 1) for row in noise])
+    assert float(((counts - 200).square() / 200).sum(1).max()) < 50  # chi-square of 19 degrees: 1 in 10,000
+    related = torch.corrcoef(torch.cat([noise[:, 1:], noise[:, :-1]])) - torch.eye(18)
+    related = related[:9].masked_fill(torch.eye(9, 18, dtype=torch.bool), 0)
+    assert float(related.abs().max()) < 0.08
+
+
+@given(seed=strategies.seeds, tokens=st.integers(5, 30))
+def test_position_keeps_the_latest(seed: int, tokens: int) -> None:
+    """With the first as a sink, the columns that stay are the last."""
+    config = CompressionConfig(budget=4, scorer="position")
+    cache = CompressedCache(tiny.model("llama"), config)
+    with torch.no_grad():
+        tiny.model("llama")(**tiny.inputs("llama", tokens, seed), past_key_values=cache)
+    assert list(cache.report().columns(0, 0)) == [0, *range(tokens - 3, tokens)]
+
+
+# -- blend -------------------------------------------------------------------------------------------------------------
+
+single = [scorer for scorer in strategies.scorers() if scorer.name != "blend"]
+
+
+@pytest.mark.parametrize("normalise", ["rank", "mass"])
+@pytest.mark.parametrize("scorer", single, ids=strategies.label)
+@given(layer=contexts)
+def test_a_blend_of_one_ranks_like_it(scorer: Scorer, normalise: str, layer: LayerContext) -> None:
+    """No slot moves past another, and equal scores stay equal."""
+    if getattr(scorer, "reduce", "sum") == "mean":
+        return  # the blend divides by the queries, which `score` leaves to `importance`
+    score = scorer.score(layer)
+    blended = Blend(scorers=[scorer], weights=[3.0], normalise=normalise).score(layer)
+    order = score.argsort(dim=-1, stable=True)
+    steps, blended_steps = score.gather(-1, order).diff(dim=-1), blended.gather(-1, order).diff(dim=-1)
+    assert (blended_steps >= -1e-6).all()
+    assert (blended_steps[steps == 0] <= 1e-6).all()
+    if normalise == "rank":
+        assert (blended_steps[steps > 0] > 0).all()
+
+
+@given(layer=contexts, first=st.floats(0, 4), second=st.floats(0.25, 4))
+def test_a_blend_by_mass_adds_shares(layer: LayerContext, first: float, second: float) -> None:
+    """Of attention and of noise, weighted; the sum of the whole is the sum of the weights."""
+    score = Blend(scorers=["attention", "random"], weights=[first, second], normalise="mass").score(layer)
+    attention, noise = group_mean(dense(layer).sum(2), layer), SCORERS.create("random").score(layer).double()
+    shares = [part / part.sum(-1, keepdim=True) for part in (attention, noise)]
+    close(score, first * shares[0] + second * shares[1])
+    close(score.sum(-1), torch.full(score.shape[:2], first + second))
+
+
+@given(layer=contexts)
+def test_a_blend_by_rank_adds_ranks(layer: LayerContext) -> None:
+    """The number of slots that score as much or less, of each part, as a share."""
+    names = ["key_norm", "position"]
+    score = Blend(scorers=names).score(layer)
+    expected = torch.zeros(score.shape, dtype=torch.double)
+    for name in names:
+        part = SCORERS.create(name).score(layer)
+        expected += (part.unsqueeze(-1) >= part.unsqueeze(-2)).double().mean(-1)
+    close(score, expected)
+
+
+@given(layer=contexts, scale=st.sampled_from([1e-3, 7.0, 1e3]))
+def test_the_unit_of_scores_does_not_matter_in_a_blend_by_mass(layer: LayerContext, scale: float) -> None:
+    """Keys in another unit give the same softmax of their norms."""
+    blend = Blend(scorers=["key_norm"], normalise="mass")
+    if layer.keys.shape[2] > 2:
+        close(blend.score(dataclasses.replace(layer, keys=layer.keys * scale)), blend.score(layer), 1e-3)
+
+
+def test_parts_of_a_blend_are_averaged_over_the_queries_that_saw_them() -> None:
+    """A part that reduces by the mean does so for the queries of this forward."""
+    layer = context(7)
+    blend = Blend(scorers=[{"name": "attention", "reduce": "mean"}], normalise="mass")
+    saw = torch.arange(9, 0, -1).clamp(max=6)
+    mean = group_mean(dense(layer).sum(2), layer) / saw
+    close(blend.score(layer), mean / mean.sum(-1, keepdim=True))
+
+
+def test_equal_scores_have_equal_shares() -> None:
+    """Also where they are all zero, and where they are no mass."""
+    layer = dataclasses.replace(context(8), keys=torch.ones(2, 2, 9, DIM))
+    for part in ({"name": "attention", "image_weight": 0, "text_weight": 0}, "key_norm", "key_diff"):
+        close(Blend(scorers=[part], normalise="mass").score(layer), torch.full((2, 2, 9), 1 / 9), 1e-6)
+
+
+def test_a_blend_declares_what_its_parts_need() -> None:
+    """Attention as soon as one reads it, and the most protected tokens; it is mass and adds up over no forwards."""
+    keys = Blend(scorers=["key_norm", {"name": "lagkv", "lag": 7}])
+    both = Blend(scorers=["key_norm", {"name": "snapkv", "window": 9}, {"name": "blend", "scorers": [keys]}])
+    assert (keys.reads_attention, keys.protects) == (False, 7)
+    assert (both.reads_attention, both.protects) == (True, 9)
+    assert both.mass and not both.accumulates
+    CompressionConfig(scorer=both, allocator="prefix")
+
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("blend", {}, "scorers: Field required"),
+    ("blend", {"scorers": []}, "scorers: List should have at least 1 item"),
+    ("blend", {"scorers": ["atention"]}, "did you mean 'attention'"),
+    ("blend", {"scorers": ["none"]}, "scorers"),
+    ("blend", {"scorers": [{"name": "snapkv", "window": 0}]}, "scorer snapkv: window"),
+    ("blend", {"scorers": ["tova"], "weights": [1, 2]}, "weights: 2 for 1 scorers; give one each"),
+    ("blend", {"scorers": ["tova"], "weights": [0.0]}, "weights: all zero"),
+    ("blend", {"scorers": ["tova"], "weights": [-1.0]}, "greater than or equal to 0"),
+    ("blend", {"scorers": ["tova"], "weights": [math.inf]}, "finite"),
+    ("snapkv", {"kernel": 4}, "kernel: Value error, must be odd"),
+    ("snapkv", {"window": 0}, "window"),
+    ("lagkv", {"lag": 0}, "lag"),
+    ("attention", {"queries": "postvision"}, "queries"),
+    ("attention", {"image_weight": -0.1}, "image_weight"),
+    ("attention", {"text_weight": math.nan}, "text_weight"),
+    ("expected_attention", {"future": 0}, "future"),
+]
+
+
+@pytest.mark.parametrize(("name", "fields", "says"), WRONG, ids=str)
+def test_wrong_fields_are_refused_by_name(name: str, fields: dict[str, Any], says: str) -> None:
+    """One line that names the field and what is allowed."""
+    with pytest.raises(KVCompressError) as error:
+        SCORERS.create(name, **fields)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.cuda
+@every_scorer
+def test_scores_on_a_gpu_are_those_of_the_cpu(scorer: Scorer) -> None:
+    """The same layer on either device."""
+    layer = context(9, queries=40)
+    moved = {name: t.cuda() for name, t in vars(layer).items() if isinstance(t, Tensor)}
+    weights = LayerWeights(layer.weights.output.cuda(), layer.weights.inverse_frequencies.cuda())
+    score = scorer.score(dataclasses.replace(layer, **moved, weights=weights))
+    assert score.is_cuda
+    close(score.cpu(), scorer.score(layer), 1e-3)
+
+
+def test_contexts_of_these_tests_have_the_kernels_log_sum_exp() -> None:
+    """What scorers are shown here is what the engine shows them."""
+    layer = context(10, past=0)
+    _, lse = attention_with_lse(layer.query, layer.keys, layer.values, layer.scaling, causal=True)
+    close(layer.lse, lse)
