@@ -1,0 +1,94 @@
+"""Whole numbers of slots in proportion to a weight per layer, within floors and capacities, exact to the slot."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kvcompress.errors import PolicyError
+from kvcompress.shapes import AllocationContext, TokenCounts
+
+_LEAST = 2.0**-40  # layers of no weight count as this part of the largest: they fill up once all others are full
+_MOST = 2.0**80  # at this multiplier every layer is at its capacity
+_STEPS = 63  # bits of a non-negative float64: after as many halvings the multiplier is exact
+
+
+def apportion(
+    weight: Float[Tensor, "layers batch"], total: Int[Tensor, " batch"], floor: TokenCounts, capacity: TokenCounts
+) -> TokenCounts:
+    """Gives every layer its weight times one common multiplier, rounded, within its floor and capacity.
+
+    This is Webster's method with bounds: the multiplier of each row is searched until the rounded numbers add up to the
+    total, and layers that tie for the last slots get them in order. All comparisons are between integers, so nothing
+    depends on how sums are rounded; a larger total takes nothing from any layer, and a larger weight nothing from its
+    own; and where the weights, rounded, add up to the total themselves, they are the answer.
+
+    Args:
+        weight: not negative; only their proportions matter. Layers of no weight share evenly what the others cannot
+            take.
+        total: slots per row, within the sums of floors and capacities.
+        floor: least slots per layer and row.
+        capacity: most slots per layer and row.
+
+    Returns:
+        int64 slots per layer and row that add up to the total.
+    """
+    weight, floor, capacity = weight.double(), floor.long(), capacity.long()
+    highest = weight.amax(0)
+    scale = highest / (2 * torch.frexp(highest).mantissa)  # a power of two, so that dividing by it rounds nothing
+    scaled = torch.where(highest > 0, weight / scale, 1.0).clamp(min=_LEAST)
+
+    def rounded(multiplier_bits: Tensor) -> Tensor:
+        quota = scaled * multiplier_bits.view(torch.float64)
+        return torch.minimum(torch.maximum((quota + 0.5).floor().clamp(max=2.0**62).long(), floor), capacity)
+
+    low = torch.zeros_like(total, dtype=torch.int64)  # bits of non-negative floats are ordered as the floats are
+    high = torch.full_like(low, int(torch.tensor(_MOST, dtype=torch.float64).view(torch.int64)))
+    for _ in range(_STEPS):
+        middle = low + (high - low) // 2
+        enough = rounded(middle).sum(0) >= total
+        low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
+    most = rounded(high)
+    budget = torch.where(high > 0, rounded((high - 1).clamp(min=0)), floor)
+    tied = most - budget
+    rest = total - budget.sum(0) - (tied.cumsum(0) - tied)  # left for a layer once those before it took theirs
+    return budget + torch.minimum(tied, rest.clamp(min=0))
+
+
+def apportion_above(
+    floor: TokenCounts,
+    weight: Float[Tensor, "layers batch"],
+    total: Int[Tensor, " batch"],
+    capacity: TokenCounts,
+) -> TokenCounts:
+    """Gives every layer its floor, and apportions the rest of the total on top of it."""
+    floor = floor.long()
+    return floor + apportion(weight, total - floor.sum(0), torch.zeros_like(floor), capacity - floor)
+
+
+def statistic(allocator: str, name: str, context: AllocationContext | None, like: TokenCounts) -> Tensor:
+    """A statistic that an allocator reads, float64 `[layers, batch]`.
+
+    Raises:
+        PolicyError: if it is missing, misshapen, negative or not finite; the message names the layer.
+    """
+    known = {} if context is None else context.statistics
+    if name not in known:
+        raise PolicyError(
+            f"allocator {allocator}: reads the statistic '{name}', which a cache computes; in a direct call pass "
+            f"context=AllocationContext(statistics={{'{name}': ...}}) of the shape {tuple(like.shape)}"
+        )
+    found = known[name].double()
+    if found.shape != like.shape:
+        raise PolicyError(
+            f"allocator {allocator}: the statistic '{name}' must be [layers, batch] = {tuple(like.shape)}, got "
+            f"{tuple(found.shape)}"
+        )
+    wrong = ~(found.isfinite() & (found >= 0))
+    if wrong.any():
+        layer = int(wrong.any(1).nonzero()[0])
+        raise PolicyError(
+            f"allocator {allocator}: layer {layer}: the statistic '{name}' must be finite and not negative"
+        )
+    return found
