@@ -10,19 +10,19 @@ from kvcompress.errors import PolicyError
 from kvcompress.shapes import AllocationContext, TokenCounts
 
 _LEAST = 2.0**-40  # layers of no weight count as this part of the largest: they fill up once all others are full
-_MOST = 2.0**80  # at this multiplier every layer is at its capacity
+_MOST = 2.0**80  # with this multiplier every layer is at its capacity
+_SAME = 2.0**30  # remainders that differ by less than one in so many are the same
 _STEPS = 63  # bits of a non-negative float64: after as many halvings the multiplier is exact
 
 
 def apportion(
     weight: Float[Tensor, "layers batch"], total: Int[Tensor, " batch"], floor: TokenCounts, capacity: TokenCounts
 ) -> TokenCounts:
-    """Gives every layer its weight times one common multiplier, rounded, within its floor and capacity.
+    """Gives every layer its weight times one common multiplier, within its floor and capacity, in whole slots.
 
-    This is Webster's method with bounds: the multiplier of each row is searched until the rounded numbers add up to the
-    total, and layers that tie for the last slots get them in order. All comparisons are between integers, so nothing
-    depends on how sums are rounded; a larger total takes nothing from any layer, and a larger weight nothing from its
-    own; and where the weights, rounded, add up to the total themselves, they are the answer.
+    The multiplier of each row is searched until these quotas add up to the total (water-filling). What is left once
+    they are rounded down goes to the largest remainders, ties to earlier layers, so that no layer is a slot or more off
+    its quota, and a larger weight takes nothing from its own layer.
 
     Args:
         weight: not negative; only their proportions matter. Layers of no weight share evenly what the others cannot
@@ -36,24 +36,23 @@ def apportion(
     """
     weight, floor, capacity = weight.double(), floor.long(), capacity.long()
     highest = weight.amax(0)
-    scale = highest / (2 * torch.frexp(highest).mantissa)  # a power of two, so that dividing by it rounds nothing
-    scaled = torch.where(highest > 0, weight / scale, 1.0).clamp(min=_LEAST)
+    scaled = torch.where(highest > 0, weight / highest, 1.0).clamp(min=_LEAST)
 
-    def rounded(multiplier_bits: Tensor) -> Tensor:
-        quota = scaled * multiplier_bits.view(torch.float64)
-        return torch.minimum(torch.maximum((quota + 0.5).floor().clamp(max=2.0**62).long(), floor), capacity)
+    def quotas(multiplier_bits: Tensor) -> Tensor:
+        return torch.minimum(torch.maximum(scaled * multiplier_bits.view(torch.float64), floor), capacity)
 
     low = torch.zeros_like(total, dtype=torch.int64)  # bits of non-negative floats are ordered as the floats are
     high = torch.full_like(low, int(torch.tensor(_MOST, dtype=torch.float64).view(torch.int64)))
     for _ in range(_STEPS):
-        middle = low + (high - low) // 2
-        enough = rounded(middle).sum(0) >= total
-        low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
-    most = rounded(high)
-    budget = torch.where(high > 0, rounded((high - 1).clamp(min=0)), floor)
-    tied = most - budget
-    rest = total - budget.sum(0) - (tied.cumsum(0) - tied)  # left for a layer once those before it took theirs
-    return budget + torch.minimum(tied, rest.clamp(min=0))
+        middle = high - (high - low) // 2
+        # A running sum, since it adds up each row in the same order whatever the batch.
+        fits = quotas(middle).cumsum(0)[-1] <= total
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle - 1)
+    quota = quotas(low)
+    budget = quota.floor().long()
+    remainder = ((quota - budget) * _SAME).round()  # in steps far above rounding, so that equal ones tie
+    rank = remainder.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
+    return budget + (rank < total - budget.sum(0)).long()
 
 
 def apportion_above(

@@ -59,14 +59,15 @@ class Profile(Allocator):
         capacity: TokenCounts,
         context: AllocationContext | None = None,
     ) -> TokenCounts:
-        """Apportions the total by retention x capacity."""
+        """Apportions the total by retention x capacity, or gives just that where it is what adds up to the total."""
         if len(self.retention) != len(floor):
             raise PolicyError(
                 f"allocator {self.name}: the profile has {len(self.retention)} layers, the model has {len(floor)}; use "
                 "a profile that was made for this model"
             )
         share = torch.tensor(self.retention, dtype=torch.float64, device=capacity.device).unsqueeze(1)
-        return apportion(share * capacity, total, floor, capacity)
+        implied = torch.maximum((share * capacity + 0.5).floor().long(), floor)
+        return torch.where(implied.sum(0) == total, implied, apportion(share * capacity, total, floor, capacity))
 
 
 def _retention_in(path: Path) -> Any:
