@@ -25,7 +25,7 @@ class Modality(Allocator):
     Each row's total is divided between the modalities, and each part is allocated as if there were no other tokens:
     its allocator sees the importance, the capacity and the protected tokens of its own modality. The image tokens'
     part is noted as "image_budget", which the evictor keeps. Rows without an image, and sequences of text alone, are
-    allocated by `text` alone.
+    allocated by `text` alone. Decode steps free slots by the evictor's rule, whatever their modality.
 
     Args:
         image: allocator of image tokens.
