@@ -101,6 +101,18 @@ def test_a_profile_is_reproduced_to_the_token(retention: list[float], tokens: in
     assert profile.allocate(importance, wanted.sum(0), torch.zeros_like(capacity), capacity).tolist() == wanted.tolist()
 
 
+def test_a_profile_is_reproduced_where_proportions_alone_would_not() -> None:
+    """Rescaled to 103 slots, the largest remainders would give 0, 1, 1 and 101."""
+    profile, capacity = (
+        ALLOCATORS.create("profile", retention=[0.6, 0.6, 0.6, 0.1002]),
+        torch.tensor([[1, 1, 1, 1000]]).T,
+    )
+    budget = profile.allocate(torch.zeros(4, 1, 1000), torch.tensor([103]), torch.zeros_like(capacity), capacity)
+    assert budget[:, 0].tolist() == [1, 1, 1, 100]
+    weight = torch.tensor([[0.6, 0.6, 0.6, 100.2]], dtype=torch.float64).T
+    assert apportion(weight, torch.tensor([103]), torch.zeros_like(capacity), capacity)[:, 0].tolist() != [1, 1, 1, 100]
+
+
 @pytest.mark.parametrize("suffix", [".json", ".yaml", ".yml"])
 @pytest.mark.parametrize("keyed", [False, True])
 def test_a_profile_comes_from_a_file(tmp_path: Path, suffix: str, keyed: bool) -> None:
