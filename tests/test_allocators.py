@@ -12,12 +12,13 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import yaml
-from hypothesis import event, given
+from hypothesis import event, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcompress import ALLOCATORS, EVICTORS, Budget, CompressedCache, CompressionConfig, KVCompressError
 from kvcompress.errors import ConfigError, PolicyError
+from kvcompress.pipeline import _rank_by_rank
 from kvcompress.policies.allocators.apportionment import apportion
 from kvcompress.shapes import AllocationContext, SelectionContext
 from kvcompress.stages import Allocator
@@ -167,6 +168,7 @@ def test_a_profile_of_another_model_is_refused_by_its_layers() -> None:
 # -- pyramid -----------------------------------------------------------------------------------------------------------
 
 
+@example(layers=20, tokens=3791, protected=27, share=0.3, beta=79.0)
 @given(
     layers=st.integers(1, 40),
     tokens=st.integers(1, 4000),
@@ -190,6 +192,10 @@ def test_a_pyramid_falls_along_the_line_of_the_paper(
     last = free / (Fraction(beta) * layers)
     first = 2 * free / layers - last
     line = [protected + first - (first - last) * layer / (layers - 1) for layer in range(layers)]
+    above = largest_remainders(
+        [each - protected for each in line], int(free), [0] * layers, [tokens - protected] * layers
+    )
+    assert budget == [protected + more for more in above]
     if line[0] <= tokens:
         assert all(abs(found - wanted) < 1 for found, wanted in zip(budget, line, strict=True))
 
@@ -549,6 +555,21 @@ def test_what_policies_of_policies_read_is_what_their_parts_read() -> None:
     modality = create("modality", image="uniform", text="sparsity")
     assert modality.reads_importance and not modality.reads_mass and modality.needs == ("attention_sparsity",)
     CompressionConfig(allocator=local, evictor="streaming")  # needs no scorer
+
+
+@given(layer=selection_contexts(modality=True))
+def test_heads_that_hold_different_tokens_are_compared_rank_by_rank(layer: SelectionContext) -> None:
+    """The best image token of every head count as one, at the place of the first head's, and so on; text likewise."""
+    heads = layer.importance.shape[1]
+    columns = layer.columns.expand(-1, heads, -1)
+    images = (layer.is_image & layer.valid).expand(-1, heads, -1)
+    found = _rank_by_rank(layer.importance, columns, images)[:, 0]
+    for row in range(len(found)):
+        for kind in (images[row], (columns[row] >= 0) & ~images[row]):
+            ranked = [layer.importance[row, head][kind[head]].sort(descending=True).values for head in range(heads)]
+            first = layer.importance[row, 0].masked_fill(~kind[0], -1.0)
+            order = first.argsort(descending=True, stable=True)[: int(kind[0].sum())]
+            assert torch.equal(found[row][order], torch.stack(ranked).mean(0))
 
 
 # -- blend -------------------------------------------------------------------------------------------------------------
