@@ -345,6 +345,29 @@ def test_entropy_is_the_published_preference(given: AllocationInput, tau1: float
         assert budget[:, row].tolist() == largest_remainders(preference, total, floor, capacity)
 
 
+@pytest.mark.parametrize(
+    ("spread", "shift", "tau1", "tau2", "wanted"),
+    [
+        ([1, 4, 9], [5, 5, 5], 2.0, 1.0, [10, 20, 30]),
+        ([5, 5, 5], [1, 4, 9], 1.0, 2.0, [10, 20, 30]),
+        ([1, 2, 3], [5, 5, 5], 1.0, 9.0, [10, 20, 30]),
+        ([1, 4, 1], [1, 4, 1], 2.0, 0.5, [2, 56, 2]),  # 1 : 2 x 16 : 1, as far as it goes
+        ([0, 0, 0], [1, 2, 3], 1.0, 1.0, [20, 20, 20]),
+    ],
+)
+def test_temperatures_weaken_spread_and_shift(
+    spread: list[float], shift: list[float], tau1: float, tau2: float, wanted: list[int]
+) -> None:
+    statistics = {
+        "attention_entropy": torch.tensor(spread, dtype=torch.float32).unsqueeze(1),
+        "attention_variance": torch.tensor(shift, dtype=torch.float32).unsqueeze(1),
+    }
+    none, most = torch.zeros(3, 1, dtype=torch.long), torch.full((3, 1), 60)
+    allocate = ALLOCATORS.create("entropy", tau1=tau1, tau2=tau2).allocate
+    budget = allocate(torch.zeros(3, 1, 60), torch.tensor([60]), none, most, AllocationContext(statistics=statistics))
+    assert budget[:, 0].tolist() == wanted
+
+
 def test_an_unknown_statistic_is_refused_when_the_configuration_is_built() -> None:
     class Needy(Spy):
         name = "needy"
@@ -402,6 +425,18 @@ def test_zigzag_counts_the_tokens_that_reach_the_mass(given: AllocationInput, ma
         room = [high - low for low, high in zip(least, capacity, strict=True)]
         above = largest_remainders(needs, total - sum(least), [0] * len(floor), room)
         assert budget[:, row].tolist() == [low + more for low, more in zip(least, above, strict=True)]
+
+
+@pytest.mark.parametrize(("mass", "base", "wanted"), [(0.9, 0.0, [1, 19]), (0.5, 0.0, [2, 18]), (0.9, 0.5, [6, 14])])
+def test_zigzag_by_hand(mass: float, base: float, wanted: list[int]) -> None:
+    """One token holds all of the first layer's mass; of the second, 20 hold as much each."""
+    importance = torch.zeros(2, 1, 20)
+    importance[0, 0, 3], importance[1, 0] = 7.0, 2.0
+    none, most = torch.zeros(2, 1, dtype=torch.long), torch.full((2, 1), 20)
+    budget = ALLOCATORS.create("zigzag", mass=mass, base=base).allocate(importance, torch.tensor([20]), none, most)
+    needs = [1, math.ceil(mass * 20)]
+    common = int(base * 10)
+    assert budget[:, 0].tolist() == [common + round((20 - 2 * common) * need / sum(needs)) for need in needs] == wanted
 
 
 # -- modality ----------------------------------------------------------------------------------------------------------
