@@ -24,8 +24,8 @@ NEIGHBOURS = (
 )
 # What a policy is given that cannot be made from its name alone.
 EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
-    ("allocator", "profile"): {"retention": [0.6, 0.1, 0.35]},
-    ("scorer", "blend"): {"scorers": ["attention", "key_norm"]},
+    ("allocator", "profile"): {"retention": [0.6, 0.1, 0.35]},  # as many layers as the models of the tests have
+    ("scorer", "blend"): {"scorers": ["attention", "position"]},
 }
 # What stands in the stages that a pair leaves open, in the order in which it is tried.
 _AROUND: dict[str, list[Any]] = {

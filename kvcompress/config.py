@@ -33,6 +33,7 @@ from kvcompress.registry import (
     unknown_name,
 )
 from kvcompress.stages import Configured, Evictor, Merger, Quantizer, Reducer, Scorer
+from kvcompress.statistics import STATISTICS
 
 
 class Budget(Configured):
@@ -164,6 +165,12 @@ class CompressionConfig(Configured):
     @model_validator(mode="after")
     def _combination(self) -> CompressionConfig:
         scorer, allocator, evictor = self.scorer, self.allocator, self.evictor
+        unknown = [name for name in allocator.needs if name not in STATISTICS]
+        if unknown:
+            raise ConfigError(
+                f"allocator {allocator.name}: needs the statistic '{unknown[0]}', which nobody computes; known: "
+                f"{', '.join(sorted(STATISTICS))}"
+            )
         if self.quantizer is not None and evictor is not None:
             self._check_residual(self.quantizer, evictor)
         if evictor is None:

@@ -83,19 +83,33 @@ def gather_importance(
         score = importance_of(layer, store, config, sequence)
         if score is None:
             score = torch.zeros(store.batch, 1, store.length, device=store.device)
-        elif store.columns().shape[1] > 1:  # heads hold different tokens: compare them rank by rank
-            score = score.sort(dim=-1, descending=True).values
+        elif store.columns().shape[1] > 1:
+            score = _rank_by_rank(score, store.columns(), sequence.images_at(store.columns()))
         rows.append(F.pad(score.mean(1), (0, slots - store.length)).to(device))
     columns = [F.pad(s.columns()[:, :1], (0, slots - s.length), value=-1).to(device) for s in stores]
     images = [sequence.images_at(column) for column in columns]
+    protected = [sequence.protected(column, *protection(config)) for column in columns]
     context = AllocationContext(
         valid=torch.cat(columns, 1).transpose(0, 1) >= 0,
         is_image=None if sequence.is_image is None else torch.cat(images, 1).transpose(0, 1),  # type: ignore[arg-type]
         statistics={
             name: torch.stack([known[name].to(device) for known in statistics]) for name in config.allocator.needs
         },
+        protected=torch.cat(protected, 1).transpose(0, 1),
     )
     return torch.stack(rows), context
+
+
+def _rank_by_rank(score: Tensor, columns: Tensor, images: Tensor | None) -> Tensor:
+    """Mean importance over heads that hold different tokens, where the best of each head count as one token, and so on.
+
+    Image tokens are ranked apart from text. The mean of a rank stands where the first head has the token of that rank.
+    """
+    kind = (columns < 0).long() * 2 - (0 if images is None else images.long())
+    order = score.argsort(dim=-1, descending=True, stable=True)
+    order = order.gather(-1, kind.gather(-1, order).argsort(dim=-1, stable=True))
+    ranked = score.gather(-1, order).mean(1, keepdim=True)
+    return torch.zeros_like(ranked).scatter_(-1, order[:, :1], ranked)
 
 
 def importance_of(layer: int, store: DenseStore, config: CompressionConfig, sequence: Sequence) -> Tensor | None:

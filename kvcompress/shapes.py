@@ -113,6 +113,8 @@ class AllocationContext:
         valid: which slots hold a token; slots beyond a row's tokens are False.
         is_image: which slots hold image tokens; None for text-only sequences.
         statistics: tensors by the names in the allocator's `needs`.
+        protected: which slots must stay (sinks, recents and what the scorer protects); None if nobody says, the floors
+            tell how many.
         notes: figures for the report, written by the allocator (for instance the searched threshold). An allocator that
             gives image tokens a budget of their own notes it as "image_budget", int64 `[layers, batch]`.
     """
@@ -120,6 +122,7 @@ class AllocationContext:
     valid: Bool[Tensor, "layers batch tokens"] | None = None
     is_image: Bool[Tensor, "layers batch tokens"] | None = None
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    protected: Bool[Tensor, "layers batch tokens"] | None = None
     notes: dict[str, Tensor] = field(default_factory=dict)
 
 

@@ -1,13 +1,16 @@
 """Figures of a layer's attention that allocators read beyond importance, by name.
 
 A statistic looks at one layer right after its attention and gives one number per row; `Allocator.needs` names those
-that an allocator reads, and only these are computed.
+that an allocator reads, and only these are computed. All of them look at a small window of the last queries of a
+forward, so that no more than `window x tokens` probabilities exist per head. A package of one's own adds to
+`STATISTICS` before it makes a configuration that needs its entry.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -15,4 +18,72 @@ from kvcompress.shapes import LayerContext
 
 Statistic = Callable[[LayerContext], Float[Tensor, " batch"]]
 
-STATISTICS: dict[str, Statistic] = {}
+_AFTER_IMAGE = 64  # most queries whose sparsity is counted
+_WINDOW = 32  # last queries of entropy and variance
+_NEGLIGIBLE = 0.01  # of the largest entry of a query's attention
+
+
+def attention_sparsity(layer: LayerContext) -> Float[Tensor, " batch"]:
+    """Share of a layer's attention entries that are below 1 % of the largest of the same query, 0 to 1, float32.
+
+    Counted over all heads and the queries of this forward after the row's last image token, at most the last 64; over
+    the last 64 in rows of text alone, or where the image comes last. A query's entries are the tokens that it sees.
+
+    Source: VL-Cache (arXiv 2410.23317, section 4.1).
+    """
+    probability = layer.attention_probabilities(_AFTER_IMAGE)
+    queries, tokens = probability.shape[2:]
+    device = probability.device
+    visible = torch.ones(queries, tokens, dtype=torch.bool, device=device).tril(tokens - queries)
+    negligible = visible & (probability < _NEGLIGIBLE * probability.amax(-1, keepdim=True))
+    counts = torch.arange(queries, 0, -1, device=device) <= _queries_after_image(layer)[:, None]  # [batch, queries]
+    entries = (counts * visible.sum(-1)).sum(-1) * probability.shape[1]
+    return (negligible.sum((1, 3)) * counts).sum(-1).float() / entries
+
+
+def attention_entropy(layer: LayerContext) -> Float[Tensor, " batch"]:
+    """Entropy of a query's attention in nats, mean over the last 32 queries and all heads, at least 0, float32.
+
+    Over the tokens before these queries, or all where there are none, as CAKE's released code does; what a query gives
+    to its window is left out, not spread over the rest.
+
+    Source: CAKE (arXiv 2503.12491, its spatial attention dispersion).
+    """
+    probability = _window(layer)
+    entropy: Tensor = torch.special.entr(probability).sum(-1)
+    return entropy.mean((1, 2))
+
+
+def attention_variance(layer: LayerContext) -> Float[Tensor, " batch"]:
+    """Variance over the last 32 queries of the attention that a token receives, summed over tokens, mean over heads.
+
+    Over the same tokens as the entropy; float32, at least 0. The variance is that of the queries themselves (divided
+    by their number), so that a single query has none.
+
+    Source: CAKE (arXiv 2503.12491, its temporal attention shift).
+    """
+    return _window(layer).var(dim=2, correction=0).sum(-1).mean(1)
+
+
+STATISTICS: dict[str, Statistic] = {
+    "attention_sparsity": attention_sparsity,
+    "attention_entropy": attention_entropy,
+    "attention_variance": attention_variance,
+}
+
+
+def _window(layer: LayerContext) -> Float[Tensor, "batch heads queries tokens"]:
+    """Attention of the last queries to the tokens before them, or to all where there are none before."""
+    probability = layer.attention_probabilities(_WINDOW)
+    queries, tokens = probability.shape[2:]
+    return probability[..., : tokens - queries] if tokens > queries else probability
+
+
+def _queries_after_image(layer: LayerContext) -> Tensor:
+    """Number of tokens of each row after its last image token; all of them where there is none after, or no image."""
+    batch = layer.query.shape[0]
+    if layer.is_image is None:
+        return torch.full((batch,), layer.seen, device=layer.query.device)
+    last = layer.index.masked_fill(~layer.is_image, -1).flatten(1).amax(1)
+    after = layer.seen - 1 - last
+    return torch.where(after > 0, after, layer.seen)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
 import pytest
@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcompress import ALLOCATORS, EVICTORS, MERGERS, QUANTIZERS, SCORERS, CompressionConfig
+from kvcompress.composition import EXAMPLES
 from kvcompress.config import PRESETS
 from kvcompress.errors import ConfigError
 from kvcompress.registry import Registry
-from kvcompress.shapes import Importance, LayerContext, SelectionContext
+from kvcompress.shapes import AllocationContext, Importance, LayerContext, SelectionContext
 from kvcompress.stages import Allocator, Evictor, Merger, Policy, Quantizer, Scorer
+from kvcompress.statistics import STATISTICS
 
 seeds = st.integers(0, 2**31 - 1)
 
@@ -37,7 +39,7 @@ def generator(seed: int) -> torch.Generator:
 # -- policies ----------------------------------------------------------------------------------------------------------
 
 # Fields of policies that cannot be made from their name alone: (stage, name) -> fields.
-FIELDS: dict[tuple[str, str], dict[str, Any]] = {("scorer", "blend"): {"scorers": ["attention", "position"]}}
+FIELDS = EXAMPLES
 # Further variants of policies, beyond the combinations of their choices.
 VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("scorer", "attention"): [
@@ -53,6 +55,9 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("scorer", "lagkv"): [{"lag": 4, "sink": 2}],
     ("scorer", "snapkv"): [{"window": 3, "kernel": 3, "pool": "max"}, {"window": 1}],
     ("scorer", "value_aware"): [{"queries": "window:4"}],
+    ("allocator", "blend"): [{"share": 0.5, "first": "pyramid", "second": "sparsity"}],
+    ("allocator", "modality"): [{"image": "uniform", "text": "entropy", "image_share": 0.7}],
+    ("evictor", "chunk"): [{"length": 3}],
 }
 
 
@@ -79,8 +84,19 @@ def label(given: Any) -> str:
 
 
 def allocators() -> list[Allocator]:
-    """Every registered allocator."""
-    return [policy(ALLOCATORS, name) for name in ALLOCATORS.names()]
+    """Every registered allocator, for the three layers of the tiny models."""
+    return variants(ALLOCATORS)
+
+
+def for_layers(allocator: Allocator, layers: int) -> Allocator:
+    """The same allocator for a model of so many layers: what it holds per layer is repeated or cut."""
+    changed: dict[str, Any] = {}
+    for name, value in allocator:
+        if isinstance(value, Allocator):
+            changed[name] = for_layers(value, layers)
+        elif name == "retention":
+            changed[name] = list(itertools.islice(itertools.cycle(value), layers))
+    return type(allocator)(**{**dict(allocator), **changed})
 
 
 def evictors() -> list[Evictor]:
@@ -147,6 +163,29 @@ class AllocationInput:
     total: Tensor  # [batch]
     floor: Tensor  # [layers, batch]
     capacity: Tensor  # [layers, batch]
+    statistics: dict[str, Tensor] = field(default_factory=dict)  # [layers, batch]
+    is_image: Tensor | None = None  # [layers, batch, tokens]
+
+    def context(self) -> AllocationContext:
+        """A context without notes."""
+        return AllocationContext(statistics=self.statistics, is_image=self.is_image)
+
+    def by(self, allocator: Allocator, **changed: Tensor) -> Tensor:
+        """What an allocator, made for as many layers, gives for this, or for this with some of it changed."""
+        given = replace(self, **changed)
+        allocator = for_layers(allocator, given.floor.shape[0])
+        return allocator.allocate(given.importance, given.total, given.floor, given.capacity, given.context())
+
+    def rows(self, rows: slice) -> AllocationInput:
+        """Some rows alone."""
+        return AllocationInput(
+            self.importance[:, rows],
+            self.total[rows],
+            self.floor[:, rows],
+            self.capacity[:, rows],
+            {name: known[:, rows] for name, known in self.statistics.items()},
+            None if self.is_image is None else self.is_image[:, rows],
+        )
 
 
 def _random(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
@@ -239,7 +278,21 @@ def allocation_inputs(
     most = layers * tokens
     totals = st.integers(0, most) | st.integers(-3, most + 3) | st.sampled_from([0, 1, most, 2**40])
     total = torch.tensor([draw(totals) for _ in range(batch)])
-    return AllocationInput(importance, total, floor, capacity)
+    is_image = None
+    if draw(st.booleans()):
+        is_image = torch.rand(importance.shape, generator=g) < draw(st.sampled_from([0.0, 0.2, 0.7, 1.0]))
+    return AllocationInput(importance, total, floor, capacity, draw(statistics(layers, batch, g)), is_image)
+
+
+@st.composite
+def statistics(draw: st.DrawFn, layers: int, batch: int, g: torch.Generator) -> dict[str, Tensor]:
+    """A value of every known statistic, from 0 to 1: random, equal, or none."""
+    kinds = {
+        "random": torch.rand(layers, batch, generator=g),
+        "equal": torch.full((layers, batch), 0.3),
+        "zeros": torch.zeros(layers, batch),
+    }
+    return {name: kinds[draw(st.sampled_from(sorted(kinds)))] for name in STATISTICS}
 
 
 @st.composite
@@ -293,8 +346,13 @@ def _scripted_row(seed: int, highest: int, layer: int, head: int) -> list[int]:
 
 
 @st.composite
-def selection_contexts(draw: st.DrawFn) -> SelectionContext:
-    """A layer with empty slots, protected slots, ties, and a budget that covers the protected."""
+def selection_contexts(draw: st.DrawFn, modality: bool | None = None) -> SelectionContext:
+    """A layer with empty slots, protected slots, ties, and a budget that covers the protected.
+
+    Args:
+        draw: Hypothesis's.
+        modality: whether images have a budget of their own; drawn if None.
+    """
     batch, heads, slots = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 24))
     sets = draw(st.sampled_from([1, heads]))
     g = generator(draw(seeds))
@@ -309,4 +367,18 @@ def selection_contexts(draw: st.DrawFn) -> SelectionContext:
     least = protected.sum(-1).amax(-1)
     budget = [draw(st.integers(low, high)) for low, high in zip(least.tolist(), count.flatten().tolist(), strict=True)]
     score = MASSES[draw(st.sampled_from(["random", "ties", "equal", "zeros"]))]((batch, heads, slots), g)
-    return SelectionContext(torch.tensor(budget), valid, protected, columns, score)
+    context = SelectionContext(torch.tensor(budget), valid, protected, columns, score)
+    if not (draw(st.booleans()) if modality is None else modality):
+        return context
+    # The same tokens are images in every set, wherever they are stored.
+    is_image = (torch.rand(batch, 1, slots, generator=g) < draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))).expand(
+        batch, sets, slots
+    )
+    is_image = is_image.gather(-1, position) & valid
+    images, texts = is_image[:, 0].sum(-1), (valid & ~is_image)[:, 0].sum(-1)
+    pinned_images = (protected & is_image)[:, 0].sum(-1)
+    pinned_texts = (protected & ~is_image)[:, 0].sum(-1)
+    low = torch.maximum(pinned_images, context.budget - texts).tolist()
+    high = torch.minimum(images, context.budget - pinned_texts).tolist()
+    image_budget = torch.tensor([draw(st.integers(*bounds)) for bounds in zip(low, high, strict=True)])
+    return replace(context, is_image=is_image, image_budget=image_budget)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -13,6 +16,7 @@ from kvcompress.config import CompressionConfig
 from kvcompress.errors import CacheStateError, PolicyError
 from kvcompress.shapes import AllocationContext
 from kvcompress.stages import Allocator
+from kvcompress.statistics import STATISTICS
 from tests import oracles, strategies, tiny
 from tests.strategies import MASSES, AllocationInput, allocation_inputs
 
@@ -41,7 +45,7 @@ def rows_of(given: AllocationInput) -> list[tuple[list[list[float]], int, list[i
 @given(given=allocation_inputs(), dtype=st.sampled_from([torch.float32, torch.float64]))
 def test_budgets_meet_the_total_exactly(allocator: Allocator, given: AllocationInput, dtype: torch.dtype) -> None:
     """Layers add up to clamp(total, sum of floors, sum of capacities), each within its floor and capacity."""
-    budget = allocator.allocate(given.importance.to(dtype), given.total, given.floor, given.capacity)
+    budget = given.by(allocator, importance=given.importance.to(dtype))
     assert budget.dtype == torch.int64
     assert budget.shape == given.floor.shape
     assert (budget >= given.floor).all()
@@ -57,7 +61,7 @@ def test_half_precision_importance_is_allocated_exactly(
     allocator: Allocator, dtype: torch.dtype, given: AllocationInput
 ) -> None:
     """Importance may come in half precision."""
-    budget = allocator.allocate(given.importance.to(dtype), given.total, given.floor, given.capacity)
+    budget = given.by(allocator, importance=given.importance.to(dtype))
     wanted = [clamped(total, given.floor[:, row], given.capacity[:, row]) for row, total in enumerate(given.total)]
     assert budget.sum(0).tolist() == wanted
 
@@ -67,32 +71,30 @@ def test_half_precision_importance_is_allocated_exactly(
 def test_any_integer_type_counts_tokens(allocator: Allocator, given: AllocationInput, dtype: torch.dtype) -> None:
     """Totals, floors and capacities of a narrow integer type give the same int64 budgets."""
     total = given.total.clamp(max=1000)
-    wide = allocator.allocate(given.importance, total, given.floor, given.capacity)
-    narrow = allocator.allocate(given.importance, total.to(dtype), given.floor.to(dtype), given.capacity.to(dtype))
+    wide = given.by(allocator, total=total)
+    narrow = given.by(allocator, total=total.to(dtype), floor=given.floor.to(dtype), capacity=given.capacity.to(dtype))
     assert narrow.dtype == torch.int64
     assert narrow.tolist() == wide.tolist()
 
 
 @every_allocator
-@given(given=allocation_inputs(), seed=strategies.seeds)
-def test_rows_are_allocated_independently(allocator: Allocator, given: AllocationInput, seed: int) -> None:
+@given(given=allocation_inputs())
+def test_rows_are_allocated_independently(allocator: Allocator, given: AllocationInput) -> None:
     """A row of a batch gets what it gets alone, whatever the other rows are."""
-    together = allocator.allocate(given.importance, given.total, given.floor, given.capacity)
+    together = given.by(allocator)
     for row in range(given.total.shape[0]):
         only = slice(row, row + 1)
-        alone = allocator.allocate(
-            given.importance[:, only], given.total[only], given.floor[:, only], given.capacity[:, only]
-        )
-        assert together[:, only].tolist() == alone.tolist()
+        assert together[:, only].tolist() == given.rows(only).by(allocator).tolist()
 
 
 @every_allocator
 @given(given=allocation_inputs())
 def test_inputs_are_left_as_they_were(allocator: Allocator, given: AllocationInput) -> None:
     """An allocator writes to none of its arguments."""
-    arguments = (given.importance, given.total, given.floor, given.capacity)
+    arguments = [given.importance, given.total, given.floor, given.capacity, *given.statistics.values()]
+    arguments += [] if given.is_image is None else [given.is_image]
     copies = [argument.clone() for argument in arguments]
-    allocator.allocate(*arguments)
+    given.by(allocator)
     assert all(torch.equal(now, before) for now, before in zip(arguments, copies, strict=True))
 
 
@@ -101,13 +103,20 @@ def test_inputs_are_left_as_they_were(allocator: Allocator, given: AllocationInp
 def test_a_cache_without_tokens_has_empty_budgets(allocator: Allocator, layers: int) -> None:
     """No tokens, no slots, whatever the total."""
     none = torch.zeros(layers, 2, dtype=torch.long)
-    budget = allocator.allocate(torch.zeros(layers, 2, 0), torch.tensor([0, 7]), none, none)
+    given = AllocationInput(torch.zeros(layers, 2, 0), torch.tensor([0, 7]), none, none, known(layers))
+    budget = given.by(allocator)
+    assert replace(given, is_image=torch.zeros(layers, 2, 0, dtype=torch.bool)).by(allocator).tolist() == none.tolist()
     assert budget.dtype == torch.int64
     assert budget.tolist() == none.tolist()
 
 
-def valid_input() -> dict[str, Tensor]:
+def known(layers: int) -> dict[str, Tensor]:
+    return {name: torch.full((layers, 2), 0.5) for name in STATISTICS}
+
+
+def valid_input() -> dict[str, Any]:
     return {
+        "context": AllocationContext(statistics=known(3)),
         "importance": torch.rand(3, 2, 5),
         "total": torch.tensor([6, 9]),
         "floor": torch.ones(3, 2, dtype=torch.long),

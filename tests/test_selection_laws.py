@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcompress import EVICTORS, Budget, CompressedCache, CompressionConfig
-from kvcompress.errors import ConfigError
+from kvcompress.errors import ConfigError, PolicyError
 from kvcompress.policies.evictors import TopK
 from kvcompress.shapes import SelectionContext
 from kvcompress.stages import Evictor
@@ -82,8 +82,38 @@ def test_a_selection_changes_nothing_it_was_shown(evictor: Evictor, layer: Selec
     assert all(torch.equal(getattr(layer, name), tensor) for name, tensor in before.items())
 
 
+@pytest.mark.parametrize("evictor", [e for e in strategies.evictors() if e.keeps_modality], ids=strategies.label)
+@given(layer=selection_contexts(modality=True))
+def test_image_tokens_get_their_own_budget(evictor: Evictor, layer: SelectionContext) -> None:
+    """Every set keeps as many image slots as they have of the budget, and as many text slots as is left of it."""
+    mask = evictor.select(layer)
+    assert ((mask & layer.is_image).sum(-1) == layer.image_budget[:, None]).all()
+    assert ((mask & ~layer.is_image).sum(-1) == (layer.budget - layer.image_budget)[:, None]).all()
+    assert (mask | ~layer.protected).all()
+    assert not (mask & ~layer.valid).any()
+
+
+@pytest.mark.parametrize("evictor", [e for e in strategies.evictors() if e.keeps_modality], ids=strategies.label)
+@pytest.mark.parametrize(("image_budget", "kind"), [(1, "image"), (4, "text")])
+def test_a_budget_below_the_protected_of_a_modality_is_refused(evictor: Evictor, image_budget: int, kind: str) -> None:
+    """Two protected image tokens and two of text need two slots each."""
+    columns = torch.arange(8, dtype=torch.int32).view(1, 1, 8)
+    is_image = columns < 4
+    layer = SelectionContext(
+        budget=torch.tensor([5]),
+        valid=columns >= 0,
+        protected=(columns >= 2) & (columns < 6),
+        columns=columns,
+        importance=torch.rand(1, 2, 8),
+        is_image=is_image,
+        image_budget=torch.tensor([image_budget]),
+    )
+    with pytest.raises(PolicyError, match=f"evictor {evictor.name}: row 0: 2 {kind} slots are protected"):
+        evictor.select(layer)
+
+
 @pytest.mark.parametrize("granularity", ["layer", "head"])
-@given(layer=selection_contexts())
+@given(layer=selection_contexts(modality=False))
 def test_topk_keeps_the_highest_scores(granularity: str, layer: SelectionContext) -> None:
     """No slot that may go and stays scores less than one that goes; of equal slots, the one stored first stays."""
     batch, sets, slots = layer.valid.shape
@@ -98,7 +128,7 @@ def test_topk_keeps_the_highest_scores(granularity: str, layer: SelectionContext
             assert {slot for slot in range(slots) if kept[slot]} == best
 
 
-@given(layer=selection_contexts())
+@given(layer=selection_contexts(modality=False))
 def test_streaming_keeps_the_latest(layer: SelectionContext) -> None:
     """Beyond the protected, columns that stay come after all that go."""
     mask = EVICTORS.create("streaming").select(layer)

@@ -1,6 +1,7 @@
 """Evictors: which slots of a layer stay."""
 
+from kvcompress.policies.evictors.chunk import Chunk
 from kvcompress.policies.evictors.streaming import Streaming
 from kvcompress.policies.evictors.topk import TopK
 
-__all__ = ["Streaming", "TopK"]
+__all__ = ["Chunk", "Streaming", "TopK"]

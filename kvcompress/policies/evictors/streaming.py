@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from kvcompress.policies.evictors.quotas import keep_first
 from kvcompress.registry import EVICTORS
 from kvcompress.shapes import SelectionContext
 from kvcompress.stages import Evictor
@@ -23,12 +23,9 @@ class Streaming(Evictor):
     """
 
     reads_importance: ClassVar[bool] = False
+    keeps_modality: ClassVar[bool] = True
 
     def select(self, layer: SelectionContext) -> Bool[Tensor, "batch sets slots"]:
         """Ranks by column, latest first, with the protected before all others."""
-        latest = torch.iinfo(layer.columns.dtype).max
-        rank_by = layer.columns.masked_fill(layer.protected, latest).masked_fill(~layer.valid, -1)
-        order = rank_by.argsort(dim=-1, descending=True, stable=True)
-        ranks = torch.arange(rank_by.shape[-1], device=rank_by.device)
-        wanted = (ranks < layer.budget[:, None, None]).expand_as(order)
-        return torch.zeros_like(rank_by, dtype=torch.bool).scatter_(-1, order, wanted)
+        order = layer.columns.argsort(dim=-1, descending=True, stable=True)
+        return keep_first(order, layer, self.name)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from kvcompress.policies.evictors.quotas import keep_first
 from kvcompress.registry import EVICTORS
 from kvcompress.shapes import DecodeContext, SelectionContext
 from kvcompress.stages import Evictor
@@ -37,6 +38,8 @@ class TopK(Evictor):
             are protected as recents where that is more.
     """
 
+    keeps_modality: ClassVar[bool] = True
+
     granularity: Literal["layer", "head"] = "layer"
     decode: Literal["fixed_point", "oldest", "lowest_score", "none"] = "fixed_point"
     distance: int | None = Field(default=None, ge=1)
@@ -54,17 +57,20 @@ class TopK(Evictor):
         return self.distance if self.decode == "fixed_point" else None
 
     def select(self, layer: SelectionContext) -> Bool[Tensor, "batch sets slots"]:
-        """Ranks by importance with the protected first and empty slots last."""
+        """Ranks by importance, with the protected first."""
         if layer.importance is None:
-            raise ValueError("evictor topk needs importance: choose a scorer")
+            raise ValueError(f"evictor {self.name} needs importance: choose a scorer")
         score = layer.importance
         if self.granularity == "layer":
             score = score.mean(1, keepdim=True)
-        score = score.masked_fill(layer.protected, torch.inf).masked_fill(~layer.valid, -torch.inf)
-        order = score.argsort(dim=-1, descending=True, stable=True)
-        ranks = torch.arange(score.shape[-1], device=score.device)
-        wanted = (ranks < layer.budget[:, None, None]).expand_as(order)
-        return torch.zeros_like(score, dtype=torch.bool).scatter_(-1, order, wanted)
+        sets = max(score.shape[1], layer.valid.shape[1])
+        return keep_first(self.preference(score.expand(-1, sets, -1), layer), layer, self.name)
+
+    def preference(
+        self, score: Float[Tensor, "batch sets slots"], layer: SelectionContext
+    ) -> Int[Tensor, "batch sets slots"]:
+        """Slots in the order in which they are kept, protection apart."""
+        return score.argsort(dim=-1, descending=True, stable=True)
 
     def pinned(self, kept: int, sinks: int, recents: int) -> int:
         """Everything before the fixed point, or the sinks."""
@@ -76,7 +82,7 @@ class TopK(Evictor):
     def victim(self, layer: DecodeContext) -> Int[Tensor, "batch sets"]:
         """The unprotected slot of the lowest score; the oldest one where none has a score yet."""
         if layer.importance is None:
-            raise ValueError("evictor topk needs importance: choose a scorer")
+            raise ValueError(f"evictor {self.name} needs importance: choose a scorer")
         score = layer.importance
         if self.granularity == "layer":
             score = score.mean(1, keepdim=True)

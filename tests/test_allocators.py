@@ -1,0 +1,671 @@
+"""What each allocator, statistic and evictor promises beyond the laws that all of its kind share."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import yaml
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvcompress import ALLOCATORS, EVICTORS, Budget, CompressedCache, CompressionConfig, KVCompressError
+from kvcompress.errors import ConfigError, PolicyError
+from kvcompress.pipeline import _rank_by_rank
+from kvcompress.policies.allocators.apportionment import apportion
+from kvcompress.shapes import AllocationContext, SelectionContext
+from kvcompress.stages import Allocator
+from kvcompress.statistics import STATISTICS
+from tests import strategies, tiny
+from tests.reference import Reference, held
+from tests.strategies import AllocationInput, Scripted, allocation_inputs, examples, selection_contexts
+
+# -- apportionment -----------------------------------------------------------------------------------------------------
+
+
+def largest_remainders(weights: list[Any], total: int, floor: list[int], capacity: list[int]) -> list[int]:
+    """Quotas by filling layers up to the next bound in turn, then the largest remainders, in exact numbers."""
+    scale = max(map(Fraction, weights))
+    exact = [max(Fraction(weight), scale * Fraction(1, 2**40)) if scale else Fraction(1) for weight in weights]
+    layers = range(len(weights))
+
+    def quotas(multiplier: Fraction) -> list[Fraction]:
+        return [min(max(multiplier * exact[i], Fraction(floor[i])), Fraction(capacity[i])) for i in layers]
+
+    total, reached = min(total, sum(capacity)), Fraction(0)
+    if total <= sum(floor):
+        return list(floor)
+    for bound in sorted({Fraction(count[i]) / exact[i] for i in layers for count in (floor, capacity)}):
+        if sum(quotas(bound)) >= total:  # linear in between
+            before, after = sum(quotas(reached)), sum(quotas(bound))
+            reached += (bound - reached) * (total - before) / (after - before) if after > before else 0
+            break
+        reached = bound
+    quota = quotas(reached)
+    budget = [math.floor(each) for each in quota]
+    order = sorted(layers, key=lambda i: (budget[i] - quota[i], i))
+    for layer in order[: total - sum(budget)]:
+        budget[layer] += 1
+    return budget
+
+
+@given(given=allocation_inputs(max_tokens=20), data=st.data())
+def test_slots_are_apportioned_by_largest_remainders(given: AllocationInput, data: st.DataObject) -> None:
+    """Within floors and capacities, budgets are those of exact arithmetic, ties to earlier layers."""
+    layers, batch = given.floor.shape
+    weight = torch.tensor([[data.draw(st.integers(0, 8)) for _ in range(batch)] for _ in range(layers)]).double()
+    most, least = given.capacity.sum(0), given.floor.sum(0)
+    total = torch.minimum(torch.maximum(given.total, least), most)
+    budget = apportion(weight, total, given.floor, given.capacity)
+    for row in range(batch):
+        columns = [tensor[:, row].tolist() for tensor in (weight, given.floor, given.capacity)]
+        assert budget[:, row].tolist() == largest_remainders(columns[0], int(total[row]), *columns[1:])
+
+
+@pytest.mark.parametrize("weights", [[1e-300, 1.0], [1e300, 5e-324], [5e-324, 0.0], [math.pi * 1e200, 1e-12]])
+def test_weights_of_any_size_are_apportioned(weights: list[float]) -> None:
+    """Whatever the weights, the lighter layer fills up once the heavier is full."""
+    weight = torch.tensor(weights, dtype=torch.float64).unsqueeze(1)
+    none, most = torch.zeros(2, 1, dtype=torch.long), torch.full((2, 1), 1000)
+    heavy = int(weight.argmax())
+    for total in (1, 999, 1000, 1500, 2000):
+        budget = apportion(weight, torch.tensor([total]), none, most)
+        assert int(budget[heavy]) == min(total, 1000) and int(budget.sum()) == total
+
+
+# -- profile -----------------------------------------------------------------------------------------------------------
+
+retentions = st.lists(st.floats(0, 1) | st.sampled_from([0.0, 0.125, 0.25, 0.5, 1.0]), min_size=1, max_size=6)
+
+
+def implied(retention: list[float], capacity: Tensor) -> list[list[int]]:
+    return [
+        [math.floor(share * count + 0.5) for count in row]
+        for share, row in zip(retention, capacity.tolist(), strict=True)
+    ]
+
+
+@given(retention=retentions, tokens=st.integers(0, 4000), batch=st.integers(1, 3), seed=strategies.seeds)
+def test_a_profile_is_reproduced_to_the_token(retention: list[float], tokens: int, batch: int, seed: int) -> None:
+    """With the total that it asks for, every layer gets its retention times its tokens, rounded to the nearest."""
+    capacity = torch.randint(0, tokens + 1, (len(retention), batch), generator=strategies.generator(seed))
+    wanted = torch.tensor(implied(retention, capacity))
+    profile = ALLOCATORS.create("profile", retention=retention)
+    importance = torch.zeros(len(retention), batch, tokens)
+    assert profile.allocate(importance, wanted.sum(0), torch.zeros_like(capacity), capacity).tolist() == wanted.tolist()
+
+
+def test_a_profile_is_reproduced_where_proportions_alone_would_not() -> None:
+    """Rescaled to 103 slots, the largest remainders would give 0, 1, 1 and 101."""
+    profile, capacity = (
+        ALLOCATORS.create("profile", retention=[0.6, 0.6, 0.6, 0.1002]),
+        torch.tensor([[1, 1, 1, 1000]]).T,
+    )
+    budget = profile.allocate(torch.zeros(4, 1, 1000), torch.tensor([103]), torch.zeros_like(capacity), capacity)
+    assert budget[:, 0].tolist() == [1, 1, 1, 100]
+    weight = torch.tensor([[0.6, 0.6, 0.6, 100.2]], dtype=torch.float64).T
+    assert apportion(weight, torch.tensor([103]), torch.zeros_like(capacity), capacity)[:, 0].tolist() != [1, 1, 1, 100]
+
+
+@pytest.mark.parametrize("suffix", [".json", ".yaml", ".yml"])
+@pytest.mark.parametrize("keyed", [False, True])
+def test_a_profile_comes_from_a_file(tmp_path: Path, suffix: str, keyed: bool) -> None:
+    """A list or a mapping, read once: the configuration holds the numbers, not the file."""
+    path, retention = tmp_path / f"profile{suffix}", [0.5, 0.25, 1]
+    held = {"model": "tiny", "retention": retention} if keyed else retention
+    path.write_text(json.dumps(held) if suffix == ".json" else yaml.safe_dump(held))
+    config = CompressionConfig(scorer="attention", allocator={"name": "profile", "path": str(path)})
+    path.unlink()
+    assert config.allocator == ALLOCATORS.create("profile", retention=retention)
+    config.dump(tmp_path / "config.yaml")
+    assert CompressionConfig.load(tmp_path / "config.yaml") == config
+    assert config.override(budget=0.5).allocator == config.allocator
+
+
+@pytest.mark.parametrize(
+    ("fields", "text", "says"),
+    [
+        ({}, None, "retention"),
+        ({"retention": []}, None, "retention"),
+        ({"retention": [0.5, 1.5]}, None, "retention.1"),
+        ({"retention": [0.5, float("nan")]}, None, "retention.1"),
+        ({"retention": 0.5}, None, "retention"),
+        ({"path": "missing.json"}, None, "missing.json cannot be read"),
+        ({"path": "profile.toml"}, "", ".json, .yaml or .yml"),
+        ({"path": "profile.json"}, "{", "is not valid JSON"),
+        ({"path": "profile.yaml"}, "[1", "is not valid YAML"),
+        ({"path": "profile.yaml"}, "model: tiny", "must hold a list"),
+        ({"path": "profile.yaml"}, "retention: [0.5, much]", "retention.1"),
+        ({"path": "profile.json", "retention": [0.5]}, "[0.5]", "give one"),
+    ],
+    ids=str,
+)
+def test_a_bad_profile_is_refused_when_the_configuration_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], text: str | None, says: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if text is not None:
+        Path(fields["path"]).write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        CompressionConfig(scorer="attention", allocator={"name": "profile", **fields})
+    assert says in str(caught.value) and "profile" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_profile_of_another_model_is_refused_by_its_layers() -> None:
+    model = tiny.model("llama")
+    cache = CompressedCache(model, "prefixkv", allocator={"name": "profile", "retention": [0.5] * 4})
+    with pytest.raises(PolicyError, match="the profile has 4 layers, the model has 3"), torch.no_grad():
+        model(**tiny.inputs("llama", 20, seed=0), past_key_values=cache)
+
+
+# -- pyramid -----------------------------------------------------------------------------------------------------------
+
+
+@example(layers=20, tokens=3791, protected=27, share=0.3, beta=79.0)
+@given(
+    layers=st.integers(1, 40),
+    tokens=st.integers(1, 4000),
+    protected=st.integers(0, 40),
+    share=st.floats(0, 1),
+    beta=st.floats(1, 100),
+)
+def test_a_pyramid_falls_along_the_line_of_the_paper(
+    layers: int, tokens: int, protected: int, share: float, beta: float
+) -> None:
+    """Budgets never rise, and lie within a token of the published line wherever no layer is full."""
+    protected = min(protected, tokens)
+    total = max(layers * protected, int(share * layers * tokens))
+    floor, capacity = torch.full((layers, 1), protected), torch.full((layers, 1), tokens)
+    pyramid = ALLOCATORS.create("pyramid", beta=beta)
+    budget = pyramid.allocate(torch.zeros(layers, 1, tokens), torch.tensor([total]), floor, capacity)[:, 0].tolist()
+    assert budget == sorted(budget, reverse=True)
+    if layers == 1:
+        return
+    free = Fraction(total - layers * protected)  # the paper counts the protected window apart
+    last = free / (Fraction(beta) * layers)
+    first = 2 * free / layers - last
+    line = [protected + first - (first - last) * layer / (layers - 1) for layer in range(layers)]
+    above = largest_remainders(
+        [each - protected for each in line], int(free), [0] * layers, [tokens - protected] * layers
+    )
+    assert budget == [protected + more for more in above]
+    if line[0] <= tokens:
+        assert all(abs(found - wanted) < 1 for found, wanted in zip(budget, line, strict=True))
+
+
+# -- statistics and what reads them ------------------------------------------------------------------------------------
+
+SEEN: list[AllocationContext] = []
+
+
+class Spy(Allocator):
+    """Takes down what it is shown, and gives everything."""
+
+    name: ClassVar[str] = "spy"
+    needs: ClassVar[tuple[str, ...]] = tuple(STATISTICS)
+
+    def allocate(self, importance, total, floor, capacity, context=None):
+        SEEN.append(context)
+        return ALLOCATORS.create("uniform").allocate(importance, total, floor, capacity)
+
+
+def attention_rows(weights: Tensor, last: int) -> list[list[list[float]]]:
+    """Dense attention of one row as lists [heads][queries][tokens that the query sees]."""
+    columns = weights.shape[-1]
+    heads = []
+    for head in weights.tolist():
+        queries = range(max(0, len(head) - last), len(head))
+        heads.append([head[q][: columns - len(head) + q + 1] for q in queries])
+    return heads
+
+
+def plain_sparsity(weights: Tensor, after_image: int | None) -> float:
+    entries = negligible = 0
+    for head in attention_rows(weights, min(64, after_image or 64)):
+        for query in head:
+            entries += len(query)
+            negligible += sum(value < 0.01 * max(query) for value in query)
+    return negligible / entries
+
+
+def plain_entropy_and_variance(weights: Tensor) -> tuple[float, float]:
+    heads, columns = attention_rows(weights, 32), weights.shape[-1]
+    before = columns - len(heads[0]) or columns
+    entropies, variances = [], []
+    for head in heads:
+        padded = [(query + [0.0] * columns)[:before] for query in head]
+        entropies += [-sum(p * math.log(p) for p in query if p) for query in padded]
+        variance = 0.0
+        for token in zip(*padded, strict=True):
+            mean = sum(token) / len(token)
+            variance += sum((p - mean) ** 2 for p in token) / len(token)
+        variances.append(variance)
+    return sum(entropies) / len(entropies), sum(variances) / len(variances)
+
+
+@pytest.mark.parametrize("name", ["llama", "llava"])
+@examples(6)
+@given(lengths=st.lists(st.integers(2, 90), min_size=1, max_size=3), more=st.integers(2, 40), seed=strategies.seeds)
+def test_statistics_are_those_of_dense_attention(name: str, lengths: list[int], more: int, seed: int) -> None:
+    """In a padded batch, after the prompt and after a second turn, each as plain loops over the softmax give it."""
+    model, rows, longest = tiny.model(name), len(lengths), max(lengths)
+    inputs = tiny.inputs(name, longest, seed, rows)
+    ids = inputs["input_ids"]
+    padding = [min(longest - length, longest // 2) for length in lengths]  # never the image
+    inputs["attention_mask"] = (torch.arange(ids.shape[1]) >= torch.tensor(padding)[:, None]).long()
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    config = CompressionConfig(budget=1.0, scorer="attention", allocator=Spy())
+    cache, dense = CompressedCache(model, config), Reference(name)
+    mask = torch.cat([inputs["attention_mask"], torch.ones(rows, more, dtype=torch.long)], 1)
+    turn = {
+        "input_ids": tiny.token_ids(rows, more, seed + 1),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(1) - 1)[:, -more:],
+    }
+    is_image = torch.cat([ids == tiny.IMAGE_TOKEN, torch.zeros(rows, more, dtype=torch.bool)], 1)
+    for step in (inputs, turn):
+        SEEN.clear()
+        visible = held(cache) if step is turn else []
+        with torch.no_grad():
+            model(**step, past_key_values=cache)
+        dense.run(step, visible)
+        (context,) = SEEN
+        for layer, module in enumerate(dense.layers):
+            for row in range(rows):
+                start, columns = padding[row], module.weights.shape[-1]
+                first_query = max(0, start - (columns - module.weights.shape[2]))
+                weights = module.weights[row, :, first_query:, start:]
+                images = is_image[row, :columns].nonzero().flatten().tolist()
+                after = columns - 1 - images[-1] if images else None
+                wanted = (plain_sparsity(weights, after), *plain_entropy_and_variance(weights))
+                names = ("attention_sparsity", "attention_entropy", "attention_variance")
+                found = [float(context.statistics[statistic][layer, row]) for statistic in names]
+                assert found == pytest.approx(wanted, abs=1e-4)
+
+
+@given(given=allocation_inputs())
+def test_sparsity_is_the_published_formula(given: AllocationInput) -> None:
+    """Budgets are total x (1 - sparsity) / sum of (1 - sparsity), within the bounds, by largest remainders."""
+    budget = given.by(ALLOCATORS.create("sparsity"))
+    for row, total in enumerate(given.total.tolist()):
+        density = [Fraction(1 - value) for value in given.statistics["attention_sparsity"][:, row].double().tolist()]
+        floor, capacity = given.floor[:, row].tolist(), given.capacity[:, row].tolist()
+        assert budget[:, row].tolist() == largest_remainders(density, total, floor, capacity)
+
+
+@given(tokens=st.integers(50, 4000), sparsity=st.lists(st.floats(0, 0.9), min_size=2, max_size=20))
+def test_sparsity_is_near_the_real_numbers_of_the_paper(tokens: int, sparsity: list[float]) -> None:
+    """Away from all bounds, no budget is a token off the paper's fraction."""
+    layers = len(sparsity)
+    total = layers * tokens // 20
+    context = AllocationContext(statistics={"attention_sparsity": torch.tensor(sparsity).unsqueeze(1)})
+    none, most = torch.zeros(layers, 1, dtype=torch.long), torch.full((layers, 1), tokens)
+    allocate = ALLOCATORS.create("sparsity").allocate
+    budget = allocate(torch.zeros(layers, 1, tokens), torch.tensor([total]), none, most, context)[:, 0].tolist()
+    wanted = [total * (1 - value) / sum(1 - other for other in sparsity) for value in sparsity]
+    assert all(abs(found - real) < 1 + 1e-3 for found, real in zip(budget, wanted, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "statistic", "sign"),
+    [("sparsity", "attention_sparsity", -1), ("entropy", "attention_entropy", 1), ("entropy", "attention_variance", 1)],
+)
+@given(given=allocation_inputs(), data=st.data())
+def test_a_layer_of_a_larger_statistic_gets_no_less(
+    name: str, statistic: str, sign: int, given: AllocationInput, data: st.DataObject
+) -> None:
+    """Raising one layer's entropy, variance or density takes nothing from it."""
+    layer = data.draw(st.integers(0, given.floor.shape[0] - 1))
+    values = given.statistics[statistic].clone()
+    values[layer] = (values[layer] + sign * data.draw(st.floats(0, 1))).clamp(0, 1)
+    changed = replace(given, statistics={**given.statistics, statistic: values})
+    allocator = ALLOCATORS.create(name)
+    gained = changed.by(allocator) - given.by(allocator)
+    zero = (given.statistics["attention_entropy"] * given.statistics["attention_variance"]).amax(0) == 0
+    if name == "entropy":
+        gained = gained[:, ~zero]  # where no layer had any preference, all were equal
+    assert (gained[layer] >= 0).all()
+
+
+@given(given=allocation_inputs(), tau1=st.sampled_from([0.5, 1.0, 2.0]), tau2=st.sampled_from([0.5, 1.0, 4.0]))
+def test_entropy_is_the_published_preference(given: AllocationInput, tau1: float, tau2: float) -> None:
+    """Budgets are in proportion to H^(1/tau1) V^(1/tau2), within the bounds, by largest remainders."""
+    budget = given.by(ALLOCATORS.create("entropy", tau1=tau1, tau2=tau2))
+    spread, shift = (given.statistics[f"attention_{name}"].tolist() for name in ("entropy", "variance"))
+    for row, total in enumerate(given.total.tolist()):
+        preference = [h[row] ** (1 / tau1) * v[row] ** (1 / tau2) for h, v in zip(spread, shift, strict=True)]
+        floor, capacity = given.floor[:, row].tolist(), given.capacity[:, row].tolist()
+        assert budget[:, row].tolist() == largest_remainders(preference, total, floor, capacity)
+
+
+@pytest.mark.parametrize(
+    ("spread", "shift", "tau1", "tau2", "wanted"),
+    [
+        ([1, 4, 9], [5, 5, 5], 2.0, 1.0, [10, 20, 30]),
+        ([5, 5, 5], [1, 4, 9], 1.0, 2.0, [10, 20, 30]),
+        ([1, 2, 3], [5, 5, 5], 1.0, 9.0, [10, 20, 30]),
+        ([1, 4, 1], [1, 4, 1], 2.0, 0.5, [2, 56, 2]),  # 1 : 2 x 16 : 1, as far as it goes
+        ([0, 0, 0], [1, 2, 3], 1.0, 1.0, [20, 20, 20]),
+    ],
+)
+def test_temperatures_weaken_spread_and_shift(
+    spread: list[float], shift: list[float], tau1: float, tau2: float, wanted: list[int]
+) -> None:
+    statistics = {
+        "attention_entropy": torch.tensor(spread, dtype=torch.float32).unsqueeze(1),
+        "attention_variance": torch.tensor(shift, dtype=torch.float32).unsqueeze(1),
+    }
+    none, most = torch.zeros(3, 1, dtype=torch.long), torch.full((3, 1), 60)
+    allocate = ALLOCATORS.create("entropy", tau1=tau1, tau2=tau2).allocate
+    budget = allocate(torch.zeros(3, 1, 60), torch.tensor([60]), none, most, AllocationContext(statistics=statistics))
+    assert budget[:, 0].tolist() == wanted
+
+
+def test_an_unknown_statistic_is_refused_when_the_configuration_is_built() -> None:
+    class Needy(Spy):
+        name = "needy"
+        needs = ("attention_sparsity", "attention_colour")
+
+    with pytest.raises(ConfigError, match=r"needy: needs the statistic 'attention_colour'.*known: attention_entropy"):
+        CompressionConfig(scorer="attention", allocator=Needy())
+    with pytest.raises(ConfigError, match="attention_colour"):
+        CompressionConfig.preset("full", allocator=Needy())
+
+
+@pytest.mark.parametrize("name", ["sparsity", "entropy"])
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        (None, "passes|pass context"),
+        (torch.zeros(3), r"\[layers, batch\]"),
+        (torch.tensor([[0.0], [0.1], [-1.0]]), "layer 2"),
+    ],
+    ids=["missing", "shape", "negative"],
+)
+def test_a_missing_or_wrong_statistic_is_refused_by_name(name: str, value: Tensor | None, says: str) -> None:
+    allocator = ALLOCATORS.create(name)
+    counts = torch.full((3, 1), 5)
+    known = {} if value is None else dict.fromkeys(allocator.needs, value)
+    with pytest.raises(PolicyError, match=f"allocator {name}.*({says})"):
+        allocator.allocate(
+            torch.zeros(3, 1, 5), torch.tensor([6]), counts - 5, counts, AllocationContext(statistics=known)
+        )
+
+
+# -- zigzag ------------------------------------------------------------------------------------------------------------
+
+
+@given(
+    given=allocation_inputs(kinds=st.sampled_from(["dyadic", "ties", "equal", "zeros"])),
+    mass=st.sampled_from([0.25, 0.5, 0.75, 1.0]),
+    base=st.sampled_from([0.0, 0.5, 1.0]),
+)
+def test_zigzag_counts_the_tokens_that_reach_the_mass(given: AllocationInput, mass: float, base: float) -> None:
+    """Needs by brute force, then the paper's equation: a base for all, and the rest in proportion to the needs."""
+    given = replace(given, importance=given.importance.clamp(max=1e6).ceil(), is_image=None)
+    budget = given.by(ALLOCATORS.create("zigzag", mass=mass, base=base))
+    for row, total in enumerate(given.total.tolist()):
+        floor, capacity = given.floor[:, row].tolist(), given.capacity[:, row].tolist()
+        total = max(sum(floor), min(total, sum(capacity)))
+        needs: list[Any] = []
+        for layer, most in enumerate(capacity):
+            masses = sorted((int(value) for value in given.importance[layer, row].tolist()), reverse=True)
+            reached = [count for count in range(1, len(masses) + 1) if sum(masses[:count]) >= mass * sum(masses)]
+            needs.append(reached[0] if sum(masses) else Fraction(mass) * most)
+        common = int(Fraction(base) * total / len(floor))
+        least = [min(max(common, low), high) for low, high in zip(floor, capacity, strict=True)]
+        least = least if sum(least) <= total else floor
+        room = [high - low for low, high in zip(least, capacity, strict=True)]
+        above = largest_remainders(needs, total - sum(least), [0] * len(floor), room)
+        assert budget[:, row].tolist() == [low + more for low, more in zip(least, above, strict=True)]
+
+
+@pytest.mark.parametrize(("mass", "base", "wanted"), [(0.9, 0.0, [1, 19]), (0.5, 0.0, [2, 18]), (0.9, 0.5, [6, 14])])
+def test_zigzag_by_hand(mass: float, base: float, wanted: list[int]) -> None:
+    """One token holds all of the first layer's mass; of the second, 20 hold as much each."""
+    importance = torch.zeros(2, 1, 20)
+    importance[0, 0, 3], importance[1, 0] = 7.0, 2.0
+    none, most = torch.zeros(2, 1, dtype=torch.long), torch.full((2, 1), 20)
+    budget = ALLOCATORS.create("zigzag", mass=mass, base=base).allocate(importance, torch.tensor([20]), none, most)
+    needs = [1, math.ceil(mass * 20)]
+    common = int(base * 10)
+    assert budget[:, 0].tolist() == [common + round((20 - 2 * common) * need / sum(needs)) for need in needs] == wanted
+
+
+# -- modality ----------------------------------------------------------------------------------------------------------
+
+
+def alone(given: AllocationInput, slots: Tensor, total: int, floor: Tensor, row: int) -> AllocationInput:
+    """The tokens of one modality of one row, as if there were no others."""
+    layers = given.floor.shape[0]
+    counts = slots.sum(-1)
+    importance = torch.zeros(layers, 1, max(int(counts.max()), 1))
+    for layer in range(layers):
+        importance[layer, 0, : counts[layer]] = given.importance[layer, row][slots[layer]]
+    stats = {name: values[:, row : row + 1] for name, values in given.statistics.items()}
+    return AllocationInput(importance, torch.tensor([total]), floor.unsqueeze(1), counts.unsqueeze(1), stats)
+
+
+@pytest.mark.parametrize("image", ["prefix", "uniform", "entropy", {"name": "blend", "second": "zigzag"}], ids=str)
+@pytest.mark.parametrize("text", ["prefix", "pyramid", "sparsity"])
+@given(
+    given=allocation_inputs(kinds=st.sampled_from(["dyadic", "equal", "zeros"])),
+    share=st.none() | st.floats(0, 1),
+    images=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
+    protected=st.integers(0, 5),
+    seed=strategies.seeds,
+)
+def test_each_modality_gets_what_its_allocator_gives_it_alone(
+    image: Any, text: str, given: AllocationInput, share: float | None, images: float, protected: int, seed: int
+) -> None:
+    """The parts are the inner allocators' answers on the tokens of one kind; they add up, and are noted."""
+    source = strategies.generator(seed)
+    is_image = torch.rand(given.importance.shape, generator=source) < images
+    valid = torch.arange(given.importance.shape[-1]) < given.capacity.unsqueeze(-1)
+    pinned = valid & (torch.rand(given.importance.shape, generator=source) < protected / 10)
+    given = replace(given, is_image=is_image, floor=pinned.sum(-1))
+    context = AllocationContext(valid=valid, is_image=is_image, statistics=given.statistics, protected=pinned)
+    modality = ALLOCATORS.create("modality", image=image, text=text, image_share=share)
+    budget = modality.allocate(given.importance, given.total, given.floor, given.capacity, context)
+    image_budget = context.notes["image_budget"]
+    assert image_budget.dtype == torch.int64
+    for row, total in enumerate(given.total.tolist()):
+        floor, capacity = given.floor[:, row], given.capacity[:, row]
+        total = max(int(floor.sum()), min(total, int(capacity.sum())))
+        mine, others = (valid & is_image)[:, row], (valid & ~is_image)[:, row]
+        wanted = (
+            Fraction(share) * total
+            if share is not None
+            else Fraction(total * int(mine.sum()), max(1, int(valid[:, row].sum())))
+        )
+        own = int(image_budget[:, row].sum())
+        low = max(int((pinned[:, row] & mine).sum()), total - int(others.sum()))
+        high = min(int(mine.sum()), total - int((pinned[:, row] & others).sum()))
+        assert low <= own <= high
+        assert abs(own - wanted) <= Fraction(1, 2) + Fraction(1, 10**6) or own in (low, high)
+        for inner, slots, part, found in (
+            (modality.image, mine, own, image_budget[:, row]),
+            (modality.text, others, total - own, budget[:, row] - image_budget[:, row]),
+        ):
+            expected = alone(given, slots, part, (pinned[:, row] & slots).sum(-1), row).by(inner)
+            assert found.tolist() == expected[:, 0].tolist()
+
+
+@given(given=allocation_inputs())
+def test_without_images_text_is_allocated_as_if_there_were_no_modality(given: AllocationInput) -> None:
+    """No image, no note, and the text allocator's answer."""
+    given, context = replace(given, is_image=None), AllocationContext()
+    budget = ALLOCATORS.create("modality").allocate(given.importance, given.total, given.floor, given.capacity, context)
+    assert budget.tolist() == given.by(ALLOCATORS.create("prefix")).tolist()
+    assert "image_budget" not in context.notes
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next"])
+@pytest.mark.parametrize("evictor", ["topk", "chunk", "streaming", {"name": "topk", "granularity": "head"}], ids=str)
+@examples(3)
+@given(
+    tokens=st.integers(1, 40),
+    batch=st.integers(1, 2),
+    fraction=st.floats(0.1, 0.9),
+    share=st.none() | st.floats(0, 1),
+    sink=st.integers(0, 3),
+    recent=st.integers(0, 8),
+    seed=strategies.seeds,
+)
+def test_a_cache_keeps_as_many_image_columns_as_were_allocated(
+    name: str,
+    evictor: Any,
+    tokens: int,
+    batch: int,
+    fraction: float,
+    share: float | None,
+    sink: int,
+    recent: int,
+    seed: int,
+) -> None:
+    """After the prompt, and after a second turn, every layer and head holds the noted number of image columns."""
+    model, inputs = tiny.model(name), tiny.inputs(name, tokens, seed, batch)
+    config = CompressionConfig(
+        budget=Budget(fraction=fraction, sink=sink, recent=recent),
+        scorer="attention",
+        allocator={"name": "modality", "image_share": share},
+        evictor=evictor,
+    )
+    cache = CompressedCache(model, config)
+    is_image = inputs["input_ids"] == tiny.IMAGE_TOKEN
+    turn = tiny.token_ids(batch, 6, seed + 1)
+    with torch.no_grad():
+        for step in (inputs, {"input_ids": turn}):
+            model(**step, past_key_values=cache)
+            budgets = cache.layers[0].engine.allocation.image_budgets
+            for layer, rows in enumerate(held(cache)):
+                for row, sets in enumerate(rows):
+                    images = set(is_image[row].nonzero().flatten().tolist())
+                    for columns in sets:
+                        assert len(images & set(columns)) == budgets[layer][row]
+
+
+@pytest.mark.parametrize(
+    ("allocator", "says"),
+    [
+        ({"name": "modality", "image": "modality"}, "splits by modality too"),
+        ({"name": "modality", "text": {"name": "modality"}}, "splits by modality too"),
+        ({"name": "blend", "first": "modality"}, "can only be the outermost"),
+        ({"name": "modality", "image": "prefx"}, "did you mean 'prefix'"),
+        ({"name": "modality", "image": "none"}, "image"),
+        ({"name": "blend", "share": 1.5}, "share"),
+    ],
+    ids=str,
+)
+def test_allocators_that_cannot_be_nested_are_refused(allocator: Any, says: str) -> None:
+    with pytest.raises(KVCompressError) as caught:
+        CompressionConfig(scorer="attention", allocator=allocator)
+    assert says in str(caught.value)
+
+
+def test_modality_needs_an_evictor_that_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EVICTORS.get("streaming"), "keeps_modality", False)
+    with pytest.raises(ConfigError, match=r"choose an evictor that does .*topk"):
+        CompressionConfig(scorer="attention", allocator="modality", evictor="streaming")
+
+
+def test_what_policies_of_policies_read_is_what_their_parts_read() -> None:
+    create = ALLOCATORS.create
+    local = create("blend", first="uniform", second="pyramid")
+    assert not local.reads_importance and not local.reads_mass and local.needs == ()
+    assert create("blend").reads_mass and create("blend").reads_importance
+    assert create("blend", first="sparsity", second="entropy").needs == tuple(STATISTICS)
+    modality = create("modality", image="uniform", text="sparsity")
+    assert modality.reads_importance and not modality.reads_mass and modality.needs == ("attention_sparsity",)
+    CompressionConfig(allocator=local, evictor="streaming")  # needs no scorer
+
+
+@given(layer=selection_contexts(modality=True))
+def test_heads_that_hold_different_tokens_are_compared_rank_by_rank(layer: SelectionContext) -> None:
+    """The best image token of every head count as one, at the place of the first head's, and so on; text likewise."""
+    heads = layer.importance.shape[1]
+    columns = layer.columns.expand(-1, heads, -1)
+    images = (layer.is_image & layer.valid).expand(-1, heads, -1)
+    found = _rank_by_rank(layer.importance, columns, images)[:, 0]
+    for row in range(len(found)):
+        for kind in (images[row], (columns[row] >= 0) & ~images[row]):
+            ranked = [layer.importance[row, head][kind[head]].sort(descending=True).values for head in range(heads)]
+            first = layer.importance[row, 0].masked_fill(~kind[0], -1.0)
+            order = first.argsort(descending=True, stable=True)[: int(kind[0].sum())]
+            assert torch.equal(found[row][order], torch.stack(ranked).mean(0))
+
+
+# -- blend -------------------------------------------------------------------------------------------------------------
+
+
+@given(given=allocation_inputs(), share=st.sampled_from([0.0, 0.25, 0.5, 0.8, 1.0]))
+def test_a_blend_adds_up_its_parts(given: AllocationInput, share: float) -> None:
+    """Without floors, it is the first allocator's answer for its share plus the second's for the rest."""
+    given = replace(given, floor=torch.zeros_like(given.floor), total=given.total.clamp(min=0))
+    total = torch.minimum(given.total, given.capacity.sum(0))
+    budget = given.by(ALLOCATORS.create("blend", share=share, first="pyramid", second="prefix"))
+    part = torch.tensor([math.floor(Fraction(share) * count + Fraction(1, 2)) for count in total.tolist()])
+    first = given.by(ALLOCATORS.create("pyramid"), total=part)
+    second = given.by(ALLOCATORS.create("prefix"), total=total - part, capacity=given.capacity - first)
+    assert budget.tolist() == (first + second).tolist()
+
+
+def test_the_default_blend_is_four_fifths_uniform() -> None:
+    """A layer that needs one token keeps 80 % of a uniform layer, which it would not under prefix alone."""
+    importance = torch.zeros(2, 1, 20)
+    importance[0, 0, 0], importance[1, 0] = 1.0, 1.0
+    none, most = torch.zeros(2, 1, dtype=torch.long), torch.full((2, 1), 20)
+    for name, wanted in (("uniform", [10, 10]), ("prefix", [1, 19]), ("blend", [9, 11])):
+        budget = ALLOCATORS.create(name).allocate(importance, torch.tensor([20]), none, most)
+        assert budget[:, 0].tolist() == wanted
+
+
+# -- chunks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("granularity", ["layer", "head"])
+@given(layer=selection_contexts(), length=st.integers(1, 9))
+def test_chunks_are_kept_by_their_sum(granularity: str, layer: SelectionContext, length: int) -> None:
+    """Plain lists: cut a row's tokens into runs, rank runs by sum, and take tokens run by run until it is enough."""
+    evictor = EVICTORS.create("chunk", granularity=granularity, length=length)
+    # Whole numbers, so that sums are exact.
+    layer = replace(layer, importance=(layer.importance * 8).round() * 6)
+    mask = evictor.select(layer)
+    score = layer.importance if granularity == "head" else layer.importance.mean(1, keepdim=True)
+    for row in range(mask.shape[0]):
+        for one in range(mask.shape[1]):
+            own = one if layer.valid.shape[1] > 1 else 0
+            scores = score[row, one if score.shape[1] > 1 else 0].tolist()
+            columns = layer.columns[row, own].tolist()
+            slots = sorted((s for s in range(len(columns)) if columns[s] >= 0), key=lambda s: columns[s])
+            runs = [slots[start : start + length] for start in range(0, len(slots), length)]
+            runs.sort(key=lambda run: -sum(scores[s] for s in run))
+            ranked = [slot for run in runs for slot in sorted(run, key=lambda s: -scores[s])]
+            ranked.sort(key=lambda s: not layer.protected[row, own, s])
+            budget = int(layer.budget[row])
+            if layer.image_budget is None:
+                kept = set(ranked[:budget])
+            else:
+                images = [s for s in ranked if layer.is_image[row, own, s]]
+                texts = [s for s in ranked if not layer.is_image[row, own, s]]
+                count = int(layer.image_budget[row])
+                kept = {*images[:count], *texts[: budget - count]}
+            assert set(mask[row, one].nonzero().flatten().tolist()) == kept
+
+
+def test_a_chunk_of_one_token_is_topk() -> None:
+    """With runs of a single token, a running cache holds what top-k holds."""
+    model, inputs = tiny.model("llama"), tiny.inputs("llama", 60, seed=3, batch=2)
+    found = []
+    for evictor in ("topk", {"name": "chunk", "length": 1}):
+        cache = CompressedCache(model, "prefixkv", evictor=evictor, scorer=Scripted(), budget=0.3)
+        model.generate(**inputs, past_key_values=cache, max_new_tokens=5)
+        found.append(held(cache))
+    assert found[0] == found[1]
