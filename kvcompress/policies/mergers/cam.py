@@ -67,8 +67,14 @@ class CaM(Merger):
         taken = is_evicted & (followers > 0) & (self._draws(layer.layer, own) < chance)
 
         pairs = Pairs(kept, evicted, first.clamp(max=kept.shape[-1] - 1), taken)
-        shares = pairs.summed(slots_at(layer.values, evicted) / followers.clamp(min=1).unsqueeze(-1))
-        gained = slots_at(layer.values, kept) + _window_sums(shares, reach)
+        shares = slots_at(layer.values, evicted) / followers.clamp(min=1).unsqueeze(-1)
+        if layer.most_evicted == 1:  # no need to touch any slot but its followers
+            within = (first - kept.shape[-1] + reach).clamp(min=0)
+            offsets = torch.arange(reach, device=kept.device) - within
+            followed = taken & (offsets >= 0) & (offsets < followers)
+            window = kept.gather(-1, first + offsets)
+            return Merged(layer.keys, written(layer.values, window, followed, slots_at(layer.values, window) + shares))
+        gained = slots_at(layer.values, kept) + _window_sums(pairs.summed(shares), reach)
         changed = _window_sums(pairs.count.unsqueeze(-1), reach).squeeze(-1) > 0
         return Merged(layer.keys, written(layer.values, kept, changed & is_kept, gained))
 
@@ -95,8 +101,9 @@ def _window_sums(
         return F.pad(given, (0, 0, slots, 0))[:, :, : given.shape[2]]
 
     total, done, size = torch.zeros_like(tensor), 0, 1
-    while width:
-        if width & 1:
+    while True:
+        if width & size:
             total, done = total + later(tensor, done), done + size
-        tensor, size, width = tensor + later(tensor, size), 2 * size, width >> 1
-    return total
+        if done == width:
+            return total
+        tensor, size = tensor + later(tensor, size), 2 * size

@@ -33,7 +33,7 @@ def slots_at(
     tensor: Float[Tensor, "batch kv_heads slots dim"], positions: Int[Tensor, "batch kv_heads some"]
 ) -> Float[Tensor, "batch kv_heads some dim"]:
     """The slots at some positions, in float32."""
-    return tensor.gather(2, positions.unsqueeze(-1).expand(-1, -1, -1, tensor.shape[3])).float()
+    return tensor[_indices(positions)].float()
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Pairs:
         Returns:
             All slots, in the dtype they came in; those that take up nothing are as they were.
         """
-        summed = self.summed(slots_at(tensor, self.evicted).mul_(weight.unsqueeze(-1)))
+        summed = self.summed(slots_at(tensor, self.evicted) * weight.unsqueeze(-1))
         summed.addcmul_(slots_at(tensor, self.kept), own.unsqueeze(-1)).div_(divisor.unsqueeze(-1))
         return written(tensor, self.kept, self.count > 0, summed)
 
@@ -101,9 +101,16 @@ def written(
     new: Float[Tensor, "batch kv_heads kept dim"],
 ) -> Float[Tensor, "batch kv_heads slots dim"]:
     """All slots with new contents at the kept positions that changed, bit for bit as they were elsewhere."""
-    positions = kept.unsqueeze(-1).expand(-1, -1, -1, tensor.shape[3])
-    before = tensor.gather(2, positions)
-    return tensor.scatter(2, positions, torch.where(changed.unsqueeze(-1), new.to(tensor.dtype), before))
+    at, result = _indices(kept), tensor.clone()
+    result[at] = torch.where(changed.unsqueeze(-1), new.to(tensor.dtype), tensor[at])
+    return result
+
+
+def _indices(positions: Int[Tensor, "batch kv_heads some"]) -> tuple[Tensor, Tensor, Tensor]:
+    """What picks whole slots, which is several times faster than a gather of their numbers."""
+    batch, kv_heads, _ = positions.shape
+    rows, heads = torch.arange(batch, device=positions.device), torch.arange(kv_heads, device=positions.device)
+    return rows[:, None, None], heads[:, None], positions
 
 
 def nearest(layer: MergeContext) -> Pairs:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -56,7 +56,10 @@ def most_similar(layer: MergeContext, within_modality: bool) -> SimilarPairs:
     rounded, target = _best(torch.cat([evicted_keys, chosen], -1) * _GRID, torch.cat([kept_keys, allowed], -1))
     similarity = (evicted_keys * slots_at(kept_keys, target)).sum(-1)
     taken = is_evicted & (rounded > -_FORBIDDEN / 2)
-    return SimilarPairs(kept, evicted, target, taken, similarity, rounded)
+    pairs = SimilarPairs(kept, evicted, target, taken, similarity, rounded)
+    if layer.most_evicted > 1:
+        return pairs
+    return replace(pairs, kept=kept.gather(-1, target), target=torch.zeros_like(target))  # the only one to change
 
 
 def _best(
