@@ -14,14 +14,14 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcompress import MERGERS, Budget, CompressedCache, CompressionConfig
+from kvcompress import MERGERS, Budget, CompressedCache, CompressionConfig, KVCompressError
 from kvcompress.policies.mergers import CaM
 from kvcompress.shapes import MergeContext, Merged
 from kvcompress.stages import Evictor, Merger
 from tests import strategies, tiny
-from tests.reference import Reference, recorded
-from tests.strategies import examples, merge_contexts
+from tests.strategies import Scripted, examples, merge_contexts
 from tests.test_batch import check_generate, with_budget
+from tests.test_selection_laws import started, step
 
 every_merger = pytest.mark.parametrize("merger", strategies.mergers(), ids=strategies.label)
 # What the others promise instead has a law of its own.
@@ -428,3 +428,169 @@ def test_cam_merges_as_often_as_attention_says(share: float) -> None:
     draws = torch.stack([heads.float() for heads in changed.values()]).flatten(0, 1)
     if share:  # neither heads nor seeds nor layers draw the same
         assert torch.corrcoef(draws).fill_diagonal_(0).abs().max() < 0.12
+
+
+# -- through a model ---------------------------------------------------------------------------------------------------
+
+
+class Pour(Merger):
+    """Pours keys and values of whatever goes into the row's first kept token, so that their sums stay as they are."""
+
+    name: ClassVar[str] = "pour"
+
+    @property
+    def merges_decoding(self) -> bool:
+        return True
+
+    def merge(self, layer: MergeContext) -> Merged:
+        assert layer.evicted.any() and not (layer.kept & layer.evicted).any()
+        assert ((layer.kept | layer.evicted) == (layer.index >= 0)).all()
+        assert layer.kept.sum(-1).max() <= layer.most_kept and layer.evicted.sum(-1).max() <= layer.most_evicted
+        assert (layer.evicted.sum(-1) == layer.evicted.sum(-1)[:, :1]).all()
+        if layer.importance is not None and not layer.decoding:
+            assert layer.importance.isfinite().all()
+        elif layer.importance is not None:  # Scripted scores are at least 1
+            known = layer.importance[layer.index.ge(0) & (layer.index < 12)]
+            assert (known >= 1).all()
+        first = layer.index.masked_fill(~layer.kept, 2**31).argmin(-1, keepdim=True).unsqueeze(-1)
+        new = []
+        for tensor in (layer.keys, layer.values):
+            gone = (tensor * layer.evicted.unsqueeze(-1)).sum(2, keepdim=True)
+            new.append(tensor.scatter_add(2, first.expand_as(gone), gone))
+        return Merged(new[0], new[1])
+
+
+def check_sums(cache: CompressedCache, ids: list[Tensor]) -> None:
+    """What layer 0 holds of each row adds up to all its tokens' values, which no attention has touched."""
+    model, store = tiny.model("llama"), cache.layers[0].engine.stores[0]
+    layer = model.model.layers[0]
+    held = (store.columns() >= 0).unsqueeze(-1)
+    with torch.no_grad():
+        for row, tokens in enumerate(ids):
+            hidden = layer.input_layernorm(model.model.embed_tokens(tokens))
+            wanted = layer.self_attn.v_proj(hidden).sum(0).view(store.keys.shape[1], -1)
+            found = (store.slots()[1][row] * held[row]).sum(1)
+            torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("evictor", strategies.bounded_evictors(), ids=strategies.label)
+@pytest.mark.parametrize("allocator", ["uniform", "prefix"])
+@examples(4)
+@given(budget=st.sampled_from([0.3, 0.6, 8]), short=st.integers(12, 20), seed=strategies.seeds)
+def test_everything_that_goes_is_merged_once(
+    allocator: str, evictor: Evictor, budget: Any, short: int, seed: int
+) -> None:
+    """After a prompt, a turn, decode steps, and drafts that were taken back in part."""
+    budget = Budget.parse(budget, default=Budget(tokens=1, sink=1, recent=2))
+    policies = {"scorer": Scripted(seed=seed), "allocator": allocator, "evictor": evictor, "merger": Pour()}
+    config = CompressionConfig(budget=budget, **policies)
+    lengths = [20, short]
+    cache, valid = started(config, lengths, seed)
+    ids = [row[20 - length :] for row, length in zip(tiny.token_ids(2, 20, seed), lengths, strict=True)]
+    check_sums(cache, ids)
+
+    def go(tokens: int, kept: int | None = None) -> None:
+        nonlocal valid, ids
+        valid = step(cache, valid, seed, tokens)
+        new = tiny.token_ids(2, tokens, seed)[:, :kept]
+        ids = [torch.cat([row, more]) for row, more in zip(ids, new, strict=True)]
+
+    for tokens in (1, 1, 1, 4, 1, 1):
+        go(tokens)
+        check_sums(cache, ids)
+    for tokens, kept in ((5, 2), (1, 1), (1, 0), (3, 3)):
+        cache.activate_past_recording()
+        go(tokens, kept)
+        cache.crop(kept - tokens)
+        valid = valid[:, : valid.shape[1] - tokens + kept]
+        check_sums(cache, ids)
+    cache.batch_select_indices(torch.tensor([1, 0, 1]))
+    valid, ids = valid[[1, 0, 1]], [ids[1], ids[0], ids[1]]
+    for number in range(3):
+        valid = step(cache, valid, number)
+        ids = [torch.cat([row, more]) for row, more in zip(ids, tiny.token_ids(3, 1, number), strict=True)]
+        check_sums(cache, ids)
+
+
+PATHS = {
+    "oldest": {"name": "topk", "granularity": "layer", "decode": "oldest"},
+    "lowest_score by head": {"name": "topk", "granularity": "head", "decode": "lowest_score"},
+}
+
+
+@every_merger
+@pytest.mark.parametrize("path", PATHS)
+def test_decode_steps_merge_only_where_the_merger_says_so(path: str, merger: Merger) -> None:
+    """Of the tokens that a step leaves, some change if the merger merges decode steps, and none otherwise."""
+    config = CompressionConfig(budget=12, scorer="attention", evictor=PATHS[path], merger=merger)
+    cache, valid = started(config, [30, 25], seed=1)
+    changed = 0
+    for number in range(10):
+        before = stored(cache)
+        valid = step(cache, valid, seed=number)
+        after = stored(cache)
+        changed += sum(not torch.equal(before[token], after[token]) for token in before.keys() & after.keys())
+    assert bool(changed) == merger.merges_decoding
+
+
+def stored(cache: CompressedCache) -> dict[tuple[int, int, int, int], Tensor]:
+    """Keys and values by layer, row, head and column."""
+    found = {}
+    for layer, store in enumerate(cache.layers[0].engine.stores):
+        both = torch.cat(store.slots(), -1)
+        columns = store.columns().expand(both.shape[:3]).tolist()
+        for row, heads in enumerate(columns):
+            for head, slots in enumerate(heads):
+                found |= {(layer, row, head, c): both[row, head, i].clone() for i, c in enumerate(slots) if c >= 0}
+    return found
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_threshold_lives_with_its_rows(path: str) -> None:
+    """It moves with decode steps, is counted in bytes, follows its row, is copied with the cache and reset with it."""
+    config = CompressionConfig(budget=12, scorer="attention", evictor=PATHS[path], merger="threshold")
+    cache, valid = started(config, [30, 25], seed=2)
+
+    def states(cache: CompressedCache) -> list[Tensor | None]:
+        return [store.merger_state for store in cache.layers[0].engine.stores]
+
+    first = [tau.clone() for tau in states(cache) if tau is not None]
+    assert [tau.shape for tau in first] == [(2, 2)] * 3 and all(tau.isfinite().all() for tau in first)
+    step(cache, valid, seed=3)
+    second = [tau.clone() for tau in states(cache) if tau is not None]
+    assert all((one != other).all() for one, other in zip(first, second, strict=True))
+    other = copy.deepcopy(cache)
+    without = CompressedCache(tiny.model("llama"), config.override(merger=None))
+    cache.batch_select_indices(torch.tensor([1]))
+    for tau, both in zip(states(cache), second, strict=True):
+        assert torch.equal(tau, both[1:])
+    assert all(map(torch.equal, states(other), second))
+    cache.reset()
+    assert states(cache) == [None] * 3
+    model = tiny.model("llama")
+    with torch.no_grad():
+        for mine in (cache, without):
+            model(**tiny.inputs("llama", 30, seed=4), past_key_values=mine)
+    assert cache.report().index_bytes == without.report().index_bytes + 3 * 2 * 4
+
+
+@every_merger
+@pytest.mark.parametrize("name", ["llama", "llava"])
+@examples(2)
+@given(budget=st.sampled_from([0.3, 0.5, 9]), lengths=st.lists(st.integers(1, 30), min_size=2, max_size=3))
+def test_a_left_padded_row_merges_as_alone(name: str, merger: Merger, budget: Any, lengths: list[int]) -> None:
+    """With heads that keep different tokens and lose them by score, and with an image in every row."""
+    evictor = {"name": "topk", "granularity": "head", "decode": "lowest_score"}
+    config = CompressionConfig(scorer="attention", allocator="prefix", evictor=evictor, merger=merger)
+    check_generate(name, with_budget(config, budget), lengths, seed=sum(lengths))
+
+
+def test_cam_needs_a_scorer_of_mass() -> None:
+    """Ratios of scores that do not add up mean nothing."""
+
+    class Ranks(Scripted):
+        mass: ClassVar[bool] = False
+
+    with pytest.raises(KVCompressError, match=r"merger cam: reads attention as mass, but the scores of scripted are"):
+        CompressionConfig(scorer=Ranks(), merger="cam")
+    assert CompressionConfig(scorer=Ranks(), merger="nearest").merger == MERGERS.create("nearest")
