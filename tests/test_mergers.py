@@ -283,6 +283,19 @@ def test_tiles_of_similarities_are_one_matrix(monkeypatch: pytest.MonkeyPatch) -
     assert torch.equal(MERGERS.create("average").merge(layer).keys[kept], whole.keys[kept])
 
 
+def test_rounding_does_not_decide_between_keys_that_are_equally_similar() -> None:
+    """The same token as far before as after has a key that is turned as far; the earlier one is taken, always."""
+    g = strategies.generator(0)
+    pairs, angle = torch.randn(1, 300, 4, 2, generator=g), torch.rand(1, 300, 4, 1, generator=g) * 3
+    turned = torch.stack([-pairs[..., 1], pairs[..., 0]], -1) * angle.sin()
+    keys = [(pairs * angle.cos() + sign * turned).flatten(2) for sign in (-1, 0, 1)]
+    layer = line(3, [1], most_evicted=2)
+    wide = {"keys": torch.stack(keys, 2), "values": torch.randn(1, 300, 3, 8, generator=g)}
+    spread = {name: getattr(layer, name).expand(1, 300, 3) for name in ("kept", "evicted", "index", "importance")}
+    merged = MERGERS.create("average").merge(replace(layer, **wide, **spread))
+    assert torch.equal(merged.values[:, :, 2], wide["values"][:, :, 2])
+
+
 # -- single promises ---------------------------------------------------------------------------------------------------
 
 
