@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcompress import MERGERS, Budget, CompressedCache, CompressionConfig, KVCompressError
+from kvcompress.errors import PolicyError
 from kvcompress.policies.mergers import CaM
 from kvcompress.shapes import MergeContext, Merged
 from kvcompress.stages import Evictor, Merger
@@ -607,3 +608,22 @@ def test_cam_needs_a_scorer_of_mass() -> None:
     with pytest.raises(KVCompressError, match=r"merger cam: reads attention as mass, but the scores of scripted are"):
         CompressionConfig(scorer=Ranks(), merger="cam")
     assert CompressionConfig(scorer=Ranks(), merger="nearest").merger == MERGERS.create("nearest")
+
+
+@pytest.mark.parametrize("part", ["keys", "values"])
+def test_a_merger_that_returns_other_slots_is_named_with_its_layer(part: str) -> None:
+    """Keys and values come back in the shape and dtype they went in."""
+
+    class Short(Pour):
+        name: ClassVar[str] = "short"
+
+        def merge(self, layer: MergeContext) -> Merged:
+            return replace(Merged(layer.keys, layer.values), **{part: getattr(layer, part).double()})
+
+    config = CompressionConfig(budget=5, scorer="attention", merger=Short())
+    cache = CompressedCache(tiny.model("llama"), config)
+    with (
+        pytest.raises(PolicyError, match=f"merger short: layer 0: must return {part} as torch.float32"),
+        torch.no_grad(),
+    ):
+        tiny.model("llama")(**tiny.inputs("llama", 20, seed=1), past_key_values=cache)
