@@ -313,8 +313,8 @@ def merge_contexts(draw: st.DrawFn, decoding: bool | None = None, dtype: torch.d
     by_head, g = draw(st.booleans()), generator(draw(seeds))
     decoding = draw(st.booleans()) if decoding is None else decoding
     count = torch.tensor([draw(st.integers(0 if batch > 1 else 1, slots)) for _ in range(batch)])[:, None, None]
-    going = torch.tensor([draw(st.integers(0, 2 if decoding else int(held))) for held in count]).view(-1, 1, 1)
-    going = going.minimum(count)
+    most, more = draw(st.sampled_from([(1, 0), (2, 1), (slots, 2)]))  # a slot a row is what a decode step frees
+    going = torch.tensor([draw(st.integers(0, most)) for _ in count]).view(-1, 1, 1).minimum(count)
     position = torch.rand(batch, heads if by_head else 1, slots, generator=g).argsort(-1).expand(batch, heads, slots)
     held = position < count
     index = torch.randint(1, 4, (batch, 1, slots), generator=g).cumsum(-1).expand_as(position).gather(-1, position)
@@ -331,7 +331,6 @@ def merge_contexts(draw: st.DrawFn, decoding: bool | None = None, dtype: torch.d
         keys = torch.randint(-1, 2, shape, generator=g).float()
     else:
         keys = torch.randn(shape, generator=g)
-    more = draw(st.integers(0, 2))
     state = torch.rand(batch, heads, generator=g).masked_fill(torch.rand(batch, heads, generator=g) < 0.2, torch.nan)
     return MergeContext(
         layer=draw(st.integers(0, 3)),
