@@ -201,6 +201,13 @@ class CompressionConfig(Configured):
                 f"allocator {allocator.name}: reads shares of mass, but the scores of {scorer.name} are no mass; "
                 f"choose a scorer of mass ({', '.join(mass)}) or an allocator that reads none"
             )
+        if self.merger is not None and self.merger.reads_mass and not (scorer is not None and scorer.mass):
+            mass = [name for name in SCORERS.names() if SCORERS.get(name).mass]
+            raise ConfigError(
+                f"merger {self.merger.name}: reads attention as mass, but "
+                f"{'scorer is none' if scorer is None else f'the scores of {scorer.name} are no mass'}; choose a "
+                f"scorer of mass ({', '.join(mass)}) or another merger"
+            )
         if allocator.splits_modality and not evictor.keeps_modality:
             able = [name for name in EVICTORS.names() if EVICTORS.get(name).keeps_modality]
             raise ConfigError(

@@ -242,28 +242,40 @@ class Engine:
         evictor = self.config.evictor
         assert evictor is not None
         merger = self.config.merger if self.config.merger and self.config.merger.merges_decoding else None
+        per_row = limits * store.batch if len(limits) == 1 else limits
         if evictor.frees == "oldest":
-            before, counts = store.columns().clone() if merger else None, store.counts
+            before = store.counts
+            if merger is None or all(count <= limit for count, limit in zip(before, per_row, strict=True)):
+                store.evict_oldest(limits)
+                return
+            columns, scores = store.columns().clone(), store.used_scores()
+            scores = None if scores is None else scores.clone()  # a freed slot loses its column and score
             store.evict_oldest(limits)
-            if before is not None and store.counts != counts:
-                self._merge(layer, store, before != store.columns())
+            most = max(count - left for count, left in zip(before, store.counts, strict=True))
+            if most:
+                self._merge(layer, store, columns, scores, store.columns() != columns, most)
             return
-        limits = limits * store.batch if len(limits) == 1 else limits
-        while over := [row for row, count in enumerate(store.counts) if count > limits[row]]:
-            columns = store.columns()
+        while over := [row for row, count in enumerate(store.counts) if count > per_row[row]]:
+            columns, scores = store.columns(), store.used_scores()
             protected = self.sequence.protected(columns, *pipeline.protection(self.config))
-            victims = evictor.victim(DecodeContext(columns, protected, store.used_scores()))
+            victims = evictor.victim(DecodeContext(columns, protected, scores))
             if merger:
                 rows = torch.zeros(store.batch, 1, 1, dtype=torch.bool, device=columns.device)
                 rows[over] = True
                 freed = torch.zeros(*victims.shape, store.length, dtype=torch.bool, device=columns.device)
-                self._merge(layer, store, freed.scatter_(-1, victims.unsqueeze(-1), True) & rows)
+                self._merge(layer, store, columns, scores, freed.scatter_(-1, victims.unsqueeze(-1), True) & rows, 1)
             store.evict_at(victims, over)
 
-    def _merge(self, layer: int, store: DenseStore, freed: Tensor) -> None:
-        """Merges what a decode step frees."""
-        kept = (store.columns() >= 0) & ~freed
-        pipeline.merge(layer, store, self.config, self.sequence, kept, freed, store.used_scores(), decoding=True)
+    def _merge(
+        self, layer: int, store: DenseStore, columns: Tensor, scores: Tensor | None, freed: Tensor, most: int
+    ) -> None:
+        """Merges what a decode step frees, at most so many slots a row, given columns and scores from before it."""
+        scorer = self.config.scorer
+        importance = scores
+        if scorer is not None and scores is not None:
+            importance = pipeline.scored_importance(scores, columns, scorer, self.sequence)
+        dropped = pipeline.Dropped(columns, (columns >= 0) & ~freed, freed, importance, max(store.counts), most)
+        pipeline.merge(layer, store, self.config, self.sequence, dropped, decoding=True)
 
     def limits(self) -> list[list[int]] | None:
         """Slots that each layer may hold now, `[layers][batch]`; `[layers][1]` while all rows agree.

@@ -15,6 +15,7 @@ from kvcompress.config import Budget, CompressionConfig
 from kvcompress.errors import BudgetWarning, PolicyError
 from kvcompress.sequence import Sequence
 from kvcompress.shapes import AllocationContext, MergeContext, SelectionContext
+from kvcompress.stages import Scorer
 from kvcompress.storage import DenseStore
 
 
@@ -117,12 +118,16 @@ def importance_of(layer: int, store: DenseStore, config: CompressionConfig, sequ
     columns, scores = store.columns(), store.used_scores()
     if config.scorer is None or scores is None or not store.length:
         return None
-    queries = sequence.queries_on(columns, last=not config.scorer.accumulates)
-    importance = config.scorer.importance(scores, queries)
+    importance = scored_importance(scores, columns, config.scorer, sequence)
     if importance.isinf().any():
         raise PolicyError(f"scorer {config.scorer.name}: layer {layer}: importance must be finite, got an infinity")
     highest = importance.nan_to_num(nan=-torch.inf).amax(-1, keepdim=True).nan_to_num(neginf=0.0)
     return torch.where(importance.isnan(), highest, importance).masked_fill(columns < 0, 0.0)
+
+
+def scored_importance(scores: Tensor, columns: Tensor, scorer: Scorer, sequence: Sequence) -> Tensor:
+    """Importance of every slot of a layer, NaN where it has no score."""
+    return scorer.importance(scores, sequence.queries_on(columns, last=not scorer.accumulates))
 
 
 def allocate(
@@ -204,26 +209,43 @@ def shrink(
     mask = config.evictor.select(context)
     _check_selection(f"evictor {config.evictor.name}: layer {layer}", mask, context)
     if config.merger is not None:
-        merge(layer, store, config, sequence, mask, context.valid & ~mask, context.importance, decoding=False)
+        most = max(budget), max(held - kept for held, kept in zip(store.counts, budget, strict=True))
+        dropped = Dropped(columns, mask, context.valid & ~mask, context.importance, *most)
+        merge(layer, store, config, sequence, dropped, decoding=False)
     store.keep(mask, budget, room=0 if config.evictor.frees == "nothing" else 1)
 
 
+@dataclass
+class Dropped:
+    """The slots of a layer that are about to go, all of them as they were before.
+
+    Attributes:
+        columns: column of each slot's token, -1 where the slot is empty.
+        kept: slots that stay.
+        evicted: slots that go.
+        importance: importance of each slot, NaN where it has no score.
+        most_kept: at least the number of slots that stay in any row.
+        most_evicted: at least the number of slots that go in any row.
+    """
+
+    columns: Tensor
+    kept: Tensor
+    evicted: Tensor
+    importance: Tensor | None
+    most_kept: int
+    most_evicted: int
+
+
 def merge(
-    layer: int,
-    store: DenseStore,
-    config: CompressionConfig,
-    sequence: Sequence,
-    kept: Tensor,
-    evicted: Tensor,
-    importance: Tensor | None,
-    decoding: bool,
+    layer: int, store: DenseStore, config: CompressionConfig, sequence: Sequence, dropped: Dropped, decoding: bool
 ) -> None:
     """Lets the kept slots of a layer take up the evicted ones, whose keys and values are still there."""
     assert config.merger is not None
     keys, values = store.slots()
     every_head = (keys.shape[0], keys.shape[1], -1)
-    columns, images = store.columns(), sequence.images_at(store.columns())
-    kept = kept.expand(every_head)
+    index = sequence.index_of(dropped.columns).long().masked_fill(dropped.columns < 0, -1)
+    images = sequence.images_at(dropped.columns)
+    kept = dropped.kept.expand(every_head)
     if store.packed:  # what is quantized takes up nothing any more
         kept = kept.clone()
         kept[..., : store.packed] = False
@@ -232,10 +254,12 @@ def merge(
         keys=keys,
         values=values,
         kept=kept,
-        evicted=evicted.expand(every_head),
-        columns=columns.expand(every_head),
-        importance=importance,
+        evicted=dropped.evicted.expand(every_head),
+        index=index.expand(every_head),
+        importance=dropped.importance,
         is_image=None if images is None else images.expand(every_head),
+        most_kept=dropped.most_kept,
+        most_evicted=dropped.most_evicted,
         decoding=decoding,
         state=store.merger_state,
     )

@@ -159,10 +159,14 @@ class MergeContext:
         values: values of all slots.
         kept: slots that stay.
         evicted: slots that go; a slot that is neither kept nor evicted is empty.
-        columns: column of each slot's token, -1 where the slot is empty.
-        importance: score of each slot, NaN where it has none; None without a scorer.
+        index: number of tokens of the row that came before each slot's token, -1 where the slot is empty; unlike
+            columns it does not count padding, so that a row merges as it would alone.
+        importance: importance of each slot, NaN where it has no score; None without a scorer.
         is_image: which slots hold image tokens; None for text-only sequences.
-        decoding: whether this is one slot that a decode step frees, not what a scoring forward dropped.
+        most_kept: at least the number of slots that stay in any row and head, known without asking the device.
+        most_evicted: at least the number of slots that go, likewise.
+        decoding: whether this is what decode steps free (a slot a row, more after a draft was checked), not what a
+            scoring forward dropped.
         state: what the merger returned as its state for this layer last time; None at first. Its first axis is batch.
     """
 
@@ -171,9 +175,11 @@ class MergeContext:
     values: Float[Tensor, "batch kv_heads slots value_dim"]
     kept: Bool[Tensor, "batch kv_heads slots"]
     evicted: Bool[Tensor, "batch kv_heads slots"]
-    columns: Int[Tensor, "batch kv_heads slots"]
+    index: Int[Tensor, "batch kv_heads slots"]
     importance: Float[Tensor, "batch kv_heads slots"] | None
     is_image: Bool[Tensor, "batch kv_heads slots"] | None
+    most_kept: int
+    most_evicted: int
     decoding: bool = False
     state: Tensor | None = None
 

@@ -222,9 +222,14 @@ class Evictor(Policy):
 
 
 class Merger(Policy):
-    """Folds the tokens that are evicted into those that stay, before their slots are given back."""
+    """Folds the tokens that are evicted into those that stay, before their slots are given back.
+
+    Class attributes:
+        reads_mass: whether it treats importance as mass, which needs a scorer that gives it.
+    """
 
     stage = "merger"
+    reads_mass: ClassVar[bool] = False
 
     @property
     def merges_decoding(self) -> bool:

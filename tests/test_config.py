@@ -96,6 +96,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"scoorer": "attention"}, "scoorer: unknown field of CompressionConfig"),
     ({"scorer": "none"}, "evictor topk: ranks tokens by importance, but scorer is none"),
     ({"scorer": "none", "evictor": "streaming"}, "allocator prefix: reads importance, but scorer is none"),
+    (
+        {"scorer": "none", "allocator": "uniform", "evictor": "streaming", "merger": "cam"},
+        "merger cam: reads attention as mass, but scorer is none; choose a scorer of mass (attention",
+    ),
     ({"evictor": "none"}, "nothing could be evicted to meet the budget"),
     (
         {"budget": {"fraction": 0.2, "recent": 26}, "evictor": {"name": "topk", "distance": 25}},
