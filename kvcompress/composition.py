@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from kvcompress.config import Budget, CompressionConfig
+from kvcompress.budget import Budget
+from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError
 from kvcompress.registry import ALLOCATORS, EVICTORS, MERGERS, QUANTIZERS, SCORERS, Registry
 from kvcompress.stages import Policy

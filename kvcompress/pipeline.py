@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvcompress.config import Budget, CompressionConfig
+from kvcompress.budget import Budget
+from kvcompress.config import CompressionConfig
 from kvcompress.errors import BudgetWarning, PolicyError
 from kvcompress.sequence import Sequence
 from kvcompress.shapes import AllocationContext, MergeContext, SelectionContext

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from kvcompress import ALLOCATORS, EVICTORS, MERGERS, QUANTIZERS, SCORERS, CompressionConfig
 from kvcompress.composition import EXAMPLES
-from kvcompress.config import PRESETS
 from kvcompress.errors import ConfigError
+from kvcompress.presets import PRESETS
 from kvcompress.registry import Registry
 from kvcompress.shapes import AllocationContext, Importance, LayerContext, MergeContext, SelectionContext
 from kvcompress.stages import Allocator, Evictor, Merger, Policy, Quantizer, Scorer

@@ -19,8 +19,8 @@ from typer.testing import CliRunner, Result
 import kvcompress
 from kvcompress.cli import app
 from kvcompress.cli import generate as generate_command
-from kvcompress.config import PRESETS
 from kvcompress.evaluation import LoadedModel
+from kvcompress.presets import PRESETS
 from kvcompress.registry import ALLOCATORS, REGISTRIES
 from tests import checkpoints
 

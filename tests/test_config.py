@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcompress import Budget, CompressionConfig, KVCompressError
-from kvcompress.config import PRESETS
 from kvcompress.policies.allocators import Uniform
 from kvcompress.policies.scorers import Attention
+from kvcompress.presets import PRESETS
 from tests import strategies
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvcompress import CompressedCache, restore
-from kvcompress.config import PRESETS
 from kvcompress.engine import Engine
+from kvcompress.presets import PRESETS
 from kvcompress.storage import DenseStore
 from tests import tiny
 

@@ -14,7 +14,8 @@ from typing import Any
 import typer
 import yaml
 
-from kvcompress.config import Budget, CompressionConfig
+from kvcompress.budget import Budget
+from kvcompress.config import CompressionConfig
 from kvcompress.errors import BudgetError, ConfigError
 from kvcompress.stages import Policy
 

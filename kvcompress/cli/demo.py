@@ -11,8 +11,9 @@ from rich.text import Text
 from kvcompress.cli.console import output, reported
 from kvcompress.cli.display import figures
 from kvcompress.cli.generate import load_with_spinner, run_with_spinner
-from kvcompress.config import PRESETS, CompressionConfig
+from kvcompress.config import CompressionConfig
 from kvcompress.evaluation import encode_prompt
+from kvcompress.presets import PRESETS
 
 EPILOG = """
 [bold]Examples[/bold]

@@ -16,7 +16,7 @@ from rich.text import Text
 from kvcompress.cli.configuration import import_modules
 from kvcompress.cli.console import output, print_json, reported
 from kvcompress.cli.docstrings import documentation_of
-from kvcompress.config import PRESETS
+from kvcompress.presets import PRESETS
 from kvcompress.registry import REGISTRIES
 from kvcompress.stages import Policy
 

@@ -28,11 +28,12 @@ from transformers.cache_utils import Cache, QuantizedCache
 
 from kvcompress.cache import CompressedCache
 from kvcompress.composition import policies_of
-from kvcompress.config import PRESETS, CompressionConfig
+from kvcompress.config import CompressionConfig
 from kvcompress.evaluation.models import load_model
 from kvcompress.evaluation.perplexity import continuation_perplexity, english_text, samples_of
 from kvcompress.evaluation.timing import in_turns, ratios, timed
 from kvcompress.kernels import attention_with_lse
+from kvcompress.presets import PRESETS
 from kvcompress.registry import ALLOCATORS, QUANTIZERS
 from kvcompress.shapes import LayerContext, LayerWeights
 

@@ -1,0 +1,98 @@
+"""How much a cache may hold."""
+
+from __future__ import annotations
+
+import re
+from numbers import Integral, Real
+from typing import Any
+
+from pydantic import ByteSize, Field, field_serializer, field_validator, model_validator
+
+from kvcompress.errors import BudgetError
+from kvcompress.stages import Configured
+
+
+class Budget(Configured):
+    """What the cache may hold: exactly one of `fraction`, `tokens` and `bytes`.
+
+    Args:
+        fraction: share of the tokens seen, over all layers together, in (0, 1]; the budget grows with the sequence.
+        tokens: tokens per layer on average, at least 1.
+        bytes: bytes of the whole cache's keys and values, split equally over the rows of a batch; a number or text
+            such as "64MiB". Rows share rectangular buffers, so where an allocator gives the rows of a batch different
+            layer sizes, the padding of the shorter ones comes on top; the report counts it.
+        sink: first tokens of a row that every layer keeps.
+        recent: last tokens of a row that every layer keeps.
+
+    Raises:
+        BudgetError: if none or several are given, or one is out of range.
+    """
+
+    fraction: float | None = None
+    tokens: int | None = None
+    bytes: ByteSize | None = None
+    sink: int = Field(default=1, ge=0)
+    recent: int = Field(default=1, ge=0)
+
+    @field_validator("bytes", mode="before")
+    @classmethod
+    def _with_unit(cls, value: object) -> object:
+        if isinstance(value, str) and not re.fullmatch(r"\s*\d+(\.\d+)?\s*([kmgtp]i?)?b\s*", value, re.IGNORECASE):
+            raise BudgetError(
+                f"budget: text must be bytes with a unit, such as '64MiB'; got {value!r}. A fraction is a float (0.2), "
+                "tokens per layer are an int (512)"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Budget:
+        given = {key: getattr(self, key) for key in ("fraction", "tokens", "bytes") if getattr(self, key) is not None}
+        if len(given) != 1:
+            came = ", ".join(f"{key}={value}" for key, value in given.items()) or "none"
+            raise BudgetError(f"budget: give exactly one of fraction, tokens and bytes; got {came}")
+        if self.fraction is not None and not 0 < self.fraction <= 1:
+            raise BudgetError(
+                f"budget: a fraction lies in (0, 1]; got {self.fraction}. For a number of tokens per layer pass an int"
+            )
+        if self.tokens is not None and self.tokens < 1:
+            raise BudgetError(f"budget: tokens per layer must be at least 1; got {self.tokens}")
+        if self.bytes is not None and self.bytes < 1:
+            raise BudgetError(f"budget: bytes must be at least 1; got {self.bytes}")
+        return self
+
+    @field_serializer("bytes")
+    def _plain_bytes(self, value: ByteSize | None) -> int | None:
+        return None if value is None else int(value)
+
+    @property
+    def keeps_everything(self) -> bool:
+        """Whether nothing ever has to go."""
+        return self.fraction == 1.0
+
+    @classmethod
+    def parse(cls, given: object, default: Budget | None = None) -> Budget:
+        """Reads a budget given as an object, a dict or bare: a float is a fraction, an int tokens, text bytes.
+
+        Args:
+            given: what the user wrote.
+            default: where a bare amount takes `sink` and `recent` from.
+
+        Raises:
+            BudgetError: if it can be read as none of these.
+        """
+        protected: dict[str, Any] = {"sink": default.sink, "recent": default.recent} if default else {}
+        if isinstance(given, cls):
+            return given
+        if isinstance(given, dict):
+            return cls(**given)
+        if isinstance(given, bool):
+            raise BudgetError(f"budget: must be a number, text or a Budget; got {given}")
+        if isinstance(given, Integral):
+            return cls(tokens=int(given), **protected)
+        if isinstance(given, Real):
+            return cls(fraction=float(given), **protected)
+        if isinstance(given, str):
+            return cls(**{"bytes": given, **protected})
+        raise BudgetError(
+            f"budget: must be a float (fraction), an int (tokens per layer), text ('64MiB') or a Budget; got {given!r}"
+        )

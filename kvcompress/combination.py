@@ -1,0 +1,124 @@
+"""Which policies may stand together in one configuration: a rule a function, each with its reason and a way out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kvcompress.budget import Budget
+from kvcompress.errors import ConfigError
+from kvcompress.registry import EVICTORS, SCORERS
+from kvcompress.stages import Allocator, Evictor, Merger, Quantizer, Scorer
+from kvcompress.statistics import STATISTICS
+
+_MANY = 2**20  # more tokens than any rule that goes by age reaches back
+
+
+@dataclass(frozen=True)
+class Combination:
+    """The policies of one configuration."""
+
+    budget: Budget
+    scorer: Scorer | None
+    allocator: Allocator
+    evictor: Evictor | None
+    merger: Merger | None
+    quantizer: Quantizer | None
+
+    @property
+    def recent(self) -> int:
+        """Last tokens that every layer keeps."""
+        return max(self.budget.recent, self.scorer.protects if self.scorer is not None else 0)
+
+
+def check_combination(chosen: Combination) -> None:
+    """Raises ConfigError for the first rule that a combination breaks."""
+    if chosen.evictor is None:
+        _nothing_to_evict(chosen)
+        return
+    for rule in (_importance, _mass, _statistics, _modality):
+        rule(chosen, chosen.evictor)
+    _recents(chosen, chosen.evictor)
+    if chosen.quantizer is not None:
+        _residual(chosen, chosen.evictor, chosen.quantizer)
+
+
+def _nothing_to_evict(chosen: Combination) -> None:
+    if not chosen.budget.keeps_everything:
+        raise ConfigError(
+            "evictor: none, so nothing could be evicted to meet the budget; choose an evictor "
+            f"({_names(EVICTORS.names())}) or set budget=1.0"
+        )
+    if chosen.merger is not None:
+        raise ConfigError(
+            f"merger {chosen.merger.name}: evictor is none, so there is nothing to merge; choose an evictor "
+            f"({_names(EVICTORS.names())}) or merger=None"
+        )
+
+
+def _importance(chosen: Combination, evictor: Evictor) -> None:
+    if chosen.scorer is not None:
+        return
+    for policy, other in ((evictor, "evictor='streaming'"), (chosen.allocator, "allocator='uniform'")):
+        if policy.reads_importance:
+            raise ConfigError(
+                f"{policy.stage} {policy.name}: ranks tokens by importance, but scorer is none; choose a scorer "
+                f"({_names(SCORERS.names())}) or {other}"
+            )
+
+
+def _mass(chosen: Combination, evictor: Evictor) -> None:
+    if chosen.scorer is not None and chosen.scorer.mass:
+        return
+    came = "scorer is none" if chosen.scorer is None else f"the scores of the scorer {chosen.scorer.name} are no mass"
+    for policy in (chosen.allocator, chosen.merger):
+        if policy is not None and policy.reads_mass:
+            mass = [name for name in SCORERS.names() if SCORERS.get(name).mass]
+            raise ConfigError(
+                f"{policy.stage} {policy.name}: reads shares of mass, but {came}; choose a scorer of mass "
+                f"({_names(mass)}) or another {policy.stage}"
+            )
+
+
+def _statistics(chosen: Combination, evictor: Evictor) -> None:
+    unknown = [name for name in chosen.allocator.needs if name not in STATISTICS]
+    if unknown:
+        raise ConfigError(
+            f"allocator {chosen.allocator.name}: needs the statistic '{unknown[0]}', which nobody computes; known: "
+            f"{_names(sorted(STATISTICS))}"
+        )
+
+
+def _modality(chosen: Combination, evictor: Evictor) -> None:
+    if chosen.allocator.splits_modality and not evictor.keeps_modality:
+        able = [name for name in EVICTORS.names() if EVICTORS.get(name).keeps_modality]
+        raise ConfigError(
+            f"allocator {chosen.allocator.name}: gives image tokens a budget of their own, which the evictor "
+            f"{evictor.name} does not keep; choose an evictor that does ({_names(able)}) or another allocator"
+        )
+
+
+def _recents(chosen: Combination, evictor: Evictor) -> None:
+    if evictor.reach is not None and chosen.recent > evictor.reach:
+        raise ConfigError(
+            f"evictor {evictor.name}: decode steps free the slot {evictor.reach} before the end, which would evict "
+            f"some of the {chosen.recent} recents; raise its distance, lower budget.recent or choose decode='oldest'"
+        )
+
+
+def _residual(chosen: Combination, evictor: Evictor, quantizer: Quantizer) -> None:
+    """Decode steps free single slots, which only slots in full precision can be."""
+    if evictor.frees == "nothing":
+        return
+    loose = _MANY - evictor.pinned(_MANY, chosen.budget.sink, chosen.recent)
+    if evictor.frees == "chosen" or loose > quantizer.residual:
+        reach = "any slot" if evictor.frees == "chosen" or loose > _MANY // 2 else f"one of the last {loose} slots"
+        raise ConfigError(
+            f"quantizer {quantizer.name}: decode steps of the evictor {evictor.name} free {reach}, but all except the "
+            f"residual of {quantizer.residual} is quantized; choose an evictor with decode='fixed_point' or 'none', or "
+            "a residual of at least its distance"
+        )
+
+
+def _names(names: Iterable[str]) -> str:
+    return ", ".join(names)

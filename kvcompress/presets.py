@@ -1,0 +1,118 @@
+"""Named configurations: the methods of the field, each in a few lines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_ONE = {"fraction": 0.2, "sink": 1, "recent": 1}  # the protection of PrefixKV's scripts
+
+# name -> (what it is, fields)
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": (
+        "Keeps everything: the reference that compression is compared with.",
+        {"budget": 1.0, "evictor": None},
+    ),
+    "prefixkv": (
+        "PrefixKV (arXiv 2412.03409): layer sizes from one threshold on summed attention, fixed-point decoding.",
+        {"budget": _ONE, "scorer": "attention", "allocator": "prefix"},
+    ),
+    "prefixkv+merge": (
+        "PrefixKV (arXiv 2412.03409) whose evicted tokens are averaged into the most similar kept ones (LOOK-M, arXiv "
+        "2406.18139); a combination of ours.",
+        {"budget": _ONE, "scorer": "attention", "allocator": "prefix", "merger": "average"},
+    ),
+    "prefixkv+int4": (
+        "PrefixKV (arXiv 2412.03409) stored in four bits as in KIVI (arXiv 2402.02750); a combination of ours.",
+        {"budget": _ONE, "scorer": "attention", "allocator": "prefix", "quantizer": "quanto4"},
+    ),
+    "uniform": (
+        "The baseline of PrefixKV: the same scores and rules, every layer the same size.",
+        {"budget": _ONE, "scorer": "attention", "allocator": "uniform"},
+    ),
+    "h2o": (
+        "H2O (arXiv 2306.14048): summed attention per head, the lowest leaves. Deviates: 64 recents instead of half of "
+        "the budget; scores are those of scoring forwards.",
+        {
+            "budget": {"fraction": 0.2, "sink": 0, "recent": 64},
+            "scorer": "attention",
+            "evictor": {"name": "topk", "granularity": "head", "decode": "lowest_score"},
+        },
+    ),
+    "elastic": (
+        "Elastic Cache (arXiv 2407.18121): summed attention, evicted tokens averaged into the nearest kept position, "
+        "fixed-point decoding.",
+        {"budget": _ONE, "scorer": "attention", "allocator": "uniform", "merger": "nearest"},
+    ),
+    "snapkv": (
+        "SnapKV (arXiv 2404.14469): pooled attention of the last 32 queries, per head. Deviates: decoding stays within "
+        "the budget, the oldest leave.",
+        {
+            "budget": {"fraction": 0.2, "sink": 0, "recent": 1},
+            "scorer": "snapkv",
+            "evictor": {"name": "topk", "granularity": "head", "decode": "oldest"},
+        },
+    ),
+    "pyramidkv": (
+        "PyramidKV (arXiv 2406.02069): SnapKV's scores, wide lower and narrow upper layers. Deviates as snapkv does.",
+        {
+            "budget": {"fraction": 0.2, "sink": 0, "recent": 1},
+            "scorer": "snapkv",
+            "allocator": "pyramid",
+            "evictor": {"name": "topk", "granularity": "head", "decode": "oldest"},
+        },
+    ),
+    "vlcache": (
+        "VL-Cache (arXiv 2410.23317): attention of the queries after the image, layer sizes by sparsity. Deviates: "
+        "fixed-point decoding.",
+        {
+            "budget": {"fraction": 0.2, "sink": 1, "recent": 16},
+            "scorer": {"name": "attention", "queries": "post_vision"},
+            "allocator": "sparsity",
+        },
+    ),
+    "lookm": (
+        "LOOK-M (arXiv 2406.18139): text before images, evicted tokens merged into the most similar kept ones by "
+        "midpoints. Deviates: text outweighs images a thousandfold instead of always.",
+        {
+            "budget": {"fraction": 0.2, "sink": 1, "recent": 16},
+            "scorer": {"name": "attention", "text_weight": 1000.0},
+            "merger": "pivotal",
+        },
+    ),
+    "cake": (
+        "CAKE (arXiv 2503.12491): layer sizes by entropy and variance of the window's attention. Deviates: SnapKV's "
+        "scores, decoding as in snapkv.",
+        {
+            "budget": {"fraction": 0.2, "sink": 0, "recent": 1},
+            "scorer": "snapkv",
+            "allocator": "entropy",
+            "evictor": {"name": "topk", "granularity": "head", "decode": "oldest"},
+        },
+    ),
+    "tova": (
+        "TOVA (arXiv 2401.06104): the lowest attention of the last query leaves. Deviates: scores are those of scoring "
+        "forwards, not of every decode step.",
+        {
+            "budget": {"fraction": 0.2, "sink": 0, "recent": 1},
+            "scorer": "tova",
+            "evictor": {"name": "topk", "decode": "lowest_score"},
+        },
+    ),
+    "streaming": (
+        "StreamingLLM (arXiv 2309.17453): four sinks and the most recent tokens.",
+        {"budget": {"fraction": 0.2, "sink": 4, "recent": 1}, "allocator": "uniform", "evictor": "streaming"},
+    ),
+    "kivi4": (
+        "KIVI (arXiv 2402.02750) in four bits: every token is kept, keys quantized per channel, values per token.",
+        {"budget": 1.0, "evictor": None, "quantizer": "quanto4"},
+    ),
+    "text": (
+        "Made for plain text: sinks, and a window's scores for the middle; the best of these on continuations of text "
+        "in our own measurement (see the benchmarks).",
+        {
+            "budget": {"fraction": 0.2, "sink": 4, "recent": 1},
+            "scorer": "snapkv",
+            "evictor": {"name": "topk", "granularity": "head", "decode": "oldest"},
+        },
+    ),
+}
