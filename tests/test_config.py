@@ -15,6 +15,8 @@ from kvcompress.policies.scorers import Attention
 from kvcompress.presets import PRESETS
 from tests import strategies
 
+every_config = [entry.values[0] for entry in strategies.configs()]
+
 
 @st.composite
 def budgets(draw: st.DrawFn) -> Budget:
@@ -30,7 +32,7 @@ def budgets(draw: st.DrawFn) -> Budget:
 def test_load_is_the_inverse_of_dump(
     tmp_path_factory: pytest.TempPathFactory, suffix: str, data: st.DataObject
 ) -> None:
-    config = data.draw(st.sampled_from([entry.values[0] for entry in strategies.configs()]))
+    config = data.draw(st.sampled_from(every_config))
     if config.evictor is not None:
         config = config.override(budget=data.draw(budgets()))
     path = tmp_path_factory.mktemp("configs") / f"config{suffix}"

@@ -576,6 +576,15 @@ def test_equal_scores_have_equal_shares() -> None:
         close(Blend(scorers=[part], normalise="mass").score(layer), torch.full((2, 2, 9), 1 / 9), 1e-6)
 
 
+@given(seed=strategies.seeds)
+def test_rounding_is_not_blown_up_in_a_blend_by_mass(seed: int) -> None:
+    """Keys of one length in any direction have nearly equal shares, though their norms differ in the last digit."""
+    layer = context(seed)
+    layer = dataclasses.replace(layer, keys=torch.nn.functional.normalize(layer.keys, dim=-1) * 3.3)
+    score = Blend(scorers=["key_norm"], normalise="mass").score(layer)
+    torch.testing.assert_close(score, torch.full((2, 2, 9), 1 / 9), atol=0, rtol=0.02)
+
+
 def test_a_blend_declares_what_its_parts_need() -> None:
     """Attention as soon as one reads it, and the most protected tokens; it is mass and adds up over no forwards."""
     keys = Blend(scorers=["key_norm", {"name": "lagkv", "lag": 7}])

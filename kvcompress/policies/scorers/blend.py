@@ -84,5 +84,5 @@ def _shares(score: Float[Tensor, "*rows tokens"]) -> Float[Tensor, "*rows tokens
 def _softmax(score: Float[Tensor, "*rows tokens"]) -> Float[Tensor, "*rows tokens"]:
     """Softmax of the standardised scores, so that their unit does not matter."""
     # Equal scores differ by rounding alone, which is not to be blown up.
-    rounding = 1e-6 * score.abs().amax(-1, keepdim=True) + torch.finfo(score.dtype).tiny
+    rounding = 1e-4 * score.abs().amax(-1, keepdim=True) + torch.finfo(score.dtype).tiny
     return ((score - score.mean(-1, keepdim=True)) / (score.std(-1, correction=0, keepdim=True) + rounding)).softmax(-1)
