@@ -502,7 +502,9 @@ def test_each_modality_gets_what_its_allocator_gives_it_alone(
 def test_without_images_text_is_allocated_as_if_there_were_no_modality(given: AllocationInput) -> None:
     """No image, no note, and the text allocator's answer."""
     given, context = replace(given, is_image=None), AllocationContext()
-    budget = ALLOCATORS.create("modality").allocate(given.importance, given.total, given.floor, given.capacity, context)
+    budget = ALLOCATORS.create("modality", image="pyramid").allocate(
+        given.importance, given.total, given.floor, given.capacity, context
+    )
     assert budget.tolist() == given.by(ALLOCATORS.create("prefix")).tolist()
     assert "image_budget" not in context.notes
 
@@ -580,7 +582,9 @@ def test_what_policies_of_policies_read_is_what_their_parts_read() -> None:
     create = ALLOCATORS.create
     local = create("blend", first="uniform", second="pyramid")
     assert not local.reads_importance and not local.reads_mass and local.needs == ()
-    assert create("blend").reads_mass and create("blend").reads_importance
+    for first, second in (("prefix", "uniform"), ("uniform", "prefix")):
+        blend = create("blend", first=first, second=second)
+        assert blend.reads_mass and blend.reads_importance
     assert create("blend", first="sparsity", second="entropy").needs == tuple(STATISTICS)
     modality = create("modality", image="uniform", text="sparsity")
     assert modality.reads_importance and not modality.reads_mass and modality.needs == ("attention_sparsity",)
