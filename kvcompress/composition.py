@@ -7,9 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, get_args
 
+import yaml
+
 from kvcompress.budget import Budget
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError
+from kvcompress.presets import PRESETS
 from kvcompress.registry import ALLOCATORS, EVICTORS, MERGERS, QUANTIZERS, SCORERS, Registry
 from kvcompress.stages import Policy
 
@@ -112,6 +115,20 @@ def _reason(pair: Pair) -> str:
     return reason
 
 
+def presets_as_markdown() -> str:
+    """The page of the presets: each with what it is and the fields it sets."""
+    parts = [_PRESETS_INTRODUCTION]
+    for name, (summary, fields) in PRESETS.items():
+        parts += [f"## {name}\n", f"{summary}\n", "```yaml", yaml.safe_dump(fields, sort_keys=False).rstrip(), "```\n"]
+    return "\n".join(parts)
+
+
+_PRESETS_INTRODUCTION = """# Presets
+
+This page is written by `python tools/composition.py`. A preset is a configuration with a name, any field of which can
+be overridden: `CompressedCache(model, "snapkv", budget=0.3, merger="average")`. The [benchmarks](../benchmarks.md)
+compare them on plain text.
+"""
 _INTRODUCTION = """# What goes with what
 
 This page is written by `python tools/composition.py`, which asks the configuration about every pair of policies of

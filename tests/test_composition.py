@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from kvcompress import CompressedCache
-from kvcompress.composition import NEIGHBOURS, Pair, as_markdown, pairs
+from kvcompress.composition import NEIGHBOURS, Pair, as_markdown, pairs, presets_as_markdown
 from tests import tiny
 
 ALL = list(itertools.chain(*(pairs(*stages) for stages in NEIGHBOURS)))
@@ -46,7 +47,10 @@ def test_what_is_refused_has_a_reason_and_a_way_out() -> None:
     assert refused and all("choose" in pair.reason for pair in refused)
 
 
-def test_the_page_says_what_the_code_does() -> None:
-    """`python tools/composition.py` rewrites it."""
-    page = Path(__file__).parent.parent / "docs" / "composition.md"
-    assert page.read_text(encoding="utf-8") == as_markdown()
+@pytest.mark.parametrize(
+    ("page", "write"), [("composition.md", as_markdown), ("policies/presets.md", presets_as_markdown)]
+)
+def test_the_pages_say_what_the_code_does(page: str, write: Callable[[], str]) -> None:
+    """`python tools/composition.py` rewrites them."""
+    path = Path(__file__).parent.parent / "docs" / page
+    assert path.read_text(encoding="utf-8") == write()

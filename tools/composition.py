@@ -1,7 +1,12 @@
-"""Writes docs/composition.md from the code: `python tools/composition.py`."""
+"""Writes the pages of the documentation that follow from the code: `python tools/composition.py`."""
 
 from pathlib import Path
 
-from kvcompress.composition import as_markdown
+from kvcompress.composition import as_markdown, presets_as_markdown
 
-Path(__file__).parent.parent.joinpath("docs", "composition.md").write_text(as_markdown(), encoding="utf-8")
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = {DOCS / "composition.md": as_markdown, DOCS / "policies" / "presets.md": presets_as_markdown}
+
+if __name__ == "__main__":
+    for page, write in PAGES.items():
+        page.write_text(write(), encoding="utf-8")
