@@ -62,7 +62,7 @@ def _importance(chosen: Combination, evictor: Evictor) -> None:
     for policy, other in ((evictor, "evictor='streaming'"), (chosen.allocator, "allocator='uniform'")):
         if policy.reads_importance:
             raise ConfigError(
-                f"{policy.stage} {policy.name}: ranks tokens by importance, but scorer is none; choose a scorer "
+                f"{policy.stage} {policy.name}: reads importance, but scorer is none; choose a scorer "
                 f"({_names(SCORERS.names())}) or {other}"
             )
 

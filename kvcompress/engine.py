@@ -187,7 +187,7 @@ class Engine:
         rest = (scale, weights, config.scorer, needs, self.statistics[layer], self.sequence)
         before = store.counts if store.batch else [0] * query.shape[0]
         store.append(key, value, forward.first_column, forward.spans)
-        if forward.spans is None and store.rows_alike:
+        if forward.spans is None and store.rows_alike and self.sequence.rows_alike:
             output = attend_and_score(layer, store, slice(None), before[0], query, *rest)
         else:
             output = query.new_zeros(*query.shape[:3], value.shape[3])

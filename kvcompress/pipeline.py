@@ -155,7 +155,7 @@ def allocate(
     floor = torch.minimum(torch.tensor([floors(config, sequence)] * layers, device=device), capacity)
     wanted = [row_total(config.budget, seen, stores, batch) for seen in sequence.row_seen]
     total = torch.tensor(wanted, device=device)
-    _warn_if_below_floor(config.budget, total, floor)
+    _warn_if_below_floor(config, total, floor)
     if importance is None:
         importance = torch.zeros((), device=device).expand(layers, batch, int(capacity.max()))
     context = context or AllocationContext()
@@ -291,13 +291,13 @@ def _check_selection(label: str, mask: Tensor, context: SelectionContext) -> Non
         )
 
 
-def _warn_if_below_floor(budget: Budget, total: Tensor, floor: Tensor) -> None:
-    protected = floor.sum(0)
+def _warn_if_below_floor(config: CompressionConfig, total: Tensor, floor: Tensor) -> None:
+    protected, (sinks, recents) = floor.sum(0), protection(config)
     if (total < protected).any():
         row = int((total < protected).nonzero()[0])
         warnings.warn(
             f"the budget of {int(total[row])} slots over all layers is below the {int(protected[row])} that its "
-            f"{budget.sink} sinks and {budget.recent} recents need (row {row}); the protected tokens are kept",
+            f"{sinks} sinks and {recents} recents need (row {row}); the protected tokens are kept",
             BudgetWarning,
             stacklevel=2,
         )

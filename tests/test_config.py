@@ -96,7 +96,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"scorer": 3}, "scorer: must be a name, a dict with 'name' or a Scorer; got 3"),
     ({"scorer": Uniform()}, "scorer: must be a name"),
     ({"scoorer": "attention"}, "scoorer: unknown field of CompressionConfig"),
-    ({"scorer": "none"}, "evictor topk: ranks tokens by importance, but scorer is none"),
+    ({"scorer": "none"}, "evictor topk: reads importance, but scorer is none"),
     ({"scorer": "none", "evictor": "streaming"}, "allocator prefix: reads importance, but scorer is none"),
     (
         {"scorer": "none", "allocator": "uniform", "evictor": "streaming", "merger": "cam"},
