@@ -33,10 +33,11 @@ class Combination:
 
 def check_combination(chosen: Combination) -> None:
     """Raises ConfigError for the first rule that a combination breaks."""
+    _statistics(chosen)
     if chosen.evictor is None:
         _nothing_to_evict(chosen)
         return
-    for rule in (_importance, _mass, _statistics, _modality):
+    for rule in (_importance, _mass, _modality):
         rule(chosen, chosen.evictor)
     _recents(chosen, chosen.evictor)
     if chosen.quantizer is not None:
@@ -80,7 +81,7 @@ def _mass(chosen: Combination, evictor: Evictor) -> None:
             )
 
 
-def _statistics(chosen: Combination, evictor: Evictor) -> None:
+def _statistics(chosen: Combination) -> None:
     unknown = [name for name in chosen.allocator.needs if name not in STATISTICS]
     if unknown:
         raise ConfigError(

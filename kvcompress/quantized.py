@@ -141,6 +141,10 @@ class QuantizedStore(DenseStore):
             if lane.by_age:  # what is quantized no longer leaves by age
                 lane.pin(max(lane.pinned, self.packed), lane.to_pin)
 
+    def pin(self, pinned: list[int], to_pin: list[int]) -> None:
+        """As for any store, and what is quantized never leaves by age."""
+        super().pin([max(count, self.packed) for count in pinned], to_pin)
+
     def replace(self, keys: Keys, values: Values) -> None:
         """Overwrites the positions of full precision; quantized ones stay what they are."""
         assert self.keys is not None and self.values is not None

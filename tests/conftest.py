@@ -33,6 +33,10 @@ settings.register_profile("thorough", settings.get_profile("quick"), max_example
 settings.load_profile("quick")
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core; models this small gain nothing from more threads
+    torch.set_num_threads(1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `cuda` are skipped where there is no such device."""
     if torch.cuda.is_available():

@@ -100,7 +100,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"scorer": "none", "evictor": "streaming"}, "allocator prefix: reads importance, but scorer is none"),
     (
         {"scorer": "none", "allocator": "uniform", "evictor": "streaming", "merger": "cam"},
-        "merger cam: reads attention as mass, but scorer is none; choose a scorer of mass (attention",
+        "merger cam: reads shares of mass, but scorer is none; choose a scorer of mass (attention",
     ),
     ({"evictor": "none"}, "nothing could be evicted to meet the budget"),
     (

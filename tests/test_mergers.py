@@ -605,7 +605,9 @@ def test_cam_needs_a_scorer_of_mass() -> None:
     class Ranks(Scripted):
         mass: ClassVar[bool] = False
 
-    with pytest.raises(KVCompressError, match=r"merger cam: reads attention as mass, but the scores of scripted are"):
+    with pytest.raises(
+        KVCompressError, match=r"merger cam: reads shares of mass, but the scores of the scorer scripted are"
+    ):
         CompressionConfig(scorer=Ranks(), merger="cam")
     assert CompressionConfig(scorer=Ranks(), merger="nearest").merger == MERGERS.create("nearest")
 

