@@ -42,8 +42,15 @@ from kvcompress.evaluation.shapes.scenes import (
 
 IGNORED = -100
 # What a patch is asked in the first phase; 0 stands for "nothing here".
-PATCH_CLASSES = {"row": GRID, "column": GRID, "size": 1 + len(SIZES), "colour": 1 + len(COLOURS), "shape": 1 + len(SHAPES)}
+PATCH_CLASSES = {
+    "row": GRID,
+    "column": GRID,
+    "size": 1 + len(SIZES),
+    "colour": 1 + len(COLOURS),
+    "shape": 1 + len(SHAPES),
+}
 VISION_BATCH = 48
+RATES = {"vision": (0.02, 2e-3), "joint": (0.02, 3e-3)}  # of Muon and of AdamW
 VALIDATION_SCENES = 96
 
 
@@ -107,7 +114,11 @@ def patch_labels(scenes: list[Any]) -> dict[str, Tensor]:
     size, colour, shape = grid[:, :, row, column]
     count = len(scenes)
     return {
-        "row": row.expand(count, -1), "column": column.expand(count, -1), "size": size, "colour": colour, "shape": shape
+        "row": row.expand(count, -1),
+        "column": column.expand(count, -1),
+        "size": size,
+        "colour": colour,
+        "shape": shape,
     }
 
 
@@ -155,16 +166,17 @@ def answer_logits(model: Any, features: Tensor, ids: Tensor, labels: Tensor) -> 
     return model.lm_head(hidden[:, :-1][wanted]).float(), labels[:, 1:][wanted]
 
 
-def optimizers_for(parameters: list[tuple[str, nn.Parameter]], rate: float, muon_rate: float) -> list[Any]:
+def optimizers_for(parameters: list[tuple[str, nn.Parameter]]) -> list[Any]:
     """Muon for the matrices inside, AdamW for embeddings, heads, norms and biases."""
+
     def inner(name: str, parameter: nn.Parameter) -> bool:
         return parameter.ndim == 2 and ("layers." in name or "projector" in name)
 
     matrices = [parameter for name, parameter in parameters if inner(name, parameter)]
     rest = [parameter for name, parameter in parameters if not inner(name, parameter)]
     return [
-        torch.optim.Muon(matrices, lr=muon_rate, weight_decay=0.02, momentum=0.95),
-        torch.optim.AdamW(rest, lr=rate, betas=(0.9, 0.98), weight_decay=0.0),
+        torch.optim.Muon(matrices, weight_decay=0.02, momentum=0.95),
+        torch.optim.AdamW(rest, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
 
@@ -191,9 +203,9 @@ class Run:
     def optimizers(self, phase: str) -> list[Any]:
         if phase == "vision":
             named = [*self.model.model.vision_tower.named_parameters(), *self.heads.named_parameters()]
-            return optimizers_for(named, 2e-3, 0.02)
+            return optimizers_for(named)
         named = [(name, p) for name, p in self.model.named_parameters() if "vision_tower" not in name]
-        return optimizers_for(named, 3e-3, 0.02)
+        return optimizers_for(named)
 
     def save(self, name: str, phase: str, step: int, optimizers: list[Any]) -> None:
         content = {
@@ -241,33 +253,35 @@ class Run:
         if held["optimizers"]:
             for optimizer, state in zip(optimizers, held["optimizers"], strict=True):
                 optimizer.load_state_dict(state)
-        rates = [2e-3 if phase == "vision" else 3e-3, 0.02]
-        parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-        running = {"loss": 0.0, "right": 0.0, "of": 0.0, "steps": 0}
         bar = tqdm(range(held["step"], steps), initial=held["step"], total=steps, desc=phase, mininterval=5)
+        seen: list[tuple[float, float, float]] = []
         for step in bar:
-            pace = min(1.0, (step + 1) / 30, max(0.02, (steps - step) / (options.decay * steps)))
-            for optimizer, rate in zip(optimizers, reversed(rates), strict=True):
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * pace
-            loss, right, of = self.vision_step(step) if phase == "vision" else self.joint_step(step)
-            loss.backward()
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-            for name, value in (("loss", loss.item()), ("right", right), ("of", of), ("steps", 1)):
-                running[name] += value
-            if (step + 1) % 25 == 0 or step + 1 == steps:
-                mean = running["loss"] / running["steps"]
-                self.log(phase=phase, step=step + 1, loss=round(mean, 4), right=round(running["right"] / running["of"], 4))
-                running = dict.fromkeys(running, 0)
-            if (step + 1) % options.every == 0 or step + 1 == steps:
-                self.log(phase=phase, step=step + 1, validation=self.validate(phase))
-                self.save("checkpoint.pt", phase, step + 1, optimizers)
-            if options.minutes and time.time() - self.started > 60 * options.minutes:
-                self.save("checkpoint.pt", phase, step + 1, optimizers)
+            done, last = step + 1, step + 1 == steps
+            seen.append(self.step(phase, step, steps, optimizers))
+            if done % 25 == 0 or last:
+                loss, right, answers = (sum(figures) for figures in zip(*seen, strict=True))
+                self.log(phase=phase, step=done, loss=round(loss / len(seen), 4), right=round(right / answers, 4))
+                seen = []
+            stops = options.minutes and time.time() - self.started > 60 * options.minutes
+            if done % options.every == 0 or last or stops:
+                self.log(phase=phase, step=done, validation=self.validate(phase))
+                self.save("checkpoint.pt", phase, done, optimizers)
+            if stops:
                 raise SystemExit(f"stopped after {options.minutes} minutes; run again to go on")
+
+    def step(self, phase: str, step: int, steps: int, optimizers: list[Any]) -> tuple[float, float, float]:
+        """One step at the rate that is due: up in 30 steps, then level, and down over the last share of the phase."""
+        pace = min(1.0, (step + 1) / 30, max(0.02, (steps - step) / (self.options.decay * steps)))
+        for optimizer, rate in zip(optimizers, RATES[phase], strict=True):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * pace
+        loss, right, of = self.vision_step(step) if phase == "vision" else self.joint_step(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_([p for o in optimizers for group in o.param_groups for p in group["params"]], 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item(), right, of
 
     def scenes(self, phase: str, step: int, count: int) -> list[Any]:
         start = 0 if phase == "vision" else 5_000_000
@@ -305,7 +319,9 @@ class Run:
                 if phase == "vision":
                     logits, labels = self.heads(features), patch_labels(some)
                     for name in labels:
-                        found.setdefault(name, []).append((logits[name].argmax(-1) == labels[name]).float().mean().item())
+                        found.setdefault(name, []).append(
+                            (logits[name].argmax(-1) == labels[name]).float().mean().item()
+                        )
                     continue
                 for dialogues in ([ask_several(s, 10) for s in some], [[describe_question(s)] for s in some]):
                     ids, labels, spans = self.reader.batch(dialogues)

@@ -43,7 +43,7 @@ def build_tokenizer() -> PreTrainedTokenizerBase:
     tokenizer.decoder = decoders.Sequence([decoders.WordPiece(prefix="##"), decoders.Replace(" :", ":")])
     # one token each, though they end with a mark; not normalised, so that case matters
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
@@ -58,7 +58,7 @@ def build_tokenizer() -> PreTrainedTokenizerBase:
 def build_processor() -> LlavaProcessor:
     """Joins an image of any size (it is scaled to `IMAGE_SIZE`) with text in LLaVA's way."""
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    return LlavaProcessor(
+    return LlavaProcessor(  # type: ignore[no-untyped-call]
         image_processor=CLIPImageProcessorPil(size=size, do_center_crop=False, crop_size=size),
         tokenizer=build_tokenizer(),
         patch_size=PATCH,
@@ -99,7 +99,7 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**vision),
         text_config=LlamaConfig(**text),
-        image_token_id=SPECIAL.index("<image>"),
+        image_token_index=SPECIAL.index("<image>"),
         image_seq_length=VISION_TOKENS,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",

@@ -89,7 +89,8 @@ def _exists(scene: Scene, draw: random.Random) -> Question:
     else:  # of what is absent, mostly mixtures of what is there
         colour, shape = draw.choice(list(COLOURS)), draw.choice(SHAPES)
         mixtures = [
-            pair for pair in sorted((a.colour, b.shape) for a in scene.things for b in scene.things)
+            pair
+            for pair in sorted((a.colour, b.shape) for a in scene.things for b in scene.things)
             if pair not in present
         ]
         if mixtures and draw.random() < 0.6:

@@ -86,7 +86,7 @@ def scene_seed(split: str, index: int) -> int:
     """
     if split not in _SPLITS:
         raise ConfigError(f"split: unknown '{split}'; known: {', '.join(_SPLITS)}")
-    if split != "train" and not 0 <= index < 10_000_000 or index < 0:
+    if (split != "train" and not 0 <= index < 10_000_000) or index < 0:
         raise ConfigError(f"index: must be from 0 to 9,999,999; got {index}")
     return _SPLITS[split] + index
 
