@@ -11,6 +11,7 @@ STAMP := $(VENV)/.installed
 # The release that the tests run on; the library itself asks only for the range in pyproject.toml.
 TORCH := torch==2.13.0
 BENCH := kvcompress.evaluation.bench
+QUALITY := kvcompress.evaluation.shapes.bench
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lint types imports docs dist bench format clean
@@ -53,6 +54,7 @@ dist: $(STAMP) ## Build sdist and wheel into dist/ and try them in a clean venv 
 
 bench: $(STAMP) ## Measure memory, speed and quality
 	$(BIN)/python -m $(BENCH)
+	$(BIN)/python -m $(QUALITY)
 
 format: $(STAMP) ## Rewrite the sources the way lint wants them
 	$(BIN)/ruff check --fix .
