@@ -156,6 +156,30 @@ def vision_features(model: Any, pixels: Tensor) -> Tensor:
     return model.model.vision_tower(pixels).last_hidden_state[:, 1:]
 
 
+@torch.no_grad()
+def project_attributes(model: Any, heads: PatchHeads, features: Tensor) -> None:
+    """Starts the projector with what the patches were asked: its first units are the heads, at one scale each.
+
+    In the tower's own features, colours are loud and places hardly heard, and a decoder finds places very late.
+    """
+    projector, norm = model.model.multi_modal_projector, heads.norm
+    scale = features.var(-1, unbiased=False).sqrt().mean()
+    first = 0
+    projector.linear_1.weight.mul_(0.3 / features.std())  # the other units whisper
+    for name, head in heads.heads.items():
+        weight = head.weight * norm.weight
+        weight = (weight - weight.mean(1, keepdim=True)) / scale
+        bias = head.weight @ norm.bias + head.bias
+        logits = features @ weight.T + bias
+        gain = (4 if name in ("row", "column") else 2) / logits.std()
+        units = slice(first, first + len(weight))
+        projector.linear_1.weight[units] = weight * gain
+        projector.linear_1.bias[units] = (bias - logits.mean()) * gain
+        first += len(weight)
+    hidden = projector.act(projector.linear_1(features))
+    projector.linear_2.weight.div_((hidden @ projector.linear_2.weight.T).std())
+
+
 def answer_logits(model: Any, features: Tensor, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Logits where the next token is part of an answer, and those tokens."""
     embedded = model.get_input_embeddings()(ids)
@@ -239,10 +263,15 @@ class Run:
         if checkpoint.exists():
             held = self.load(checkpoint)
         elif self.options.vision is not None:
-            self.load(Path(self.options.vision))
+            trained = torch.load(self.options.vision, weights_only=True)
+            tower = {name: weight for name, weight in trained["model"].items() if "vision_tower" in name}
+            self.model.load_state_dict(tower, strict=False)
+            self.heads.load_state_dict(trained["heads"])
+            project_attributes(self.model, self.heads, self.features())
             held = {"phase": "joint", "step": 0, "optimizers": None}
         if held["phase"] == "vision":
             self.phase("vision", self.options.vision_steps, held)
+            project_attributes(self.model, self.heads, self.features())
             self.save("vision.pt", "vision", self.options.vision_steps, [])
             held = {"phase": "joint", "step": 0, "optimizers": None}
         self.phase("joint", self.options.joint_steps, held)
@@ -306,6 +335,11 @@ class Run:
             logits, wanted = answer_logits(self.model, features, ids, labels)
         loss = F.cross_entropy(logits, wanted)
         return loss, (logits.argmax(-1) == wanted).sum().item(), wanted.numel()
+
+    @torch.no_grad()
+    def features(self) -> Tensor:
+        """Vision tokens of some scenes."""
+        return vision_features(self.model, self.reader.pixels(self.scenes("vision", 0, 32)))
 
     @torch.no_grad()
     def validate(self, phase: str) -> dict[str, float]:

@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from kvcompress.evaluation.shapes.questions import WORDS
+from kvcompress.evaluation.shapes.questions import PLACES, WORDS
 from kvcompress.evaluation.shapes.scenes import IMAGE_SIZE
 
 PATCH = 12  # pixels, each way: 12 x 12 = 144 vision tokens an image
@@ -43,6 +43,7 @@ def build_tokenizer() -> PreTrainedTokenizerBase:
     tokenizer.decoder = decoders.Sequence([decoders.WordPiece(prefix="##"), decoders.Replace(" :", ":")])
     # one token each, though they end with a mark; not normalised, so that case matters
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
+    tokenizer.add_tokens([AddedToken(place, normalized=True, single_word=True) for place in PLACES])
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         pad_token="<pad>",

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from kvcompress.evaluation.shapes.scenes import COLOURS, GRID, SHAPES, SIZES, Scene, Thing, describe
 
 PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses", "ring": "rings"}
+# A place is one token a half ("row 2", "column 3"), so that no decoder must first learn which number is which.
+PLACES = tuple(f"{axis} {number}" for axis in ("row", "column") for number in range(1, GRID + 1))
 WORDS = (
+    *PLACES,
     *COLOURS,
     *SHAPES,
     *PLURALS.values(),
     *SIZES,
     *(str(number) for number in range(GRID * GRID + 1)),
-    *"what is in row column which colour shape the object objects how many there a are more than left of above".split(),
+    *"what is in which colour shape the object objects how many there a are more than left of above".split(),
     *"describe image nothing yes no : . , ?".split(),
 )
 DESCRIBE = "describe the image."
