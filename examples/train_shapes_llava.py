@@ -27,6 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from kvcompress.evaluation import load_model
+from kvcompress.evaluation.shapes.bench import gini_per_layer
+from kvcompress.evaluation.shapes.measure import accuracy, description_perplexity, held_out_scenes
 from kvcompress.evaluation.shapes.model import PATCH, SPECIAL, VISION_TOKENS, build_model, build_processor
 from kvcompress.evaluation.shapes.questions import ask_several, describe_question
 from kvcompress.evaluation.shapes.scenes import (
@@ -381,6 +384,16 @@ class Run:
         self.reader.processor.save_pretrained(folder)
         self.model.float()
 
+    def measure(self, folder: Path, count: int) -> None:
+        """Answers questions about held-out scenes with what was exported, and writes down how often they are right."""
+        loaded = load_model(str(folder), dtype="float32")
+        figures: dict[str, Any] = accuracy(loaded, None, held_out_scenes(count))
+        figures["gini per layer"] = gini_per_layer(loaded, held_out_scenes(25))
+        figures["description perplexity"] = description_perplexity(loaded, None, held_out_scenes(count))
+        content = {"scenes": count, "split": "test", "cache": "full", "decoding": "greedy", **figures}
+        (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        print(json.dumps(content))
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -397,6 +410,7 @@ def main() -> None:
     parser.add_argument("--decay", type=float, default=0.3, help="share of a phase in which the rate falls")
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--minutes", type=float, default=0, help="stops after so many minutes; 0: at the end")
+    parser.add_argument("--scenes", type=int, default=300, help="held-out scenes to measure the export on")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     run = Run(options)
@@ -406,6 +420,7 @@ def main() -> None:
         run.train()
     if options.export:
         run.export(Path(options.export))
+        run.measure(Path(options.export), options.scenes)
 
 
 if __name__ == "__main__":

@@ -305,6 +305,13 @@ def test_measures_are_shares_and_a_perplexity(shapes: LoadedModel) -> None:
         assert 1 <= description_perplexity(shapes, cache, scenes) < 1000
 
 
+@packaged
+def test_it_answers_forty_held_out_questions_about_cells_and_shapes(shapes: LoadedModel) -> None:
+    # At least nine of ten: what one machine's rounding turns is not a defect.
+    found = accuracy(shapes, None, held_out_scenes(20), kinds=("cell", "shape"), batch=20)
+    assert min(found.values()) >= 0.9, found
+
+
 # -- the command -------------------------------------------------------------------------------------------------------
 
 

@@ -23,6 +23,7 @@ from kvcompress.evaluation.shapes.scenes import IMAGE_SIZE
 PATCH = 12  # pixels, each way: 12 x 12 = 144 vision tokens an image
 VISION_TOKENS = (IMAGE_SIZE // PATCH) ** 2
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>", "USER:", "ASSISTANT:")
+_LONGEST = 1024  # tokens of a dialogue
 CHAT_TEMPLATE = (
     "<s>{% for message in messages %}"
     "{% if message['role'] == 'user' %}USER:{% else %}ASSISTANT:{% endif %}"
@@ -53,6 +54,7 @@ def build_tokenizer() -> PreTrainedTokenizerBase:
         extra_special_tokens={"image_token": "<image>"},
         model_input_names=["input_ids", "attention_mask"],
         padding_side="left",
+        model_max_length=_LONGEST,
     )
 
 
@@ -91,7 +93,7 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
         "num_hidden_layers": 8,
         "num_attention_heads": 4,
         "num_key_value_heads": 4,
-        "max_position_embeddings": 1024,
+        "max_position_embeddings": _LONGEST,
         "pad_token_id": SPECIAL.index("<pad>"),
         "bos_token_id": SPECIAL.index("<s>"),
         "eos_token_id": SPECIAL.index("</s>"),
