@@ -52,8 +52,8 @@ PATCH_CLASSES = {
     "colour": 1 + len(COLOURS),
     "shape": 1 + len(SHAPES),
 }
-# Kinds of short questions once single cells are learned: counting takes longest.
-LATER_SHARES = {"cell": 0.2, "colour": 0.1, "shape": 0.08, "count": 0.37, "exists": 0.15, "compare": 0.1}
+# Kinds of short questions besides counting once single cells are learned; counting takes longest.
+LATER_SHARES = {"cell": 0.2, "colour": 0.1, "shape": 0.08, "exists": 0.15, "compare": 0.1}
 VISION_BATCH = 48
 RATES = {"vision": (0.02, 2e-3), "joint": (0.02, 3e-3)}  # of Muon and of AdamW
 VALIDATION_SCENES = 96
@@ -129,7 +129,8 @@ def patch_labels(scenes: list[Any]) -> dict[str, Tensor]:
 
 def joint_dialogues(scenes: list[Any], step: int, options: argparse.Namespace) -> list[list[Any]]:
     """Short questions about each scene, or, in a share of the steps, its description and then a few of them."""
-    shares = None if step < options.turn else LATER_SHARES
+    counting = sum(LATER_SHARES.values()) * options.counting / (1 - options.counting)
+    shares = None if step < options.turn else {**LATER_SHARES, "count": counting}
     if random.Random(f"step {step}").random() < options.described:
         return [
             [describe_question(scene), *ask_several(scene, options.questions // 3, step, shares)] for scene in scenes
@@ -402,12 +403,13 @@ def main() -> None:
     parser.add_argument("--export-only", action="store_true", help="exports the checkpoint without training")
     parser.add_argument("--vision", help="a vision.pt of another run, to start with the second phase")
     parser.add_argument("--vision-steps", type=int, default=400)
-    parser.add_argument("--joint-steps", type=int, default=1800)
+    parser.add_argument("--joint-steps", type=int, default=1600)
     parser.add_argument("--batch", type=int, default=16, help="images a step in the second phase")
     parser.add_argument("--questions", type=int, default=12, help="short questions an image")
     parser.add_argument("--described", type=float, default=0.3, help="share of steps with descriptions")
     parser.add_argument("--turn", type=int, default=600, help="joint step from which counting is asked most")
-    parser.add_argument("--decay", type=float, default=0.3, help="share of a phase in which the rate falls")
+    parser.add_argument("--counting", type=float, default=0.37, help="share of counting from then on")
+    parser.add_argument("--decay", type=float, default=0.35, help="share of a phase in which the rate falls")
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--minutes", type=float, default=0, help="stops after so many minutes; 0: at the end")
     parser.add_argument("--scenes", type=int, default=300, help="held-out scenes to measure the export on")
