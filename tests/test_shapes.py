@@ -33,6 +33,7 @@ from kvcompress.evaluation.shapes import (
     scene_seed,
     write_dataset,
 )
+from kvcompress.evaluation.shapes.bench import _gini, gini_per_layer
 from kvcompress.evaluation.shapes.measure import accuracy, description_perplexity, held_out_scenes
 from kvcompress.evaluation.shapes.model import SPECIAL, VISION_TOKENS, build_model, build_processor
 from kvcompress.evaluation.shapes.questions import KINDS, PLURALS, right_objects
@@ -310,6 +311,19 @@ def test_it_answers_forty_held_out_questions_about_cells_and_shapes(shapes: Load
     # At least nine of ten: what one machine's rounding turns is not a defect.
     found = accuracy(shapes, None, held_out_scenes(20), kinds=("cell", "shape"), batch=20)
     assert min(found.values()) >= 0.9, found
+
+
+@packaged
+def test_layers_have_a_gini_coefficient_each(shapes: LoadedModel) -> None:
+    before = shapes.model.get_decoder().config._attn_implementation
+    found = gini_per_layer(shapes, SCENES[:2])
+    assert len(found) == 8 and all(0 < value < 1 for value in found)
+    assert shapes.model.get_decoder().config._attn_implementation == before
+
+
+def test_gini_is_zero_for_equals_and_near_one_for_one_that_has_all() -> None:
+    assert abs(_gini(torch.ones(2, 50))) < 1e-9
+    assert abs(_gini(torch.eye(1, 50)) - 0.98) < 1e-6
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

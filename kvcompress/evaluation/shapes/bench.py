@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -56,19 +57,20 @@ def _gini(importance: Tensor) -> float:
     return (2 * share / count - (count + 1) / count).mean().item()
 
 
-def quality(loaded: LoadedModel, scenes: Sequence[Scene]) -> dict[str, dict[str, float]]:
+def quality(loaded: LoadedModel, scenes: Sequence[Scene]) -> Iterator[tuple[str, dict[str, float]]]:
     """Accuracy of each kind of question and perplexity of descriptions, with the full cache and with each method."""
     configs: dict[str, CompressionConfig | None] = {"full": None}
     for name, (preset, fields) in methods().items():
         for share in RETENTIONS:
             configs[f"{name} {share:.0%}"] = CompressionConfig.preset(preset, budget=share, **fields)
-    return {
-        name: {
-            **accuracy(loaded, config, scenes),
-            "perplexity": description_perplexity(loaded, config, scenes),
-        }
-        for name, config in configs.items()
-    }
+    for name, config in configs.items():
+        yield (
+            name,
+            {
+                **accuracy(loaded, config, scenes),
+                "perplexity": description_perplexity(loaded, config, scenes),
+            },
+        )
 
 
 def main(
@@ -81,7 +83,7 @@ def main(
     console.print("Gini coefficient of importance per layer: " + ", ".join(f"{value:.2f}" for value in gini))
     title = f"ShapesLLaVA, {scenes} held-out scenes: right answers, and perplexity of descriptions"
     table = Table("cache", *KINDS, "objects described", "perplexity", title=title, title_justify="left")
-    for name, figures in quality(loaded, held_out).items():
+    for name, figures in track(quality(loaded, held_out), "answering", console=console, transient=True):
         shares = [f"{figures[kind]:.0%}" for kind in (*KINDS, "description")]
         table.add_row(name, *shares, f"{figures['perplexity']:.3f}")
     console.print(table)
