@@ -52,8 +52,8 @@ PATCH_CLASSES = {
     "colour": 1 + len(COLOURS),
     "shape": 1 + len(SHAPES),
 }
-# Kinds of short questions besides counting once single cells are learned; counting takes longest.
-LATER_SHARES = {"cell": 0.2, "colour": 0.1, "shape": 0.08, "exists": 0.15, "compare": 0.1}
+# Kinds of short questions once single cells are learned; counting, which takes longest, gets the rest.
+LATER_SHARES = {"cell": 0.2, "colour": 0.1, "shape": 0.08, "count": 0.0, "exists": 0.15, "compare": 0.1}
 VISION_BATCH = 48
 RATES = {"vision": (0.02, 2e-3), "joint": (0.02, 3e-3)}  # of Muon and of AdamW
 VALIDATION_SCENES = 96
