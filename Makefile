@@ -30,6 +30,7 @@ $(STAMP): pyproject.toml Makefile
 
 demo: $(STAMP) ## Compress a real model's cache and show what it costs and saves
 	$(BIN)/kvcompress demo
+	$(BIN)/kvcompress demo --image
 
 test: $(STAMP) ## Run the tests
 	$(BIN)/pytest $(PYTEST_ARGS)
