@@ -11,6 +11,7 @@ STAMP := $(VENV)/.installed
 # The release that the tests run on; the library itself asks only for the range in pyproject.toml.
 TORCH := torch==2.13.0
 BENCH := kvcompress.evaluation.bench
+QUALITY := kvcompress.evaluation.shapes.bench
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check lint types imports docs dist bench format clean
@@ -29,6 +30,7 @@ $(STAMP): pyproject.toml Makefile
 
 demo: $(STAMP) ## Compress a real model's cache and show what it costs and saves
 	$(BIN)/kvcompress demo
+	$(BIN)/kvcompress demo --image
 
 test: $(STAMP) ## Run the tests
 	$(BIN)/pytest $(PYTEST_ARGS)
@@ -53,6 +55,7 @@ dist: $(STAMP) ## Build sdist and wheel into dist/ and try them in a clean venv 
 
 bench: $(STAMP) ## Measure memory, speed and quality
 	$(BIN)/python -m $(BENCH)
+	$(BIN)/python -m $(QUALITY)
 
 format: $(STAMP) ## Rewrite the sources the way lint wants them
 	$(BIN)/ruff check --fix .

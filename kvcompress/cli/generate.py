@@ -29,6 +29,8 @@ kvcompress generate --prompt-file - --preset streaming --budget 512 < report.txt
 
 kvcompress generate --prompt "Hello" --set scorer.window=32 --set allocator=uniform --json
 
+kvcompress generate --model shapes --image scene.png --prompt "describe the image."
+
 kvcompress generate --model llava-hf/llava-1.5-7b-hf --image cat.jpg --prompt "What is this?"
 """
 
@@ -44,7 +46,7 @@ class Dtype(str, Enum):
 
 def generate(
     model: Annotated[
-        str, typer.Option(metavar="NAME", help="A folder, a model's id on the hub, or smollm2.")
+        str, typer.Option(metavar="NAME", help="A folder, a model's id on the hub, smollm2 or shapes.")
     ] = "smollm2",
     prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What to answer; comes after the text of --prompt-file.")
@@ -101,7 +103,7 @@ def generate(
         import_modules(modules or [])
         compression = read_config(preset, config, budget, settings or [])
         text = _read_prompt(prompt, prompt_file)
-        picture = None if image is None else _open_image(image)
+        picture = None if image is None else open_image(image)
         loaded = load_with_spinner(model, dtype.value, device)
         inputs = encode_prompt(loaded, text, image=picture, chat=chat)
         _warn_if_too_long(loaded, inputs["input_ids"].shape[1] + max_new_tokens)
@@ -199,7 +201,8 @@ def _read_prompt(prompt: str | None, file: Path | None) -> str:
     return "\n\n".join(part.strip() if len(parts) > 1 else part for part in parts)
 
 
-def _open_image(path: Path) -> Any:
+def open_image(path: Path) -> Any:
+    """Reads an image file as RGB."""
     try:
         from PIL import Image, UnidentifiedImageError
     except ImportError:

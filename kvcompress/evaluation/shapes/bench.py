@@ -1,0 +1,93 @@
+"""Quality against retention, on ShapesLLaVA: `python -m kvcompress.evaluation.shapes.bench`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+
+from kvcompress.config import CompressionConfig
+from kvcompress.evaluation.models import LoadedModel, load_model
+from kvcompress.evaluation.shapes.measure import accuracy, description_perplexity, encode, held_out_scenes
+from kvcompress.evaluation.shapes.questions import KINDS, describe_question
+from kvcompress.evaluation.shapes.scenes import Scene
+from kvcompress.registry import SCORERS
+
+RETENTIONS = (0.5, 0.2, 0.1)
+
+
+def methods() -> dict[str, tuple[str, dict[str, Any]]]:
+    """What is compared: presets with what is set in them; "random" only where that scorer is registered."""
+    found: dict[str, tuple[str, dict[str, Any]]] = {name: (name, {}) for name in ("prefixkv", "uniform", "streaming")}
+    if "random" in SCORERS.names():
+        found["random"] = ("uniform", {"scorer": "random"})
+    return found
+
+
+@torch.inference_mode()
+def gini_per_layer(loaded: LoadedModel, scenes: Sequence[Scene]) -> list[float]:
+    """How unequal importance is within each layer: 0 where all tokens are alike, towards 1 where few have all of it.
+
+    Importance is attention probability after a prompt that asks for a description, averaged over heads and summed over
+    queries, as PrefixKV reads it.
+    """
+    decoder = loaded.model.get_decoder()  # type: ignore[no-untyped-call]
+    before = decoder.config._attn_implementation
+    decoder.set_attn_implementation("eager")
+    try:
+        inputs = encode(loaded, [(scene, describe_question(scene)) for scene in scenes])
+        attentions = loaded.model(**inputs, output_attentions=True).attentions
+    finally:
+        decoder.set_attn_implementation(before)
+    return [_gini(layer.float().mean(dim=1).sum(dim=1)) for layer in attentions]
+
+
+def _gini(importance: Tensor) -> float:
+    """Mean over rows of the Gini coefficient of `[rows, tokens]`."""
+    ordered = importance.sort(dim=-1).values.double()
+    count = ordered.shape[-1]
+    rank = torch.arange(1, count + 1, device=ordered.device, dtype=torch.float64)
+    share = (ordered * rank).sum(-1) / ordered.sum(-1)
+    return (2 * share / count - (count + 1) / count).mean().item()
+
+
+def quality(loaded: LoadedModel, scenes: Sequence[Scene]) -> Iterator[tuple[str, dict[str, float]]]:
+    """Accuracy of each kind of question and perplexity of descriptions, with the full cache and with each method."""
+    configs: dict[str, CompressionConfig | None] = {"full": None}
+    for name, (preset, fields) in methods().items():
+        for share in RETENTIONS:
+            configs[f"{name} {share:.0%}"] = CompressionConfig.preset(preset, budget=share, **fields)
+    for name, config in configs.items():
+        yield (
+            name,
+            {
+                **accuracy(loaded, config, scenes),
+                "perplexity": description_perplexity(loaded, config, scenes),
+            },
+        )
+
+
+def main(
+    scenes: Annotated[int, typer.Option(help="Held-out scenes; one question of each kind a scene.")] = 100,
+) -> None:
+    """Prints what compression costs a model whose right answers are known."""
+    loaded, console = load_model("shapes"), Console()
+    held_out = held_out_scenes(scenes)
+    gini = gini_per_layer(loaded, held_out[:25])
+    console.print("Gini coefficient of importance per layer: " + ", ".join(f"{value:.2f}" for value in gini))
+    title = f"ShapesLLaVA, {scenes} held-out scenes: right answers, and perplexity of descriptions"
+    table = Table("cache", *KINDS, "objects described", "perplexity", title=title, title_justify="left")
+    for name, figures in track(quality(loaded, held_out), "answering", console=console, transient=True):
+        shares = [f"{figures[kind]:.0%}" for kind in (*KINDS, "description")]
+        table.add_row(name, *shares, f"{figures['perplexity']:.3f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
