@@ -107,8 +107,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         {"budget": 1.0, "evictor": None, "quantizer": "quanto4"},
     ),
     "text": (
-        "Made for plain text: TOVA's scores with sinks and recents protected; as good as any of these on continuations of "
-        "text in our own measurement (see the benchmarks).",
+        "Made for plain text: TOVA's scores with sinks and recents protected; as good as any of these on continuations "
+        "of text in our own measurement (see the benchmarks).",
         {
             "budget": {"fraction": 0.2, "sink": 4, "recent": 32},
             "scorer": "tova",
