@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import pytest
@@ -12,7 +13,7 @@ from hypothesis.stateful import rule
 from torch import Tensor
 from transformers import GenerationConfig
 
-from kvcompress import QUANTIZERS, Budget, CompressedCache, CompressionConfig
+from kvcompress import QUANTIZERS, Budget, CompressedCache, CompressionConfig, quantized
 from kvcompress.errors import ConfigError
 from kvcompress.quantized import QuantizedStore
 from kvcompress.shapes import Codes, Keys, Values
@@ -23,6 +24,14 @@ from tests.reference import held
 from tests.test_state_machine import StoreMachine
 
 names = pytest.mark.parametrize("name", QUANTIZERS.names())
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_blocks() -> Iterator[None]:
+    """Attention decodes a few slots at a time, so that a handful of tokens already makes several blocks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantized, "_BLOCK", 8)
+        yield
 
 
 class Lossless(Quantizer):
