@@ -242,10 +242,13 @@ class Engine:
         evictor = self.config.evictor
         assert evictor is not None
         merger = self.config.merger if self.config.merger and self.config.merger.merges_decoding else None
+        if evictor.frees == "oldest" and merger is None:
+            store.evict_oldest(limits)
+            return
         per_row = limits * store.batch if len(limits) == 1 else limits
         if evictor.frees == "oldest":
             before = store.counts
-            if merger is None or all(count <= limit for count, limit in zip(before, per_row, strict=True)):
+            if all(count <= limit for count, limit in zip(before, per_row, strict=True)):
                 store.evict_oldest(limits)
                 return
             columns, scores = store.columns().clone(), store.used_scores()

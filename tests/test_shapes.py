@@ -249,17 +249,12 @@ def test_missing_weights_say_where_to_get_them(monkeypatch: pytest.MonkeyPatch, 
 
 # -- the packaged model ------------------------------------------------------------------------------------------------
 
-packaged = pytest.mark.skipif(
-    not (pretrained._FOLDER / "model.safetensors").is_file(), reason="this checkout has no trained weights"
-)
-
 
 @pytest.fixture(scope="module")
 def shapes() -> LoadedModel:
     return load_model("shapes")
 
 
-@packaged
 def test_the_packaged_model_loads_fast_and_is_small() -> None:
     start = time.process_time()
     loaded = load_model("shapes")
@@ -268,7 +263,6 @@ def test_the_packaged_model_loads_fast_and_is_small() -> None:
     assert sum(file.stat().st_size for file in pretrained.weights_folder().iterdir()) < 20e6
 
 
-@packaged
 def test_the_folder_loads_with_plain_transformers() -> None:
     folder = pretrained.weights_folder()
     model = transformers.LlavaForConditionalGeneration.from_pretrained(folder)
@@ -278,7 +272,6 @@ def test_the_folder_loads_with_plain_transformers() -> None:
     assert (folder / "README.md").is_file()
 
 
-@packaged
 @pytest.mark.parametrize("preset", sorted(PRESETS))
 def test_every_preset_generates_from_it(shapes: LoadedModel, preset: str) -> None:
     inputs = encode_prompt(shapes, "describe the image.", image=draw_scene(SCENES[0]))
@@ -289,7 +282,6 @@ def test_every_preset_generates_from_it(shapes: LoadedModel, preset: str) -> Non
     assert result.prompt_tokens == VISION_TOKENS + 7 and result.text
 
 
-@packaged
 def test_the_full_cache_and_compression_at_full_budget_answer_alike(shapes: LoadedModel) -> None:
     inputs = encode_prompt(shapes, "describe the image.", image=draw_scene(SCENES[1]))
     whole = generate(shapes, inputs, None, max_new_tokens=40)
@@ -298,7 +290,6 @@ def test_the_full_cache_and_compression_at_full_budget_answer_alike(shapes: Load
     )
 
 
-@packaged
 def test_measures_are_shares_and_a_perplexity(shapes: LoadedModel) -> None:
     scenes = held_out_scenes(4)
     config = CompressionConfig.preset("prefixkv", budget=0.5)
@@ -308,14 +299,12 @@ def test_measures_are_shares_and_a_perplexity(shapes: LoadedModel) -> None:
         assert 1 <= description_perplexity(shapes, cache, scenes) < 1000
 
 
-@packaged
 def test_it_answers_forty_held_out_questions_about_cells_and_shapes(shapes: LoadedModel) -> None:
     # At least nine of ten: what one machine's rounding turns is not a defect.
     found = accuracy(shapes, None, held_out_scenes(20), kinds=("cell", "shape"), batch=20)
     assert min(found.values()) >= 0.9, found
 
 
-@packaged
 def test_layers_have_a_gini_coefficient_each(shapes: LoadedModel) -> None:
     before = shapes.model.get_decoder().config._attn_implementation
     found = gini_per_layer(shapes, SCENES[:2])
@@ -338,7 +327,6 @@ def test_a_file_without_image_is_refused(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "--image" in result.output
 
 
-@packaged
 def test_the_demo_looks_at_a_scene_and_at_a_file(tmp_path: Path) -> None:
     picture = tmp_path / "scene.png"
     draw_scene(SCENES[0]).save(picture)
