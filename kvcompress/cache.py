@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -17,7 +18,10 @@ from kvcompress.config import CompressionConfig
 from kvcompress.engine import Engine
 from kvcompress.errors import CacheStateError, UnsupportedModeError
 from kvcompress.integrations import Adapter, adapter_for
+from kvcompress.reduction import Reduction
 from kvcompress.report import CacheReport
+from kvcompress.sequence import Sequence
+from kvcompress.shapes import ImageLayout
 
 
 class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -93,7 +97,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             store.to(store.device)
 
 
-class CompressedCache(Cache, hooks.ObservesInputs):
+class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     """A key-value cache that stays within a budget; pass it to a model as `past_key_values`.
 
     Args:
@@ -122,6 +126,8 @@ class CompressedCache(Cache, hooks.ObservesInputs):
         self.config = CompressionConfig.read(config, **overrides)
         adapter = adapter_for(model)
         layers = len(adapter.layers(model))
+        if self.config.reducer is not None:
+            self.config.reducer.acts_after(layers)  # complains before anything is touched
         self._engine = Engine(self.config, layers)
         self._decoder = weakref.ref(adapter.decoder(model))
         super().__init__(
@@ -129,6 +135,8 @@ class CompressedCache(Cache, hooks.ObservesInputs):
         )
         attention.install(adapter.decoder(model), adapter.attention_modules(model))
         hooks.observe(model, adapter)
+        if self.config.reducer is not None:
+            hooks.reduce_between(adapter.layers(model))
 
     def __repr__(self) -> str:
         return f"CompressedCache({self.config!r}, seen={self.get_seq_length()})"
@@ -207,16 +215,37 @@ class CompressedCache(Cache, hooks.ObservesInputs):
         """Whether eviction waits for `crop`."""
         return self._engine.recording
 
-    def before_forward(self, inputs: dict[str, Any], is_image: Tensor | None) -> None:
+    def before_forward(
+        self, inputs: dict[str, Any], is_image: Tensor | None, layout: Callable[[], ImageLayout | None]
+    ) -> None:
         """Looks at the inputs of a forward before it runs; called by the hook on the model.
 
         Raises:
-            UnsupportedModeError: for labels, masks that are not two-dimensional, and right padding in `generate`.
+            UnsupportedModeError: for labels, masks that are not two-dimensional, right padding in `generate`, and an
+                image to be reduced while the past is recorded.
+            UnsupportedModelError: if the places of image tokens in their images cannot be known, which a reducer needs.
             CacheStateError: for an attention mask that does not cover what was seen.
         """
         hooks.check_inputs(inputs, self.get_seq_length())
+        engine = self._engine
+        engine.layout = None
         if is_image is not None:
-            self._engine.sequence.mark_images(is_image)
+            if self.config.reducer is not None and bool(is_image.any()):
+                if engine.recording:
+                    raise UnsupportedModeError(
+                        "reducer: an image cannot be reduced in a forward that may be undone (assisted decoding), since "
+                        "tokens that are not accepted would have a say; read the image in a forward of its own first"
+                    )
+                engine.layout = layout()
+            engine.sequence.mark_images(is_image)
+
+    def reduce(self, layer: int, hidden: Tensor) -> tuple[Tensor, Reduction] | None:
+        """What goes into a decoder layer where a reducer acts; called by the hooks on the layers."""
+        return self._engine.reduce(layer, hidden)
+
+    def spread(self, hidden: Tensor) -> Tensor | None:
+        """What comes out of the last layer, zero for tokens that a reducer took away; called by the hook on it."""
+        return self._engine.spread(hidden)
 
     # -- kvcompress's own ----------------------------------------------------------------------------------------------
 
@@ -236,6 +265,8 @@ class CompressedCache(Cache, hooks.ObservesInputs):
             tokens_seen=sequence.seen,
             row_tokens_seen=list(sequence.row_seen),
             layer_lengths=[list(store.counts) for store in stores],
+            layer_tokens=[sequence.given(layer) for layer in range(len(stores))],
+            image_tokens=_image_tokens(sequence, len(stores)),
             layer_budgets=budgets,
             held_columns=[[[sorted(s) for s in row] for row in layer] for layer in held],
             kv_bytes=sum(store.nbytes for store in stores),
@@ -271,13 +302,27 @@ class CompressedCache(Cache, hooks.ObservesInputs):
 
 
 def restore(model: PreTrainedModel) -> None:
-    """Takes everything that kvcompress put on a model off again: its attention and its hook.
+    """Takes everything that kvcompress put on a model off again: its attention and its hooks.
 
     Caches made for the model before can no longer be used with it.
     """
     adapter = adapter_for(model)
     attention.uninstall(adapter.decoder(model), adapter.attention_modules(model))
-    hooks.remove(model)
+    for module in (model, *adapter.layers(model)):
+        hooks.remove(module)
+
+
+def _image_tokens(sequence: Sequence, layers: int) -> list[list[int]]:
+    """Image tokens that each layer got per row."""
+    if sequence.is_image is None:
+        return [[0] * sequence.batch for _ in range(layers)]
+    counts = []
+    for layer in range(layers):
+        missing, images = sequence.missing(layer), sequence.is_image
+        if missing is not None:
+            images = images & ~missing[:, : images.shape[1]].to(images.device)
+        counts.append(images.sum(1).tolist())
+    return counts
 
 
 def _columns(store: Any) -> list[list[list[int]]]:

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kvcompress import pipeline
 from kvcompress.config import CompressionConfig
+from kvcompress.decoding import attend_one, evict
 from kvcompress.errors import CacheStateError
 from kvcompress.pipeline import Allocation
 from kvcompress.quantized import QuantizedStore
-from kvcompress.scoring import attend_and_score, attend_in_blocks
+from kvcompress.reduction import Reduction
+from kvcompress.scoring import attend_and_score
 from kvcompress.sequence import Sequence
-from kvcompress.shapes import DecodeContext, LayerWeights
+from kvcompress.shapes import ImageLayout, LayerWeights
 from kvcompress.storage import DenseStore
 
 
@@ -26,24 +27,24 @@ class Forward:
     """A forward pass in progress.
 
     Attributes:
-        first_column: column of its first token.
-        queries: number of its columns.
-        spans: per row, indices of its columns that are no padding; None if none is.
+        columns: columns of the tokens that the next layer gets, `[1 or batch, tokens]`.
+        spans: per row, indices of these tokens that are no padding; None if none is.
         scores: whether it scores (the first forward, and every one of several tokens) or decodes.
         next_layer: layer whose attention comes next.
         local: the allocation, where it needs no scores and is known from the start.
         limits: slots that each layer may hold after a decode step.
         rooms: most slots that each layer will ever need, where that is known.
+        reduction: what a reducer does to its images; None if there are none.
     """
 
-    first_column: int
-    queries: int
+    columns: Tensor
     spans: list[Tensor] | None
     scores: bool
     next_layer: int = 0
     local: Allocation | None = None
     limits: list[list[int]] | None = None
     rooms: list[int] | None = None
+    reduction: Reduction | None = None
 
 
 class Engine:
@@ -56,6 +57,7 @@ class Engine:
         allocation: the last allocation; None before the first.
         statistics: what the allocator reads of each layer's last scoring forward, by name, `[batch]`.
         recording: whether eviction waits for the next crop (assisted decoding).
+        layout: where the images of the forward about to begin are, for the reducer; None if there are none.
     """
 
     def __init__(self, config: CompressionConfig, layers: int) -> None:
@@ -67,6 +69,8 @@ class Engine:
         self.allocation: Allocation | None = None
         self.statistics: list[dict[str, Tensor]] = [{} for _ in range(layers)]
         self.recording = False
+        self.layout: ImageLayout | None = None
+        self._reduced: Reduction | None = None  # of a forward whose last layer has attended
         self._forward: Forward | None = None
         self._waiting: str | None = None  # kind of the forward whose eviction waits: "scored" or "decoded"
 
@@ -105,11 +109,41 @@ class Engine:
         if forward.scores:
             output = self._attend_and_score(layer, store, forward, query, key, value, scale, weights())
         else:
-            output = self._attend_one(layer, store, forward, query, key, value, scale)
+            output = attend_one(store, query, key, value, scale, self.sequence.seen - 1, self._room(layer, forward))
+            if forward.limits is not None and not self.recording:
+                evict(layer, store, self.config, self.sequence, forward.limits[layer])
+            if not self.recording:
+                store.pack()
         forward.next_layer += 1
         if forward.next_layer == len(self.stores):
             self._finish(forward)
         return output
+
+    def reduce(self, layer: int, hidden: Tensor) -> tuple[Tensor, Reduction] | None:
+        """Lets the reducer act between two layers; before every layer of a forward, in order.
+
+        Args:
+            layer: index of the layer that comes next.
+            hidden: hidden states of the tokens that came so far, `[batch, tokens, hidden]`.
+
+        Returns:
+            Hidden states of the tokens that go on, and the reduction; None where nothing was removed so far.
+        """
+        forward = self._forward
+        if forward is None or forward.reduction is None or forward.next_layer != layer:
+            return None
+        reduction = forward.reduction
+        if layer < reduction.points[0]:
+            return None
+        if layer in reduction.points:
+            hidden = reduction.reduce(layer, hidden)
+            forward.columns, forward.spans = reduction.columns, reduction.spans
+        return hidden, reduction
+
+    def spread(self, hidden: Tensor) -> Tensor | None:
+        """What the last layer gave, in the columns that went into the first, once; None if nothing was reduced."""
+        reduction, self._reduced = self._reduced, None
+        return None if reduction is None else reduction.spread(hidden)
 
     def check_ready(self) -> None:
         """Raises CacheStateError if a forward failed half-way."""
@@ -141,8 +175,15 @@ class Engine:
         if self._waiting:
             self.recording = False  # nobody cropped after the last forward, so nobody is rolling back
             self.compress()
-        forward = Forward(sequence.seen, queries, spans, scores)
+        first = sequence.seen
+        columns = torch.arange(first, first + queries, dtype=torch.int32, device=query.device).unsqueeze(0)
+        forward, layout, self.layout = Forward(columns, spans, scores), self.layout, None
+        self._reduced = None
         sequence.extend(batch, queries, new_valid, scores)
+        if layout is not None and self.config.reducer is not None:
+            points = self.config.reducer.acts_after(len(self.stores))
+            if points:
+                forward.reduction = Reduction(self.config.reducer, points, layout, sequence, first, spans)
         if not scores:
             forward.limits = self.limits()
             if forward.limits is not None and self.config.budget.fraction is None:
@@ -154,7 +195,7 @@ class Engine:
             self._waiting = "scored" if forward.scores else "decoded"
         elif forward.scores:
             self._compress_all(forward)
-        self._forward = None
+        self._forward, self._reduced = None, forward.reduction
 
     def _compress_all(self, forward: Forward | None) -> None:
         config = self.config
@@ -186,7 +227,7 @@ class Engine:
         needs = config.allocator.needs if config.evictor is not None else ()
         rest = (scale, weights, config.scorer, needs, self.statistics[layer], self.sequence)
         before = store.counts if store.batch else [0] * query.shape[0]
-        store.append(key, value, forward.first_column, forward.spans)
+        store.append(key, value, forward.columns, forward.spans)
         if forward.spans is None and store.rows_alike and self.sequence.rows_alike:
             output = attend_and_score(layer, store, slice(None), before[0], query, *rest)
         else:
@@ -197,88 +238,33 @@ class Engine:
                 if own.shape[2]:
                     rows = slice(row, row + 1)
                     output[rows, :, span] = attend_and_score(layer, store, rows, before[row], own, *rest)
+        if forward.reduction is not None:
+            forward.reduction.observe(layer, store, query, scale)
         if config.evictor is None:
             if not self.recording:
                 store.pack()
-        elif not config.allocator.reads_importance and not self.recording:
+        elif self._local(forward):
             self._compress_local(layer, store, forward)
         return output
+
+    def _local(self, forward: Forward) -> bool:
+        """Whether layers are compressed as soon as they ran: sizes are known then, unless a reducer acts."""
+        return not (self.config.allocator.reads_importance or self.recording or forward.reduction is not None)
+
+    def _room(self, layer: int, forward: Forward) -> int | None:
+        return None if forward.rooms is None else forward.rooms[layer]
 
     def _compress_local(self, layer: int, store: DenseStore, forward: Forward) -> None:
         """Compresses a layer as soon as it ran, for allocators that need no scores of other layers."""
         if forward.local is None:  # the first layer has its new tokens, the others will have them
-            new = [forward.queries] * store.batch if forward.spans is None else [len(span) for span in forward.spans]
+            tokens = forward.columns.shape[1]
+            new = [tokens] * store.batch if forward.spans is None else [len(span) for span in forward.spans]
             held = [[sum(pair) for pair in zip_longest(other.counts, new, fillvalue=0)] for other in self.stores[1:]]
             held = [store.counts, *held]
             forward.local = pipeline.allocate(self.config, self.sequence, self.stores, held, None, None)
         pipeline.shrink(layer, store, self.config, self.sequence, forward.local)
         self._pin(layer)
         store.pack()
-
-    # -- decoding ------------------------------------------------------------------------------------------------------
-
-    def _attend_one(
-        self, layer: int, store: DenseStore, forward: Forward, query: Tensor, key: Tensor, value: Tensor, scale: float
-    ) -> Tensor:
-        """A decode step: writes one token, attends over all slots, frees one if the layer is over its budget."""
-        store.write(key, value, forward.first_column, forward.rooms[layer] if forward.rooms else None)
-        batch, heads, _, head_dim = query.shape
-        kv_heads = key.shape[1]
-        grouped = query.view(batch, kv_heads, heads // kv_heads, head_dim)
-        if store.packed:
-            output = attend_in_blocks(store, grouped, scale)
-        else:
-            keys, values = store.slots()
-            mask = (store.columns() >= 0).unsqueeze(2).expand(-1, kv_heads, -1, -1) if store.has_holes else None
-            output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
-        if forward.limits is not None and not self.recording:
-            self._evict(layer, store, forward.limits[layer])
-        if not self.recording:
-            store.pack()
-        return output.view(batch, heads, 1, value.shape[3])
-
-    def _evict(self, layer: int, store: DenseStore, limits: list[int]) -> None:
-        """Frees slots in rows that are over their limit, by the evictor's decode rule."""
-        evictor = self.config.evictor
-        assert evictor is not None
-        merger = self.config.merger if self.config.merger and self.config.merger.merges_decoding else None
-        if evictor.frees == "oldest" and merger is None:
-            store.evict_oldest(limits)
-            return
-        per_row = limits * store.batch if len(limits) == 1 else limits
-        if evictor.frees == "oldest":
-            before = store.counts
-            if all(count <= limit for count, limit in zip(before, per_row, strict=True)):
-                store.evict_oldest(limits)
-                return
-            columns, scores = store.columns().clone(), store.used_scores()
-            scores = None if scores is None else scores.clone()  # a freed slot loses its column and score
-            store.evict_oldest(limits)
-            most = max(count - left for count, left in zip(before, store.counts, strict=True))
-            if most:
-                self._merge(layer, store, columns, scores, store.columns() != columns, most)
-            return
-        while over := [row for row, count in enumerate(store.counts) if count > per_row[row]]:
-            columns, scores = store.columns(), store.used_scores()
-            protected = self.sequence.protected(columns, *pipeline.protection(self.config))
-            victims = evictor.victim(DecodeContext(columns, protected, scores))
-            if merger:
-                rows = torch.zeros(store.batch, 1, 1, dtype=torch.bool, device=columns.device)
-                rows[over] = True
-                freed = torch.zeros(*victims.shape, store.length, dtype=torch.bool, device=columns.device)
-                self._merge(layer, store, columns, scores, freed.scatter_(-1, victims.unsqueeze(-1), True) & rows, 1)
-            store.evict_at(victims, over)
-
-    def _merge(
-        self, layer: int, store: DenseStore, columns: Tensor, scores: Tensor | None, freed: Tensor, most: int
-    ) -> None:
-        """Merges what a decode step frees, at most so many slots a row, given columns and scores from before it."""
-        scorer = self.config.scorer
-        importance = scores
-        if scorer is not None and scores is not None:
-            importance = pipeline.scored_importance(scores, columns, scorer, self.sequence)
-        dropped = pipeline.Dropped(columns, (columns >= 0) & ~freed, freed, importance, max(store.counts), most)
-        pipeline.merge(layer, store, self.config, self.sequence, dropped, decoding=True)
 
     def limits(self) -> list[list[int]] | None:
         """Slots that each layer may hold now, `[layers][batch]`; `[layers][1]` while all rows agree.
@@ -305,7 +291,11 @@ class Engine:
         store, evictor = self.stores[layer], self.config.evictor
         if evictor is not None and evictor.frees == "oldest":
             sinks, recents = pipeline.protection(self.config)
-            pinned = [max(evictor.pinned(count, sinks, recents), min(sinks, count)) for count in store.counts]
+            held = self.sequence.first_given(layer, sinks)
+            pinned = [
+                max(evictor.pinned(count, first, recents), first)
+                for count, first in zip(store.counts, held, strict=True)
+            ]
             store.pin(pinned, [max(0, sinks - seen) for seen in self.sequence.row_seen])
 
     # -- rows and rollback ---------------------------------------------------------------------------------------------
@@ -318,7 +308,7 @@ class Engine:
             self._compress_all(None)
         elif waiting == "decoded" and (limits := self.limits()) is not None:
             for layer, store in enumerate(self.stores):
-                self._evict(layer, store, limits[layer])
+                evict(layer, store, self.config, self.sequence, limits[layer])
         if waiting:
             for store in self.stores:
                 store.pack()

@@ -1,9 +1,11 @@
-"""One hook on a model, which looks at the inputs of forwards with a compressed cache and at nothing else."""
+"""Hooks on a model, inert unless a forward comes with a compressed cache: one looks at inputs, some reduce tokens."""
 
 from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,16 +13,38 @@ from transformers import PreTrainedModel
 
 from kvcompress.errors import CacheStateError, UnsupportedModeError, UnsupportedModelError
 from kvcompress.integrations import Adapter
+from kvcompress.reduction import Reduction
+from kvcompress.shapes import ImageLayout
 
-_HOOK = "_kvcompress_hook"  # on the model
+_HOOK = "_kvcompress_hook"  # on the model and on decoder layers
 
 
 class ObservesInputs(ABC):
     """A cache that wants to see a model's inputs."""
 
     @abstractmethod
-    def before_forward(self, inputs: dict[str, Any], is_image: Tensor | None) -> None:
-        """Gets the model's arguments by name, and which input ids are images if there are several."""
+    def before_forward(
+        self, inputs: dict[str, Any], is_image: Tensor | None, layout: Callable[[], ImageLayout | None]
+    ) -> None:
+        """Gets the model's arguments by name.
+
+        Args:
+            inputs: the arguments.
+            is_image: which input ids are images, if there are several ids and the model sees images.
+            layout: finds out where in their images they belong.
+        """
+
+
+class ReducesTokens(ABC):
+    """A cache that lets fewer tokens go on from one decoder layer to the next."""
+
+    @abstractmethod
+    def reduce(self, layer: int, hidden: Tensor) -> tuple[Tensor, Reduction] | None:
+        """What goes into a layer instead of these hidden states; None for themselves."""
+
+    @abstractmethod
+    def spread(self, hidden: Tensor) -> Tensor | None:
+        """What comes out of the last layer, in the columns that went into the first; None if nothing was reduced."""
 
 
 def observe(model: PreTrainedModel, adapter: Adapter) -> None:
@@ -38,15 +62,52 @@ def observe(model: PreTrainedModel, adapter: Adapter) -> None:
                 raise UnsupportedModelError(f"pixel_values: {kind} is a text model; an image needs a LLaVA model")
             ids = inputs.get("input_ids")
             several = ids is not None and ids.shape[1] > 1
-            cache.before_forward(inputs, adapter.image_tokens(module, ids) if several else None)  # type: ignore[arg-type]
+            is_image = adapter.image_tokens(module, ids) if several else None  # type: ignore[arg-type]
+            layout = partial(adapter.image_layout, module, ids, inputs)  # type: ignore[arg-type]
+            cache.before_forward(inputs, is_image, layout)
 
-    model.__dict__[_HOOK] = model.register_forward_pre_hook(look, with_kwargs=True)
+    model.__dict__[_HOOK] = [model.register_forward_pre_hook(look, with_kwargs=True)]
 
 
-def remove(model: PreTrainedModel) -> None:
-    """Takes the hook off a model."""
-    handle = model.__dict__.pop(_HOOK, None)
-    if handle is not None:
+def reduce_between(layers: list[nn.Module]) -> None:
+    """Puts hooks on decoder layers, unless they are there, that let caches reduce the tokens that go into each.
+
+    A layer after a reduction gets the hidden states, position ids and rotary embeddings of the tokens that go on, and no
+    mask, since the cache knows which are padding. The last layer's output has all columns again.
+    """
+    if _HOOK in layers[0].__dict__:
+        return
+    for index, layer in enumerate(layers):
+        layer.__dict__[_HOOK] = [layer.register_forward_pre_hook(partial(_reduce, index), with_kwargs=True)]
+    layers[-1].__dict__[_HOOK].append(layers[-1].register_forward_hook(_spread, with_kwargs=True))
+
+
+def _reduce(
+    index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    cache = kwargs.get("past_key_values")
+    found = cache.reduce(index, args[0]) if isinstance(cache, ReducesTokens) else None
+    if found is None:
+        return None
+    hidden, reduction = found
+    changed = {**kwargs, "attention_mask": None}
+    for name in ("position_ids", "position_embeddings"):
+        given = kwargs.get(name)
+        if isinstance(given, tuple):
+            changed[name] = tuple(map(reduction.of_the_tokens, given))
+        elif given is not None:
+            changed[name] = reduction.of_the_tokens(given)
+    return (hidden, *args[1:]), changed
+
+
+def _spread(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    cache = kwargs.get("past_key_values")
+    return cache.spread(output) if isinstance(cache, ReducesTokens) else None
+
+
+def remove(module: nn.Module) -> None:
+    """Takes the hooks off a model or a layer."""
+    for handle in module.__dict__.pop(_HOOK, ()):
         handle.remove()
 
 

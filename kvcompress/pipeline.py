@@ -119,16 +119,18 @@ def importance_of(layer: int, store: DenseStore, config: CompressionConfig, sequ
     columns, scores = store.columns(), store.used_scores()
     if config.scorer is None or scores is None or not store.length:
         return None
-    importance = scored_importance(scores, columns, config.scorer, sequence)
+    importance = scored_importance(layer, scores, columns, config.scorer, sequence)
     if importance.isinf().any():
         raise PolicyError(f"scorer {config.scorer.name}: layer {layer}: importance must be finite, got an infinity")
     highest = importance.nan_to_num(nan=-torch.inf).amax(-1, keepdim=True).nan_to_num(neginf=0.0)
     return torch.where(importance.isnan(), highest, importance).masked_fill(columns < 0, 0.0)
 
 
-def scored_importance(scores: Tensor, columns: Tensor, scorer: Scorer, sequence: Sequence) -> Tensor:
+def scored_importance(
+    layer: int, scores: Tensor, columns: Tensor, scorer: Scorer, sequence: Sequence
+) -> Tensor:
     """Importance of every slot of a layer, NaN where it has no score."""
-    return scorer.importance(scores, sequence.queries_on(columns, last=not scorer.accumulates))
+    return scorer.importance(scores, sequence.queries_on(columns, last=not scorer.accumulates, layer=layer))
 
 
 def allocate(

@@ -13,6 +13,9 @@ class CacheReport:
     Attributes:
         tokens_seen: columns that the model saw, padding included.
         row_tokens_seen: tokens of each row, padding left out.
+        layer_tokens: tokens that each layer was given per row, `[layers][batch]`; fewer than `row_tokens_seen` where a
+            reducer acted before it.
+        image_tokens: how many of them are image tokens, likewise.
         layer_lengths: tokens that each layer holds per row, `[layers][batch]`.
         layer_budgets: tokens that each layer may hold per row at this point; None where nothing limits it.
         held_columns: columns of the held tokens, `[layers][batch][sets][tokens]`; `sets` is 1 unless heads keep
@@ -26,6 +29,8 @@ class CacheReport:
 
     tokens_seen: int
     row_tokens_seen: list[int]
+    layer_tokens: list[list[int]]
+    image_tokens: list[list[int]]
     layer_lengths: list[list[int]]
     layer_budgets: list[list[int]] | None
     held_columns: list[list[list[list[int]]]] = field(repr=False)
@@ -40,6 +45,12 @@ class CacheReport:
         """Tokens kept / tokens seen, over all layers and rows; 1.0 before anything was seen."""
         seen = sum(self.row_tokens_seen) * len(self.layer_lengths)
         return sum(map(sum, self.layer_lengths)) / seen if seen else 1.0
+
+    @property
+    def vision_retention(self) -> float | None:
+        """Image tokens that layers were given / image tokens seen, mean over layers; None without images."""
+        seen = sum(self.image_tokens[0]) if self.image_tokens else 0
+        return sum(map(sum, self.image_tokens)) / (seen * len(self.image_tokens)) if seen else None
 
     def columns(self, layer: int, row: int, head: int | None = None) -> list[int]:
         """Columns that a layer holds for a row, ascending.
@@ -58,4 +69,4 @@ class CacheReport:
         """Everything but the columns, with `retention`, ready for JSON."""
         fields = asdict(self)
         del fields["held_columns"]
-        return {**fields, "retention": self.retention}
+        return {**fields, "retention": self.retention, "vision_retention": self.vision_retention}

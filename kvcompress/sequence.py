@@ -18,6 +18,8 @@ class Sequence:
         is_image: which of the first columns hold image tokens; None for text alone.
         decoded: columns of decode steps, whose queries scored nothing, as ranges `[first, end)`.
         last_scored: tokens of each row in the last scoring forward that had any of it.
+        went_into: for the layers after which a reducer acts, by number, the column that each column's token is part of
+            from the next layer on: its own if it stays, -1 if it was dropped. Columns beyond the last stay.
     """
 
     def __init__(self) -> None:
@@ -28,6 +30,8 @@ class Sequence:
         self.is_image: Bool[Tensor, "batch columns"] | None = None
         self.decoded: list[tuple[int, int]] = []
         self.last_scored: list[int] = []
+        self.went_into: dict[int, Int[Tensor, "batch columns"]] = {}
+        self._last_from: list[int] = []  # first column of the forward that last_scored counts
 
     @property
     def batch(self) -> int:
@@ -51,7 +55,7 @@ class Sequence:
             scored: whether their queries score; if not, this is a decode step, and all rows have a token.
         """
         if not self.row_seen:
-            self.row_seen = self.last_scored = [0] * batch
+            self.row_seen = self.last_scored = self._last_from = [0] * batch
         before = self.row_seen
         if new_valid is None and self.valid is None:
             self.row_seen = [count + columns for count in self.row_seen]
@@ -69,6 +73,7 @@ class Sequence:
         if scored:
             new = [count - old for count, old in zip(self.row_seen, before, strict=True)]
             self.last_scored = [count or last for count, last in zip(new, self.last_scored, strict=True)]
+            self._last_from = [self.seen if n else first for n, first in zip(new, self._last_from, strict=True)]
         elif self.decoded and self.decoded[-1][1] == self.seen:
             self.decoded[-1] = (self.decoded[-1][0], self.seen + columns)
         else:
@@ -92,20 +97,61 @@ class Sequence:
         flat = columns.clamp(min=0).long().flatten(1)
         return before.gather(1, flat).view(columns.shape)
 
-    def queries_on(self, columns: Int[Tensor, "batch sets slots"], last: bool) -> Tensor:
+    def reduce(self, layers: int, went_into: Int[Tensor, "batch columns"]) -> None:
+        """Takes note of what a reducer did to the columns seen, after so many layers."""
+        earlier = self.went_into.get(layers)
+        if earlier is not None:  # what earlier forwards lost stays lost
+            went_into = went_into.clone()
+            went_into[:, : earlier.shape[1]] = earlier
+        self.went_into[layers] = went_into
+
+    def missing(self, layer: int) -> Bool[Tensor, "batch columns"] | None:
+        """Columns seen whose tokens a layer never got, since a reducer acted before it; None if it got all."""
+        before = [layers for layers in self.went_into if layers <= layer]
+        if not before:
+            return None
+        into = self.went_into[max(before)]
+        gone = into != torch.arange(into.shape[1], device=into.device)
+        return F.pad(gone, (0, self.seen - into.shape[1]))
+
+    def given(self, layer: int) -> list[int]:
+        """Tokens of each row that a layer got so far."""
+        missing = self.missing(layer)
+        if missing is None:
+            return list(self.row_seen)
+        return [seen - gone for seen, gone in zip(self.row_seen, missing.sum(1).tolist(), strict=True)]
+
+    def first_given(self, layer: int, count: int) -> list[int]:
+        """How many of the first `count` tokens of each row a layer got."""
+        seen, missing = [min(tokens, count) for tokens in self.row_seen], self.missing(layer)
+        if missing is None or not count:
+            return seen
+        index = self.index_of(torch.arange(self.seen, device=missing.device).expand(self.batch, 1, -1)).squeeze(1)
+        gone = (missing & (index < count)).sum(1).tolist()
+        return [tokens - lost for tokens, lost in zip(seen, gone, strict=True)]
+
+    def queries_on(self, columns: Int[Tensor, "batch sets slots"], last: bool, layer: int = 0) -> Tensor:
         """Number of queries that scored each column's token, at least 1.
 
         Args:
             columns: columns of the slots; the number is meaningless for empty ones.
             last: whether only the last scoring forward counts, since its scores replaced earlier ones.
+            layer: index of the decoder layer; only where a reducer acts do layers differ.
         """
         ends = torch.tensor(self.row_seen, device=columns.device)[:, None, None]
         queries = ends - self.index_of(columns)
         for first, end in self.decoded:
             queries = queries - (end - columns.clamp(first, end))
-        if last:
-            queries = queries.minimum(torch.tensor(self.last_scored, device=columns.device)[:, None, None])
-        return queries.clamp(min=1)
+        scored, missing = torch.tensor(self.last_scored, device=columns.device)[:, None, None], self.missing(layer)
+        if missing is not None:
+            missing = missing.to(columns.device)
+            until = F.pad(missing.cumsum(1), (1, 0))  # missing columns before each one, and all of them
+            rows = torch.arange(self.batch, device=columns.device)
+            before = until[rows[:, None], columns.clamp(min=0).long().flatten(1)].view(columns.shape)
+            queries = queries - (until[:, -1, None, None] - before)
+            first = until[rows, torch.tensor(self._last_from, device=columns.device).clamp(max=self.seen)]
+            scored = scored - (until[:, -1] - first)[:, None, None]
+        return (queries.minimum(scored) if last else queries).clamp(min=1)
 
     def images_at(self, columns: Int[Tensor, "batch sets slots"], rows: slice = slice(None)) -> Tensor | None:
         """Which slots hold image tokens, from the columns of their tokens."""
@@ -124,14 +170,18 @@ class Sequence:
 
     def select_rows(self, index: Int[Tensor, " rows"]) -> None:
         """Reorders, repeats or drops rows."""
-        if not self.rows_alike or len(set(self.last_scored)) > 1 or len(index) != self.batch:
+        alike = self.rows_alike and len(set(self.last_scored)) == len(set(self._last_from)) == 1
+        if not alike or len(index) != self.batch:
             rows = index.tolist()
             self.row_seen = [self.row_seen[row] for row in rows]
             self.last_scored = [self.last_scored[row] for row in rows]
+            self._last_from = [self._last_from[row] for row in rows]
         if self.valid is not None:
             self.valid = self.valid.index_select(0, index.to(self.valid.device))
         if self.is_image is not None:
             self.is_image = self.is_image.index_select(0, index.to(self.is_image.device))
+        for layers, into in self.went_into.items():
+            self.went_into[layers] = into.index_select(0, index.to(into.device))
 
     def crop(self, columns: int) -> None:
         """Forgets all but the first `columns` columns."""
@@ -143,5 +193,6 @@ class Sequence:
             self.row_seen = [count - removed for count in self.row_seen]
         if self.is_image is not None:
             self.is_image = self.is_image[:, :columns]
+        self.went_into = {layers: into[:, :columns] for layers, into in self.went_into.items()}
         self.decoded = [(first, min(end, columns)) for first, end in self.decoded if first < columns]
         self.seen = columns

@@ -244,3 +244,76 @@ class DecodeContext:
     columns: Columns
     protected: Bool[Tensor, "batch sets slots"]
     importance: Float[Tensor, "batch kv_heads slots"] | None
+
+
+@dataclass(frozen=True)
+class ImageGrid:
+    """A rectangle of image features. LLaVA-1.5 has one an image; LLaVA-NeXT has two, the base and what its tiles make up.
+
+    Attributes:
+        image: number of the image in its row.
+        height: rows of features.
+        width: columns of features.
+    """
+
+    image: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """Where the image tokens of a forward belong in their images.
+
+    Attributes:
+        grids: the grids of each row of the batch, in order.
+        grid: number of each column's grid among those of its row; -1 for text and for image tokens of no grid (the
+            ends of LLaVA-NeXT's lines).
+        cell: row and column in the grid; meaningless where there is no grid.
+    """
+
+    grids: list[list[ImageGrid]]
+    grid: Int[Tensor, "batch columns"]
+    cell: Int[Tensor, "batch columns two"]
+
+
+@dataclass(frozen=True)
+class ReductionContext:
+    """What a reducer sees between two decoder layers: the tokens of one row of this forward that have come so far.
+
+    Attributes:
+        stage: number of the reduction, from 0.
+        layer: index of the decoder layer that has just run.
+        hidden: hidden states that this layer gave.
+        index: number of tokens of the row that came before each token.
+        is_image: which of them are image tokens; at least one is.
+        grids: grids of the row's images.
+        grid: number of each token's grid; -1 for text and for image tokens of no grid.
+        cell: row and column that each token has had in its grid from the start.
+        image_tokens: image tokens of the row in this forward before the first reduction.
+        guidance: what the reducer's `guidance` gave for them at this layer; None without one.
+    """
+
+    stage: int
+    layer: int
+    hidden: Float[Tensor, "tokens hidden"]
+    index: Int[Tensor, " tokens"]
+    is_image: Bool[Tensor, " tokens"]
+    grids: list[ImageGrid]
+    grid: Int[Tensor, " tokens"]
+    cell: Int[Tensor, "tokens two"]
+    image_tokens: int
+    guidance: Float[Tensor, " tokens"] | None = None
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What a reducer returns for the tokens it saw.
+
+    Attributes:
+        into: number of the token that each one is part of from now on: its own where it stays, -1 where it is dropped.
+        hidden: hidden states like `ReductionContext.hidden`; those of tokens that do not stay mean nothing.
+    """
+
+    into: Int[Tensor, " tokens"]
+    hidden: Float[Tensor, "tokens hidden"]

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
@@ -28,6 +28,8 @@ from kvcompress.shapes import (
     LayerImportance,
     MergeContext,
     Merged,
+    Reduced,
+    ReductionContext,
     SelectionContext,
     TokenCounts,
     Values,
@@ -282,9 +284,43 @@ class Quantizer(Policy):
 
 
 class Reducer(Policy):
-    """Shrinks the hidden states between decoder layers in prefill."""
+    """Lets fewer image tokens go on from one decoder layer to the next, in the forward that brings the image.
+
+    A layer that has run keeps the keys and values of all tokens it saw; the layers after it see, and store, fewer. Text
+    always goes on as it is. Rows are reduced one at a time, without padding.
+
+    Class attributes:
+        reads_attention: whether `guidance` is called at the layers after which it acts.
+    """
 
     stage = "reducer"
+    reads_attention: ClassVar[bool] = False
+
+    positions: Literal["original", "contiguous"] = "original"
+
+    @abstractmethod
+    def acts_after(self, layers: int) -> tuple[int, ...]:
+        """How many layers have run when it acts, once for each reduction, ascending.
+
+        Args:
+            layers: number of decoder layers.
+
+        Raises:
+            ConfigError: if it cannot act in a decoder of so many layers.
+        """
+
+    def guidance(self, layer: LayerContext) -> Float[Tensor, " tokens"] | None:
+        """Weighs the tokens of this forward by what the layer attends to; for reducers that read attention.
+
+        Args:
+            layer: the layer right after its attention, one row without padding. Its last slots are the tokens of this
+                forward; `lse` is None.
+        """
+        return None
+
+    @abstractmethod
+    def reduce(self, row: ReductionContext) -> Reduced:
+        """Decides which image tokens of a row go on, and what becomes of the others."""
 
 
 __all__ = [

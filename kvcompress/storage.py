@@ -117,22 +117,24 @@ class DenseStore:
 
     # -- writing -------------------------------------------------------------------------------------------------------
 
-    def append(self, keys: Keys, values: Values, first_column: int, spans: list[Tensor] | None) -> None:
+    def append(
+        self, keys: Keys, values: Values, columns: Int[Tensor, "rows tokens"], spans: list[Tensor] | None
+    ) -> None:
         """Adds the tokens of a forward at the end, in order.
 
         Args:
-            keys: keys of the new columns.
-            values: values of the new columns.
-            first_column: column of the first of them.
-            spans: per row, the indices of the new columns that are no padding; None if none is.
+            keys: keys of the new tokens.
+            values: values of the new tokens.
+            columns: their columns, ascending; one row for all where they are the same.
+            spans: per row, the indices of the new tokens that are no padding; None if none is.
         """
         batch, _, new, _ = keys.shape
-        columns = torch.arange(first_column, first_column + new, dtype=torch.int32, device=keys.device)
+        columns = columns.to(keys.device, torch.int32).expand(batch, -1).unsqueeze(1)
         if self.keys is None:
             self.batch, self.device, self._lanes = batch, keys.device, [Lane(0, 0)]
             if spans is None:  # the first tokens, none of them padding: the tensors themselves are the buffers
                 self.keys, self.values = keys.detach().contiguous(), values.detach().contiguous()
-                self._columns = columns.expand(batch, 1, new).contiguous()
+                self._columns = columns.contiguous()
                 self._settle([new] * batch)
                 return
         elif not self._ordered or self.has_holes:
@@ -149,7 +151,7 @@ class DenseStore:
             for row, span in enumerate(spans):
                 span, target = span.to(keys.device), slice(before[row], after[row])
                 rows = slice(row, row + 1)
-                self._place(rows, target, keys[rows, :, span], values[rows, :, span], columns[span])
+                self._place(rows, target, keys[rows, :, span], values[rows, :, span], columns[rows, :, span])
         self._settle(after)
 
     def write(self, key: Keys, value: Values, column: int, room: int | None = None) -> None:

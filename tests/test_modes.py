@@ -184,7 +184,7 @@ def test_every_dtype_keeps_its_bytes(name: str, dtype: torch.dtype, preset: str)
 @pytest.mark.parametrize("slack", [16, 3000])
 def test_growth_leaves_little_slack(slack: int) -> None:
     store, one = DenseStore(), torch.zeros(1, 1, 1, 2)
-    store.append(one.expand(1, 1, slack, 2), one.expand(1, 1, slack, 2), 0, None)
+    store.append(one.expand(1, 1, slack, 2), one.expand(1, 1, slack, 2), torch.arange(slack)[None], None)
     for column in range(slack, slack + 60):
         store.write(one, one, column)
         assert store.capacity - store.length <= max(16, store.length // 100)
@@ -246,7 +246,7 @@ def test_layers_go_to_cpu_memory_and_come_back() -> None:
 def test_the_buffers_of_a_layer_are_on_the_device_of_its_keys() -> None:
     store = DenseStore()
     keys = torch.zeros(1, 2, 5, 4, device="meta")
-    store.append(keys, keys, 0, None)
+    store.append(keys, keys, torch.arange(5, device="meta")[None], None)
     assert {tensor.device.type for tensor in (store.keys, store.values, store._columns)} == {"meta"}
 
 

@@ -153,7 +153,7 @@ def test_later_groups_leave_older_ones_alone(name: str, counts: list[int], seed:
     packed_before: list[Tensor] = []
     for new in counts:
         keys, values = (torch.randn(2, 2, new, 8, generator=g) for _ in range(2))
-        store.append(keys, values, seen, None)
+        store.append(keys, values, torch.arange(seen, seen + keys.shape[2])[None], None)
         seen += new
         before = store.nbytes
         store.pack()

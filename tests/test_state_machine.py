@@ -357,17 +357,23 @@ class StoreMachine(RuleBasedStateMachine):
 
     @rule(tokens=st.integers(1, 4), data=st.data())
     def append(self, tokens: int, data: st.DataObject) -> None:
-        """The tokens of a forward; some rows have padding among them."""
-        numbers, spans = self.new(tokens), None
+        """The tokens of a forward; some rows have padding among them, or columns of their own."""
+        numbers, spans, width = self.new(tokens), None, tokens
+        columns = [list(range(tokens))]
+        if data.draw(st.booleans()):  # a reducer took some away, others in each row
+            width = tokens + data.draw(st.integers(0, 3))
+            some = st.lists(st.integers(0, width - 1), min_size=tokens, max_size=tokens, unique=True).map(sorted)
+            columns = [data.draw(some) for _ in self.tokens]
         if data.draw(st.booleans()):
             masks = st.lists(st.booleans(), min_size=tokens, max_size=tokens)
             spans = [torch.tensor(data.draw(masks)).nonzero().flatten() for _ in self.tokens]
-        self.store.append(*self.keys_and_values(numbers), self.seen, spans)
+        self.store.append(*self.keys_and_values(numbers), torch.tensor(columns) + self.seen, spans)
         for row, heads in enumerate(self.tokens):
             for new in range(tokens) if spans is None else spans[row].tolist():
+                column = self.seen + columns[row % len(columns)][new]
                 for head in heads:
-                    head.append((self.seen + new, float(numbers[row, new])))
-        self.seen += tokens
+                    head.append((column, float(numbers[row, new])))
+        self.seen += width
         self.settled(data)
 
     @rule(

@@ -245,6 +245,8 @@ def _report_full(cache: Cache) -> CacheReport:
     return CacheReport(
         tokens_seen=seen,
         row_tokens_seen=[seen],
+        layer_tokens=[[seen] for _ in layers],
+        image_tokens=[[0] for _ in layers],
         layer_lengths=[[layer.get_seq_length()] for layer in layers],
         layer_budgets=None,
         held_columns=[[[list(range(seen))]] for _ in layers],

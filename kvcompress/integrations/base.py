@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvcompress.errors import UnsupportedModelError
-from kvcompress.shapes import LayerWeights
+from kvcompress.shapes import ImageLayout, LayerWeights
 
 AdapterT = TypeVar("AdapterT", bound="type[Adapter]")
 
@@ -44,6 +44,21 @@ class Adapter(ABC):
 
     def image_tokens(self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"]) -> Tensor | None:
         """Which input ids stand for image tokens; None for a model without vision."""
+        return None
+
+    def image_layout(
+        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"], inputs: dict[str, Any]
+    ) -> ImageLayout | None:
+        """Where each image token among the input ids belongs in its image; None for a model without vision.
+
+        Args:
+            model: the model.
+            input_ids: ids of a forward; whole images, as the processor wrote them.
+            inputs: all arguments of the forward by name.
+
+        Raises:
+            UnsupportedModelError: if the number of image tokens fits no grid that this family makes.
+        """
         return None
 
     def check(self, model: PreTrainedModel) -> None:

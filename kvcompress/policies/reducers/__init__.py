@@ -1,1 +1,10 @@
 """Reducers: which hidden states go on to later layers in prefill."""
+
+from kvcompress.policies.reducers.fastv import FastV
+from kvcompress.policies.reducers.lightkv import LightKV
+from kvcompress.policies.reducers.pyramiddrop import PyramidDrop
+from kvcompress.policies.reducers.random import RandomReducer
+from kvcompress.policies.reducers.tome import ToMe
+from kvcompress.policies.reducers.uniform_grid import UniformGrid
+
+__all__ = ["FastV", "LightKV", "PyramidDrop", "RandomReducer", "ToMe", "UniformGrid"]

@@ -1,0 +1,95 @@
+"""Where image tokens belong in their images, from the order in which LLaVA's processors write them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
+
+from kvcompress.errors import UnsupportedModelError
+from kvcompress.shapes import ImageGrid, ImageLayout
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A grid of image tokens, written row by row.
+
+    Attributes:
+        height: rows.
+        width: columns.
+        before: tokens before it that belong to no cell.
+        line_ends: tokens after each row that belong to no cell.
+    """
+
+    height: int
+    width: int
+    before: int = 0
+    line_ends: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all cells and of none."""
+        return self.before + self.height * (self.width + self.line_ends)
+
+    def cells(self) -> tuple[Tensor, Tensor]:
+        """Row and column of each token, `[tokens, 2]`, and whether it has a cell at all."""
+        row = torch.arange(self.height).repeat_interleave(self.width + self.line_ends)
+        column = torch.arange(self.width + self.line_ends).repeat(self.height)
+        cell = torch.cat([torch.full((self.before, 2), -1), torch.stack([row, column], 1)])
+        return cell, (cell[:, 1] >= 0) & (cell[:, 1] < self.width)
+
+
+def tile_grid(side: int, image_size: list[int], pinpoints: list[list[int]], base_size: int) -> tuple[int, int]:
+    """Height and width of the grid that LLaVA-NeXT stitches from an image's tiles and unpads.
+
+    Args:
+        side: features along a side of one tile.
+        image_size: height and width of the image in pixels.
+        pinpoints: sizes that images are resized to, as in the model's configuration.
+        base_size: pixels along a side of one tile.
+    """
+    down, across = get_anyres_image_grid_shape(image_size, pinpoints, base_size)
+    stitched = torch.empty(1, down * side, across * side, device="meta")
+    height, width = unpad_image(stitched, image_size).shape[1:]
+    return int(height), int(width)
+
+
+def layout_of(
+    is_image: Bool[Tensor, "batch columns"], pieces_of: Callable[[int], list[list[Piece]]]
+) -> ImageLayout:
+    """Gives every image token its cell.
+
+    Args:
+        is_image: which columns hold image tokens.
+        pieces_of: gives the images of a row, each as its pieces, from the number of image tokens left in it; called
+            row by row.
+
+    Raises:
+        UnsupportedModelError: if a row has more or fewer image tokens than its images.
+    """
+    grid = torch.full(is_image.shape, -1, device=is_image.device)
+    cell = torch.full((*is_image.shape, 2), -1, device=is_image.device)
+    grids: list[list[ImageGrid]] = []
+    for row, image_tokens in enumerate(is_image):
+        columns, start = image_tokens.nonzero().flatten(), 0
+        images = pieces_of(len(columns))
+        expected = sum(piece.tokens for pieces in images for piece in pieces)
+        if expected != len(columns):
+            raise UnsupportedModelError(
+                f"reducer: row {row} has {len(columns)} image tokens, and its {len(images)} images would have "
+                f"{expected}; a forward must bring whole images (no prefill in chunks that split one), in the order in "
+                "which the processor writes them"
+            )
+        grids.append([])
+        for number, pieces in enumerate(images):
+            for piece in pieces:
+                own, (places, real) = columns[start : start + piece.tokens], piece.cells()
+                start += piece.tokens
+                cell[row, own] = places.to(cell.device)
+                grid[row, own] = torch.where(real, len(grids[row]), -1).to(grid.device)
+                grids[row].append(ImageGrid(number, piece.height, piece.width))
+    return ImageLayout(grids, grid, cell)

@@ -1,0 +1,47 @@
+"""Half of the image tokens dropped after two layers."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from jaxtyping import Float
+from pydantic import Field
+from torch import Tensor
+
+from kvcompress.policies.reducers.staged import Dropping, Share, attention_of_last, dropping, layers_at
+from kvcompress.registry import REDUCERS
+from kvcompress.shapes import LayerContext, Reduced, ReductionContext
+
+
+@REDUCERS.register("fastv")
+class FastV(Dropping):
+    """Drops the image tokens that the last token attends to least, once and early.
+
+    Source: FastV (arXiv 2403.06764, section 4).
+
+    Args:
+        layer: layers that see all tokens (the paper's K).
+        drop: share of the image tokens that is dropped after them (the paper's R).
+    """
+
+    reads_attention: ClassVar[bool] = True
+
+    layer: int = Field(default=2, ge=1)
+    drop: Share = 0.5
+
+    def acts_after(self, layers: int) -> tuple[int, ...]:
+        """Once, after `layer` layers."""
+        return layers_at(self.name, (self.layer,), layers)
+
+    def share(self, stage: int) -> float:
+        """What `drop` leaves."""
+        return 1.0 - self.drop
+
+    def guidance(self, layer: LayerContext) -> Float[Tensor, " tokens"]:
+        """Attention of the last token, head mean."""
+        return attention_of_last(layer)
+
+    def reduce(self, row: ReductionContext) -> Reduced:
+        """Keeps the tokens with most attention."""
+        assert row.guidance is not None
+        return dropping(row, row.guidance, self.keep(row))

@@ -1,0 +1,100 @@
+"""Image tokens merged window by window, under the guidance of the prompt."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Int
+from pydantic import Field
+from torch import Tensor
+
+from kvcompress.errors import ConfigError
+from kvcompress.kernels import attention_share
+from kvcompress.policies.reducers.bipartite import Bipartite, merge_in_windows
+from kvcompress.policies.reducers.staged import Depth
+from kvcompress.registry import REDUCERS
+from kvcompress.shapes import LayerContext, Reduced, ReductionContext
+
+_WINDOWS = (4, 2, 1)
+_WINDOWS_TILED = (6, 4, 2)  # for images of several grids (LLaVA-NeXT)
+_LEAST = 8  # tokens per window; a grid with fewer is left alone
+
+
+@REDUCERS.register("lightkv")
+class LightKV(Bipartite):
+    """Merges similar image tokens within windows of their grid, weighted by what the prompt has to do with them.
+
+    Source: LightKV (arXiv 2605.00789). A grid of image tokens is split into windows; of each window's tokens, every second
+    one is merged into the most similar of the others. The merged state is the mean weighted by the attention between
+    image and text, each image token asking and the text answering, before causal masking (text follows the image).
+
+    *Deviates:* a survivor keeps its cell, so windows stay spatial at later reductions; the released code lays what is
+    left out as a square anew. The released code's softmax over queries is `softmax="queries"`, and its renumbering is
+    `positions="contiguous"`.
+
+    Args:
+        after: layers that have run at each reduction: numbers, or fractions of the depth. None for the paper's: 12, 18, 24
+            of 32 layers, 15, 23, 31 of 40, the fractions 0.375, 0.5625, 0.75 of other depths.
+        windows: windows along each side of a grid, for each reduction; a remainder widens the first rows and columns.
+            None for 4, 2, 1, and 6, 4, 2 where images have several grids (LLaVA-NeXT). A grid with fewer than eight
+            tokens per window is left alone.
+        rho: share of a window's tokens that is merged into others each time, at most a half.
+        vision_retention: instead of `after`, image tokens per layer / image tokens, mean over layers; the closest that
+            three reductions come to it. `CacheReport.vision_retention` tells what was reached.
+        softmax: what the attention adds up to 1 over: "keys", or "queries" (the image tokens) as in the released code.
+
+    Example:
+        >>> from kvcompress import REDUCERS
+        >>> REDUCERS.create("lightkv").acts_after(layers=32)
+        (12, 18, 24)
+    """
+
+    reads_attention: ClassVar[bool] = True
+
+    after: tuple[Depth, ...] | None = None
+    windows: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(default=None, min_length=1)
+    rho: float = Field(default=0.5, ge=0.0, le=1.0)
+    vision_retention: float | None = Field(default=None, gt=0.0, le=1.0)
+    softmax: Literal["keys", "queries"] = "keys"
+
+    def model_post_init(self, context: object) -> None:
+        """Checks that layers and windows go together."""
+        super().model_post_init(context)
+        if self.after is not None and self.windows is not None and len(self.after) != len(self.windows):
+            raise ConfigError(
+                f"reducer {self.name}: after has {len(self.after)} entries and windows {len(self.windows)}; give as many"
+            )
+
+    def guidance(self, layer: LayerContext) -> Float[Tensor, " tokens"]:
+        """Attention from each image token to all text, summed over heads; zero for text."""
+        queries = layer.query.shape[2]
+        assert layer.is_image is not None
+        is_image = layer.is_image[0, 0]
+        asking = is_image[-queries:].nonzero().flatten()
+        share = attention_share(
+            layer.query[:, :, asking], layer.keys, ~is_image[None], layer.scaling, over=self.softmax
+        )
+        return share.new_zeros(queries).index_copy(0, asking, share[0])
+
+    def reduce(self, row: ReductionContext) -> Reduced:
+        """Merges within the windows of this reduction."""
+        assert row.guidance is not None
+        tiled = len({grid.image for grid in row.grids}) < len(row.grids)
+        windows = self.windows or (_WINDOWS_TILED if tiled else _WINDOWS)
+        across = windows[min(row.stage, len(windows) - 1)]
+        window, first = torch.full_like(row.grid, -1), 0
+        for number, grid in enumerate(row.grids):
+            own = row.grid == number
+            if int(own.sum()) >= _LEAST * across**2:
+                down = _band(row.cell[own, 0], grid.height, across)
+                window[own] = first + down * across + _band(row.cell[own, 1], grid.width, across)
+            first += across**2
+        return merge_in_windows(row.hidden, window, row.guidance, self.rho)
+
+
+def _band(place: Int[Tensor, " tokens"], length: int, bands: int) -> Int[Tensor, " tokens"]:
+    """Which of so many bands each place along a side lies in; the first ones are wider by a remainder."""
+    width, wider = divmod(length, bands)
+    edge = wider * (width + 1)
+    return torch.where(place < edge, place // (width + 1), wider + (place - edge) // max(1, width))

@@ -1,0 +1,41 @@
+"""Half of the image tokens dropped after each quarter of the depth."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from jaxtyping import Float
+from torch import Tensor
+
+from kvcompress.policies.reducers.staged import Depth, Share, Staged, attention_of_last, dropping
+from kvcompress.registry import REDUCERS
+from kvcompress.shapes import LayerContext, Reduced, ReductionContext
+
+
+@REDUCERS.register("pyramiddrop")
+class PyramidDrop(Staged):
+    """Drops image tokens in stages, those that the last token of the prompt attends to least.
+
+    Source: PyramidDrop (arXiv 2410.17247, section 3).
+
+    *Deviates:* the attention is that of the layer that ends a stage; the paper asks the last token of the instruction,
+    which is followed by a few tokens of the chat template.
+
+    Args:
+        after: layers that have run at each reduction: numbers, or fractions of the depth.
+        keep_shares: share of the image tokens that stays from each of them on.
+    """
+
+    reads_attention: ClassVar[bool] = True
+
+    after: tuple[Depth, ...] = (0.25, 0.5, 0.75)
+    keep_shares: tuple[Share, ...] = (0.5, 0.25, 0.125)
+
+    def guidance(self, layer: LayerContext) -> Float[Tensor, " tokens"]:
+        """Attention of the last token, head mean."""
+        return attention_of_last(layer)
+
+    def reduce(self, row: ReductionContext) -> Reduced:
+        """Keeps the tokens with most attention."""
+        assert row.guidance is not None
+        return dropping(row, row.guidance, self.keep(row))

@@ -1,0 +1,104 @@
+"""What reducers share: after which layers they act, and how tokens are dropped."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Annotated
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import Field
+from torch import Tensor
+
+from kvcompress.errors import ConfigError
+from kvcompress.shapes import LayerContext, Reduced, ReductionContext
+from kvcompress.stages import Reducer
+
+Depth = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0.0, lt=1.0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def layers_at(name: str, after: tuple[int | float, ...], layers: int) -> tuple[int, ...]:
+    """Numbers of layers, from numbers or from fractions of the depth (rounded, a half up; at least 1).
+
+    In a shallow decoder, fractions that come to the same layer are moved on to the next one, and left out where there
+    is none.
+
+    Raises:
+        ConfigError: unless the numbers ascend and leave at least one layer after the last.
+    """
+    found: list[int] = []
+    for depth in after:
+        if not isinstance(depth, float):
+            found.append(depth)
+        elif (number := max(1, math.floor(depth * layers + 0.5), *(last + 1 for last in found[-1:]))) < layers:
+            found.append(number)
+    if any(second <= first for first, second in pairwise(found)) or (found and found[-1] >= layers):
+        raise ConfigError(
+            f"reducer {name}: after={list(after)} must ascend and stay below the {layers} layers of the model's decoder; "
+            "give numbers of layers, or fractions of the depth"
+        )
+    return tuple(found)
+
+
+def attention_of_last(layer: LayerContext) -> Float[Tensor, " tokens"]:
+    """Attention that the last token of a row pays to each token of this forward, head mean."""
+    kv_heads, head_dim = layer.keys.shape[1], layer.keys.shape[3]
+    query = layer.query[0, :, -1].float().view(kv_heads, -1, head_dim) * layer.scaling
+    attention = (query @ layer.keys[0].float().transpose(1, 2)).softmax(-1)
+    return attention.mean((0, 1))[-layer.query.shape[2] :]
+
+
+def dropping(row: ReductionContext, score: Float[Tensor, " tokens"], keep: int) -> Reduced:
+    """Drops all image tokens but the `keep` of highest score (the earlier first among equals); text stays."""
+    ranked = score.masked_fill(~row.is_image, -torch.inf).argsort(descending=True, stable=True)
+    stays = ~row.is_image
+    stays[ranked[:keep]] = True
+    return dropped(row, stays)
+
+
+def dropped(row: ReductionContext, stays: Bool[Tensor, " tokens"]) -> Reduced:
+    """Drops what is not marked; hidden states stay as they are."""
+    own = torch.arange(len(stays), device=stays.device)
+    return Reduced(torch.where(stays, own, -1), row.hidden)
+
+
+class Dropping(Reducer):
+    """Base of reducers that keep a share of an image's tokens after each of some layers."""
+
+    def share(self, stage: int) -> float:
+        """Share of the row's image tokens that stays from a reduction on, of those that there were at first."""
+        raise NotImplementedError
+
+    def keep(self, row: ReductionContext) -> int:
+        """Image tokens of a row that stay."""
+        return min(int(row.is_image.sum()), math.floor(self.share(row.stage) * row.image_tokens + 1e-6))
+
+
+class Staged(Dropping):
+    """Several reductions, each to a share of the image tokens that there were at first.
+
+    Args:
+        after: layers that have run at each reduction: numbers, or fractions of the depth.
+        keep_shares: share of the image tokens that stays from each of them on.
+    """
+
+    after: tuple[Depth, ...] = (0.375, 0.5625, 0.75)
+    keep_shares: tuple[Share, ...] = (0.5, 0.25, 0.125)
+
+    def model_post_init(self, context: object) -> None:
+        """Checks that both have as many entries."""
+        if len(self.after) != len(self.keep_shares):
+            raise ConfigError(
+                f"reducer {self.name}: after has {len(self.after)} entries and keep_shares {len(self.keep_shares)}; "
+                "give as many"
+            )
+
+    def acts_after(self, layers: int) -> tuple[int, ...]:
+        """The layers in `after`."""
+        return layers_at(self.name, self.after, layers)
+
+    def share(self, stage: int) -> float:
+        """The entry of `keep_shares`."""
+        return self.keep_shares[stage]

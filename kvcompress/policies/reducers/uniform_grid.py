@@ -1,0 +1,48 @@
+"""Image tokens thinned out evenly."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from kvcompress.policies.reducers.staged import Staged, dropping
+from kvcompress.registry import REDUCERS
+from kvcompress.shapes import Reduced, ReductionContext
+
+_BITS = 10  # of a row or column number
+
+
+@REDUCERS.register("uniform_grid")
+class UniformGrid(Staged):
+    """Keeps image tokens that are spread evenly over their grid, a baseline that looks at no content.
+
+    The order of the cells is that of ordered dithering (the recursive matrix of B. E. Bayer, 1973): however many are
+    kept, they are about evenly spread, and those of a later reduction are among those of an earlier one. Every grid
+    of the row, and its tokens without a cell, keep the same share.
+
+    Args:
+        after: layers that have run at each reduction: numbers, or fractions of the depth.
+        keep_shares: share of the image tokens that stays from each of them on.
+    """
+
+    def reduce(self, row: ReductionContext) -> Reduced:
+        """Keeps the cells that come first in the order."""
+        rank = torch.zeros(len(row.grid), dtype=torch.float64, device=row.grid.device)
+        for number in (-1, *range(len(row.grids))):
+            own = (row.grid == number) & row.is_image
+            order = _dithered(row.cell[own]).argsort(stable=True)
+            spread = torch.empty(len(order), dtype=torch.float64, device=rank.device)
+            spread[order] = torch.arange(1, len(order) + 1, dtype=torch.float64, device=rank.device) / max(1, len(order))
+            rank[own] = spread
+        return dropping(row, -rank, self.keep(row))
+
+
+def _dithered(cell: Int[Tensor, "tokens two"]) -> Int[Tensor, " tokens"]:
+    """Place of each cell in the order of ordered dithering: bits of row xor column and of row, the lowest first."""
+    row, column = cell.clamp(min=0).long().unbind(-1)
+    place = torch.zeros_like(row)
+    for bit in range(_BITS):
+        mixed, plain = (row ^ column) >> bit & 1, row >> bit & 1
+        place |= (mixed << 2 * (_BITS - 1 - bit) + 1) | (plain << 2 * (_BITS - 1 - bit))
+    return place
