@@ -17,11 +17,11 @@ from kvcompress import attention, hooks
 from kvcompress.config import CompressionConfig
 from kvcompress.engine import Engine
 from kvcompress.errors import CacheStateError, UnsupportedModeError
+from kvcompress.images import ImageLayout
 from kvcompress.integrations import Adapter, adapter_for
 from kvcompress.reduction import Reduction
 from kvcompress.report import CacheReport
 from kvcompress.sequence import Sequence
-from kvcompress.shapes import ImageLayout
 
 
 class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -233,8 +233,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             if self.config.reducer is not None and bool(is_image.any()):
                 if engine.recording:
                     raise UnsupportedModeError(
-                        "reducer: an image cannot be reduced in a forward that may be undone (assisted decoding), since "
-                        "tokens that are not accepted would have a say; read the image in a forward of its own first"
+                        "reducer: an image cannot be reduced in a forward that may be undone (assisted decoding), "
+                        "since tokens that are not accepted would have a say; read the image in a forward of its own "
+                        "first, before activate_past_recording()"
                     )
                 engine.layout = layout()
             engine.sequence.mark_images(is_image)

@@ -13,10 +13,10 @@ from kvcompress.budget import Budget
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError
 from kvcompress.presets import PRESETS
-from kvcompress.registry import ALLOCATORS, EVICTORS, MERGERS, QUANTIZERS, SCORERS, Registry
+from kvcompress.registry import REGISTRIES, Registry
 from kvcompress.stages import Policy
 
-_STAGES: dict[str, Registry[Any]] = {r.stage: r for r in (SCORERS, ALLOCATORS, EVICTORS, MERGERS, QUANTIZERS)}
+_STAGES: dict[str, Registry[Any]] = {r.stage: r for r in REGISTRIES}
 NEIGHBOURS = (
     ("scorer", "allocator"),
     ("scorer", "evictor"),
@@ -25,11 +25,13 @@ NEIGHBOURS = (
     ("evictor", "merger"),
     ("evictor", "quantizer"),
     ("merger", "quantizer"),
+    *((stage, "reducer") for stage in ("scorer", "allocator", "evictor", "merger", "quantizer")),
 )
 # What a policy is given that cannot be made from its name alone.
 EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("allocator", "profile"): {"retention": [0.6, 0.1, 0.35]},  # as many layers as the models of the tests have
     ("scorer", "blend"): {"scorers": ["attention", "position"]},
+    ("reducer", "lightkv"): {"windows": [2, 1]},  # which the small images of the tests have enough tokens for
 }
 # What stands in the stages that a pair leaves open, in the order in which it is tried.
 _AROUND: dict[str, list[Any]] = {
@@ -38,6 +40,7 @@ _AROUND: dict[str, list[Any]] = {
     "evictor": ["topk", "streaming"],
     "merger": [None],
     "quantizer": [None],
+    "reducer": [None],
 }
 
 

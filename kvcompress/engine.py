@@ -13,12 +13,13 @@ from kvcompress import pipeline
 from kvcompress.config import CompressionConfig
 from kvcompress.decoding import attend_one, evict
 from kvcompress.errors import CacheStateError
+from kvcompress.images import ImageLayout
 from kvcompress.pipeline import Allocation
 from kvcompress.quantized import QuantizedStore
 from kvcompress.reduction import Reduction
 from kvcompress.scoring import attend_and_score
 from kvcompress.sequence import Sequence
-from kvcompress.shapes import ImageLayout, LayerWeights
+from kvcompress.shapes import LayerWeights
 from kvcompress.storage import DenseStore
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvcompress.errors import CacheStateError, UnsupportedModeError, UnsupportedModelError
+from kvcompress.images import ImageLayout
 from kvcompress.integrations import Adapter
 from kvcompress.reduction import Reduction
-from kvcompress.shapes import ImageLayout
 
 _HOOK = "_kvcompress_hook"  # on the model and on decoder layers
 
@@ -72,8 +72,8 @@ def observe(model: PreTrainedModel, adapter: Adapter) -> None:
 def reduce_between(layers: list[nn.Module]) -> None:
     """Puts hooks on decoder layers, unless they are there, that let caches reduce the tokens that go into each.
 
-    A layer after a reduction gets the hidden states, position ids and rotary embeddings of the tokens that go on, and no
-    mask, since the cache knows which are padding. The last layer's output has all columns again.
+    A layer after a reduction gets the hidden states, position ids and rotary embeddings of the tokens that go on, and
+    no mask, since the cache knows which are padding. The last layer's output has all columns again.
     """
     if _HOOK in layers[0].__dict__:
         return

@@ -126,9 +126,7 @@ def importance_of(layer: int, store: DenseStore, config: CompressionConfig, sequ
     return torch.where(importance.isnan(), highest, importance).masked_fill(columns < 0, 0.0)
 
 
-def scored_importance(
-    layer: int, scores: Tensor, columns: Tensor, scorer: Scorer, sequence: Sequence
-) -> Tensor:
+def scored_importance(layer: int, scores: Tensor, columns: Tensor, scorer: Scorer, sequence: Sequence) -> Tensor:
     """Importance of every slot of a layer, NaN where it has no score."""
     return scorer.importance(scores, sequence.queries_on(columns, last=not scorer.accumulates, layer=layer))
 

@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvcompress.errors import PolicyError
+from kvcompress.images import ImageLayout
 from kvcompress.sequence import Sequence
-from kvcompress.shapes import ImageLayout, LayerContext, LayerWeights, Reduced, ReductionContext
+from kvcompress.shapes import LayerContext, LayerWeights, Reduced, ReductionContext
 from kvcompress.stages import Reducer
 from kvcompress.storage import DenseStore
 
@@ -142,9 +143,7 @@ class Reduction:
         return [torch.arange(tokens)] * batch if self.spans is None else self.spans
 
     def _rows(self) -> list[Tensor]:
-        return [
-            self.offsets[row, own.to(self.offsets.device)] for row, own in enumerate(self._spans())
-        ]
+        return [self.offsets[row, own.to(self.offsets.device)] for row, own in enumerate(self._spans())]
 
     def _reduce_row(self, row: int, layer: int, hidden: Tensor, offsets: Tensor) -> Reduced:
         """What the reducer does to a row's tokens; text is given back as it was."""

@@ -146,7 +146,7 @@ ALLOCATORS: Registry[Allocator] = Registry(Allocator)  # type: ignore[type-abstr
 EVICTORS: Registry[Evictor] = Registry(Evictor)  # type: ignore[type-abstract]
 MERGERS: Registry[Merger] = Registry(Merger)  # type: ignore[type-abstract]
 QUANTIZERS: Registry[Quantizer] = Registry(Quantizer)  # type: ignore[type-abstract]
-REDUCERS: Registry[Reducer] = Registry(Reducer)
+REDUCERS: Registry[Reducer] = Registry(Reducer)  # type: ignore[type-abstract]
 
 # Fields of policies that are made of other policies: a name, a dict with `name`, or an object.
 ScorerField = Annotated[Scorer, BeforeValidator(SCORERS.parse), PlainSerializer(SCORERS.dump)]

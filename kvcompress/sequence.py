@@ -149,8 +149,8 @@ class Sequence:
             rows = torch.arange(self.batch, device=columns.device)
             before = until[rows[:, None], columns.clamp(min=0).long().flatten(1)].view(columns.shape)
             queries = queries - (until[:, -1, None, None] - before)
-            first = until[rows, torch.tensor(self._last_from, device=columns.device).clamp(max=self.seen)]
-            scored = scored - (until[:, -1] - first)[:, None, None]
+            start = torch.tensor(self._last_from, device=columns.device).clamp(max=self.seen)
+            scored = scored - (until[:, -1] - until[rows, start])[:, None, None]
         return (queries.minimum(scored) if last else queries).clamp(min=1)
 
     def images_at(self, columns: Int[Tensor, "batch sets slots"], rows: slice = slice(None)) -> Tensor | None:

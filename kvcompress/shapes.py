@@ -13,6 +13,7 @@ from typing import TypeAlias
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from kvcompress.images import ImageGrid
 from kvcompress.kernels import attention_mass, attention_probabilities
 
 Queries: TypeAlias = Float[Tensor, "batch heads queries head_dim"]
@@ -244,37 +245,6 @@ class DecodeContext:
     columns: Columns
     protected: Bool[Tensor, "batch sets slots"]
     importance: Float[Tensor, "batch kv_heads slots"] | None
-
-
-@dataclass(frozen=True)
-class ImageGrid:
-    """A rectangle of image features. LLaVA-1.5 has one an image; LLaVA-NeXT has two, the base and what its tiles make up.
-
-    Attributes:
-        image: number of the image in its row.
-        height: rows of features.
-        width: columns of features.
-    """
-
-    image: int
-    height: int
-    width: int
-
-
-@dataclass(frozen=True)
-class ImageLayout:
-    """Where the image tokens of a forward belong in their images.
-
-    Attributes:
-        grids: the grids of each row of the batch, in order.
-        grid: number of each column's grid among those of its row; -1 for text and for image tokens of no grid (the
-            ends of LLaVA-NeXT's lines).
-        cell: row and column in the grid; meaningless where there is no grid.
-    """
-
-    grids: list[list[ImageGrid]]
-    grid: Int[Tensor, "batch columns"]
-    cell: Int[Tensor, "batch columns two"]
 
 
 @dataclass(frozen=True)

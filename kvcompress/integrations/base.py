@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvcompress.errors import UnsupportedModelError
-from kvcompress.shapes import ImageLayout, LayerWeights
+from kvcompress.images import ImageLayout
+from kvcompress.shapes import LayerWeights
 
 AdapterT = TypeVar("AdapterT", bound="type[Adapter]")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from kvcompress.errors import UnsupportedModelError
-from kvcompress.shapes import ImageGrid, ImageLayout
+from kvcompress.images import ImageGrid, ImageLayout
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,13 @@ def tile_grid(side: int, image_size: list[int], pinpoints: list[list[int]], base
         pinpoints: sizes that images are resized to, as in the model's configuration.
         base_size: pixels along a side of one tile.
     """
-    down, across = get_anyres_image_grid_shape(image_size, pinpoints, base_size)
+    down, across = get_anyres_image_grid_shape(image_size, pinpoints, base_size)  # type: ignore[no-untyped-call]
     stitched = torch.empty(1, down * side, across * side, device="meta")
-    height, width = unpad_image(stitched, image_size).shape[1:]
+    height, width = unpad_image(stitched, image_size).shape[1:]  # type: ignore[no-untyped-call]
     return int(height), int(width)
 
 
-def layout_of(
-    is_image: Bool[Tensor, "batch columns"], pieces_of: Callable[[int], list[list[Piece]]]
-) -> ImageLayout:
+def layout_of(is_image: Bool[Tensor, "batch columns"], pieces_of: Callable[[int], list[list[Piece]]]) -> ImageLayout:
     """Gives every image token its cell.
 
     Args:

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress.errors import UnsupportedModelError
+from kvcompress.images import ImageLayout
 from kvcompress.integrations.base import Adapter, register_adapter
 from kvcompress.integrations.grids import Piece, layout_of, tile_grid
 from kvcompress.integrations.llama import LlamaAdapter
-from kvcompress.shapes import ImageLayout
 
 _DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -39,7 +39,7 @@ class LlavaAdapter(Adapter):
 
         A vision tower that keeps its class token gives one feature more, before the others.
         """
-        config, is_image = model.config, self.image_tokens(model, input_ids)
+        config, is_image = model.config, input_ids == model.config.image_token_id
         side = config.vision_config.image_size // config.vision_config.patch_size
         if config.model_type == "llava_next":
             tiles = iter(_tile_grids(model, side, inputs))

@@ -37,12 +37,15 @@ class Bipartite(Reducer):
         """The layers in `after`, those that come closest to `vision_retention`, or LightKV's."""
         if self.vision_retention is not None:
             return self._closest(layers)
-        return layers_at(self.name, self.after or _PUBLISHED.get(layers, _FRACTIONS), layers)
+        published: tuple[int | float, ...] = _PUBLISHED.get(layers, _FRACTIONS)
+        return layers_at(self.name, self.after or published, layers)
 
     def _closest(self, layers: int) -> tuple[int, ...]:
         """Three layers at equal distances, no further apart than LightKV's, or fewer."""
         gaps = range(max(1, round(layers * (_FRACTIONS[1] - _FRACTIONS[0]))), 0, -1)
-        plans = [tuple(n for n in (a, a + gap, a + 2 * gap) if n < layers) for gap in gaps for a in range(1, layers + 1)]
+        plans = [
+            tuple(n for n in (a, a + gap, a + 2 * gap) if n < layers) for gap in gaps for a in range(1, layers + 1)
+        ]
         return min(plans, key=lambda plan: abs(self._average(plan, layers) - (self.vision_retention or 0.0)))
 
     def _average(self, plan: tuple[int, ...], layers: int) -> float:
@@ -59,9 +62,9 @@ def merge_in_windows(
 ) -> Reduced:
     """Merges tokens of each window pairwise (ToMe, arXiv 2210.09461, section 3; LightKV, arXiv 2605.00789).
 
-    Of a window's n tokens in order, the even ones each look for the odd one with the smallest feature divergence, 1 - cosine
-    (the first among equals). The min(floor(share n), floor(n / 2)) closest of them are merged: the odd token becomes the
-    weighted mean of itself and of all that came to it. All windows are treated at once.
+    Of a window's n tokens in order, the even ones each look for the odd one with the smallest feature divergence,
+    1 - cosine (the first among equals). The min(floor(share n), floor(n / 2)) closest of them are merged: the odd token
+    becomes the weighted mean of itself and of all that came to it. All windows are treated at once.
 
     Args:
         hidden: states of all tokens of a row.
@@ -72,7 +75,7 @@ def merge_in_windows(
     device, own = hidden.device, torch.arange(len(hidden), device=hidden.device)
     inside = (window >= 0).nonzero().flatten()
     inside = inside[window[inside].argsort(stable=True)]  # window by window, in order within each
-    names, counts = window[inside].unique_consecutive(return_counts=True)
+    names, counts = torch.unique_consecutive(window[inside], return_counts=True)
     if not len(names):
         return Reduced(own, hidden)
     first = counts.cumsum(0) - counts
@@ -99,7 +102,7 @@ def merge_in_windows(
     if not len(sources):
         return Reduced(into, hidden)
     weight = weight.float().clamp(min=1e-30).unsqueeze(-1)
-    taking = targets.unique()
+    taking = torch.unique(targets)
     total = weight.index_add(0, targets, weight[sources])
     mean = (weight * hidden.float()).index_add(0, targets, weight[sources] * hidden[sources].float()) / total
     changed = hidden.clone()

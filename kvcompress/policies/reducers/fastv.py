@@ -22,6 +22,8 @@ class FastV(Dropping):
     Args:
         layer: layers that see all tokens (the paper's K).
         drop: share of the image tokens that is dropped after them (the paper's R).
+        positions: "original", each token keeps its rotary position; "contiguous", those of a layer are numbered anew,
+            without gaps. Decoding goes on from the length of the whole prompt in either case.
     """
 
     reads_attention: ClassVar[bool] = True

@@ -25,17 +25,18 @@ _LEAST = 8  # tokens per window; a grid with fewer is left alone
 class LightKV(Bipartite):
     """Merges similar image tokens within windows of their grid, weighted by what the prompt has to do with them.
 
-    Source: LightKV (arXiv 2605.00789). A grid of image tokens is split into windows; of each window's tokens, every second
-    one is merged into the most similar of the others. The merged state is the mean weighted by the attention between
-    image and text, each image token asking and the text answering, before causal masking (text follows the image).
+    Source: LightKV (arXiv 2605.00789). A grid of image tokens is split into windows; of each window's tokens, every
+    second one is merged into the most similar of the others. The merged state is the mean weighted by the attention
+    between image and text, each image token asking and the text answering, before causal masking (text follows the
+    image).
 
     *Deviates:* a survivor keeps its cell, so windows stay spatial at later reductions; the released code lays what is
     left out as a square anew. The released code's softmax over queries is `softmax="queries"`, and its renumbering is
     `positions="contiguous"`.
 
     Args:
-        after: layers that have run at each reduction: numbers, or fractions of the depth. None for the paper's: 12, 18, 24
-            of 32 layers, 15, 23, 31 of 40, the fractions 0.375, 0.5625, 0.75 of other depths.
+        after: layers that have run at each reduction: numbers, or fractions of the depth. None for the paper's: 12, 18,
+            24 of 32 layers, 15, 23, 31 of 40, the fractions 0.375, 0.5625, 0.75 of other depths.
         windows: windows along each side of a grid, for each reduction; a remainder widens the first rows and columns.
             None for 4, 2, 1, and 6, 4, 2 where images have several grids (LLaVA-NeXT). A grid with fewer than eight
             tokens per window is left alone.
@@ -43,6 +44,8 @@ class LightKV(Bipartite):
         vision_retention: instead of `after`, image tokens per layer / image tokens, mean over layers; the closest that
             three reductions come to it. `CacheReport.vision_retention` tells what was reached.
         softmax: what the attention adds up to 1 over: "keys", or "queries" (the image tokens) as in the released code.
+        positions: "original", each token keeps its rotary position; "contiguous", those of a layer are numbered anew,
+            without gaps. Decoding goes on from the length of the whole prompt in either case.
 
     Example:
         >>> from kvcompress import REDUCERS
@@ -63,7 +66,8 @@ class LightKV(Bipartite):
         super().model_post_init(context)
         if self.after is not None and self.windows is not None and len(self.after) != len(self.windows):
             raise ConfigError(
-                f"reducer {self.name}: after has {len(self.after)} entries and windows {len(self.windows)}; give as many"
+                f"reducer {self.name}: after has {len(self.after)} entries and windows {len(self.windows)}; give as "
+                "many"
             )
 
     def guidance(self, layer: LayerContext) -> Float[Tensor, " tokens"]:

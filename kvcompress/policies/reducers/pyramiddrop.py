@@ -24,6 +24,8 @@ class PyramidDrop(Staged):
     Args:
         after: layers that have run at each reduction: numbers, or fractions of the depth.
         keep_shares: share of the image tokens that stays from each of them on.
+        positions: "original", each token keeps its rotary position; "contiguous", those of a layer are numbered anew,
+            without gaps. Decoding goes on from the length of the whole prompt in either case.
     """
 
     reads_attention: ClassVar[bool] = True

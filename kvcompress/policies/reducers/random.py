@@ -12,12 +12,16 @@ from kvcompress.shapes import Reduced, ReductionContext
 class RandomReducer(Staged):
     """Drops image tokens at random, a baseline: what a method must beat.
 
+    Source: none, a baseline (see `kvcompress.policies.noise`).
+
     A token's chance depends on the seed and on its place alone, so a row loses the same tokens in any batch.
 
     Args:
         after: layers that have run at each reduction: numbers, or fractions of the depth.
         keep_shares: share of the image tokens that stays from each of them on.
         seed: another seed drops others.
+        positions: "original", each token keeps its rotary position; "contiguous", those of a layer are numbered anew,
+            without gaps. Decoding goes on from the length of the whole prompt in either case.
     """
 
     seed: int = 0

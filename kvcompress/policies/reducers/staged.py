@@ -36,8 +36,8 @@ def layers_at(name: str, after: tuple[int | float, ...], layers: int) -> tuple[i
             found.append(number)
     if any(second <= first for first, second in pairwise(found)) or (found and found[-1] >= layers):
         raise ConfigError(
-            f"reducer {name}: after={list(after)} must ascend and stay below the {layers} layers of the model's decoder; "
-            "give numbers of layers, or fractions of the depth"
+            f"reducer {name}: after={list(after)} must ascend and stay below the {layers} layers of the model's "
+            "decoder; give numbers of layers, or fractions of the depth"
         )
     return tuple(found)
 

@@ -17,14 +17,16 @@ class ToMe(Bipartite):
 
     Source: ToMe (arXiv 2210.09461, section 3), in the places of LightKV (arXiv 2605.00789).
 
-    *Deviates:* ToMe merges inside a vision tower, compares keys, and weighs a token by how many it stands for; here hidden
-    states are compared, as in LightKV, and those that meet weigh the same.
+    *Deviates:* ToMe merges inside a vision tower, compares keys, and weighs a token by how many it stands for; here
+    hidden states are compared, as in LightKV, and those that meet weigh the same.
 
     Args:
         after: layers that have run at each reduction: numbers, or fractions of the depth; None for LightKV's.
         rho: share of a grid's tokens that is merged into others each time, at most a half.
         vision_retention: instead of `after`, image tokens per layer / image tokens, mean over layers; the closest that
             three reductions come to it.
+        positions: "original", each token keeps its rotary position; "contiguous", those of a layer are numbered anew,
+            without gaps. Decoding goes on from the length of the whole prompt in either case.
     """
 
     after: tuple[Depth, ...] | None = None

@@ -17,13 +17,15 @@ _BITS = 10  # of a row or column number
 class UniformGrid(Staged):
     """Keeps image tokens that are spread evenly over their grid, a baseline that looks at no content.
 
-    The order of the cells is that of ordered dithering (the recursive matrix of B. E. Bayer, 1973): however many are
-    kept, they are about evenly spread, and those of a later reduction are among those of an earlier one. Every grid
-    of the row, and its tokens without a cell, keep the same share.
+    Source: none, a baseline. The order of the cells is that of ordered dithering (the recursive matrix of B. E. Bayer,
+    1973): however many are kept, they are about evenly spread, and those of a later reduction are among those of an
+    earlier one. Every grid of the row, and its tokens without a cell, keep the same share.
 
     Args:
         after: layers that have run at each reduction: numbers, or fractions of the depth.
         keep_shares: share of the image tokens that stays from each of them on.
+        positions: "original", each token keeps its rotary position; "contiguous", those of a layer are numbered anew,
+            without gaps. Decoding goes on from the length of the whole prompt in either case.
     """
 
     def reduce(self, row: ReductionContext) -> Reduced:
@@ -33,7 +35,9 @@ class UniformGrid(Staged):
             own = (row.grid == number) & row.is_image
             order = _dithered(row.cell[own]).argsort(stable=True)
             spread = torch.empty(len(order), dtype=torch.float64, device=rank.device)
-            spread[order] = torch.arange(1, len(order) + 1, dtype=torch.float64, device=rank.device) / max(1, len(order))
+            spread[order] = torch.arange(1, len(order) + 1, dtype=torch.float64, device=rank.device) / max(
+                1, len(order)
+            )
             rank[own] = spread
         return dropping(row, -rank, self.keep(row))
 

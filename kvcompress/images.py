@@ -1,0 +1,39 @@
+"""Where image tokens belong in their images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ImageGrid:
+    """A rectangle of image features: one an image in LLaVA-1.5, two in LLaVA-NeXT (a base, and its tiles in one).
+
+    Attributes:
+        image: number of the image in its row.
+        height: rows of features.
+        width: columns of features.
+    """
+
+    image: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class ImageLayout:
+    """Where the image tokens of a forward belong in their images.
+
+    Attributes:
+        grids: the grids of each row of the batch, in order.
+        grid: number of each column's grid among those of its row; -1 for text and for image tokens of no grid (the
+            ends of LLaVA-NeXT's lines).
+        cell: row and column in the grid; meaningless where there is no grid.
+    """
+
+    grids: list[list[ImageGrid]]
+    grid: Int[Tensor, "batch columns"]
+    cell: Int[Tensor, "batch columns two"]
