@@ -11,6 +11,7 @@ STAMP := $(VENV)/.installed
 # The release that the tests run on; the library itself asks only for the range in pyproject.toml.
 TORCH := torch==2.13.0
 BENCH := kvcompress.evaluation.bench
+PREFILL := kvcompress.evaluation.prefill
 QUALITY := kvcompress.evaluation.shapes.bench
 
 .DEFAULT_GOAL := help
@@ -55,6 +56,7 @@ dist: $(STAMP) ## Build sdist and wheel into dist/ and try them in a clean venv 
 
 bench: $(STAMP) ## Measure memory, speed and quality
 	$(BIN)/python -m $(BENCH)
+	$(BIN)/python -m $(PREFILL)
 	$(BIN)/python -m $(QUALITY)
 
 format: $(STAMP) ## Rewrite the sources the way lint wants them

@@ -273,6 +273,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             kv_bytes=sum(store.nbytes for store in stores),
             index_bytes=sum(store.index_nbytes for store in stores),
             full_kv_bytes=sum(store.slot_nbytes for store in stores) * sequence.seen * sequence.batch,
+            went_into={layers: into.tolist() for layers, into in sequence.went_into.items()},
             threshold=None
             if allocation is None or "threshold" not in allocation.notes
             else allocation.notes["threshold"].tolist(),

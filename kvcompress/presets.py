@@ -106,6 +106,22 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "KIVI (arXiv 2402.02750) in four bits: every token is kept, keys quantized per channel, values per token.",
         {"budget": 1.0, "evictor": None, "quantizer": "quanto4"},
     ),
+    "lightkv": (
+        "LightKV (arXiv 2605.00789): image tokens merged during prefill, everything kept that later layers get.",
+        {"budget": 1.0, "evictor": None, "reducer": "lightkv"},
+    ),
+    "fastv": (
+        "FastV (arXiv 2403.06764): half of the image tokens dropped after two layers.",
+        {"budget": 1.0, "evictor": None, "reducer": "fastv"},
+    ),
+    "pyramiddrop": (
+        "PyramidDrop (arXiv 2410.17247): half of the image tokens dropped after each quarter of the depth.",
+        {"budget": 1.0, "evictor": None, "reducer": "pyramiddrop"},
+    ),
+    "prefixkv+lightkv": (
+        "PrefixKV (arXiv 2412.03409) on image tokens that LightKV (arXiv 2605.00789) merged; a combination of ours.",
+        {"budget": _ONE, "scorer": "attention", "allocator": "prefix", "reducer": "lightkv"},
+    ),
     "text": (
         "Made for plain text: TOVA's scores with sinks and recents protected; as good as any of these on continuations "
         "of text in our own measurement (see the benchmarks).",

@@ -20,6 +20,8 @@ class CacheReport:
         layer_budgets: tokens that each layer may hold per row at this point; None where nothing limits it.
         held_columns: columns of the held tokens, `[layers][batch][sets][tokens]`; `sets` is 1 unless heads keep
             different tokens.
+        went_into: what a reducer did: for each number of layers after which it acted, the column that each column of a
+            row is part of from there on, its own if it stays and -1 if it was dropped; `[batch][columns]`.
         kv_bytes: bytes allocated for keys and values.
         index_bytes: bytes allocated for columns and scores.
         full_kv_bytes: bytes that the keys and values of every column would take.
@@ -37,6 +39,7 @@ class CacheReport:
     kv_bytes: int
     index_bytes: int
     full_kv_bytes: int
+    went_into: dict[int, list[list[int]]] = field(default_factory=dict, repr=False)
     threshold: list[float] | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -66,7 +69,7 @@ class CacheReport:
         return sorted(set().union(*sets))
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the columns, with `retention`, ready for JSON."""
+        """Everything but columns, with `retention`, ready for JSON."""
         fields = asdict(self)
-        del fields["held_columns"]
+        del fields["held_columns"], fields["went_into"]
         return {**fields, "retention": self.retention, "vision_retention": self.vision_retention}

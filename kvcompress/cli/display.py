@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 from rich import box
 from rich.table import Table
@@ -31,6 +32,7 @@ def figures(columns: Mapping[str, Generation], *, answers: bool, encoding: str) 
         table.add_row("answer", *(Text(result.text.strip()) for result in results), end_section=True)
     for label, cells in (
         ("tokens seen", [_tokens(result) for result in results]),
+        ("image tokens", [_image_tokens(result) for result in results]),
         ("kept per layer", [_kept(result, encoding) for result in results]),
         ("retention", [f"{result.report.retention:.1%}" for result in results]),
         ("key/value cache", [_bytes_held(result) for result in results]),
@@ -69,6 +71,16 @@ def agreement(first: Generation, second: Generation) -> tuple[bool, int]:
 
 def _tokens(result: Generation) -> str:
     return f"{result.report.tokens_seen:,} (prompt {result.prompt_tokens:,}, answer {len(result.token_ids):,})"
+
+
+def _image_tokens(result: Generation) -> str:
+    """How many go into the layers, where a reducer acted: "144 in 3 layers, 72 in 2, ..."."""
+    counts = [rows[0] for rows in result.report.image_tokens]
+    if len(set(counts)) < 2:
+        return ""
+    runs = [(count, len(list(layers))) for count, layers in groupby(counts)]
+    first, *rest = (f"{count:,} in {layers}" for count, layers in runs)
+    return f"{', '.join([f'{first} layers', *rest])} ({result.report.vision_retention:.1%})"
 
 
 def _kept(result: Generation, encoding: str) -> str:

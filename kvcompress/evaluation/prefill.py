@@ -61,7 +61,7 @@ class Prefill:
         self.model = model
         self.ids = torch.cat([text[:, :half], image, text[:, half:]], dim=1)
         with torch.inference_mode():
-            self.features = model.model.get_image_features(pixels, return_dict=True)  # type: ignore[operator, union-attr]
+            self.features = model.model.get_image_features(pixels, return_dict=True)
 
     @torch.inference_mode()
     def read(self, reducer: str | None) -> CompressedCache:
@@ -78,12 +78,12 @@ class Prefill:
         return time.perf_counter() - start
 
     def flops(self, reducer: str | None) -> int:
-        """Floating-point operations of it: those that torch counts, and those of causal attention, which it does not."""
+        """Floating-point operations: those that torch counts, and those of causal attention, which it does not."""
         with FlopCounterMode(display=False) as counted:
             cache = self.read(reducer)
         text = self.model.config.get_text_config()
-        attention = sum(2 * rows[0] * (rows[0] + 1) * text.hidden_size for rows in cache.report().layer_tokens)
-        return int(counted.get_total_flops()) + attention
+        pairs = sum(rows[0] * (rows[0] + 1) // 2 for rows in cache.report().layer_tokens)
+        return int(counted.get_total_flops()) + 4 * pairs * int(text.hidden_size)
 
     def overhead(self, reducer: str) -> float:
         """Share of its time that goes into guidance, merging and moving what is left."""

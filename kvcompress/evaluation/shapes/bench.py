@@ -17,7 +17,7 @@ from kvcompress.evaluation.models import LoadedModel, load_model
 from kvcompress.evaluation.shapes.measure import accuracy, description_perplexity, encode, held_out_scenes
 from kvcompress.evaluation.shapes.questions import KINDS, describe_question
 from kvcompress.evaluation.shapes.scenes import Scene
-from kvcompress.registry import SCORERS
+from kvcompress.registry import REDUCERS, SCORERS
 
 RETENTIONS = (0.5, 0.2, 0.1)
 
@@ -58,11 +58,17 @@ def _gini(importance: Tensor) -> float:
 
 
 def quality(loaded: LoadedModel, scenes: Sequence[Scene]) -> Iterator[tuple[str, dict[str, float]]]:
-    """Accuracy of each kind of question and perplexity of descriptions, with the full cache and with each method."""
+    """Accuracy of each kind of question and perplexity of descriptions: the full cache, each method, each reducer."""
     configs: dict[str, CompressionConfig | None] = {"full": None}
     for name, (preset, fields) in methods().items():
         for share in RETENTIONS:
             configs[f"{name} {share:.0%}"] = CompressionConfig.preset(preset, budget=share, **fields)
+    for name in REDUCERS.names():
+        configs[f"full, reducer {name}"] = CompressionConfig.preset("full", reducer=name)
+    renumbered = {"name": "lightkv", "positions": "contiguous"}
+    configs["full, reducer lightkv, contiguous"] = CompressionConfig.preset("full", reducer=renumbered)
+    for share in RETENTIONS:
+        configs[f"prefixkv+lightkv {share:.0%}"] = CompressionConfig.preset("prefixkv+lightkv", budget=share)
     for name, config in configs.items():
         yield (
             name,
