@@ -45,7 +45,8 @@ def build_model(layers: int = 24, hidden: int = 1024) -> PreTrainedModel:
     config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=_IMAGE_TOKEN)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return transformers.LlavaForConditionalGeneration(config).eval()
+        model: PreTrainedModel = transformers.LlavaForConditionalGeneration(config)
+    return model.train(False)
 
 
 class Prefill:
