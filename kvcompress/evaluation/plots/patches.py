@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 _FADED = 0.84  # how far an evicted patch goes to white
 _EDGE = "#D55E00"
-_CAPTION = "patches kept (outlined) of the image's tokens; evicted ones are faded"
+_CAPTION = "kept patches are outlined, evicted ones faded"
+_CAPTION_OF_HEADS = (
+    "a patch is faded the more, the fewer heads keep it; outlined are those that at least half of them keep"
+)
 _ACROSS = 8  # panels in a row, at most
 
 
@@ -72,7 +75,7 @@ def patches(
     for axes in panels:
         axes.set_axis_off()
     sets = max(len(report.held_columns[layer][row]) for layer in shown)
-    figure.supxlabel(_CAPTION + (", the more the fewer heads keep them" if sets > 1 else ""), fontsize=7)
+    figure.supxlabel(_CAPTION_OF_HEADS if sets > 1 else _CAPTION, fontsize=7)
     return figure
 
 
