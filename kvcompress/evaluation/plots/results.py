@@ -45,16 +45,17 @@ def read_value(row: Row, name: str) -> tuple[float, float, float] | None:
     """A metric of a row, with the ends of its interval; None where the row lacks it.
 
     It stands under its name in the row or in the row's `metrics`, as a number with `NAME_ci_low` and `NAME_ci_high`
-    beside it, or as an object of `value`, `ci_low` and `ci_high`.
+    beside it, or as an object of `value`, `ci_low` and `ci_high`. Ends that are no confidence interval are called `low`
+    and `high`.
     """
     metrics = row.get("metrics")
     for holder in (metrics if isinstance(metrics, Mapping) else {}, row):
         found = holder.get(name)
         if isinstance(found, Mapping):
             middle = found.get("value")
-            low, high = found.get("ci_low"), found.get("ci_high")
+            low, high = _ends(found, "")
         else:
-            middle, low, high = found, holder.get(f"{name}_ci_low"), holder.get(f"{name}_ci_high")
+            middle, (low, high) = found, _ends(holder, f"{name}_")
         if isinstance(middle, (int, float)) and not isinstance(middle, bool):
             return (
                 float(middle),
@@ -62,6 +63,11 @@ def read_value(row: Row, name: str) -> tuple[float, float, float] | None:
                 float(middle if high is None else high),
             )
     return None
+
+
+def _ends(holder: Row, prefix: str) -> tuple[float | None, float | None]:
+    low, high = (holder.get(f"{prefix}ci_{end}", holder.get(f"{prefix}{end}")) for end in ("low", "high"))
+    return low, high
 
 
 def read_series(rows: Iterable[Row], metric: str, x: str = "budget") -> list[Series]:
