@@ -174,13 +174,14 @@ def _table(tokens: int, batch: int, found: Sequence[Measurement]) -> Table:
     has_limit = any(measurement.largest_batch is not None for measurement in found)
     title = f"Prompt of {tokens:,} tokens, batch {batch}: median, times {BASE}'s, quartiles"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("cache")
-    for head in ("first token", "per token", "tokens/s", "held", "peak", *(["fits"] if has_limit else [])):
+    table.add_column("cache", no_wrap=True)
+    heads = ["first\ntoken, ms", "per\ntoken, ms", "tokens/s", "held", "peak"]
+    for head in (*heads, *(["largest\nbatch"] if has_limit else [])):
         table.add_column(head, justify="right")
     for one in found:
         cells = [
-            one.note or _time(one.seconds_to_first_token, one.first_token_ratio, "s", 1),
-            _time(one.seconds_per_token, one.per_token_ratio, "ms", 1000),
+            one.note or _time(one.seconds_to_first_token, one.first_token_ratio),
+            _time(one.seconds_per_token, one.per_token_ratio),
             "" if one.tokens_per_second is None else f"{one.tokens_per_second.median:,.1f}",
             "" if one.held_bytes is None else size(one.held_bytes),
             "" if one.peak_bytes is None else size(one.peak_bytes),
@@ -198,16 +199,18 @@ def label(measurement: Measurement) -> str:
     return measurement.policy if keeps_everything else f"{measurement.policy} {budget_label(budget or 0)}"
 
 
-def _time(spread: Spread | None, ratio: float | None, unit: str, factor: float) -> str:
+def _time(spread: Spread | None, ratio: float | None) -> str:
+    """Milliseconds, how many times those of the base, and the quartiles."""
     if spread is None:
         return ""
-    middle, low, high = (_digits(factor * value) for value in (spread.median, spread.low, spread.high))
+    middle, low, high = (_digits(1000 * value) for value in (spread.median, spread.low, spread.high))
     times = "" if ratio is None else f" {ratio:.2f}x"
-    return f"{middle} {unit}{times}\n{low}-{high}"
+    return f"{middle}{times}\n{low}-{high}"
 
 
 def _digits(value: float) -> str:
-    return f"{value:.3f}" if value < 1 else f"{value:.2f}" if value < 100 else f"{value:,.0f}"
+    decimals = 3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0
+    return f"{value:,.{decimals}f}"
 
 
 def _figures(found: Sequence[Measurement]) -> dict[str, Figure]:

@@ -31,7 +31,7 @@ _LETTERS = 12  # of text for each token that is wanted, enough for any tokenizer
 
 @dataclass(frozen=True)
 class Spread:
-    """A figure over rounds.
+    """A figure over rounds, or over the steps of all rounds.
 
     Attributes:
         median: the middle.
@@ -62,10 +62,10 @@ class Measurement:
         prompt_tokens: tokens of each prompt.
         batch: prompts at a time.
         seconds_to_first_token: the prompt's forward, compression included, and the choice of a token.
-        seconds_per_token: a later step, mean over the steps of a round.
-        tokens_per_second: batch / `seconds_per_token`.
+        seconds_per_token: a later step, over all steps of all rounds.
+        tokens_per_second: batch / seconds of each such step.
         first_token_ratio: seconds to first token / `DynamicCache`'s in the same round, median over rounds.
-        per_token_ratio: the same for seconds per token.
+        per_token_ratio: the same for seconds per token, median over all steps.
         held_bytes: of the cache at the end of a round, with what says which tokens it holds.
         peak_bytes: most memory that a round took on top of the weights; None where the system does not tell.
         row_bytes: bytes that one more prompt in the batch takes, see `largest_batch`.
@@ -102,21 +102,27 @@ class Measurement:
 
 @dataclass
 class _Contestant:
-    """A cache that takes part: its name, how a round with it runs, and what the rounds gave."""
+    """A cache that takes part.
+
+    Attributes:
+        policy: its name.
+        budget: fraction or tokens per layer, if it has one.
+        play: a round with it: yields the seconds to the first token, then those of each later one.
+        held: bytes that the cache held at the end of a round; None for the floor.
+        peak: most memory that a round took.
+        first: seconds to the first token of each round.
+        later: seconds of each later token of all rounds.
+        note: why it has no figures, if it has none.
+    """
 
     policy: str
     budget: float | None
-    play: Callable[[Tensor], tuple[list[float], int | None]]
-    per_token: list[float] = field(default_factory=list)
+    play: Callable[[_Contestant, Tensor], Iterator[float]]
     held: int | None = None
     peak: int | None = None
+    first: list[float] = field(default_factory=list)
+    later: list[float] = field(default_factory=list)
     note: str | None = None
-
-    def round(self, ids: Tensor) -> float:
-        """Runs once; gives the seconds to the first token, and notes those of the tokens after it."""
-        laps, self.held = self.play(ids)
-        self.per_token.append(statistics.mean(laps[1:]))
-        return laps[0]
 
 
 def benchmark(
@@ -133,8 +139,9 @@ def benchmark(
 ) -> Iterator[Measurement]:
     """Measures caches against transformers' own, in turns, so that a busy machine slows all of them alike.
 
-    A round reads a batch of prompts (English text, each row another piece) into a new cache and takes greedy steps; the
-    first round of each cache warms up and tells its peak memory, the others are timed. One cache lives at a time.
+    A round reads a batch of prompts (English text, each row another piece) into a new cache and takes greedy steps. The
+    first round of each cache has the memory to itself, warms up and tells the peak; the others are timed. On a CPU all
+    caches take each step in turns, so that the memory must hold all of them; on a GPU each has a round to itself.
     References are `DynamicCache`; `QuantizedCache` (quanto, four bits, residual of 128); and the floor: a prompt read
     without any cache, and steps with a cache of one token, which is what the weights alone cost.
 
@@ -173,7 +180,8 @@ def benchmark(
         for batch in batches:
             ids = text_rows(loaded, batch, tokens)
             contestants = _contestants(model, configs, references, new_tokens)
-            yield from _compete(model, contestants, ids, rounds, memory_limit, on_round or (lambda: None))
+            _compete(model, contestants, ids, rounds, new_tokens, on_round or (lambda: None))
+            yield from _measurements(contestants, ids, model, memory_limit)
 
 
 def rounds_of(configs: int, prompt_tokens: int, batches: int, rounds: int, references: int = len(REFERENCES)) -> int:
@@ -199,44 +207,51 @@ def _compete(
     contestants: list[_Contestant],
     ids: Tensor,
     rounds: int,
-    memory_limit: int | None,
+    new_tokens: int,
     on_round: Callable[[], None],
-) -> Iterator[Measurement]:
+) -> None:
+    """Lets each contestant run once alone, then all of them in turns."""
     for contestant in contestants:
         try:
-            contestant.peak = peak_bytes(partial(contestant.round, ids), model.device)
+            contestant.peak = peak_bytes(partial(list, contestant.play(contestant, ids)), model.device)
         except torch.OutOfMemoryError:
             contestant.note = "out of memory"
-        contestant.per_token.clear()
         on_round()
+    running = [contestant for contestant in contestants if contestant.note is None]
+    # A GPU's clock is steady and its memory scarce: there each has a round to itself.
+    groups = [[one] for one in running] if model.device.type == "cuda" else [running]
+    for _ in range(rounds):
+        for group in groups:
+            laps: dict[str, Callable[[], float]] = {
+                str(n): partial(next, one.play(one, ids)) for n, one in enumerate(group)
+            }
+            times = in_turns(laps, new_tokens + 1, warm_up=0)
+            for one, (first, *later) in zip(group, times.values(), strict=True):
+                one.first.append(first)
+                one.later += later
+                on_round()
 
-    def timed_round(contestant: _Contestant) -> float:
-        seconds = contestant.round(ids)
-        on_round()
-        return seconds
 
-    running = {str(n): contestant for n, contestant in enumerate(contestants) if contestant.note is None}
-    first = in_turns({n: partial(timed_round, contestant) for n, contestant in running.items()}, rounds, warm_up=0)
-    later = {n: contestant.per_token for n, contestant in running.items()}
-    base = next((n for n, contestant in running.items() if contestant.policy == BASE), None)
-    first_ratios, later_ratios = ({}, {}) if base is None else (ratios(first, base), ratios(later, base))
+def _measurements(
+    contestants: Sequence[_Contestant], ids: Tensor, model: PreTrainedModel, memory_limit: int | None
+) -> Iterator[Measurement]:
     batch, tokens = ids.shape
-    for number, contestant in enumerate(contestants):
-        about = (contestant.policy, contestant.budget, tokens, batch)
-        n = str(number)
-        if n not in running:
-            yield Measurement(*about, note=contestant.note)
+    base = next((one for one in contestants if one.policy == BASE and one.note is None), None)
+    for one in contestants:
+        about = (one.policy, one.budget, tokens, batch)
+        if one.note is not None:
+            yield Measurement(*about, note=one.note)
             continue
-        row_bytes = _row_bytes(contestant, model, batch)
+        row_bytes = _row_bytes(one, model, batch)
         yield Measurement(
             *about,
-            seconds_to_first_token=Spread.of(first[n]),
-            seconds_per_token=Spread.of(later[n]),
-            tokens_per_second=Spread.of([batch / seconds for seconds in later[n]]),
-            first_token_ratio=first_ratios.get(n),
-            per_token_ratio=later_ratios.get(n),
-            held_bytes=contestant.held,
-            peak_bytes=contestant.peak,
+            seconds_to_first_token=Spread.of(one.first),
+            seconds_per_token=Spread.of(one.later),
+            tokens_per_second=Spread.of([batch / seconds for seconds in one.later]),
+            first_token_ratio=None if base is None else ratios({"base": base.first, "own": one.first}, "base")["own"],
+            per_token_ratio=None if base is None else ratios({"base": base.later, "own": one.later}, "base")["own"],
+            held_bytes=one.held,
+            peak_bytes=one.peak,
             row_bytes=row_bytes,
             largest_batch=None
             if memory_limit is None or not row_bytes
@@ -255,7 +270,7 @@ def _contestants(
 ) -> list[_Contestant]:
     text = model.config.get_text_config(decoder=True)
     dynamic = partial(DynamicCache, config=text)
-    plays: dict[str, Callable[[Tensor], tuple[list[float], int | None]]] = {
+    plays: dict[str, Callable[[_Contestant, Tensor], Iterator[float]]] = {
         BASE: partial(_play, model, dynamic, new_tokens),
         "QuantizedCache": partial(_play, model, partial(_quantized, text), new_tokens),
         FLOOR: partial(_play_floor, model, dynamic, new_tokens),
@@ -274,36 +289,42 @@ def _quantized(text: Any) -> Cache:
     return QuantizedCache("quanto", text, nbits=4, q_group_size=math.gcd(64, width), residual_length=128)
 
 
-@torch.inference_mode()
 def _play(
-    model: PreTrainedModel, make: Callable[[], Cache], new_tokens: int, ids: Tensor
-) -> tuple[list[float], int | None]:
-    """A round: seconds to the first token and of each later one, and the bytes that the cache holds in the end."""
-    cache, watch = make(), Stopwatch(model.device)
-    watch.mark()
-    for _ in range(new_tokens + 1):
-        ids = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
-        watch.mark()
-    return watch.laps(), held_bytes(cache)
+    model: PreTrainedModel, make: Callable[[], Cache], new_tokens: int, contestant: _Contestant, ids: Tensor
+) -> Iterator[float]:
+    """A round with a cache, which is gone when the last token has come."""
+    cache = make()
+    for _ in range(new_tokens):
+        seconds, ids = _forward(model, ids, past_key_values=cache)
+        yield seconds
+    seconds, _ = _forward(model, ids, past_key_values=cache)
+    with torch.inference_mode():
+        contestant.held = held_bytes(cache)
+    del cache
+    yield seconds
 
 
-@torch.inference_mode()
 def _play_floor(
-    model: PreTrainedModel, make: Callable[[], Cache], new_tokens: int, ids: Tensor
-) -> tuple[list[float], int | None]:
+    model: PreTrainedModel, make: Callable[[], Cache], new_tokens: int, contestant: _Contestant, ids: Tensor
+) -> Iterator[float]:
     """The same without a cache for the prompt, and with a cache of one token for each step."""
-    watch = Stopwatch(model.device)
-    watch.mark()
-    token = model(ids, use_cache=False, logits_to_keep=1).logits[:, -1:].argmax(-1)
-    watch.mark()
+    seconds, token = _forward(model, ids, use_cache=False)
+    yield seconds
     for _ in range(new_tokens):
         cache = make()
-        model(token, past_key_values=cache, logits_to_keep=1)
-        watch.mark()
-        token = model(token, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
-        watch.mark()
-    laps = watch.laps()
-    return [laps[0], *laps[2::2]], None
+        _forward(model, token, past_key_values=cache)
+        seconds, token = _forward(model, token, past_key_values=cache)
+        yield seconds
+
+
+@torch.inference_mode()
+def _forward(model: PreTrainedModel, ids: Tensor, **given: Any) -> tuple[float, Tensor]:
+    """Seconds of a forward and the choice of the next tokens, as in greedy `generate`, and these tokens."""
+    watch = Stopwatch(model.device)
+    watch.mark()
+    token = model(ids, logits_to_keep=1, **given).logits[:, -1:].argmax(-1)
+    watch.mark()
+    return watch.laps()[0], token
 
 
 def _check(

@@ -30,7 +30,7 @@ def draw_series(axes: Axes, series: Sequence[Series], x: str, factor: float = 1.
     for index, line in enumerate(references):
         (point, *_), (colour, dashes) = line.points, _REFERENCES[index % len(_REFERENCES)]
         axes.axhline(factor * point.value, color=colour, linestyle=dashes, linewidth=1.1, label=line.name, zorder=1.5)
-        if point.low != point.high:
+        if point.low != point.high and len(references) == 1:  # bands of several would hide one another
             axes.axhspan(factor * point.low, factor * point.high, color=colour, alpha=0.08, linewidth=0)
     policies = [line for line in series if not line.reference]
     for index, line in enumerate(policies):
