@@ -21,7 +21,7 @@ from kvcompress.errors import ConfigError
 from kvcompress.evaluation.memory import held_bytes, peak_bytes
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.evaluation.perplexity import english_text
-from kvcompress.evaluation.timing import Stopwatch, in_turns, ratios
+from kvcompress.evaluation.timing import Stopwatch, in_turns, ratios, short_collections
 
 BASE = "DynamicCache"
 FLOOR = "floor"
@@ -180,7 +180,8 @@ def benchmark(
         for batch in batches:
             ids = text_rows(loaded, batch, tokens)
             contestants = _contestants(model, configs, references, new_tokens)
-            _compete(model, contestants, ids, rounds, new_tokens, on_round or (lambda: None))
+            with short_collections():
+                _compete(model, contestants, ids, rounds, new_tokens, on_round or (lambda: None))
             yield from _measurements(contestants, ids, model, memory_limit)
 
 

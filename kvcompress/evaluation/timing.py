@@ -5,7 +5,8 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +37,19 @@ def ratios(times: dict[str, list[float]], base: str) -> dict[str, float]:
         name: statistics.median(own / other for own, other in zip(seconds, times[base], strict=True))
         for name, seconds in times.items()
     }
+
+
+@contextmanager
+def short_collections() -> Iterator[None]:
+    """Leaves what exists now out of garbage collections for a while, so that one between steps takes no time."""
+    frozen_before = gc.get_freeze_count()
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen_before:
+            gc.unfreeze()
 
 
 class Stopwatch:
