@@ -20,6 +20,7 @@ from kvcompress.cli import app
 from kvcompress.errors import ConfigError, MissingDependencyError
 from kvcompress.evaluation import LoadedModel, encode_prompt, generate, load_model
 from kvcompress.evaluation.conversations import Conversation, read_conversations, write_conversations
+from kvcompress.evaluation.inequality import gini
 from kvcompress.evaluation.shapes import (
     Scene,
     Thing,
@@ -32,7 +33,7 @@ from kvcompress.evaluation.shapes import (
     scene_seed,
     write_dataset,
 )
-from kvcompress.evaluation.shapes.bench import _gini, gini_per_layer
+from kvcompress.evaluation.shapes.bench import gini_per_layer
 from kvcompress.evaluation.shapes.measure import accuracy, description_perplexity, held_out_scenes
 from kvcompress.evaluation.shapes.model import SPECIAL, VISION_TOKENS, build_model, build_processor
 from kvcompress.evaluation.shapes.questions import KINDS, PLURALS, right_objects
@@ -313,8 +314,8 @@ def test_layers_have_a_gini_coefficient_each(shapes: LoadedModel) -> None:
 
 
 def test_gini_is_zero_for_equals_and_near_one_for_one_that_has_all() -> None:
-    assert abs(_gini(torch.ones(2, 50))) < 1e-9
-    assert abs(_gini(torch.eye(1, 50)) - 0.98) < 1e-6
+    assert abs(gini(torch.ones(2, 50))) < 1e-9
+    assert abs(gini(torch.eye(1, 50)) - 0.98) < 1e-6
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

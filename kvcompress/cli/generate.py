@@ -102,7 +102,7 @@ def generate(
     with reported(as_json=as_json, debug=debug):
         import_modules(modules or [])
         compression = read_config(preset, config, budget, settings or [])
-        text = _read_prompt(prompt, prompt_file)
+        text = read_prompt(prompt, prompt_file)
         picture = None if image is None else open_image(image)
         loaded = load_with_spinner(model, dtype.value, device)
         inputs = encode_prompt(loaded, text, image=picture, chat=chat)
@@ -187,7 +187,8 @@ def _as_json(loaded: LoadedModel, config: CompressionConfig, results: list[Gener
     return content
 
 
-def _read_prompt(prompt: str | None, file: Path | None) -> str:
+def read_prompt(prompt: str | None, file: Path | None) -> str:
+    """Joins what --prompt-file and --prompt give."""
     if prompt is None and file is None:
         raise typer.BadParameter("give --prompt, --prompt-file or both")
     parts = []

@@ -6,7 +6,6 @@ about what a second is.
 
 from __future__ import annotations
 
-import gc
 import json
 import statistics
 import subprocess
@@ -14,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -29,6 +27,7 @@ from transformers.cache_utils import Cache, QuantizedCache
 from kvcompress.cache import CompressedCache
 from kvcompress.composition import policies_of
 from kvcompress.config import CompressionConfig
+from kvcompress.evaluation import memory
 from kvcompress.evaluation.models import load_model
 from kvcompress.evaluation.perplexity import continuation_perplexity, english_text, samples_of
 from kvcompress.evaluation.timing import in_turns, ratios, timed
@@ -171,16 +170,8 @@ def own_peak_bytes(case: str, tokens: int) -> int:
     bench = Bench(tokens)
     CompressedCache(bench.model, "full")
     bench.run(bench.dynamic(), bench.ids[:, :64])
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak back to what is resident now
-    before = _memory("VmHWM")
-    bench.run(bench.dynamic() if case == "DynamicCache" else bench.compressed(QUERIES[case]), bench.ids)
-    return _memory("VmHWM") - before
-
-
-def _memory(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
+    cache = bench.dynamic() if case == "DynamicCache" else bench.compressed(QUERIES[case])
+    return memory.peak_bytes(partial(bench.run, cache, bench.ids), torch.device("cpu")) or 0
 
 
 def table(title: str, rows: Iterable[tuple[str, str]]) -> Table:

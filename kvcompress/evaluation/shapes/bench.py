@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import Tensor
 
 from kvcompress.config import CompressionConfig
+from kvcompress.evaluation.inequality import gini
 from kvcompress.evaluation.models import LoadedModel, load_model
 from kvcompress.evaluation.shapes.measure import accuracy, description_perplexity, encode, held_out_scenes
 from kvcompress.evaluation.shapes.questions import KINDS, describe_question
@@ -45,16 +45,7 @@ def gini_per_layer(loaded: LoadedModel, scenes: Sequence[Scene]) -> list[float]:
         attentions = loaded.model(**inputs, output_attentions=True).attentions
     finally:
         decoder.set_attn_implementation(before)
-    return [_gini(layer.float().mean(dim=1).sum(dim=1)) for layer in attentions]
-
-
-def _gini(importance: Tensor) -> float:
-    """Mean over rows of the Gini coefficient of `[rows, tokens]`."""
-    ordered = importance.sort(dim=-1).values.double()
-    count = ordered.shape[-1]
-    rank = torch.arange(1, count + 1, device=ordered.device, dtype=torch.float64)
-    share = (ordered * rank).sum(-1) / ordered.sum(-1)
-    return (2 * share / count - (count + 1) / count).mean().item()
+    return [gini(layer.float().mean(dim=1).sum(dim=1)) for layer in attentions]
 
 
 def quality(loaded: LoadedModel, scenes: Sequence[Scene]) -> Iterator[tuple[str, dict[str, float]]]:
@@ -85,8 +76,8 @@ def main(
     """Prints what compression costs a model whose right answers are known."""
     loaded, console = load_model("shapes"), Console()
     held_out = held_out_scenes(scenes)
-    gini = gini_per_layer(loaded, held_out[:25])
-    console.print("Gini coefficient of importance per layer: " + ", ".join(f"{value:.2f}" for value in gini))
+    found = gini_per_layer(loaded, held_out[:25])
+    console.print("Gini coefficient of importance per layer: " + ", ".join(f"{value:.2f}" for value in found))
     title = f"ShapesLLaVA, {scenes} held-out scenes: right answers, and perplexity of descriptions"
     table = Table("cache", *KINDS, "objects described", "perplexity", title=title, title_justify="left")
     for name, figures in track(quality(loaded, held_out), "answering", console=console, transient=True):

@@ -1,0 +1,30 @@
+"""Options that several commands take, worded once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kvcompress.cli.generate import Dtype
+
+ModelName = Annotated[str, typer.Option(metavar="NAME", help="A folder, a model's id on the hub, smollm2 or shapes.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Sets a policy or one of its parameters; repeatable."),
+]
+Modules = Annotated[
+    list[str] | None,
+    typer.Option("--import", metavar="MODULE", help="Imports your policies first (module or .py); repeatable."),
+]
+DtypeName = Annotated[
+    Dtype, typer.Option(metavar="TYPE", help="float32, bfloat16, float16; auto is the checkpoint's own.")
+]
+Device = Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1; auto is a GPU if there is one.")]
+PlotFolder = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FOLDER", help="Draws pictures into it, as PNG and SVG.", file_okay=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Shows the traceback of an error.")]

@@ -1,0 +1,344 @@
+"""Speed and memory of any caches on any model, run in turns: what `kvcompress bench` shows."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, QuantizedCache
+
+from kvcompress.cache import CompressedCache
+from kvcompress.config import CompressionConfig
+from kvcompress.errors import ConfigError
+from kvcompress.evaluation.memory import held_bytes, peak_bytes
+from kvcompress.evaluation.models import LoadedModel
+from kvcompress.evaluation.perplexity import english_text
+from kvcompress.evaluation.timing import Stopwatch, in_turns, ratios, short_collections
+
+BASE = "DynamicCache"
+FLOOR = "floor"
+REFERENCES = (BASE, "QuantizedCache", FLOOR)
+_LETTERS = 12  # of text for each token that is wanted, enough for any tokenizer of words
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over rounds, or over the steps of all rounds.
+
+    Attributes:
+        median: the middle.
+        low: first quartile.
+        high: third quartile.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """The spread of some values, at least one."""
+        if len(values) == 1:
+            return cls(values[0], values[0], values[0])
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One cache with one length of prompt and one batch.
+
+    Attributes:
+        policy: name of the configuration, or of the reference.
+        budget: fraction, or tokens per layer; None for references and budgets in bytes.
+        prompt_tokens: tokens of each prompt.
+        batch: prompts at a time.
+        seconds_to_first_token: the prompt's forward, compression included, and the choice of a token.
+        seconds_per_token: a later step, over all steps of all rounds.
+        tokens_per_second: batch / seconds of each such step.
+        first_token_ratio: seconds to first token / `DynamicCache`'s in the same round, median over rounds.
+        per_token_ratio: the same for seconds per token, median over all steps.
+        held_bytes: of the cache at the end of a round, with what says which tokens it holds.
+        peak_bytes: most memory that a round took on top of the weights; None where the system does not tell.
+        row_bytes: bytes that one more prompt in the batch takes, see `largest_batch`.
+        largest_batch: how many rows fit into the memory limit beside the weights: (limit - weights) / row bytes, where
+            row bytes are the peak over the batch on a GPU, and the held bytes over the batch elsewhere.
+        note: why there are no figures, if there are none.
+    """
+
+    policy: str
+    budget: float | None
+    prompt_tokens: int
+    batch: int
+    seconds_to_first_token: Spread | None = None
+    seconds_per_token: Spread | None = None
+    tokens_per_second: Spread | None = None
+    first_token_ratio: float | None = None
+    per_token_ratio: float | None = None
+    held_bytes: int | None = None
+    peak_bytes: int | None = None
+    row_bytes: int | None = None
+    largest_batch: int | None = None
+    note: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures as JSON has them; a spread is three entries, `NAME`, `NAME_low` and `NAME_high`."""
+        found: dict[str, Any] = {}
+        for name, value in asdict(self).items():
+            if isinstance(value, dict):
+                found |= {name: value["median"], f"{name}_low": value["low"], f"{name}_high": value["high"]}
+            else:
+                found[name] = value
+        return found
+
+
+@dataclass
+class _Contestant:
+    """A cache that takes part.
+
+    Attributes:
+        policy: its name.
+        budget: fraction or tokens per layer, if it has one.
+        play: a round with it: yields the seconds to the first token, then those of each later one.
+        held: bytes that the cache held at the end of a round; None for the floor.
+        peak: most memory that a round took.
+        first: seconds to the first token of each round.
+        later: seconds of each later token of all rounds.
+        note: why it has no figures, if it has none.
+    """
+
+    policy: str
+    budget: float | None
+    play: Callable[[_Contestant, Tensor], Iterator[float]]
+    held: int | None = None
+    peak: int | None = None
+    first: list[float] = field(default_factory=list)
+    later: list[float] = field(default_factory=list)
+    note: str | None = None
+
+
+def benchmark(
+    loaded: LoadedModel,
+    configs: Sequence[tuple[str, CompressionConfig]],
+    *,
+    prompt_tokens: Sequence[int] = (1000,),
+    batches: Sequence[int] = (1,),
+    new_tokens: int = 16,
+    rounds: int = 5,
+    references: Sequence[str] = REFERENCES,
+    memory_limit: int | None = None,
+    on_round: Callable[[], None] | None = None,
+) -> Iterator[Measurement]:
+    """Measures caches against transformers' own, in turns, so that a busy machine slows all of them alike.
+
+    A round reads a batch of prompts (English text, each row another piece) into a new cache and takes greedy steps. The
+    first round of each cache has the memory to itself, warms up and tells the peak; the others are timed. On a CPU all
+    caches take each step in turns, so that the memory must hold all of them; on a GPU each has a round to itself.
+    References are `DynamicCache`; `QuantizedCache` (quanto, four bits, residual of 128); and the floor: a prompt read
+    without any cache, and steps with a cache of one token, which is what the weights alone cost.
+
+    Args:
+        loaded: the model.
+        configs: what is compared, by name; one name may come with several budgets.
+        prompt_tokens: lengths of the prompts.
+        batches: numbers of prompts at a time.
+        new_tokens: steps after the first token.
+        rounds: timed rounds.
+        references: some of `REFERENCES`; ratios need `DynamicCache`.
+        memory_limit: bytes that weights and caches may take, for the largest batch; the GPU's memory if None, else
+            unlimited.
+        on_round: called after each round, warm-up included; `rounds_of` tells how many there are.
+
+    Yields:
+        Measurements of a batch and length at a time, references first, in order.
+
+    Raises:
+        ConfigError: if a number is below 1, or a reference is unknown.
+
+    Example:
+        >>> from kvcompress import CompressionConfig
+        >>> from kvcompress.evaluation import load_model
+        >>> from kvcompress.evaluation.benchmark import benchmark
+        >>> config = CompressionConfig.preset("prefixkv", budget=0.2)
+        >>> found = list(benchmark(load_model("shapes"), [("prefixkv", config)], prompt_tokens=[200], rounds=1))
+        >>> [measurement.policy for measurement in found]
+        ['DynamicCache', 'QuantizedCache', 'floor', 'prefixkv']
+    """
+    _check(prompt_tokens, batches, new_tokens, rounds, references)
+    model = loaded.model
+    if memory_limit is None and model.device.type == "cuda":
+        memory_limit = torch.cuda.get_device_properties(model.device).total_memory
+    for tokens in prompt_tokens:
+        for batch in batches:
+            ids = text_rows(loaded, batch, tokens)
+            contestants = _contestants(model, configs, references, new_tokens)
+            with short_collections():
+                _compete(model, contestants, ids, rounds, new_tokens, on_round or (lambda: None))
+            yield from _measurements(contestants, ids, model, memory_limit)
+
+
+def rounds_of(configs: int, prompt_tokens: int, batches: int, rounds: int, references: int = len(REFERENCES)) -> int:
+    """Rounds that a benchmark has, warm-up included, from how many of each there are."""
+    return (configs + references) * prompt_tokens * batches * (rounds + 1)
+
+
+def text_rows(loaded: LoadedModel, batch: int, tokens: int) -> Int[Tensor, "batch tokens"]:
+    """Pieces of English text, another one for each row as far as it reaches, on the model's device."""
+    text = english_text()[: _LETTERS * batch * tokens]
+    ids = loaded.tokenizer(text, add_special_tokens=False, return_tensors="pt", verbose=False).input_ids[0]
+    rows: Tensor = ids.repeat(math.ceil(batch * tokens / len(ids)))[: batch * tokens].view(batch, tokens)
+    return rows.to(loaded.model.device)
+
+
+def weight_bytes(model: PreTrainedModel) -> int:
+    """Bytes of a model's parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+
+
+def _compete(
+    model: PreTrainedModel,
+    contestants: list[_Contestant],
+    ids: Tensor,
+    rounds: int,
+    new_tokens: int,
+    on_round: Callable[[], None],
+) -> None:
+    """Lets each contestant run once alone, then all of them in turns."""
+    for contestant in contestants:
+        try:
+            contestant.peak = peak_bytes(partial(list, contestant.play(contestant, ids)), model.device)
+        except torch.OutOfMemoryError:
+            contestant.note = "out of memory"
+        on_round()
+    running = [contestant for contestant in contestants if contestant.note is None]
+    # A GPU's clock is steady and its memory scarce: there each has a round to itself.
+    groups = [[one] for one in running] if model.device.type == "cuda" else [running]
+    for _ in range(rounds):
+        for group in groups:
+            laps: dict[str, Callable[[], float]] = {
+                str(n): partial(next, one.play(one, ids)) for n, one in enumerate(group)
+            }
+            times = in_turns(laps, new_tokens + 1, warm_up=0)
+            for one, (first, *later) in zip(group, times.values(), strict=True):
+                one.first.append(first)
+                one.later += later
+                on_round()
+
+
+def _measurements(
+    contestants: Sequence[_Contestant], ids: Tensor, model: PreTrainedModel, memory_limit: int | None
+) -> Iterator[Measurement]:
+    batch, tokens = ids.shape
+    base = next((one for one in contestants if one.policy == BASE and one.note is None), None)
+    for one in contestants:
+        about = (one.policy, one.budget, tokens, batch)
+        if one.note is not None:
+            yield Measurement(*about, note=one.note)
+            continue
+        row_bytes = _row_bytes(one, model, batch)
+        yield Measurement(
+            *about,
+            seconds_to_first_token=Spread.of(one.first),
+            seconds_per_token=Spread.of(one.later),
+            tokens_per_second=Spread.of([batch / seconds for seconds in one.later]),
+            first_token_ratio=None if base is None else ratios({"base": base.first, "own": one.first}, "base")["own"],
+            per_token_ratio=None if base is None else ratios({"base": base.later, "own": one.later}, "base")["own"],
+            held_bytes=one.held,
+            peak_bytes=one.peak,
+            row_bytes=row_bytes,
+            largest_batch=None
+            if memory_limit is None or not row_bytes
+            else max(0, (memory_limit - weight_bytes(model)) // row_bytes),
+        )
+
+
+def _row_bytes(contestant: _Contestant, model: PreTrainedModel, batch: int) -> int | None:
+    """Bytes that a row takes: peak on a GPU, where it is exact, else held; None for the floor, which holds nothing."""
+    taken = contestant.peak if model.device.type == "cuda" and contestant.held is not None else contestant.held
+    return None if taken is None else -(-taken // batch)
+
+
+def _contestants(
+    model: PreTrainedModel, configs: Sequence[tuple[str, CompressionConfig]], references: Sequence[str], new_tokens: int
+) -> list[_Contestant]:
+    text = model.config.get_text_config(decoder=True)
+    dynamic = partial(DynamicCache, config=text)
+    plays: dict[str, Callable[[_Contestant, Tensor], Iterator[float]]] = {
+        BASE: partial(_play, model, dynamic, new_tokens),
+        "QuantizedCache": partial(_play, model, partial(_quantized, text), new_tokens),
+        FLOOR: partial(_play_floor, model, dynamic, new_tokens),
+    }
+    found = [_Contestant(name, None, plays[name]) for name in REFERENCES if name in references]
+    for name, config in configs:
+        budget = config.budget.fraction if config.budget.fraction is not None else config.budget.tokens
+        make = partial(CompressedCache, model, config)
+        found.append(_Contestant(name, budget, partial(_play, model, make, new_tokens)))
+    return found
+
+
+def _quantized(text: Any) -> Cache:
+    heads, dim = text.num_key_value_heads, getattr(text, "head_dim", None)
+    width = heads * (dim or text.hidden_size // text.num_attention_heads)
+    return QuantizedCache("quanto", text, nbits=4, q_group_size=math.gcd(64, width), residual_length=128)
+
+
+def _play(
+    model: PreTrainedModel, make: Callable[[], Cache], new_tokens: int, contestant: _Contestant, ids: Tensor
+) -> Iterator[float]:
+    """A round with a cache, which is gone when the last token has come."""
+    cache = make()
+    for _ in range(new_tokens):
+        seconds, ids = _forward(model, ids, past_key_values=cache)
+        yield seconds
+    seconds, _ = _forward(model, ids, past_key_values=cache)
+    with torch.inference_mode():
+        contestant.held = held_bytes(cache)
+    del cache
+    yield seconds
+
+
+def _play_floor(
+    model: PreTrainedModel, make: Callable[[], Cache], new_tokens: int, contestant: _Contestant, ids: Tensor
+) -> Iterator[float]:
+    """The same without a cache for the prompt, and with a cache of one token for each step."""
+    seconds, token = _forward(model, ids, use_cache=False)
+    yield seconds
+    for _ in range(new_tokens):
+        cache = make()
+        _forward(model, token, past_key_values=cache)
+        seconds, token = _forward(model, token, past_key_values=cache)
+        yield seconds
+
+
+@torch.inference_mode()
+def _forward(model: PreTrainedModel, ids: Tensor, **given: Any) -> tuple[float, Tensor]:
+    """Seconds of a forward and the choice of the next tokens, as in greedy `generate`, and these tokens."""
+    watch = Stopwatch(model.device)
+    watch.mark()
+    token = model(ids, logits_to_keep=1, **given).logits[:, -1:].argmax(-1)
+    watch.mark()
+    return watch.laps()[0], token
+
+
+def _check(
+    prompt_tokens: Sequence[int], batches: Sequence[int], new_tokens: int, rounds: int, references: Sequence[str]
+) -> None:
+    for name, values in (
+        ("prompt_tokens", prompt_tokens),
+        ("batches", batches),
+        ("new_tokens", [new_tokens]),
+        ("rounds", [rounds]),
+    ):
+        if not values or min(values) < 1:
+            raise ConfigError(f"{name}: must be at least 1; got {', '.join(map(str, values)) or 'none'}")
+    unknown = [name for name in references if name not in REFERENCES]
+    if unknown:
+        raise ConfigError(f"references: unknown '{unknown[0]}'; known: {', '.join(REFERENCES)}")

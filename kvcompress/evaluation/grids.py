@@ -1,0 +1,65 @@
+"""Where on an image each of its tokens comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import isqrt
+
+from torch import Tensor
+
+from kvcompress.errors import ConfigError
+from kvcompress.evaluation.models import LoadedModel
+from kvcompress.integrations import adapter_for
+
+
+@dataclass(frozen=True)
+class ImageGrid:
+    """The image tokens of a prompt that lie on one grid of patches.
+
+    Attributes:
+        columns: column of each token in the prompt.
+        cells: row and column of its patch, both from 0 at the top left.
+        shape: rows and columns of the grid.
+
+    Raises:
+        ConfigError: if columns and cells differ in number, or a cell lies outside the grid.
+    """
+
+    columns: tuple[int, ...]
+    cells: tuple[tuple[int, int], ...]
+    shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if len(self.columns) != len(self.cells):
+            raise ConfigError(f"cells: one for each image token; got {len(self.cells)} for {len(self.columns)} tokens")
+        for row, column in self.cells:
+            if not (0 <= row < self.shape[0] and 0 <= column < self.shape[1]):
+                raise ConfigError(
+                    f"cells: ({row}, {column}) lies outside the grid of {' x '.join(map(str, self.shape))}"
+                )
+
+
+def square_grid(columns: Sequence[int]) -> ImageGrid:
+    """The grid of an image whose tokens come row by row and as many rows as columns, as in LLaVA-1.5.
+
+    Args:
+        columns: column of each image token in the prompt, ascending.
+
+    Raises:
+        ConfigError: if their number is no square.
+    """
+    side = isqrt(len(columns))
+    if not columns or side * side != len(columns):
+        raise ConfigError(
+            f"columns: {len(columns)} image tokens fill no square grid; say where each one lies with "
+            "ImageGrid(columns, cells, shape)"
+        )
+    return ImageGrid(tuple(columns), tuple(divmod(index, side) for index in range(len(columns))), (side, side))
+
+
+def image_columns(loaded: LoadedModel, input_ids: Tensor) -> list[int]:
+    """Columns of the image tokens in a prompt of one row; none for a model without vision."""
+    is_image = adapter_for(loaded.model).image_tokens(loaded.model, input_ids)
+    found: list[int] = [] if is_image is None else is_image[0].nonzero().flatten().tolist()
+    return found

@@ -1,0 +1,62 @@
+"""Lines over budgets or lengths, each with its band: what pictures of results are made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kvcompress.evaluation.plots.results import Series
+from kvcompress.evaluation.plots.style import look
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Grey and dotted, so that they stay behind the policies' colours.
+_REFERENCES = (("black", (0, (1, 1.5))), ("0.45", (0, (5, 2))), ("black", (0, (7, 2, 1, 2))), ("0.6", "-"))
+
+
+def draw_series(axes: Axes, series: Sequence[Series], x: str, factor: float = 1.0) -> None:
+    """Draws a line with markers and a band for each policy, a level line for each reference, and the x axis.
+
+    Args:
+        axes: where.
+        series: the lines.
+        x: what they stand over: "budget", "prompt_tokens" or "batch".
+        factor: from the figures to the unit of the y axis.
+    """
+    label, scale = _x_label(series, x)
+    references = [line for line in series if line.reference]
+    for index, line in enumerate(references):
+        (point, *_), (colour, dashes) = line.points, _REFERENCES[index % len(_REFERENCES)]
+        axes.axhline(factor * point.value, color=colour, linestyle=dashes, linewidth=1.1, label=line.name, zorder=1.5)
+        if point.low != point.high and len(references) == 1:  # bands of several would hide one another
+            axes.axhspan(factor * point.low, factor * point.high, color=colour, alpha=0.08, linewidth=0)
+    policies = [line for line in series if not line.reference]
+    for index, line in enumerate(policies):
+        style = look(index)
+        at, middle = [scale * point.x for point in line.points], [factor * point.value for point in line.points]
+        low, high = ([factor * getattr(point, end) for point in line.points] for end in ("low", "high"))
+        axes.plot(at, middle, label=line.name, **style)
+        if len(at) > 1:
+            axes.fill_between(at, low, high, color=style["color"], alpha=0.16, linewidth=0)
+        elif low != high:
+            axes.errorbar(at, middle, [[middle[0] - low[0]], [high[0] - middle[0]]], color=style["color"], capsize=2)
+    ticks = sorted({scale * point.x for line in policies or references for point in line.points})
+    axes.set_xticks(ticks, [f"{tick:,.10g}" for tick in ticks])
+    margin = 0.05 * (ticks[-1] - ticks[0]) or 0.5 * ticks[0]
+    axes.set_xlim(ticks[0] - margin, ticks[-1] + margin)
+    axes.set_xlabel(label)
+
+
+def legend(figure: Figure, axes: Axes) -> None:
+    """Names of the lines, above the picture, where they cover nothing."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 4))
+
+
+def _x_label(series: Sequence[Series], x: str) -> tuple[str, float]:
+    if x == "budget":
+        shares = all(point.x <= 1 for line in series for point in line.points)
+        return ("budget (% of the tokens)", 100.0) if shares else ("budget (tokens per layer)", 1.0)
+    return {"prompt_tokens": "prompt (tokens)", "batch": "batch (prompts at a time)"}.get(x, x.replace("_", " ")), 1.0

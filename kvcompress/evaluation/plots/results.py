@@ -1,0 +1,114 @@
+"""Reading figures out of result rows: what `kvcompress evaluate` and `kvcompress bench` write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One measured value.
+
+    Attributes:
+        x: where it stands.
+        value: the figure.
+        low: lower end of its confidence interval or spread; the value itself where none is known.
+        high: upper end.
+    """
+
+    x: float
+    value: float
+    low: float
+    high: float
+
+
+@dataclass
+class Series:
+    """The points of one policy, by x.
+
+    Attributes:
+        name: of the policy.
+        points: ascending by x.
+        reference: whether it keeps everything, or has no budget at all: a line to compare with.
+    """
+
+    name: str
+    points: list[Point] = field(default_factory=list)
+    reference: bool = False
+
+
+def read_value(row: Row, name: str) -> tuple[float, float, float] | None:
+    """A metric of a row, with the ends of its interval; None where the row lacks it.
+
+    It stands under its name in the row or in the row's `metrics`, as a number with `NAME_ci_low` and `NAME_ci_high`
+    beside it, or as an object of `value`, `ci_low` and `ci_high`. Ends that are no confidence interval are called `low`
+    and `high`.
+    """
+    metrics = row.get("metrics")
+    for holder in (metrics if isinstance(metrics, Mapping) else {}, row):
+        found = holder.get(name)
+        if isinstance(found, Mapping):
+            middle = found.get("value")
+            low, high = _ends(found, "")
+        else:
+            middle, (low, high) = found, _ends(holder, f"{name}_")
+        if isinstance(middle, (int, float)) and not isinstance(middle, bool):
+            return (
+                float(middle),
+                float(middle if low is None else low),
+                float(middle if high is None else high),
+            )
+    return None
+
+
+def _ends(holder: Row, prefix: str) -> tuple[float | None, float | None]:
+    low, high = (holder.get(f"{prefix}ci_{end}", holder.get(f"{prefix}{end}")) for end in ("low", "high"))
+    return low, high
+
+
+def read_series(rows: Iterable[Row], metric: str, x: str = "budget") -> list[Series]:
+    """The points of each policy, in the order in which policies first come.
+
+    A row without a budget, or a policy whose only budget is 1.0, is a reference. Where several rows of a policy have
+    the same x, the last one counts.
+    """
+    found: dict[str, Series] = {}
+    points: dict[str, dict[float, Point]] = {}
+    for row in rows:
+        figures = read_value(row, metric)
+        if figures is None:
+            continue
+        name = str(row.get("policy"))
+        budget = row.get(x)
+        at = float(budget) if isinstance(budget, (int, float)) else 1.0
+        series = found.setdefault(name, Series(name))
+        if x == "budget" and budget is None:
+            series.reference = True
+        points.setdefault(name, {})[at] = Point(at, *figures)
+    for name, series in found.items():
+        series.points = [points[name][at] for at in sorted(points[name])]
+        if x == "budget" and [point.x for point in series.points] == [1.0]:
+            series.reference = True
+    return list(found.values())
+
+
+def metric_names(rows: Iterable[Row]) -> list[str]:
+    """Metrics that have an interval somewhere, or stand in a row's `metrics`, in the order in which they first come."""
+    names: dict[str, None] = {}
+    for row in rows:
+        metrics = row.get("metrics")
+        if isinstance(metrics, Mapping):
+            names |= dict.fromkeys(name for name in metrics if not name.endswith(("_ci_low", "_ci_high")))
+        for name, value in row.items():
+            if name.endswith("_ci_low"):
+                names[name.removesuffix("_ci_low")] = None
+            elif isinstance(value, Mapping) and "ci_low" in value:
+                names[name] = None
+    return [name for name in names if name not in SPEED]
+
+
+SPEED = ("seconds_to_first_token", "seconds_per_token", "tokens_per_second")
