@@ -42,11 +42,12 @@ def build_model(layers: int = 24, hidden: int = 1024) -> PreTrainedModel:
     vision = transformers.CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=336, patch_size=14
     )
-    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=_IMAGE_TOKEN)
+    config = transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_index=_IMAGE_TOKEN)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model: PreTrainedModel = transformers.LlavaForConditionalGeneration(config)
-    return model.train(False)
+    model.train(False)
+    return model
 
 
 class Prefill:

@@ -2,6 +2,7 @@
 
 from kvcompress.evaluation.plots.every import plot_profile, plot_results, save_all
 from kvcompress.evaluation.plots.lorenz import lorenz
+from kvcompress.evaluation.plots.merging import groups, merging
 from kvcompress.evaluation.plots.patches import kept_share, patches
 from kvcompress.evaluation.plots.quality import quality
 from kvcompress.evaluation.plots.retention import retention
@@ -10,8 +11,10 @@ from kvcompress.evaluation.plots.style import check_matplotlib, save
 
 __all__ = [
     "check_matplotlib",
+    "groups",
     "kept_share",
     "lorenz",
+    "merging",
     "patches",
     "plot_profile",
     "plot_results",
