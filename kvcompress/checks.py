@@ -1,32 +1,37 @@
-"""Checks that every policy meets, and the words in which a broken one is reported."""
+"""Checks that every allocator meets, and the words in which a broken one is reported."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from kvcompress.errors import ConfigError, KVCompressError, PolicyError
+from kvcompress.errors import PolicyError
 
 
-def readable_error(error: ValidationError, model: type[BaseModel]) -> KVCompressError:
-    """Turns pydantic's report into one `ConfigError` that names the field, what came and what is allowed."""
-    lines = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))
-        cause = item.get("ctx", {}).get("error")
-        if isinstance(cause, KVCompressError):
-            if len(error.errors()) == 1:
-                return cause
-            lines.append(str(cause))
-        elif item["type"] == "extra_forbidden":
-            known = ", ".join(model.model_fields) or "none"
-            lines.append(f"{where}: unknown field of {model.__name__}; its fields: {known}")
-        else:
-            lines.append(f"{where or model.__name__}: {item['msg']}; got {item['input']!r}")
-    return ConfigError("; ".join(lines))
+def checked_allocation(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Wraps `Allocator.allocate` so that its input and its answer are checked wherever it is called from."""
+
+    @functools.wraps(allocate)
+    def checked(
+        self: Any,
+        importance: Tensor,
+        total: Tensor,
+        floor: Tensor,
+        capacity: Tensor,
+        context: Any = None,
+    ) -> Tensor:
+        label = self.name or type(self).__name__
+        check_allocation_input(label, self.reads_mass, importance, total, floor, capacity)
+        target = torch.minimum(torch.maximum(total, floor.sum(0)), capacity.sum(0))
+        budget = allocate(self, importance, target, floor, capacity, context)
+        check_allocation(label, budget, target, floor, capacity)
+        return budget
+
+    return checked
 
 
 def check_allocation_input(

@@ -18,6 +18,7 @@ from pydantic import (
 from kvcompress import policies  # noqa: F401  (registers the built-in policies)
 from kvcompress.budget import Budget
 from kvcompress.combination import Combination, check_combination
+from kvcompress.configured import Configured
 from kvcompress.errors import ConfigError
 from kvcompress.presets import PRESETS
 from kvcompress.registry import (
@@ -30,7 +31,7 @@ from kvcompress.registry import (
     AllocatorField,
     unknown_name,
 )
-from kvcompress.stages import Configured, Evictor, Merger, Quantizer, Reducer, Scorer
+from kvcompress.stages import Evictor, Merger, Quantizer, Reducer, Scorer
 
 BudgetField = Annotated[Budget, BeforeValidator(Budget.parse)]
 _Scorer = Annotated[Scorer | None, BeforeValidator(SCORERS.parse), PlainSerializer(SCORERS.dump)]

@@ -6,21 +6,18 @@ while a model runs lives in the cache.
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 from torch import Tensor
 
-from kvcompress.checks import check_allocation, check_allocation_input, readable_error
+from kvcompress.checks import checked_allocation
+from kvcompress.configured import Configured
 from kvcompress.shapes import (
     AllocationContext,
     Codes,
-    Columns,
     DecodeContext,
     Importance,
     Keys,
@@ -34,18 +31,6 @@ from kvcompress.shapes import (
     TokenCounts,
     Values,
 )
-
-
-class Configured(BaseModel):
-    """A frozen model whose validation errors are `ConfigError`s of one readable line each."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
-
-    def __init__(self, **fields: Any) -> None:
-        try:
-            super().__init__(**fields)
-        except ValidationError as error:
-            raise readable_error(error, type(self)) from None
 
 
 class Policy(Configured, ABC):
@@ -103,28 +88,6 @@ class Scorer(Policy):
         return score
 
 
-def _checked(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Wraps an allocator's method so that its input and its answer are checked wherever it is called from."""
-
-    @functools.wraps(allocate)
-    def checked(
-        self: Allocator,
-        importance: Tensor,
-        total: Tensor,
-        floor: Tensor,
-        capacity: Tensor,
-        context: AllocationContext | None = None,
-    ) -> Tensor:
-        label = self.name or type(self).__name__
-        check_allocation_input(label, self.reads_mass, importance, total, floor, capacity)
-        target = torch.minimum(torch.maximum(total, floor.sum(0)), capacity.sum(0))
-        budget = allocate(self, importance, target, floor, capacity, context)
-        check_allocation(label, budget, target, floor, capacity)
-        return budget
-
-    return checked
-
-
 class Allocator(Policy):
     """Splits the total budget of every row over the layers.
 
@@ -146,7 +109,7 @@ class Allocator(Policy):
         """Wraps the subclass's `allocate` in the checks of the contract."""
         super().__init_subclass__(**kwargs)
         if "allocate" in cls.__dict__ and not getattr(cls.__dict__["allocate"], "__isabstractmethod__", False):
-            cls.allocate = _checked(cls.__dict__["allocate"])  # type: ignore[method-assign]
+            cls.allocate = checked_allocation(cls.__dict__["allocate"])  # type: ignore[method-assign]
 
     @abstractmethod
     def allocate(
@@ -325,13 +288,10 @@ class Reducer(Policy):
 
 __all__ = [
     "Allocator",
-    "Columns",
-    "Configured",
     "Evictor",
     "Merger",
     "Policy",
     "Quantizer",
     "Reducer",
     "Scorer",
-    "readable_error",
 ]

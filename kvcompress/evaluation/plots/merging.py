@@ -44,7 +44,9 @@ def merging(report: CacheReport, grid: ImageGrid, picture: Any | None = None, *,
         ConfigError: if the report is of a cache without a reducer.
     """
     if not report.went_into:
-        raise ConfigError("report: no reducer acted; draw the report of a cache with reducer=... that has read an image")
+        raise ConfigError(
+            "report: no reducer acted; draw the report of a cache with reducer=... that has read an image"
+        )
     stages = sorted(report.went_into)
     side = 7.0 / (len(stages) + 1)
     figure = new_figure(7.0, side * grid.shape[0] / grid.shape[1] + 0.36)
