@@ -218,7 +218,9 @@ def test_text_of_earlier_turns_guides_whatever_each_head_holds_of_it() -> None:
     )
     for over in ("keys", "queries"):
         heads = [
-            reduction_oracle.guidance(query[0, 2 * h : 2 * h + 2], keys[0, h : h + 1], is_image[0, h].tolist(), 0.5, over)
+            reduction_oracle.guidance(
+                query[0, 2 * h : 2 * h + 2], keys[0, h : h + 1], is_image[0, h].tolist(), 0.5, over
+            )
             for h in range(2)
         ]
         found = LightKV(softmax=over).guidance(context)
@@ -230,7 +232,11 @@ def test_text_of_earlier_turns_guides_whatever_each_head_holds_of_it() -> None:
 
 def counts_of(reducer: LightKV, grids: list[ImageGrid], layers: int) -> list[int]:
     """Image tokens that every layer gets of an image."""
-    cells = [(number, *place) for number, g in enumerate(grids) for place in itertools.product(range(g.height), range(g.width))]
+    cells = [
+        (number, *place)
+        for number, g in enumerate(grids)
+        for place in itertools.product(range(g.height), range(g.width))
+    ]
     found, points = [len(cells)], reducer.acts_after(layers)
     for stage in range(len(points)):
         count = len(cells)
