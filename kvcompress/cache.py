@@ -234,8 +234,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 if engine.recording:
                     raise UnsupportedModeError(
                         "reducer: an image cannot be reduced in a forward that may be undone (assisted decoding), "
-                        "since tokens that are not accepted would have a say; generate without an assistant and without "
-                        "prompt lookup, or read the image in a forward of its own before activate_past_recording()"
+                        "since tokens that are not accepted would have a say; generate without an assistant and prompt "
+                        "lookup, or read the image in a forward of its own before activate_past_recording()"
                     )
                 engine.layout = layout()
             engine.sequence.mark_images(is_image)

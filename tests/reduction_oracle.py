@@ -122,12 +122,14 @@ class PlainLightKV:
     def prefill(self, embedded: Tensor) -> tuple[list[int], Tensor]:
         """Columns that come out of the last layer, and their logits."""
         decoder, hidden, columns = self.model.get_decoder(), embedded, list(range(embedded.shape[1]))
+        weights: list[float] = []
         for index, layer in enumerate(decoder.layers):
             if index in self.plan:
                 hidden, columns = self._reduce(hidden, columns, weights, self.plan[index])
             self.columns.append(columns)
             positions = torch.arange(len(columns)) if self.contiguous else torch.tensor(columns)
-            weights = self._guidance(layer, hidden, positions, columns) if index + 1 in self.plan else []
+            if index + 1 in self.plan:
+                weights = self._guidance(layer, hidden, positions, columns)
             hidden = self._layer(layer, hidden, positions, torch.ones(len(columns), len(columns)).tril().bool())
         return columns, self.model.lm_head(decoder.norm(hidden))[0]
 

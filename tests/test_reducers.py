@@ -333,7 +333,7 @@ def test_a_share_of_the_first_image_tokens_stays(drawn: Row, share: float) -> No
 @examples(40)
 @given(drawn=rows(), share=st.sampled_from([0.25, 0.5]))
 def test_fastv_and_pyramiddrop_keep_what_the_last_token_attends_to_most(drawn: Row, share: float) -> None:
-    (heads, _, head_dim), kv_heads = drawn.layer.query.shape[1:], drawn.layer.keys.shape[1]
+    heads, kv_heads = drawn.layer.query.shape[1], drawn.layer.keys.shape[1]
     mean = torch.zeros(drawn.layer.keys.shape[2], dtype=torch.float64)
     for head in range(heads):
         keys = drawn.layer.keys[0, head // (heads // kv_heads)].double()

@@ -13,9 +13,9 @@ from transformers import DynamicCache
 
 from kvcompress import REDUCERS, CompressedCache, CompressionConfig, KVCompressError, restore
 from kvcompress.errors import CacheStateError, ConfigError, PolicyError, UnsupportedModeError, UnsupportedModelError
-from kvcompress.shapes import LayerContext, Reduced, ReductionContext
+from kvcompress.shapes import Reduced, ReductionContext
 from kvcompress.stages import Reducer
-from tests import reference, strategies, tiny
+from tests import tiny
 from tests.reduction_oracle import Place, PlainLightKV
 
 LIGHT = {"name": "lightkv", "windows": [2, 1]}  # after 1 and 2 of 3 layers
@@ -393,6 +393,38 @@ def test_turns_with_and_without_another_image(reducer: Any) -> None:
     assert three.vision_retention == pytest.approx(sum(layer[0] for layer in one.image_tokens) / 36 / 3)
     logits = model(tiny.token_ids(1, 1, 3), past_key_values=cache).logits
     assert logits.isfinite().all()
+
+
+@every_reducer
+@every_model
+@torch.no_grad()
+def test_the_last_token_goes_on_though_it_ends_an_image(name: str, reducer: Any) -> None:
+    """The next token is read from its state."""
+    model, cache = tiny.model(name), CompressedCache(tiny.model(name), "full", reducer=reducer)
+    inputs = tiny.prompt(name, [3, 0], seed=18)
+    logits = model(**inputs, past_key_values=cache).logits[0, -1]
+    last = inputs["input_ids"].shape[1] - 1
+    assert all(last in cache.report().columns(layer, 0) for layer in range(3))
+    assert not torch.equal(logits, model.lm_head(torch.zeros(32)))
+    assert cache.report().vision_retention < 0.9
+
+
+@torch.no_grad()
+def test_generate_takes_another_image_in_a_later_turn() -> None:
+    """The whole conversation's ids, and the new image alone: as in plain calls."""
+    name = "llava_next_36"
+    model = tiny.model(name)
+    first, second = tiny.prompt(name, [3, 0, 4], seed=19), tiny.prompt(name, [2, 0, 5], seed=20)
+    plain, cache = (CompressedCache(model, prefix(reducer=LIGHT)) for _ in range(2))
+    model(**first, past_key_values=plain)
+    images = {key: second[key] for key in ("pixel_values", "image_sizes")}
+    wanted = model(second["input_ids"], **images, past_key_values=plain).logits[0, -1].argmax()
+    model.generate(**first, past_key_values=cache, max_new_tokens=1, do_sample=False)
+    ids = torch.cat([first["input_ids"], second["input_ids"]], 1)
+    how = {"max_new_tokens": 1, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    assert model.generate(ids, **images, **how, past_key_values=cache)[0, -1] == wanted
+    assert cache.report() == plain.report()
+    assert cache.report().image_tokens[2][0] < cache.report().image_tokens[0][0] == 2 * tiny.image_tokens(name)
 
 
 @torch.no_grad()
