@@ -234,8 +234,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 if engine.recording:
                     raise UnsupportedModeError(
                         "reducer: an image cannot be reduced in a forward that may be undone (assisted decoding), "
-                        "since tokens that are not accepted would have a say; read the image in a forward of its own "
-                        "first, before activate_past_recording()"
+                        "since tokens that are not accepted would have a say; generate without an assistant and prompt "
+                        "lookup, or read the image in a forward of its own before activate_past_recording()"
                     )
                 engine.layout = layout()
             engine.sequence.mark_images(is_image)
@@ -318,9 +318,9 @@ def _image_tokens(sequence: Sequence, layers: int) -> list[list[int]]:
     """Image tokens that each layer got per row."""
     if sequence.is_image is None:
         return [[0] * sequence.batch for _ in range(layers)]
-    counts = []
+    counts, known = [], sequence.is_image[:, : sequence.seen]  # marked before a forward, which may have failed
     for layer in range(layers):
-        missing, images = sequence.missing(layer), sequence.is_image
+        missing, images = sequence.missing(layer), known
         if missing is not None:
             images = images & ~missing[:, : images.shape[1]].to(images.device)
         counts.append(images.sum(1).tolist())

@@ -196,7 +196,7 @@ def attention_probabilities(
 def attention_share(
     query: Float[Tensor, "batch heads queries head_dim"],
     key: Float[Tensor, "batch kv_heads tokens head_dim"],
-    counted: Bool[Tensor, "batch tokens"],
+    counted: Bool[Tensor, "batch sets tokens"],
     scaling: float,
     over: Literal["keys", "queries"] = "keys",
 ) -> Float[Tensor, "batch queries"]:
@@ -207,7 +207,7 @@ def attention_share(
     Args:
         query: the queries that are asked, after rotary embedding.
         key: every key that there is, before or after the queries.
-        counted: keys whose probability is summed.
+        counted: keys whose probability is summed; one set for all heads, or one for each key/value head.
         scaling: factor on the logits.
         over: what the softmax runs over: all keys, for each query; or these queries, for each key.
 
@@ -224,11 +224,11 @@ def attention_share(
     for first in range(0, along, step):
         block = slice(first, first + step)
         if over == "keys":
-            share = (grouped[:, :, :, block] @ transposed).softmax(-1)
-            found[:, block] = share.sum((1, 2)).masked_fill_(~counted.unsqueeze(1), 0.0).sum(-1)
+            share = (grouped[:, :, :, block] @ transposed).softmax(-1).sum(2)
+            found[:, block] = share.masked_fill_(~counted.unsqueeze(2), 0.0).sum((1, 3))
         else:
-            share = (grouped @ transposed[..., block]).softmax(-2)
-            found += share.sum((1, 2)).masked_fill_(~counted[:, None, block], 0.0).sum(-1)
+            share = (grouped @ transposed[..., block]).softmax(-2).sum(2)
+            found += share.masked_fill_(~counted[:, :, None, block], 0.0).sum((1, 3))
     return found
 
 

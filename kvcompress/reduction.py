@@ -152,15 +152,17 @@ class Reduction:
         rows = slice(row, row + 1)
         images = sequence.images_at(columns, rows)
         assert images is not None
+        is_image, grid = images[0, 0].to(device), self.layout.grid[row, offsets].to(device)
+        is_image[-1], grid[-1] = False, -1  # the last token stays: what comes next is read from its state
         every = (self._all[row] + self.first_column)[None, None]
         context = ReductionContext(
             stage=self.points.index(layer),
             layer=layer - 1,
             hidden=hidden,
             index=sequence.index_of(columns, rows)[0, 0].to(device),
-            is_image=images[0, 0].to(device),
+            is_image=is_image,
             grids=self.layout.grids[row],
-            grid=self.layout.grid[row, offsets].to(device),
+            grid=grid,
             cell=self.layout.cell[row, offsets].to(device),
             image_tokens=int(sequence.images_at(every, rows).sum()),  # type: ignore[union-attr]
             guidance=self._guidance[row],

@@ -256,7 +256,7 @@ class ReductionContext:
         layer: index of the decoder layer that has just run.
         hidden: hidden states that this layer gave.
         index: number of tokens of the row that came before each token.
-        is_image: which of them are image tokens; at least one is.
+        is_image: which of them are image tokens; never the last, from whose state the next token is read.
         grids: grids of the row's images.
         grid: number of each token's grid; -1 for text and for image tokens of no grid.
         cell: row and column that each token has had in its grid from the start.

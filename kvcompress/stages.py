@@ -250,7 +250,8 @@ class Reducer(Policy):
     """Lets fewer image tokens go on from one decoder layer to the next, in the forward that brings the image.
 
     A layer that has run keeps the keys and values of all tokens it saw; the layers after it see, and store, fewer. Text
-    always goes on as it is. Rows are reduced one at a time, without padding.
+    always goes on as it is, and so does the last token of a row, which counts as text here even if it ends an image.
+    Rows are reduced one at a time, without padding.
 
     Class attributes:
         reads_attention: whether `guidance` is called at the layers after which it acts.

@@ -14,13 +14,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcompress import ALLOCATORS, EVICTORS, MERGERS, QUANTIZERS, SCORERS, CompressionConfig
+from kvcompress import ALLOCATORS, EVICTORS, MERGERS, QUANTIZERS, REDUCERS, SCORERS, CompressionConfig
 from kvcompress.composition import EXAMPLES
 from kvcompress.errors import ConfigError
 from kvcompress.presets import PRESETS
 from kvcompress.registry import Registry
 from kvcompress.shapes import AllocationContext, Importance, LayerContext, MergeContext, SelectionContext
-from kvcompress.stages import Allocator, Evictor, Merger, Policy, Quantizer, Scorer
+from kvcompress.stages import Allocator, Evictor, Merger, Policy, Quantizer, Reducer, Scorer
 from kvcompress.statistics import STATISTICS
 
 seeds = st.integers(0, 2**31 - 1)
@@ -127,6 +127,11 @@ def quantizers() -> list[Quantizer]:
     return variants(QUANTIZERS)
 
 
+def reducers() -> list[Reducer]:
+    """Every registered reducer with every choice it offers."""
+    return variants(REDUCERS)
+
+
 def _compatible(**fields: Any) -> CompressionConfig | None:
     try:
         return CompressionConfig(**fields)
@@ -148,10 +153,12 @@ def config_with(given: Policy, **fields: Any) -> CompressionConfig:
 
 
 def configs() -> Iterator[Any]:
-    """Presets, and one configuration around every other policy but reducers; each with a test id."""
+    """Presets, and one configuration around every other policy; each with a test id."""
     for name in PRESETS:
         yield pytest.param(CompressionConfig.preset(name), id=f"preset-{name}")
-    for given in (*scorers(), *allocators(), *evictors(), *mergers(), *quantizers()):
+    positions = itertools.cycle(("original", "contiguous"))
+    fewer = [policy(REDUCERS, name, positions=next(positions)) for name in REDUCERS.names()]  # each runs an image model
+    for given in (*scorers(), *allocators(), *evictors(), *mergers(), *quantizers(), *fewer):
         yield pytest.param(config_with(given), id=f"{given.stage}-{label(given)}")
 
 

@@ -12,7 +12,7 @@ from hypothesis import assume, event, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcompress import Budget, CompressedCache, CompressionConfig
+from kvcompress import REDUCERS, Budget, CompressedCache, CompressionConfig
 from tests import reference, strategies, tiny
 from tests.reference import Held
 from tests.strategies import Scripted, examples
@@ -119,12 +119,17 @@ def left_padded(name: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     def pad(key: str) -> Tensor:
         return torch.cat([torch.nn.functional.pad(row[key], (longest - row[key].shape[1], 0)) for row in rows])
 
-    images = {key: torch.cat([row[key] for row in rows]) for key in rows[0] if key in ("pixel_values", "image_sizes")}
+    images = {key: [row[key] for row in rows if key in row] for key in ("pixel_values", "image_sizes")}
+    images = {key: torch.cat(tensors) for key, tensors in images.items() if tensors}
     return {"input_ids": pad("input_ids"), "attention_mask": pad("attention_mask"), **images}
 
 
-def check_generate(name: str, config: CompressionConfig, lengths: list[int], seed: int) -> None:
-    rows = [tiny.inputs(name, tokens, seed + number) for number, tokens in enumerate(lengths)]
+def model_for(config: CompressionConfig) -> str:
+    """A model with images where a reducer wants some."""
+    return "llama" if config.reducer is None else "llava_36"
+
+
+def check_generate(name: str, config: CompressionConfig, rows: list[dict[str, Any]]) -> None:
     together = generated(name, config, left_padded(name, rows))
     for row, found in zip(rows, together, strict=True):
         (alone,) = generated(name, config, row)
@@ -143,8 +148,10 @@ def check_generate(name: str, config: CompressionConfig, lengths: list[int], see
 def test_a_left_padded_row_generates_as_alone(
     config: CompressionConfig, budget: Any, lengths: list[int], seed: int
 ) -> None:
-    """Through `generate`, after every forward, for every preset and every policy."""
-    check_generate("llama", with_budget(config, budget), lengths, seed)
+    """Through `generate`, after every forward, for every preset and every policy; with an image for reducers."""
+    name = model_for(config)
+    rows = [tiny.inputs(name, tokens, seed + number) for number, tokens in enumerate(lengths)]
+    check_generate(name, with_budget(config, budget), rows)
 
 
 @pytest.mark.parametrize("name", ["llama_mha", "qwen2", "llava", "llava_next"])
@@ -154,7 +161,17 @@ def test_a_left_padded_row_of_any_model_generates_as_alone(
     name: str, budget: Any, lengths: list[int], seed: int
 ) -> None:
     """With other heads, and with an image in every row."""
-    check_generate(name, CompressionConfig.preset("prefixkv", budget=budget), lengths, seed)
+    rows = [tiny.inputs(name, tokens, seed + number) for number, tokens in enumerate(lengths)]
+    check_generate(name, CompressionConfig.preset("prefixkv", budget=budget), rows)
+
+
+@pytest.mark.parametrize("reducer", REDUCERS.names())
+@pytest.mark.parametrize("name", tiny.LARGE_IMAGE_MODELS)
+def test_a_left_padded_row_with_any_images_generates_as_alone(name: str, reducer: str) -> None:
+    """Rows with an image at their start, with several and with none lose what they lose alone."""
+    rows = [tiny.prompt(name, parts, seed=3) for parts in ([0, 9], [4], [2, 0, 1, 0, 5], [1, 0, 30])]
+    policy = strategies.policy(REDUCERS, reducer)
+    check_generate(name, CompressionConfig.preset("prefixkv", budget=0.6, reducer=policy), rows)
 
 
 @examples(10)
@@ -188,10 +205,11 @@ def talked(config: CompressionConfig, ids: list[list[Tensor]], sides: list[list[
 
     Args:
         config: the policies.
-        ids: tokens per forward and row.
+        ids: tokens per forward and row; images among them are made up from the row's ids.
         sides: whether a row's padding comes first, likewise.
     """
-    model, rows = tiny.model("llama"), range(len(ids[0]))
+    name, rows = model_for(config), range(len(ids[0]))
+    model = tiny.model(name)
     cache, valid = CompressedCache(model, config), torch.zeros(len(ids[0]), 0, dtype=torch.bool)
     outcomes = [Outcome() for _ in rows]
     for tokens, lefts in zip(ids, sides, strict=True):
@@ -204,13 +222,27 @@ def talked(config: CompressionConfig, ids: list[list[Tensor]], sides: list[list[
             new_valid[row, start : start + len(tokens[row])] = True
         valid = torch.cat([valid, new_valid], dim=1)
         positions = (valid.cumsum(1) - 1).clamp(min=0)[:, -longest:]
+        images = [
+            tiny.images(name, int((row == tiny.IMAGE_TOKEN).sum()) // tiny.image_tokens(name), seed=int(row.sum()))
+            for row in tokens
+            if tiny.IMAGE_TOKEN in row
+        ]
+        seen = {"pixel_values": torch.cat([image["pixel_values"] for image in images])} if images else {}
         with torch.no_grad():
-            logits = model(new, attention_mask=valid.long(), position_ids=positions, past_key_values=cache).logits
+            logits = model(
+                new, attention_mask=valid.long(), position_ids=positions, past_key_values=cache, **seen
+            ).logits
         for row in rows:
             last = int(new_valid[row].nonzero()[-1])
             outcomes[row].logits.append(logits[row, last])
             outcomes[row].held.append(of_row(reference.held(cache), row, valid[row].tolist()))
     return outcomes
+
+
+def with_images(ids: Tensor, number: int) -> Tensor:
+    """A row with so many images in its midst, and text between them."""
+    image = torch.tensor([tiny.IMAGE_TOKEN] * tiny.image_tokens("llava_36") + [7])
+    return torch.cat([ids[: len(ids) // 2], *[image] * number, ids[len(ids) // 2 :]])
 
 
 @every_config
@@ -226,6 +258,8 @@ def test_a_row_padded_on_any_side_is_as_alone(
         [tiny.token_ids(1, count, seed + 10 * number + row)[0] for row, (count, _) in enumerate(forward)]
         for number, forward in enumerate(plan)
     ]
+    if config.reducer is not None:
+        ids[0] = [with_images(row, data.draw(st.integers(0, 2))) for row in ids[0]]
     together = talked(config, ids, [[left for _, left in forward] for forward in plan])
     for row, found in enumerate(together):
         own, no_padding = [[forward[row]] for forward in ids], [[False]] * len(ids)

@@ -23,10 +23,16 @@ def label(pair: Pair) -> str:
 
 
 @pytest.mark.parametrize("pair", VALID, ids=label)
-@pytest.mark.parametrize("family", ["llama", "llava"])
+@pytest.mark.parametrize("sees", ["text", "images"])
 @torch.no_grad()
-def test_a_valid_pair_runs(pair: Pair, family: str) -> None:
-    """A prompt, decode steps and another turn: finite logits, and layers within what the budget allows."""
+def test_a_valid_pair_runs(pair: Pair, sees: str) -> None:
+    """A prompt, decode steps and another turn: finite logits, and layers within what the budget allows.
+
+    A reducer sees an image of one grid, or of several, in a model that gives it something to do.
+    """
+    family = {"text": "llama", "images": "llava"}[sees]
+    if pair.config.reducer is not None:
+        family = tiny.LARGE_IMAGE_MODELS[sees == "images"]
     model = tiny.model(family)
     cache = CompressedCache(model, pair.config)
     logits = model(**tiny.inputs(family, tokens=300, seed=1), past_key_values=cache).logits
@@ -34,6 +40,12 @@ def test_a_valid_pair_runs(pair: Pair, family: str) -> None:
         assert logits.isfinite().all()
         logits = model(tiny.token_ids(1, tokens, seed=number), past_key_values=cache).logits
     report = cache.report()
+    if pair.config.reducer is not None:
+        images = [count for (count,) in report.image_tokens]
+        assert images == sorted(images, reverse=True) and images[0] == tiny.image_tokens(family) > images[2]
+        assert [count for (count,) in report.layer_tokens] == [308 + count for count in images]
+        for held, given in zip(report.layer_lengths, report.layer_tokens, strict=True):
+            assert held <= given
     if report.layer_budgets is not None:
         assert report.retention <= 0.5
         for held, most in zip(report.layer_lengths, report.layer_budgets, strict=True):

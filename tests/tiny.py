@@ -64,23 +64,23 @@ def _qwen3() -> PreTrainedModel:
     return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_TEXT, head_dim=16))
 
 
-def _llava() -> PreTrainedModel:
+def _llava(image_size: int = 8, layers: int = 3) -> PreTrainedModel:
     config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**_VISION),
-        text_config=transformers.LlamaConfig(**_TEXT),
+        vision_config=transformers.CLIPVisionConfig(**{**_VISION, "image_size": image_size}),
+        text_config=transformers.LlamaConfig(**{**_TEXT, "num_hidden_layers": layers}),
         image_token_id=IMAGE_TOKEN,
         vision_feature_layer=-2,
     )
     return transformers.LlavaForConditionalGeneration(config)
 
 
-def _llava_next() -> PreTrainedModel:
+def _llava_next(image_size: int = 8, layers: int = 3) -> PreTrainedModel:
     config = transformers.LlavaNextConfig(
-        vision_config=transformers.CLIPVisionConfig(**_VISION),
-        text_config=transformers.LlamaConfig(**_TEXT),
+        vision_config=transformers.CLIPVisionConfig(**{**_VISION, "image_size": image_size}),
+        text_config=transformers.LlamaConfig(**{**_TEXT, "num_hidden_layers": layers}),
         image_token_id=IMAGE_TOKEN,
         vision_feature_layer=-2,
-        image_grid_pinpoints=[[8, 16], [16, 8], [16, 16]],
+        image_grid_pinpoints=[[h * image_size, w * image_size] for h, w in ((1, 2), (2, 1), (2, 2))],
     )
     return transformers.LlavaNextForConditionalGeneration(config)
 
@@ -93,10 +93,14 @@ _BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3": _qwen3,
     "llava": _llava,
     "llava_next": _llava_next,
+    "llava_36": functools.partial(_llava, 24),
+    "llava_next_36": functools.partial(_llava_next, 24),
+    "llava_deep": functools.partial(_llava, 24, 6),
 }
 TEXT_MODELS = ("llama", "llama_mha", "mistral", "qwen2", "qwen3")
 IMAGE_MODELS = ("llava", "llava_next")
 MODELS = TEXT_MODELS + IMAGE_MODELS
+LARGE_IMAGE_MODELS = ("llava_36", "llava_next_36")  # 6 x 6 features an image or tile: reducers find something to do
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
@@ -130,19 +134,43 @@ def token_ids(batch: int, tokens: int, seed: int) -> Tensor:
     return torch.randint(2, IMAGE_TOKEN, (batch, tokens), generator=generator)
 
 
+def image_side(name: str) -> int:
+    """Pixels along a side of one image, or of one tile."""
+    return 8 if name in IMAGE_MODELS else 24
+
+
+def image_tokens(name: str) -> int:
+    """Tokens of one image: a patch has 4 x 4 pixels; LLaVA-NeXT adds 2 x 2 tiles and the end of each row of them."""
+    side = image_side(name) // 4
+    return side**2 if "next" not in name else side**2 + 2 * side * (2 * side + 1)
+
+
+def images(name: str, number: int, seed: int) -> dict[str, Tensor]:
+    """So many images of random pixels."""
+    generator, side = torch.Generator().manual_seed(seed), image_side(name)
+    if "next" not in name:
+        return {"pixel_values": torch.randn(number, 3, side, side, generator=generator)}
+    pixels = torch.randn(number, 5, 3, side, side, generator=generator)  # a base image and 2 x 2 tiles
+    return {"pixel_values": pixels, "image_sizes": torch.tensor([[2 * side, 2 * side]] * number)}
+
+
 def inputs(name: str, tokens: int, seed: int, batch: int = 1) -> dict[str, Any]:
     """Inputs for `generate` or a forward: text, and for image models an image of random pixels before its end."""
     ids = token_ids(batch, tokens, seed)
     if name in TEXT_MODELS:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    generator = torch.Generator().manual_seed(seed + 1)
-    shape = (batch, 3, 8, 8) if name == "llava" else (batch, 5, 3, 8, 8)  # a base image and 2 x 2 tiles
-    images: dict[str, Any] = {"pixel_values": torch.randn(shape, generator=generator)}
-    count = 4  # patches of an 8 x 8 image
-    if name == "llava_next":
-        images["image_sizes"] = torch.tensor([[16, 16]] * batch)
-        count += 4 * 4 + 4  # the tiles' patches, and the end of each row of them
     before = tokens // 2
-    image = torch.full((batch, count), IMAGE_TOKEN)
+    image = torch.full((batch, image_tokens(name)), IMAGE_TOKEN)
     ids = torch.cat([ids[:, :before], image, ids[:, before:]], dim=1)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images}
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **images(name, batch, seed + 1)}
+
+
+def prompt(name: str, parts: list[int], seed: int) -> dict[str, Any]:
+    """A row of several parts: so many random text tokens each, or an image where the number is 0."""
+    ids, number = [], parts.count(0)
+    for place, count in enumerate(parts):
+        text = token_ids(1, count, seed + 7 * place)
+        ids.append(text if count else torch.full((1, image_tokens(name)), IMAGE_TOKEN))
+    joined = torch.cat(ids, 1)
+    found = images(name, number, seed + 1) if number else {}
+    return {"input_ids": joined, "attention_mask": torch.ones_like(joined), **found}

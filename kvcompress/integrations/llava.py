@@ -37,7 +37,7 @@ class LlavaAdapter(Adapter):
     ) -> ImageLayout | None:
         """One square grid an image; for LLaVA-NeXT a base grid, then the grid that its tiles make up, with line ends.
 
-        A vision tower that keeps its class token gives one feature more, before the others.
+        Where all features of the vision tower are taken ("full"), a class token gives one more, before the others.
         """
         config, is_image = model.config, input_ids == model.config.image_token_id
         side = config.vision_config.image_size // config.vision_config.patch_size
@@ -52,10 +52,11 @@ class LlavaAdapter(Adapter):
                 return found
 
         else:
+            strategy = inputs.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
+            plain, with_class = Piece(side, side), Piece(side, side, before=1)
 
             def images(tokens: int) -> list[list[Piece]]:
-                plain, with_class = Piece(side, side), Piece(side, side, before=1)
-                piece = with_class if tokens % plain.tokens and tokens % with_class.tokens == 0 else plain
+                piece = with_class if strategy == "full" and tokens % with_class.tokens == 0 else plain
                 return [[piece]] * max(1, tokens // piece.tokens) if tokens else []
 
         return layout_of(is_image, images)

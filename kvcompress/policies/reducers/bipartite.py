@@ -38,7 +38,7 @@ class Bipartite(Reducer):
         if self.vision_retention is not None:
             return self._closest(layers)
         published: tuple[int | float, ...] = _PUBLISHED.get(layers, _FRACTIONS)
-        return layers_at(self.name, self.after or published, layers)
+        return layers_at(self.name, published if self.after is None else self.after, layers)
 
     def _closest(self, layers: int) -> tuple[int, ...]:
         """Three layers at equal distances, no further apart than LightKV's, or fewer."""
@@ -90,7 +90,7 @@ def merge_in_windows(
     likeness = likeness.masked_fill((odd < 0).unsqueeze(1), -torch.inf)
     closest, partner = likeness.max(-1)
     closest = closest.masked_fill(even < 0, -torch.inf)
-    most = torch.minimum((counts * share + 1e-6).floor().long(), counts // 2)
+    most = torch.minimum((counts.double() * share + 1e-6).floor().long(), counts // 2)
     rank = torch.empty_like(partner)
     order = closest.argsort(dim=-1, descending=True, stable=True)
     rank.scatter_(1, order, torch.arange(even.shape[1], device=device).expand_as(order))

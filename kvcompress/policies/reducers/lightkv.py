@@ -74,10 +74,9 @@ class LightKV(Bipartite):
         """Attention from each image token to all text, summed over heads; zero for text."""
         queries = layer.query.shape[2]
         assert layer.is_image is not None
-        is_image = layer.is_image[0, 0]
-        asking = is_image[-queries:].nonzero().flatten()
+        asking = layer.is_image[0, 0, -queries:].nonzero().flatten()  # heads may differ in what came before
         share = attention_share(
-            layer.query[:, :, asking], layer.keys, ~is_image[None], layer.scaling, over=self.softmax
+            layer.query[:, :, asking], layer.keys, ~layer.is_image, layer.scaling, over=self.softmax
         )
         return share.new_zeros(queries).index_copy(0, asking, share[0])
 

@@ -1,0 +1,427 @@
+"""Reducers on random hidden states: counts, merging against plain loops, convexity, dropping, and their layers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvcompress import CompressionConfig
+from kvcompress.errors import ConfigError
+from kvcompress.images import ImageGrid
+from kvcompress.policies.reducers import FastV, LightKV, PyramidDrop, RandomReducer, ToMe, UniformGrid
+from kvcompress.shapes import LayerContext, LayerWeights, Reduced, ReductionContext
+from tests import reduction_oracle, strategies
+from tests.strategies import examples
+
+
+@dataclass
+class Row:
+    """A row of text and images between two layers, and the attention of the first of them."""
+
+    grids: list[tuple[int, int, int]]  # number of the image, height, width
+    grid: list[int]
+    cell: list[tuple[int, int]]
+    image: list[bool]
+    past: list[bool]  # which tokens of earlier turns were images
+    kv_heads: int
+    gone: int  # image tokens that there were once
+    seed: int
+
+    @cached_property
+    def row(self) -> ReductionContext:
+        tokens = len(self.grid)
+        return ReductionContext(
+            stage=0,
+            layer=1,
+            hidden=torch.randn(tokens, 6, generator=strategies.generator(self.seed)),
+            index=torch.arange(len(self.past), len(self.past) + tokens),
+            is_image=torch.tensor(self.image),
+            grids=[ImageGrid(*grid) for grid in self.grids],
+            grid=torch.tensor(self.grid),
+            cell=torch.tensor(self.cell),
+            image_tokens=sum(self.image) + self.gone,
+        )
+
+    @cached_property
+    def layer(self) -> LayerContext:
+        new, tokens, g = len(self.grid), len(self.past) + len(self.grid), strategies.generator(self.seed + 1)
+        keys = torch.randn(1, self.kv_heads, tokens, 4, generator=g) * 2
+        return LayerContext(
+            layer=1,
+            query=torch.randn(1, 4, new, 4, generator=g),
+            keys=keys,
+            values=keys,
+            lse=None,
+            scaling=0.5,
+            index=torch.arange(tokens)[None, None],
+            seen=tokens,
+            is_image=torch.tensor([*self.past, *self.image])[None, None],
+            weights=LayerWeights(),
+        )
+
+    @property
+    def places(self) -> list[reduction_oracle.Place]:
+        cells, grid = self.row.cell.tolist(), self.row.grid.tolist()
+        return [None if number < 0 else (number, *cell) for number, cell in zip(grid, cells, strict=True)]
+
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        return [(grid.height, grid.width) for grid in self.row.grids]
+
+    def by(self, reducer: Any) -> Reduced:
+        """What a reducer makes of it, guided by the layer."""
+        weights = reducer.guidance(self.layer) if reducer.reads_attention else None
+        return reducer.reduce(replace(self.row, guidance=weights))
+
+
+@st.composite
+def rows(draw: st.DrawFn, largest: int = 10) -> Row:
+    """Text, grids of any size with tokens of no grid between them, some of which have gone already."""
+    seed = draw(strategies.seeds)
+    g = strategies.generator(seed + 2)
+    sizes = draw(st.lists(st.tuples(st.integers(1, largest), st.integers(1, largest)), min_size=1, max_size=3))
+    left = draw(st.sampled_from([1.0, 0.7, 0.3]))
+    found = Row([], [], [], [], draw(st.lists(st.booleans(), max_size=3)), draw(st.sampled_from([1, 2, 4])), 0, seed)
+
+    def add(grid: int, cell: tuple[int, int], image: bool, count: int = 1) -> None:
+        found.grid.extend([grid] * count)
+        found.cell.extend([cell] * count)
+        found.image.extend([image] * count)
+
+    number = 0
+    for index, (height, width) in enumerate(sizes):
+        number += index > 0 and draw(st.booleans())
+        found.grids.append((number, height, width))
+        add(-1, (-1, -1), False, draw(st.integers(0, 3)) + (index == 0))
+        for place in itertools.product(range(height), range(width)):
+            if float(torch.rand((), generator=g)) < left:
+                add(index, place, True)
+        add(-1, (-1, -1), True, draw(st.integers(0, 1)) or not any(found.image))
+    found.gone = draw(st.integers(0, 20))
+    return found
+
+
+def survivors(reduced: Reduced) -> list[int]:
+    return [token for token, into in enumerate(reduced.into.tolist()) if into == token]
+
+
+# -- merging -----------------------------------------------------------------------------------------------------------
+
+rhos = st.one_of(st.sampled_from([0.0, 0.1, 0.29, 0.35, 0.5, 0.7, 1.0]), st.floats(0.0, 1.0))
+
+
+@examples(60)
+@given(drawn=rows(), across=st.integers(1, 4), rho=rhos, softmax=st.sampled_from(["keys", "queries"]))
+def test_lightkv_is_the_plain_loop(drawn: Row, across: int, rho: float, softmax: Any) -> None:
+    """Windows with a remainder, divergence, several tokens that go into one, guidance: steps 1 to 5 by hand."""
+    reducer = LightKV(windows=(across,), after=(1,), rho=rho, softmax=softmax)
+    weights = reducer.guidance(drawn.layer)
+    is_image = drawn.layer.is_image[0, 0].tolist()
+    query, keys = drawn.layer.query[0], drawn.layer.keys[0]
+    wanted = reduction_oracle.guidance(query, keys, is_image, drawn.layer.scaling, softmax)
+    torch.testing.assert_close(weights.double(), torch.tensor(wanted).double(), rtol=1e-4, atol=1e-6)
+    windows = reduction_oracle.windows_of(drawn.places, drawn.sizes, across)
+    into, states = reduction_oracle.merge(drawn.row.hidden, windows, rho, wanted)
+    _assert_merged(drawn.by(reducer), into, states)
+
+
+@examples(60)
+@given(drawn=rows(), rho=rhos)
+def test_tome_is_the_plain_loop_with_equal_weights_and_without_windows(drawn: Row, rho: float) -> None:
+    windows = reduction_oracle.windows_of(drawn.places, drawn.sizes, None)
+    into, states = reduction_oracle.merge(drawn.row.hidden, windows, rho, [1.0] * len(drawn.places))
+    _assert_merged(drawn.by(ToMe(rho=rho)), into, states)
+
+
+def _assert_merged(found: Reduced, into: dict[int, int], states: list[list[float]]) -> None:
+    assert found.into.tolist() == [into.get(token, token) for token in range(len(states))]
+    stay = survivors(found)
+    torch.testing.assert_close(found.hidden[stay], torch.tensor(states)[stay], rtol=1e-4, atol=1e-5)
+
+
+@examples(80)
+@given(drawn=rows(largest=14), across=st.integers(1, 5), rho=rhos)
+def test_every_window_loses_as_many_as_the_formula_says(drawn: Row, across: int, rho: float) -> None:
+    """Of n tokens min(floor(rho n), floor(n / 2)) go; a grid of fewer than eight a window is left alone."""
+    reduced = drawn.by(LightKV(windows=(across,), after=(1,), rho=rho))
+    stay = set(survivors(reduced))
+    windows = reduction_oracle.windows_of(drawn.places, drawn.sizes, across)
+    for window in windows:
+        gone = min(math.floor(rho * len(window) + 1e-6), len(window) // 2)
+        assert len(stay.intersection(window)) == len(window) - gone
+        assert all(reduced.into[token] in window for token in window)
+    outside = set(range(len(drawn.places))).difference(*windows)
+    assert outside <= stay
+    assert torch.equal(reduced.hidden[sorted(outside)], drawn.row.hidden[sorted(outside)])
+
+
+@pytest.mark.parametrize("count", [100, 576, 2880])
+def test_a_share_that_comes_to_a_whole_number_is_that_number(count: int) -> None:
+    """However its product is rounded."""
+    hidden = torch.randn(count, 2, generator=strategies.generator(count))
+    for wanted in range(0, count // 2 + 1, max(1, count // 40)):
+        grid = torch.zeros(count, dtype=torch.long)
+        row = ReductionContext(
+            0, 0, hidden, grid, grid == 0, [ImageGrid(0, 1, count)], grid, torch.zeros(count, 2).long(), count
+        )
+        assert len(survivors(ToMe(rho=wanted / count).reduce(row))) == count - wanted
+
+
+@examples(40)
+@given(drawn=rows(), across=st.integers(1, 2), guided=st.booleans())
+def test_a_merged_state_is_a_convex_mean_of_its_sources(drawn: Row, across: int, guided: bool) -> None:
+    """Its weights, recovered from the states, are non-negative and add up to 1; without guidance they are equal."""
+    wide = torch.randn(len(drawn.places), 64, generator=strategies.generator(len(drawn.places)))
+    weights = torch.rand(len(wide), generator=strategies.generator(1)) if guided else torch.zeros(len(wide))
+    row = replace(drawn.row, hidden=wide, guidance=weights)
+    reduced = LightKV(windows=(across,), after=(1,)).reduce(row)
+    for token in survivors(reduced):
+        sources = (reduced.into == token).nonzero().flatten()
+        state = reduced.hidden[token]
+        if len(sources) == 1:
+            assert torch.equal(state, wide[token])
+            continue
+        assert bool((state >= wide[sources].amin(0) - 1e-5).all() and (state <= wide[sources].amax(0) + 1e-5).all())
+        found = torch.linalg.lstsq(wide[sources].double().T, state.double()[:, None]).solution.flatten()
+        given = weights[sources].double() if guided else torch.ones(len(sources)).double()
+        torch.testing.assert_close(found, given / given.sum(), rtol=0, atol=1e-4)
+
+
+@examples(30)
+@given(drawn=rows(), dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
+def test_states_keep_their_dtype_and_text_its_bits(drawn: Row, dtype: torch.dtype) -> None:
+    row = replace(drawn.row, hidden=drawn.row.hidden.to(dtype), guidance=torch.rand(len(drawn.places)))
+    for reducer in (LightKV(windows=(1,), after=(1,)), ToMe(), FastV(), PyramidDrop(), RandomReducer(), UniformGrid()):
+        reduced = reducer.reduce(row)
+        text = ~row.is_image
+        assert reduced.hidden.dtype == dtype
+        assert torch.equal(reduced.hidden[text], row.hidden[text])
+        assert set(text.nonzero().flatten().tolist()) <= set(survivors(reduced))
+
+
+def test_text_of_earlier_turns_guides_whatever_each_head_holds_of_it() -> None:
+    """Heads that kept different tokens of an earlier turn each answer with their own text."""
+    g = strategies.generator(3)
+    query, keys = torch.randn(1, 4, 6, 4, generator=g), torch.randn(1, 2, 10, 4, generator=g)
+    new = [True] * 5 + [False]
+    is_image = torch.tensor([[[True, True, False, True, *new], [False, True, False, False, *new]]])
+    context = LayerContext(
+        0, query, keys, keys, None, 0.5, torch.arange(10).expand(1, 2, -1), 20, is_image, LayerWeights()
+    )
+    for over in ("keys", "queries"):
+        heads = [
+            reduction_oracle.guidance(
+                query[0, 2 * h : 2 * h + 2], keys[0, h : h + 1], is_image[0, h].tolist(), 0.5, over
+            )
+            for h in range(2)
+        ]
+        found = LightKV(softmax=over).guidance(context)
+        torch.testing.assert_close(found, torch.tensor(heads).sum(0), rtol=1e-4, atol=1e-6)
+
+
+# -- the published numbers ---------------------------------------------------------------------------------------------
+
+
+def counts_of(reducer: LightKV, grids: list[ImageGrid], layers: int) -> list[int]:
+    """Image tokens that every layer gets of an image."""
+    cells = [
+        (number, *place)
+        for number, g in enumerate(grids)
+        for place in itertools.product(range(g.height), range(g.width))
+    ]
+    found, points = [len(cells)], reducer.acts_after(layers)
+    for stage in range(len(points)):
+        count = len(cells)
+        table = torch.tensor(cells)
+        row = ReductionContext(
+            stage=stage,
+            layer=0,
+            hidden=torch.randn(count, 4, generator=strategies.generator(stage)),
+            index=torch.arange(count),
+            is_image=torch.ones(count, dtype=torch.bool),
+            grids=grids,
+            grid=table[:, 0],
+            cell=table[:, 1:],
+            image_tokens=count,
+            guidance=torch.ones(count),
+        )
+        cells = [cells[token] for token in survivors(reducer.reduce(row))]
+        found.append(len(cells))
+    return [found[sum(point <= layer for point in points)] for layer in range(layers)]
+
+
+def test_the_published_plan() -> None:
+    """576 tokens become 288, 144 and 72 after 12, 18 and 24 of 32 layers: 54.7 % in the mean."""
+    counts = counts_of(LightKV(), [ImageGrid(0, 24, 24)], 32)
+    assert counts == [576] * 12 + [288] * 6 + [144] * 6 + [72] * 8
+    assert sum(counts) / 32 / 576 == pytest.approx(0.547, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("layers", "points"),
+    [(32, (12, 18, 24)), (40, (15, 23, 31)), (24, (9, 14, 18)), (28, (11, 16, 21)), (4, (2, 3)), (3, (1, 2)), (1, ())],
+)
+def test_stages_are_the_papers_or_the_same_fractions_of_the_depth(layers: int, points: tuple[int, ...]) -> None:
+    assert LightKV().acts_after(layers) == ToMe().acts_after(layers) == points
+
+
+def test_windows_are_more_where_an_image_has_several_grids() -> None:
+    """6, 4 and 2 a side for LLaVA-NeXT, 4, 2 and 1 for one grid an image; two images of one grid are not tiled."""
+    for grids, windows in (
+        ([ImageGrid(0, 24, 24), ImageGrid(0, 48, 42)], (6, 4, 2)),
+        ([ImageGrid(0, 24, 24), ImageGrid(1, 24, 24)], (4, 2, 1)),
+    ):
+        assert counts_of(LightKV(), grids, 32) == counts_of(LightKV(windows=windows), grids, 32)
+    # 20 x 20 tokens are too few for 8 in each of 6 x 6 windows + 7 x 7, enough for 7 x 7
+    assert counts_of(LightKV(windows=(8,), after=(1,)), [ImageGrid(0, 20, 20)], 2) == [400, 400]
+    assert counts_of(LightKV(windows=(7,), after=(1,)), [ImageGrid(0, 20, 20)], 2)[1] < 400
+
+
+@pytest.mark.parametrize("reducer", [LightKV, ToMe])
+@pytest.mark.parametrize("layers", [3, 24, 32, 40])
+@pytest.mark.parametrize("rho", [0.5, 0.2, 0.9])
+def test_vision_retention_picks_the_nearest_plan(reducer: Any, layers: int, rho: float) -> None:
+    """No three equally spaced reductions, no further apart than the default ones, come closer to it."""
+
+    def average(plan: tuple[int, ...]) -> float:
+        return sum((1 - min(rho, 0.5)) ** sum(point <= layer for point in plan) for layer in range(layers)) / layers
+
+    widest = max(1, round(0.1875 * layers))
+    plans = {
+        tuple(point for point in (first, first + gap, first + 2 * gap) if point < layers)
+        for gap in range(1, widest + 1)
+        for first in range(1, layers + 1)
+    }
+    for wanted in (0.01, 0.2, 0.3, 0.42, 0.55, 0.7, 0.83, 0.95, 1.0):
+        plan = reducer(vision_retention=wanted, rho=rho).acts_after(layers)
+        assert plan in plans
+        best = min(abs(average(other) - wanted) for other in plans)
+        assert abs(average(plan) - wanted) == pytest.approx(best, abs=1e-9)
+    counts = counts_of(LightKV(vision_retention=0.55), [ImageGrid(0, 24, 24)], 32)
+    assert sum(counts) / 32 / 576 == pytest.approx(0.55, abs=0.01)
+
+
+# -- dropping ----------------------------------------------------------------------------------------------------------
+
+
+def dropping(share: float) -> list[Any]:
+    once = {"after": (1,), "keep_shares": (share,)}
+    return [FastV(layer=1, drop=1 - share), PyramidDrop(**once), RandomReducer(**once), UniformGrid(**once)]
+
+
+@examples(40)
+@given(drawn=rows(), share=st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.7, 1.0]))
+def test_a_share_of_the_first_image_tokens_stays(drawn: Row, share: float) -> None:
+    """Floor(share x image tokens there were at first), never more than there are; states do not change."""
+    wanted = min(int(drawn.row.is_image.sum()), math.floor(share * drawn.row.image_tokens + 1e-6))
+    for reducer in dropping(share):
+        reduced = drawn.by(reducer)
+        stay = survivors(reduced)
+        assert int(drawn.row.is_image[stay].sum()) == wanted
+        assert all(into in (-1, token) for token, into in enumerate(reduced.into.tolist()))
+        assert torch.equal(reduced.hidden[stay], drawn.row.hidden[stay])
+
+
+@examples(40)
+@given(drawn=rows(), share=st.sampled_from([0.25, 0.5]))
+def test_fastv_and_pyramiddrop_keep_what_the_last_token_attends_to_most(drawn: Row, share: float) -> None:
+    heads, kv_heads = drawn.layer.query.shape[1], drawn.layer.keys.shape[1]
+    mean = torch.zeros(drawn.layer.keys.shape[2], dtype=torch.float64)
+    for head in range(heads):
+        keys = drawn.layer.keys[0, head // (heads // kv_heads)].double()
+        logits = [float(key @ drawn.layer.query[0, head, -1].double()) * drawn.layer.scaling for key in keys]
+        mean += torch.tensor([math.exp(x) for x in logits]).double() / sum(math.exp(x) for x in logits) / heads
+    mean = mean[len(drawn.past) :]
+    images = drawn.row.is_image.nonzero().flatten().tolist()
+    for reducer in dropping(share)[:2]:
+        torch.testing.assert_close(reducer.guidance(drawn.layer).double(), mean, rtol=1e-4, atol=1e-6)
+        stay = set(survivors(drawn.by(reducer)))
+        wanted = sorted(images, key=lambda token: (-mean[token], token))[: len(stay.intersection(images))]
+        assert stay.intersection(images) == set(wanted)
+
+
+def test_random_depends_on_seed_and_place_alone_and_later_reductions_drop_more() -> None:
+    drawn = _square(8)
+    shares = [0.75, 0.5, 0.25]
+    kept = [set(survivors(RandomReducer(after=(1,), keep_shares=(share,)).reduce(drawn))) for share in shares]
+    assert kept[0] > kept[1] > kept[2]
+    other = set(survivors(RandomReducer(after=(1,), keep_shares=(0.5,), seed=1).reduce(drawn)))
+    assert other != kept[1]
+    shifted = replace(drawn, hidden=drawn.hidden.flip(0))
+    assert set(survivors(RandomReducer(after=(1,), keep_shares=(0.5,)).reduce(shifted))) == kept[1]
+
+
+@pytest.mark.parametrize("side", [8, 16])
+@pytest.mark.parametrize("part", [2, 4])
+def test_uniform_grid_keeps_as_many_in_every_part_of_the_image(side: int, part: int) -> None:
+    """Each of part x part equal squares keeps the same number, to one; what stays later stayed before."""
+    row, earlier = _square(side), set(range(side * side))
+    for share in (0.5, 0.25, 1 / 16):
+        stay = set(survivors(UniformGrid(after=(1,), keep_shares=(share,)).reduce(row)))
+        assert stay <= earlier
+        earlier, width = stay, side // part
+        counts = [0] * part**2
+        for token in stay:
+            counts[token // side // width * part + token % side // width] += 1
+        assert max(counts) - min(counts) <= 1
+
+
+def _square(side: int) -> ReductionContext:
+    count = side * side
+    token = torch.arange(count)
+    return ReductionContext(
+        stage=0,
+        layer=0,
+        hidden=torch.randn(count, 4, generator=strategies.generator(side)),
+        index=token,
+        is_image=torch.ones(count, dtype=torch.bool),
+        grids=[ImageGrid(0, side, side)],
+        grid=torch.zeros(count, dtype=torch.long),
+        cell=torch.stack([token // side, token % side], 1),
+        image_tokens=count,
+    )
+
+
+# -- configuration -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"name": "lightkv", "after": [2], "vision_retention": 0.5}, "after and vision_retention .* give one of them"),
+        ({"name": "tome", "after": [2], "vision_retention": 0.5}, "after and vision_retention .* give one of them"),
+        ({"name": "lightkv", "after": [1, 2], "windows": [2]}, "after has 2 entries and windows 1; give as many"),
+        ({"name": "random", "after": [1, 2]}, "after has 2 entries and keep_shares 3; give as many"),
+        ({"name": "pyramiddrop", "keep_shares": [0.5]}, "after has 3 entries and keep_shares 1; give as many"),
+        ({"name": "lightkv", "windows": [0]}, r"windows"),
+        ({"name": "lightkv", "windows": []}, r"windows"),
+        ({"name": "lightkv", "rho": 1.5}, r"rho"),
+        ({"name": "lightkv", "vision_retention": 0}, r"vision_retention"),
+        ({"name": "fastv", "layer": 0}, r"layer"),
+        ({"name": "fastv", "drop": 1.1}, r"drop"),
+        ({"name": "lightkv", "after": [1.5]}, r"after"),
+        ({"name": "lightkv", "positions": "new"}, r"positions"),
+    ],
+)
+def test_a_wrong_reducer_is_refused_with_the_argument(fields: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        CompressionConfig(reducer=fields)
+
+
+@pytest.mark.parametrize("after", [(2, 1), (1, 1), (3,), (1, 5)])
+def test_layers_that_the_decoder_does_not_have_are_refused(after: tuple[Any, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"reducer lightkv: after=.* must ascend and stay below the 3 layers"):
+        LightKV(after=after).acts_after(3)
+
+
+def test_no_layers_are_no_reduction() -> None:
+    """An empty list is not the default."""
+    assert LightKV(after=()).acts_after(32) == ()
