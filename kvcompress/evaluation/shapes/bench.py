@@ -9,7 +9,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 from kvcompress.config import CompressionConfig
 from kvcompress.evaluation.inequality import gini
@@ -79,7 +79,8 @@ def main(
     found = gini_per_layer(loaded, held_out[:25])
     console.print("Gini coefficient of importance per layer: " + ", ".join(f"{value:.2f}" for value in found))
     title = f"ShapesLLaVA, {scenes} held-out scenes: right answers, and perplexity of descriptions"
-    table = Table("cache", *KINDS, "objects described", "perplexity", title=title, title_justify="left")
+    first = Column("cache", no_wrap=True)
+    table = Table(first, *KINDS, "objects", "perplexity", title=title, title_justify="left")
     for name, figures in track(quality(loaded, held_out), "answering", console=console, transient=True):
         shares = [f"{figures[kind]:.0%}" for kind in (*KINDS, "description")]
         table.add_row(name, *shares, f"{figures['perplexity']:.3f}")
