@@ -17,7 +17,7 @@ from kvcompress.cli import app
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation import LoadedModel, benchmark, timing
 from kvcompress.evaluation.benchmark import REFERENCES, Measurement, Spread, rounds_of, text_rows, weight_bytes
-from kvcompress.evaluation.memory import held_bytes, peak_bytes
+from kvcompress.evaluation.footprint import held_bytes, peak_of
 from tests import checkpoints, tiny
 
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def test_every_length_and_batch_has_the_references_and_every_configuration(loade
     cells = [(tokens, batch) for tokens in (20, 50) for batch in (1, 3)]
     policies = [*REFERENCES, "prefixkv", "mine"]
     assert [(m.prompt_tokens, m.batch, m.policy) for m in found] == [(*cell, p) for cell in cells for p in policies]
-    assert [m.budget for m in found[:5]] == [None, None, None, 0.2, 40]
+    assert [(m.budget, m.budget_unit) for m in found[2:5]] == [(None, None), (0.2, "fraction"), (40, "tokens")]
     assert rounds == rounds_of(2, 2, 2, 2) == 60
     for measurement in found:
         assert measurement.note is None
@@ -150,7 +150,7 @@ def test_what_runs_out_of_memory_is_noted_and_the_others_run_on(
 
     monkeypatch.setattr(benchmark, "QuantizedCache", no_room)
     dynamic, quantized, *_ = measure(loaded, ("prefixkv", FIFTH))
-    assert quantized == Measurement("QuantizedCache", None, 50, 1, note="out of memory")
+    assert quantized == Measurement("QuantizedCache", None, None, 50, 1, note="out of memory")
     assert dynamic.note is None and dynamic.seconds_per_token is not None
 
 
@@ -199,7 +199,7 @@ def test_a_spread_is_median_and_quartiles() -> None:
 
 def test_the_peak_of_a_run_counts_what_it_touched() -> None:
     size = 64 * 2**20
-    peak = peak_bytes(lambda: torch.ones(size, dtype=torch.uint8), CPU)
+    peak = peak_of(lambda: torch.ones(size, dtype=torch.uint8), CPU)
     if peak is None:
         pytest.skip("this system tells no peak")
     assert 0.9 * size < peak < 2 * size
@@ -208,7 +208,7 @@ def test_the_peak_of_a_run_counts_what_it_touched() -> None:
 @pytest.mark.cuda
 def test_on_a_gpu_the_peak_is_that_of_torchs_allocations() -> None:
     device, size = torch.device("cuda"), 64 * 2**20
-    assert peak_bytes(lambda: torch.ones(size, dtype=torch.uint8, device=device), device) == size
+    assert peak_of(lambda: torch.ones(size, dtype=torch.uint8, device=device), device) == size
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -231,8 +231,10 @@ def test_json_tells_every_measurement_and_what_ran(text: Path, tmp_path: Path) -
     assert [entry["config"]["allocator"]["name"] for entry in told["configs"]] == ["prefix"] * 2 + ["uniform"] * 3
     assert {"torch", "transformers", "kvcompress"} <= set(told["versions"]) and told["threads"] >= 1
     assert {Path(path).stem for path in told["pictures"]} == {
-        "speed-40-tokens-batch-2",
-        "speed-60-tokens-batch-2",
+        "speed-40-tokens-batch-2-fraction",
+        "speed-40-tokens-batch-2-tokens",
+        "speed-60-tokens-batch-2-fraction",
+        "speed-60-tokens-batch-2-tokens",
         "speed-by-prompt-tokens-batch-2",
     }
 

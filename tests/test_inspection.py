@@ -17,7 +17,7 @@ from kvcompress import CompressedCache, CompressionConfig
 from kvcompress.cli import app
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation import LoadedModel, encode_prompt, inspect, load_model
-from kvcompress.evaluation.grids import image_columns, square_grid
+from kvcompress.evaluation.image_grid import image_columns, square_grid
 from kvcompress.evaluation.shapes import draw_scene, sample_scene, scene_seed
 from tests import checkpoints, tiny
 
