@@ -1,4 +1,4 @@
-"""Speed and memory against transformers' own cache, paired in one process: `python -m kvcompress.evaluation.bench`.
+"""Figures of docs/benchmarks.md on SmolLM2, paired in one process: `python -m kvcompress.evaluation.bench`.
 
 Every figure is a ratio of runs that take turns, and the median of those ratios, since a busy machine changes its mind
 about what a second is.

@@ -171,8 +171,8 @@ def benchmark(
         >>> from kvcompress.evaluation.benchmark import benchmark
         >>> config = CompressionConfig.preset("prefixkv", budget=0.2)
         >>> found = list(benchmark(load_model("shapes"), [("prefixkv", config)], prompt_tokens=[200], rounds=1))
-        >>> [measurement.policy for measurement in found]
-        ['DynamicCache', 'QuantizedCache', 'floor', 'prefixkv']
+        >>> ", ".join(measurement.policy for measurement in found)
+        'DynamicCache, QuantizedCache, floor, prefixkv'
     """
     _check(prompt_tokens, batches, new_tokens, rounds, references)
     model = loaded.model
