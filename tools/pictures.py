@@ -1,11 +1,12 @@
 """Draws the pictures of docs/pictures.md into docs/images/; run it with `python tools/pictures.py` (a few minutes).
 
-All of them show ShapesLLaVA, which ships with the package. Figures are measured anew, so times differ from run to run.
+Names of pictures after the command draw these alone. Figures are measured anew, so times differ from run to run.
 """
 
 import statistics
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from kvcompress import CompressionConfig
 from kvcompress.evaluation import LoadedModel, encode_prompt, inspect, load_model
 from kvcompress.evaluation.benchmark import benchmark
+from kvcompress.evaluation.perplexity import english_text
 from kvcompress.evaluation.plots import lorenz, patches, quality, retention, save, speed
 from kvcompress.evaluation.shapes import draw_scene, sample_scene, scene_seed
 from kvcompress.evaluation.shapes.measure import description_perplexity, held_out_scenes
@@ -26,7 +28,13 @@ LARGEST = 150_000  # bytes of a picture in the repository
 
 
 def main() -> None:
-    """Draws them all."""
+    """Draws the pictures that are named, or all of them."""
+    wanted = sys.argv[1:]
+
+    def write(name: str, draw: Callable[[], Any]) -> None:
+        if not wanted or name in wanted:
+            save_small(name, draw())
+
     loaded = load_model("shapes")
     scene = draw_scene(sample_scene(scene_seed("test", 0)))
     inputs = encode_prompt(loaded, "describe the image.", image=scene)
@@ -35,14 +43,19 @@ def main() -> None:
         return inspect(loaded, inputs, CompressionConfig.preset(preset, budget=budget))
 
     found = look(0.3)
-    write("lorenz", lorenz(found.importance))
-    write("retention", retention({budget: look(budget).retention for budget in (0.2, 0.5, 0.8)}))
-    write("retention-nine", retention({budget: look(budget).retention for budget in BUDGETS}))
-    write("patches", patches(found.report, found.grid, found.picture))
+    write("lorenz", lambda: lorenz(found.importance))
+    write("retention", lambda: retention({budget: look(budget).retention for budget in (0.2, 0.5, 0.8)}))
+    write("retention-nine", lambda: retention({budget: look(budget).retention for budget in BUDGETS}))
+    write("patches", lambda: patches(found.report, found.grid, found.picture))
     heads = look(0.3, "snapkv")
-    write("patches-heads", patches(heads.report, heads.grid, heads.picture, layers=[0, 2, 4, 6]))
-    write("speed", speed(list(speeds(loaded))))
-    write("quality", quality(list(perplexities(loaded)), "perplexity"))
+    write("patches-heads", lambda: patches(heads.report, heads.grid, heads.picture, layers=[0, 2, 4, 6]))
+    write("speed", lambda: speed(list(speeds(loaded))))
+    write("quality", lambda: quality(list(perplexities(loaded)), "perplexity"))
+    if not wanted or any(name.endswith("smollm2") for name in wanted):
+        loaded = load_model("smollm2")
+        inputs = encode_prompt(loaded, f"{english_text()[:5000]}\n\nWhat is this about?")
+        write("lorenz-smollm2", lambda: lorenz(look(0.3).importance))
+        write("retention-smollm2", lambda: retention({budget: look(budget).retention for budget in (0.1, 0.3)}))
 
 
 def perplexities(loaded: LoadedModel) -> Iterator[dict[str, Any]]:
@@ -70,7 +83,7 @@ def speeds(loaded: LoadedModel) -> Iterator[dict[str, Any]]:
         yield measurement.to_dict()
 
 
-def write(name: str, figure: Any) -> None:
+def save_small(name: str, figure: Any) -> None:
     """Writes a PNG of few colours, which is small."""
     with tempfile.TemporaryDirectory() as folder:
         image, _ = save(figure, Path(folder) / name)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _REFERENCES = (("black", (0, (1, 1.5))), ("0.45", (0, (5, 2))), ("black", (0, (7, 2, 1, 2))), ("0.6", "-"))
 
 
+_NAMES_IN_A_ROW = 4
 _BUDGETS = {
     "fraction": ("budget (% of the tokens)", 100.0),
     "tokens": ("budget (tokens per layer)", 1.0),
@@ -60,7 +61,8 @@ def draw_series(axes: Axes, series: Sequence[Series], x: str, factor: float = 1.
 def legend(figure: Figure, axes: Axes) -> None:
     """Names of the lines, above the picture, where they cover nothing."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 4))
+    rows = -(-len(labels) // _NAMES_IN_A_ROW)
+    figure.legend(handles, labels, loc="outside upper center", ncols=-(-len(labels) // rows))
 
 
 def _x_label(series: Sequence[Series], x: str) -> tuple[str, float]:
