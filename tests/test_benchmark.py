@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,45 @@ def test_a_stopwatch_tells_the_time_between_its_marks(monkeypatch: pytest.Monkey
     for _ in range(3):
         watch.mark()
     assert watch.laps() == [0.5, 2.5]
+
+
+def test_on_a_gpu_marks_are_events_and_laps_wait_for_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        clock = 0.0
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            assert stream == "stream of cuda:1"
+            Event.clock += 250.0
+            self.time = Event.clock
+
+        def elapsed_time(self, later: Event) -> float:
+            assert waited
+            return later.time - self.time
+
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    watch = timing.Stopwatch(torch.device("cuda:1"))
+    for _ in range(3):
+        watch.mark()
+    assert not waited and watch.laps() == [0.25, 0.25] and waited == [torch.device("cuda:1")]
+
+
+def test_what_is_collected_between_steps_is_short_and_what_was_frozen_stays_so() -> None:
+    with timing.short_collections():
+        assert gc.get_freeze_count() > 1000
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        with timing.short_collections():
+            pass
+        assert gc.get_freeze_count() > 1000
+    finally:
+        gc.unfreeze()
 
 
 def test_a_spread_is_median_and_quartiles() -> None:

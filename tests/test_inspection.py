@@ -185,6 +185,12 @@ def test_without_matplotlib_the_command_says_so_before_it_loads_a_model(
         assert "pip install 'kvcompress[evaluation]'" in result.stderr
 
 
+@pytest.mark.parametrize("command", ["inspect", "bench"])
+def test_help_shows_examples(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0 and f"kvcompress {command} --" in result.stdout
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
