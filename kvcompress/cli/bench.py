@@ -178,7 +178,7 @@ def _table(tokens: int, batch: int, found: Sequence[Measurement]) -> Table:
     table.add_column("cache", no_wrap=True)
     heads = ["first\ntoken, ms", "per\ntoken, ms", "tokens/s", "held", "peak"]
     for head in (*heads, *(["largest\nbatch"] if has_limit else [])):
-        table.add_column(head, justify="right")
+        table.add_column(head, justify="right", overflow="fold")
     for one in found:
         cells = [
             one.note or _time(one.seconds_to_first_token, one.first_token_ratio),
