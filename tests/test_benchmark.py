@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from kvcompress.cli import app
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation import LoadedModel, benchmark, timing
 from kvcompress.evaluation.benchmark import REFERENCES, Measurement, Spread, rounds_of, text_rows, weight_bytes
-from kvcompress.evaluation.memory import held_bytes, peak_bytes
+from kvcompress.evaluation.footprint import held_bytes, peak_of
 from tests import checkpoints, tiny
 
 CPU = torch.device("cpu")
@@ -60,7 +61,7 @@ def test_every_length_and_batch_has_the_references_and_every_configuration(loade
     cells = [(tokens, batch) for tokens in (20, 50) for batch in (1, 3)]
     policies = [*REFERENCES, "prefixkv", "mine"]
     assert [(m.prompt_tokens, m.batch, m.policy) for m in found] == [(*cell, p) for cell in cells for p in policies]
-    assert [m.budget for m in found[:5]] == [None, None, None, 0.2, 40]
+    assert [(m.budget, m.budget_unit) for m in found[2:5]] == [(None, None), (0.2, "fraction"), (40, "tokens")]
     assert rounds == rounds_of(2, 2, 2, 2) == 60
     for measurement in found:
         assert measurement.note is None
@@ -150,7 +151,7 @@ def test_what_runs_out_of_memory_is_noted_and_the_others_run_on(
 
     monkeypatch.setattr(benchmark, "QuantizedCache", no_room)
     dynamic, quantized, *_ = measure(loaded, ("prefixkv", FIFTH))
-    assert quantized == Measurement("QuantizedCache", None, 50, 1, note="out of memory")
+    assert quantized == Measurement("QuantizedCache", None, None, 50, 1, note="out of memory")
     assert dynamic.note is None and dynamic.seconds_per_token is not None
 
 
@@ -192,6 +193,45 @@ def test_a_stopwatch_tells_the_time_between_its_marks(monkeypatch: pytest.Monkey
     assert watch.laps() == [0.5, 2.5]
 
 
+def test_on_a_gpu_marks_are_events_and_laps_wait_for_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        clock = 0.0
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            assert stream == "stream of cuda:1"
+            Event.clock += 250.0
+            self.time = Event.clock
+
+        def elapsed_time(self, later: Event) -> float:
+            assert waited
+            return later.time - self.time
+
+    waited: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "synchronize", waited.append)
+    watch = timing.Stopwatch(torch.device("cuda:1"))
+    for _ in range(3):
+        watch.mark()
+    assert not waited and watch.laps() == [0.25, 0.25] and waited == [torch.device("cuda:1")]
+
+
+def test_what_is_collected_between_steps_is_short_and_what_was_frozen_stays_so() -> None:
+    with timing.short_collections():
+        assert gc.get_freeze_count() > 1000
+    assert gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        with timing.short_collections():
+            pass
+        assert gc.get_freeze_count() > 1000
+    finally:
+        gc.unfreeze()
+
+
 def test_a_spread_is_median_and_quartiles() -> None:
     assert Spread.of([4.0, 1.0, 3.0, 2.0, 5.0]) == Spread(3.0, 2.0, 4.0)
     assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
@@ -199,7 +239,7 @@ def test_a_spread_is_median_and_quartiles() -> None:
 
 def test_the_peak_of_a_run_counts_what_it_touched() -> None:
     size = 64 * 2**20
-    peak = peak_bytes(lambda: torch.ones(size, dtype=torch.uint8), CPU)
+    peak = peak_of(lambda: torch.ones(size, dtype=torch.uint8), CPU)
     if peak is None:
         pytest.skip("this system tells no peak")
     assert 0.9 * size < peak < 2 * size
@@ -208,7 +248,7 @@ def test_the_peak_of_a_run_counts_what_it_touched() -> None:
 @pytest.mark.cuda
 def test_on_a_gpu_the_peak_is_that_of_torchs_allocations() -> None:
     device, size = torch.device("cuda"), 64 * 2**20
-    assert peak_bytes(lambda: torch.ones(size, dtype=torch.uint8, device=device), device) == size
+    assert peak_of(lambda: torch.ones(size, dtype=torch.uint8, device=device), device) == size
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
@@ -231,8 +271,10 @@ def test_json_tells_every_measurement_and_what_ran(text: Path, tmp_path: Path) -
     assert [entry["config"]["allocator"]["name"] for entry in told["configs"]] == ["prefix"] * 2 + ["uniform"] * 3
     assert {"torch", "transformers", "kvcompress"} <= set(told["versions"]) and told["threads"] >= 1
     assert {Path(path).stem for path in told["pictures"]} == {
-        "speed-40-tokens-batch-2",
-        "speed-60-tokens-batch-2",
+        "speed-40-tokens-batch-2-fraction",
+        "speed-40-tokens-batch-2-tokens",
+        "speed-60-tokens-batch-2-fraction",
+        "speed-60-tokens-batch-2-tokens",
         "speed-by-prompt-tokens-batch-2",
     }
 

@@ -55,7 +55,16 @@ def test_command_lines_run(page: Path, line: str, tmp_path: Path, monkeypatch: p
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize("name", ["kvcompress.registry", "kvcompress.config", "kvcompress.cache"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "kvcompress.registry",
+        "kvcompress.config",
+        "kvcompress.cache",
+        "kvcompress.evaluation.inspection",
+        "kvcompress.evaluation.benchmark",
+    ],
+)
 def test_examples_in_docstrings_run(name: str) -> None:
     given = {
         "model": tiny.model("llama"),

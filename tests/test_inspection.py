@@ -17,7 +17,7 @@ from kvcompress import CompressedCache, CompressionConfig
 from kvcompress.cli import app
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation import LoadedModel, encode_prompt, inspect, load_model
-from kvcompress.evaluation.grids import image_columns, square_grid
+from kvcompress.evaluation.image_grid import image_columns, square_grid
 from kvcompress.evaluation.shapes import draw_scene, sample_scene, scene_seed
 from tests import checkpoints, tiny
 
@@ -183,6 +183,12 @@ def test_without_matplotlib_the_command_says_so_before_it_loads_a_model(
         result = run(command, "--model", "./missing", *prompt, "--plot", tmp_path)
         assert result.exit_code == 1 and result.stderr.count("\n") == 1
         assert "pip install 'kvcompress[evaluation]'" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["inspect", "bench"])
+def test_help_shows_examples(command: str) -> None:
+    result = run(command, "--help")
+    assert result.exit_code == 0 and f"kvcompress {command} --" in result.stdout
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from PIL import Image
 from kvcompress import CacheReport
 from kvcompress.errors import ConfigError, MissingDependencyError
 from kvcompress.evaluation import plots
-from kvcompress.evaluation.grids import ImageGrid, square_grid
-from kvcompress.evaluation.plots.results import metric_names, read_series, read_value
+from kvcompress.evaluation.image_grid import ImageGrid, square_grid
+from kvcompress.evaluation.plots.rows import metric_names, read_series, read_value
 from kvcompress.evaluation.plots.style import look
 
 IMPORTANCE = [[1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 5.0], [4.0, 1.0, 2.0, 3.0]]
@@ -171,12 +171,13 @@ def test_a_metric_that_no_row_has_is_refused() -> None:
         {"accuracy": {"value": 0.5, "ci_low": 0.4, "ci_high": 0.7}},
         {"metrics": {"accuracy": {"value": 0.5, "ci_low": 0.4, "ci_high": 0.7}}},
         {"metrics": {"accuracy": 0.5, "accuracy_ci_low": 0.4, "accuracy_ci_high": 0.7}},
+        {"accuracy": 0.5, "ci": {"accuracy": [0.4, 0.7]}},
     ],
 )
 def test_a_value_is_read_however_a_row_spells_its_interval(row: dict[str, Any]) -> None:
     assert read_value(row, "accuracy") == (0.5, 0.4, 0.7)
     assert read_value(row, "perplexity") is None
-    if "accuracy_low" not in row:
+    if not {"accuracy_low", "ci"} & set(row):
         assert metric_names([row]) == ["accuracy"]
 
 
@@ -218,6 +219,20 @@ def test_all_pictures_of_some_results_come_in_one_call(tmp_path: Path) -> None:
     ]
     with pytest.raises(ConfigError, match="nothing could be drawn"):
         plots.plot_results([{"policy": "a", "budget": 0.2}])
+
+
+def test_budgets_in_several_units_have_pictures_of_their_own() -> None:
+    full = ROWS[-1]
+    tokens = [{**row, "budget": 512, "budget_unit": "tokens"} for row in ROWS[:1]]
+    bytes_ = [{**row, "budget": 3 * 2**20, "budget_unit": "bytes"} for row in ROWS[:1]]
+    figures = plots.plot_results([*ROWS, *tokens, *bytes_])
+    assert [name for name in figures if name.startswith("speed")] == ["speed-fraction", "speed-tokens", "speed-bytes"]
+    for unit, label, tick in (("tokens", "budget (tokens per layer)", 512), ("bytes", "budget (MiB)", 3)):
+        (axes,) = figures[f"perplexity-{unit}"].axes
+        assert axes.get_xlabel() == label and axes.get_xticks().tolist() == [tick]
+        assert list(drawn_lines(axes)) == ["full", "prefixkv"]
+    with pytest.raises(ConfigError, match="budgets must be of one unit; got bytes, tokens"):
+        plots.quality([full, *tokens, {**bytes_[0], "policy": "other"}], "perplexity")
 
 
 def test_lines_differ_by_more_than_their_colour() -> None:

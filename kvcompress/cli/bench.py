@@ -30,6 +30,7 @@ from kvcompress.evaluation import LoadedModel
 from kvcompress.evaluation.benchmark import BASE, REFERENCES, Measurement, Spread, benchmark, rounds_of, weight_bytes
 from kvcompress.evaluation.plots import check_matplotlib, save_all, speed
 from kvcompress.evaluation.plots.retention import budget_label
+from kvcompress.evaluation.plots.rows import by_unit
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -177,7 +178,7 @@ def _table(tokens: int, batch: int, found: Sequence[Measurement]) -> Table:
     table.add_column("cache", no_wrap=True)
     heads = ["first\ntoken, ms", "per\ntoken, ms", "tokens/s", "held", "peak"]
     for head in (*heads, *(["largest\nbatch"] if has_limit else [])):
-        table.add_column(head, justify="right")
+        table.add_column(head, justify="right", overflow="fold")
     for one in found:
         cells = [
             one.note or _time(one.seconds_to_first_token, one.first_token_ratio),
@@ -194,9 +195,10 @@ def _table(tokens: int, batch: int, found: Sequence[Measurement]) -> Table:
 
 def label(measurement: Measurement) -> str:
     """A cache by its name and budget."""
-    budget = measurement.budget
-    keeps_everything = budget is None or budget == 1.0
-    return measurement.policy if keeps_everything else f"{measurement.policy} {budget_label(budget or 0)}"
+    budget, unit = measurement.budget, measurement.budget_unit
+    if budget is None or (budget == 1.0 and unit == "fraction"):
+        return measurement.policy
+    return f"{measurement.policy} {size(int(budget)) if unit == 'bytes' else budget_label(budget)}"
 
 
 def _time(spread: Spread | None, ratio: float | None) -> str:
@@ -221,8 +223,9 @@ def _figures(found: Sequence[Measurement]) -> dict[str, Figure]:
     for tokens in lengths:
         for batch in batches:
             rows = [one.to_dict() for one in measured if (one.prompt_tokens, one.batch) == (tokens, batch)]
-            alone = len(lengths) == len(batches) == 1
-            figures["speed" if alone else f"speed-{tokens}-tokens-batch-{batch}"] = speed(rows)
+            name = "speed" if len(lengths) == len(batches) == 1 else f"speed-{tokens}-tokens-batch-{batch}"
+            units = by_unit(rows)
+            figures |= {f"{name}-{unit}" if len(units) > 1 else name: speed(group) for unit, group in units.items()}
     for x, values, other, others in (
         ("prompt_tokens", lengths, "batch", batches),
         ("batch", batches, "prompt_tokens", lengths),

@@ -1,4 +1,4 @@
-"""Speed and memory against transformers' own cache, paired in one process: `python -m kvcompress.evaluation.bench`.
+"""Figures of docs/benchmarks.md on SmolLM2, paired in one process: `python -m kvcompress.evaluation.bench`.
 
 Every figure is a ratio of runs that take turns, and the median of those ratios, since a busy machine changes its mind
 about what a second is.
@@ -27,7 +27,7 @@ from transformers.cache_utils import Cache, QuantizedCache
 from kvcompress.cache import CompressedCache
 from kvcompress.composition import policies_of
 from kvcompress.config import CompressionConfig
-from kvcompress.evaluation import memory
+from kvcompress.evaluation import footprint
 from kvcompress.evaluation.models import load_model
 from kvcompress.evaluation.perplexity import continuation_perplexity, english_text, samples_of
 from kvcompress.evaluation.timing import in_turns, ratios, timed
@@ -171,7 +171,7 @@ def own_peak_bytes(case: str, tokens: int) -> int:
     CompressedCache(bench.model, "full")
     bench.run(bench.dynamic(), bench.ids[:, :64])
     cache = bench.dynamic() if case == "DynamicCache" else bench.compressed(QUERIES[case])
-    return memory.peak_bytes(partial(bench.run, cache, bench.ids), torch.device("cpu")) or 0
+    return footprint.peak_of(partial(bench.run, cache, bench.ids), torch.device("cpu")) or 0
 
 
 def table(title: str, rows: Iterable[tuple[str, str]]) -> Table:

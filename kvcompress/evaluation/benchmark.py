@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, QuantizedCache
 from kvcompress.cache import CompressedCache
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError
-from kvcompress.evaluation.memory import held_bytes, peak_bytes
+from kvcompress.evaluation.footprint import held_bytes, peak_of
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.evaluation.perplexity import english_text
 from kvcompress.evaluation.timing import Stopwatch, in_turns, ratios, short_collections
@@ -58,7 +58,8 @@ class Measurement:
 
     Attributes:
         policy: name of the configuration, or of the reference.
-        budget: fraction, or tokens per layer; None for references and budgets in bytes.
+        budget: the bare amount; None for references.
+        budget_unit: what it counts: "fraction", "tokens" (per layer) or "bytes".
         prompt_tokens: tokens of each prompt.
         batch: prompts at a time.
         seconds_to_first_token: the prompt's forward, compression included, and the choice of a token.
@@ -76,6 +77,7 @@ class Measurement:
 
     policy: str
     budget: float | None
+    budget_unit: str | None
     prompt_tokens: int
     batch: int
     seconds_to_first_token: Spread | None = None
@@ -106,7 +108,7 @@ class _Contestant:
 
     Attributes:
         policy: its name.
-        budget: fraction or tokens per layer, if it has one.
+        budget: the bare amount and its unit, if it has one.
         play: a round with it: yields the seconds to the first token, then those of each later one.
         held: bytes that the cache held at the end of a round; None for the floor.
         peak: most memory that a round took.
@@ -116,7 +118,7 @@ class _Contestant:
     """
 
     policy: str
-    budget: float | None
+    budget: tuple[float | None, str | None]
     play: Callable[[_Contestant, Tensor], Iterator[float]]
     held: int | None = None
     peak: int | None = None
@@ -169,8 +171,8 @@ def benchmark(
         >>> from kvcompress.evaluation.benchmark import benchmark
         >>> config = CompressionConfig.preset("prefixkv", budget=0.2)
         >>> found = list(benchmark(load_model("shapes"), [("prefixkv", config)], prompt_tokens=[200], rounds=1))
-        >>> [measurement.policy for measurement in found]
-        ['DynamicCache', 'QuantizedCache', 'floor', 'prefixkv']
+        >>> ", ".join(measurement.policy for measurement in found)
+        'DynamicCache, QuantizedCache, floor, prefixkv'
     """
     _check(prompt_tokens, batches, new_tokens, rounds, references)
     model = loaded.model
@@ -214,7 +216,7 @@ def _compete(
     """Lets each contestant run once alone, then all of them in turns."""
     for contestant in contestants:
         try:
-            contestant.peak = peak_bytes(partial(list, contestant.play(contestant, ids)), model.device)
+            contestant.peak = peak_of(partial(list, contestant.play(contestant, ids)), model.device)
         except torch.OutOfMemoryError:
             contestant.note = "out of memory"
         on_round()
@@ -239,7 +241,7 @@ def _measurements(
     batch, tokens = ids.shape
     base = next((one for one in contestants if one.policy == BASE and one.note is None), None)
     for one in contestants:
-        about = (one.policy, one.budget, tokens, batch)
+        about = (one.policy, *one.budget, tokens, batch)
         if one.note is not None:
             yield Measurement(*about, note=one.note)
             continue
@@ -276,9 +278,10 @@ def _contestants(
         "QuantizedCache": partial(_play, model, partial(_quantized, text), new_tokens),
         FLOOR: partial(_play_floor, model, dynamic, new_tokens),
     }
-    found = [_Contestant(name, None, plays[name]) for name in REFERENCES if name in references]
+    found = [_Contestant(name, (None, None), plays[name]) for name in REFERENCES if name in references]
     for name, config in configs:
-        budget = config.budget.fraction if config.budget.fraction is not None else config.budget.tokens
+        amounts = ((getattr(config.budget, unit), unit) for unit in ("fraction", "tokens", "bytes"))
+        budget = next(amount for amount in amounts if amount[0] is not None)
         make = partial(CompressedCache, model, config)
         found.append(_Contestant(name, budget, partial(_play, model, make, new_tokens)))
     return found

@@ -12,7 +12,7 @@ from kvcompress import pipeline
 from kvcompress.cache import CompressedCache
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError
-from kvcompress.evaluation.grids import ImageGrid, image_columns, square_grid
+from kvcompress.evaluation.image_grid import ImageGrid, image_columns, square_grid
 from kvcompress.evaluation.inequality import gini
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.report import CacheReport

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation.plots.quality import quality
-from kvcompress.evaluation.plots.results import SPEED, Row, metric_names, read_value
 from kvcompress.evaluation.plots.retention import retention
+from kvcompress.evaluation.plots.rows import SPEED, Row, by_unit, metric_names, read_value
 from kvcompress.evaluation.plots.speed import speed
 from kvcompress.evaluation.plots.style import check_matplotlib, save
 
@@ -22,21 +22,25 @@ def plot_results(rows: Sequence[Row]) -> dict[str, Figure]:
 
     Args:
         rows: results as `kvcompress evaluate` writes them, see `quality` and `speed`. Where they are about several
-            models or data sets, each has its own pictures.
+            models or data sets, or have budgets in several units, each has its own pictures.
 
     Returns:
-        Figures by a name fit for a file: the metric or "speed", and model and data where there are several.
+        Figures by a name fit for a file: the metric or "speed", and model, data and unit where there are several.
 
     Raises:
         ConfigError: if the rows hold no metric.
     """
     check_matplotlib()
-    groups: dict[tuple[str, str], list[Row]] = {}
+    about: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((str(row.get("model", "")), str(row.get("data", ""))), []).append(row)
+        about.setdefault((str(row.get("model", "")), str(row.get("data", ""))), []).append(row)
+    groups: dict[str, list[Row]] = {}
+    for (model, data), found in about.items():
+        ending = "" if len(about) == 1 else f"-{_file_name(model)}-{_file_name(data)}"
+        units = by_unit(found)
+        groups |= {f"{ending}-{unit}" if len(units) > 1 else ending: group for unit, group in units.items()}
     figures: dict[str, Figure] = {}
-    for (model, data), group in groups.items():
-        ending = "" if len(groups) == 1 else f"-{_file_name(model)}-{_file_name(data)}"
+    for ending, group in groups.items():
         for metric in metric_names(group):
             if any(read_value(row, metric) is not None for row in group):
                 figures[f"{_file_name(metric)}{ending}"] = quality(group, metric)

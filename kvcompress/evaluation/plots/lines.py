@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from kvcompress.evaluation.plots.results import Series
+from kvcompress.errors import ConfigError
+from kvcompress.evaluation.plots.rows import Series
 from kvcompress.evaluation.plots.style import look
 
 if TYPE_CHECKING:
@@ -14,6 +15,14 @@ if TYPE_CHECKING:
 
 # Grey and dotted, so that they stay behind the policies' colours.
 _REFERENCES = (("black", (0, (1, 1.5))), ("0.45", (0, (5, 2))), ("black", (0, (7, 2, 1, 2))), ("0.6", "-"))
+
+
+_NAMES_IN_A_ROW = 4
+_BUDGETS = {
+    "fraction": ("budget (% of the tokens)", 100.0),
+    "tokens": ("budget (tokens per layer)", 1.0),
+    "bytes": ("budget (MiB)", 2.0**-20),
+}
 
 
 def draw_series(axes: Axes, series: Sequence[Series], x: str, factor: float = 1.0) -> None:
@@ -43,7 +52,7 @@ def draw_series(axes: Axes, series: Sequence[Series], x: str, factor: float = 1.
         elif low != high:
             axes.errorbar(at, middle, [[middle[0] - low[0]], [high[0] - middle[0]]], color=style["color"], capsize=2)
     ticks = sorted({scale * point.x for line in policies or references for point in line.points})
-    axes.set_xticks(ticks, [f"{tick:,.10g}" for tick in ticks])
+    axes.set_xticks(ticks, [f"{tick:,.4g}" if tick < 1000 else f"{tick:,.0f}" for tick in ticks])
     margin = 0.05 * (ticks[-1] - ticks[0]) or 0.5 * ticks[0]
     axes.set_xlim(ticks[0] - margin, ticks[-1] + margin)
     axes.set_xlabel(label)
@@ -52,11 +61,14 @@ def draw_series(axes: Axes, series: Sequence[Series], x: str, factor: float = 1.
 def legend(figure: Figure, axes: Axes) -> None:
     """Names of the lines, above the picture, where they cover nothing."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(labels), 4))
+    rows = -(-len(labels) // _NAMES_IN_A_ROW)
+    figure.legend(handles, labels, loc="outside upper center", ncols=-(-len(labels) // rows))
 
 
 def _x_label(series: Sequence[Series], x: str) -> tuple[str, float]:
     if x == "budget":
-        shares = all(point.x <= 1 for line in series for point in line.points)
-        return ("budget (% of the tokens)", 100.0) if shares else ("budget (tokens per layer)", 1.0)
+        units = sorted({line.unit for line in series if not line.reference}) or ["fraction"]
+        if len(units) > 1:
+            raise ConfigError(f"rows: budgets must be of one unit; got {', '.join(units)}; draw them one by one")
+        return _BUDGETS.get(units[0], (f"budget ({units[0]})", 1.0))
     return {"prompt_tokens": "prompt (tokens)", "batch": "batch (prompts at a time)"}.get(x, x.replace("_", " ")), 1.0

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation.plots.lines import draw_series, legend
-from kvcompress.evaluation.plots.results import Row, Series, read_series
+from kvcompress.evaluation.plots.rows import Row, Series, read_series
 from kvcompress.evaluation.plots.style import drawing, new_figure, ruled
 
 if TYPE_CHECKING:
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 # metric -> what the y axis says, and the factor to its unit
 _LABELS: dict[str, tuple[str, float]] = {
     "perplexity": ("perplexity of the answer (lower is better)", 1),
-    "rouge1": ("ROUGE-1 F1 (higher is better)", 1),
-    "rouge2": ("ROUGE-2 F1 (higher is better)", 1),
-    "rougeL": ("ROUGE-L F1 (higher is better)", 1),
+    "rouge1": ("ROUGE-1 against the full cache's text (higher is better)", 1),
+    "rouge2": ("ROUGE-2 against the full cache's text (higher is better)", 1),
+    "rougeL": ("ROUGE-L against the full cache's text (higher is better)", 1),
     "exact": ("exact answers (%)", 100),
     "contained": ("answers that contain the right one (%)", 100),
-    "needle_recall": ("needles found (%)", 100),
+    "recall": ("needles found (%)", 100),
     "accuracy": ("right answers (%)", 100),
     "retention": ("retention: kept / seen (%)", 100),
     "kv_bytes": ("key/value cache (MiB)", 2**-20),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation.plots.lines import draw_series, legend
-from kvcompress.evaluation.plots.results import Row, read_series, read_value
+from kvcompress.evaluation.plots.rows import Row, read_series, read_value
 from kvcompress.evaluation.plots.style import drawing, new_figure, ruled
 
 if TYPE_CHECKING:

@@ -30,7 +30,7 @@ def held_bytes(cache: Cache) -> int:
     return sum(_tensor_bytes(value) for layer in cache.layers for value in vars(layer).values())
 
 
-def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+def peak_of(run: Callable[[], Any], device: torch.device) -> int | None:
     """Most memory that a run takes on top of what was taken before.
 
     On a GPU, of torch's allocations (`torch.cuda.max_memory_allocated`); elsewhere of the process's resident memory,

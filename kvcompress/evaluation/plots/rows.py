@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,10 +33,12 @@ class Series:
     Attributes:
         name: of the policy.
         points: ascending by x.
+        unit: of x, where that is a budget: "fraction", "tokens" or "bytes".
         reference: whether it keeps everything, or has no budget at all: a line to compare with.
     """
 
     name: str
+    unit: str = ""
     points: list[Point] = field(default_factory=list)
     reference: bool = False
 
@@ -44,9 +46,9 @@ class Series:
 def read_value(row: Row, name: str) -> tuple[float, float, float] | None:
     """A metric of a row, with the ends of its interval; None where the row lacks it.
 
-    It stands under its name in the row or in the row's `metrics`, as a number with `NAME_ci_low` and `NAME_ci_high`
-    beside it, or as an object of `value`, `ci_low` and `ci_high`. Ends that are no confidence interval are called `low`
-    and `high`.
+    It stands under its name in the row or in the row's `metrics`, as an object of `value`, `ci_low` and `ci_high`, or
+    as a number. Then its interval is `ci[NAME]`, a pair, or `NAME_ci_low` and `NAME_ci_high`. Ends that are no
+    confidence interval are called `low` and `high`.
     """
     metrics = row.get("metrics")
     for holder in (metrics if isinstance(metrics, Mapping) else {}, row):
@@ -66,33 +68,63 @@ def read_value(row: Row, name: str) -> tuple[float, float, float] | None:
 
 
 def _ends(holder: Row, prefix: str) -> tuple[float | None, float | None]:
-    low, high = (holder.get(f"{prefix}ci_{end}", holder.get(f"{prefix}{end}")) for end in ("low", "high"))
+    pairs = holder.get("ci")
+    if isinstance(pairs, Mapping) and prefix.removesuffix("_") in pairs:
+        low, high = pairs[prefix.removesuffix("_")]
+    else:
+        low, high = (holder.get(f"{prefix}ci_{end}", holder.get(f"{prefix}{end}")) for end in ("low", "high"))
     return low, high
+
+
+def unit_of(row: Row) -> str | None:
+    """Unit of a row's budget: as it says, else a fraction up to 1 and tokens above; None for a row without budget."""
+    budget = row.get("budget")
+    if not isinstance(budget, (int, float)):
+        return None
+    return str(row.get("budget_unit") or ("fraction" if budget <= 1 else "tokens"))
+
+
+def by_unit(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows whose budgets are of one unit, by that unit, each with all the rows that are references."""
+    references = _references(rows)
+    units = dict.fromkeys(
+        unit for row in rows if str(row.get("policy")) not in references and (unit := unit_of(row)) is not None
+    )
+    return {
+        unit: [row for row in rows if str(row.get("policy")) in references or unit_of(row) == unit]
+        for unit in units or ("fraction",)
+    }
+
+
+def _references(rows: Iterable[Row]) -> set[str]:
+    """Policies without a budget, or with the budget 1.0 alone."""
+    budgets: dict[str, set[Any]] = {}
+    for row in rows:
+        budget = row.get("budget")
+        budgets.setdefault(str(row.get("policy")), set()).add(None if budget is None else (unit_of(row), budget))
+    return {policy for policy, found in budgets.items() if found <= {None, ("fraction", 1.0)}}
 
 
 def read_series(rows: Iterable[Row], metric: str, x: str = "budget") -> list[Series]:
     """The points of each policy, in the order in which policies first come.
 
-    A row without a budget, or a policy whose only budget is 1.0, is a reference. Where several rows of a policy have
-    the same x, the last one counts.
+    Over budgets, a policy without one, or with the budget 1.0 alone, is a reference. Where several rows of a policy
+    have the same x, the last one counts.
     """
+    rows = list(rows)
+    references = _references(rows) if x == "budget" else set()
     found: dict[str, Series] = {}
     points: dict[str, dict[float, Point]] = {}
     for row in rows:
         figures = read_value(row, metric)
         if figures is None:
             continue
-        name = str(row.get("policy"))
-        budget = row.get(x)
-        at = float(budget) if isinstance(budget, (int, float)) else 1.0
-        series = found.setdefault(name, Series(name))
-        if x == "budget" and budget is None:
-            series.reference = True
+        name, given = str(row.get("policy")), row.get(x)
+        at = float(given) if isinstance(given, (int, float)) else 1.0
+        found.setdefault(name, Series(name, unit=unit_of(row) or "", reference=name in references))
         points.setdefault(name, {})[at] = Point(at, *figures)
     for name, series in found.items():
         series.points = [points[name][at] for at in sorted(points[name])]
-        if x == "budget" and [point.x for point in series.points] == [1.0]:
-            series.reference = True
     return list(found.values())
 
 
