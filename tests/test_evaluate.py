@@ -465,6 +465,25 @@ def test_whatever_a_processor_raises_about_one_sample_is_reported(
     assert row["skipped_samples"] == [{"sample": "fox", "reason": "cannot be encoded: ZeroDivisionError: odd shape"}]
 
 
+@pytest.mark.parametrize("fails_in", [FULL_CACHE, "prefixkv"])
+def test_what_the_full_cache_cannot_measure_is_left_out_of_every_row(
+    text_model: LoadedModel, monkeypatch: pytest.MonkeyPatch, fails_in: str
+) -> None:
+    from kvcompress.evaluation import measuring
+
+    generate, prompt = measuring.generate, encode_sample(text_model, QUESTIONS[1])["input_ids"]
+
+    def fails(loaded: LoadedModel, inputs: Any, config: CompressionConfig | None, **given: Any) -> Any:
+        if (config is None) == (fails_in == FULL_CACHE) and torch.equal(inputs["input_ids"], prompt):
+            raise torch.OutOfMemoryError("out of memory")
+        return generate(loaded, inputs, config, **given)
+
+    monkeypatch.setattr(measuring, "generate", fails)
+    full, cut = evaluate(text_model, QUESTIONS, ["prefixkv"], metrics=["rougeL"], max_new_tokens=3)
+    bad = [{"sample": "liquor", "reason": "out of memory"}]
+    assert cut["skipped_samples"] == bad and full["skipped_samples"] == (bad if fails_in == FULL_CACHE else [])
+
+
 def test_no_good_sample_no_image_no_metric_no_sample_and_no_place_are_errors(
     text_model: LoadedModel, image_model: LoadedModel, tmp_path: Path
 ) -> None:

@@ -143,8 +143,13 @@ def _split(given: list[str] | None) -> list[str]:
 
 
 def _show(rows: list[Row], output: Path | None, *, as_json: bool) -> None:
-    for skipped in rows[0]["skipped_samples"]:
-        warn(f"sample '{skipped['sample']}' was skipped: {skipped['reason']}")
+    told: set[str] = set()
+    for row in rows:
+        for skipped in row["skipped_samples"]:
+            if skipped["sample"] not in told:
+                told.add(skipped["sample"])
+                place = "" if row is rows[0] else f" by {row['cell']}"
+                warn(f"sample '{skipped['sample']}' was skipped{place}: {skipped['reason']}")
     if as_json:
         content: dict[str, Any] = {"results": rows, "output": None if output is None else str(output)}
         print_json(content)
