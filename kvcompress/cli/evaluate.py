@@ -99,11 +99,11 @@ def evaluate(
         budgets = [parse_budget(each) for each in _split(budget)]
         metrics = check_metrics(_split(metric)) if metric else None
         cells_of(configs, budgets)
-        if output is not None:
-            check_writable(output)
-        chosen = load_samples(data, images=images, limit=samples, seed=seed)  # before the model: faster to refuse
         processes = Processes.current(device)
         try:
+            if output is not None:
+                processes.from_first(lambda: check_writable(output))
+            chosen = load_samples(data, images=images, limit=samples, seed=seed)  # before the model: faster to refuse
             loaded = load_with_spinner(model, dtype.value, processes.device)
             with GridDisplay(shown=processes.first) as display:
                 rows = evaluate_grid(
