@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvcompress import __version__
-from kvcompress.cli import bench, demo, generate, inspect, policies
+from kvcompress.cli import bench, demo, evaluate, generate, inspect, policies
 
 app = typer.Typer(
     name="kvcompress",
@@ -21,6 +21,7 @@ app = typer.Typer(
 app.command(epilog=generate.EPILOG)(generate.generate)
 app.command(epilog=bench.EPILOG)(bench.bench)
 app.command(epilog=inspect.EPILOG)(inspect.inspect)
+app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(epilog=policies.EPILOG)(policies.policies)
 app.command(epilog=demo.EPILOG)(demo.demo)
 

@@ -3,5 +3,20 @@
 from kvcompress.evaluation.generation import Generation, encode_prompt, generate, warm_up
 from kvcompress.evaluation.inspection import Inspection, inspect
 from kvcompress.evaluation.models import LoadedModel, load_model
+from kvcompress.evaluation.results import read_results, read_samples
+from kvcompress.evaluation.runner import Progress, evaluate
 
-__all__ = ["Generation", "Inspection", "LoadedModel", "encode_prompt", "generate", "inspect", "load_model", "warm_up"]
+__all__ = [
+    "Generation",
+    "Inspection",
+    "LoadedModel",
+    "Progress",
+    "encode_prompt",
+    "evaluate",
+    "generate",
+    "inspect",
+    "load_model",
+    "read_results",
+    "read_samples",
+    "warm_up",
+]

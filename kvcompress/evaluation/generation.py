@@ -91,7 +91,7 @@ def encode_prompt(
     if chat and template is None:
         raise ConfigError(f"chat: '{loaded.name}' has no chat template; leave chat out or turn it off")
     if template is not None and chat is not False:
-        messages = _messages(loaded, prompt, image)
+        messages = chat_messages(loaded, prompt, image)
         wanted = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         encoded = reader.apply_chat_template(messages, **wanted)
     elif loaded.processor is not None:
@@ -133,13 +133,9 @@ def generate(
         on_text: is given the answer piece by piece while it grows.
     """
     model = loaded.model
-    cache: Cache = (
-        DynamicCache(config=model.config.get_text_config(decoder=True))
-        if config is None
-        else CompressedCache(model, config)
-    )
+    cache = make_cache(loaded, config)
     clock = _Clock(loaded.tokenizer, on_text)
-    with _seeded(seed, model.device):
+    with seeded(seed, model.device):
         clock.start()
         output = model.generate(  # type: ignore[operator]
             **inputs,
@@ -156,8 +152,20 @@ def generate(
         prompt_tokens=prompt_tokens,
         seconds_to_first_token=clock.seconds_to_first_token,
         tokens_per_second=clock.tokens_per_second,
-        report=cache.report() if isinstance(cache, CompressedCache) else _report_full(cache),
+        report=report_of(cache),
     )
+
+
+def make_cache(loaded: LoadedModel, config: CompressionConfig | None) -> Cache:
+    """A new cache for a model; None gives transformers' own `DynamicCache`, which keeps everything."""
+    if config is None:
+        return DynamicCache(config=loaded.model.config.get_text_config(decoder=True))
+    return CompressedCache(loaded.model, config)
+
+
+def report_of(cache: Cache) -> CacheReport:
+    """What a cache holds; one that keeps everything, in the words of a compressed one."""
+    return cache.report() if isinstance(cache, CompressedCache) else _report_full(cache)
 
 
 def warm_up(loaded: LoadedModel) -> None:
@@ -205,7 +213,8 @@ class _Clock(TextStreamer):
             self.on_text(text)
 
 
-def _messages(loaded: LoadedModel, prompt: str, image: Any | None) -> list[dict[str, Any]]:
+def chat_messages(loaded: LoadedModel, prompt: str, image: Any | None) -> list[dict[str, Any]]:
+    """The one message of a user, as chat templates read it."""
     if not loaded.sees_images:
         return [{"role": "user", "content": prompt}]
     parts = [] if image is None else [{"type": "image", "image": image}]
@@ -233,7 +242,8 @@ def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draws inside follow the seed; the random state outside stays as it was."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -241,7 +251,6 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _report_full(cache: Cache) -> CacheReport:
-    """What a cache that keeps everything holds, in the words of a compressed one."""
     seen = cache.get_seq_length()
     layers: list[Any] = list(cache.layers)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
