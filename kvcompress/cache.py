@@ -17,6 +17,7 @@ from kvcompress.config import CompressionConfig
 from kvcompress.engine import Engine
 from kvcompress.errors import CacheStateError, UnsupportedModeError
 from kvcompress.integrations import Adapter, adapter_for
+from kvcompress.profile import LayerProfile, with_profile
 from kvcompress.report import CacheReport
 
 
@@ -100,10 +101,11 @@ class CompressedCache(Cache, hooks.ObservesInputs):
         model: the model that will use it; its decoder gets the attention "kvcompress", which behaves as before with
             any other cache (`kvcompress.restore(model)` takes it off again).
         config: a preset's name, a `CompressionConfig`, a dict, or the path of a .yaml or .json file.
+        profile: a `LayerProfile` or its file, in place of the allocator.
         **overrides: fields of the configuration to replace, for instance `budget=0.2`.
 
     Raises:
-        ConfigError: if the configuration is wrong; the model is untouched then.
+        ConfigError: if the configuration is wrong or a profile is another model's; the model is untouched then.
         UnsupportedModelError: if no adapter knows the model, or one of its layers does not attend to all tokens.
 
     Example:
@@ -117,10 +119,13 @@ class CompressedCache(Cache, hooks.ObservesInputs):
         self,
         model: PreTrainedModel,
         config: str | PathLike[str] | dict[str, Any] | CompressionConfig = "prefixkv",
+        *,
+        profile: LayerProfile | str | PathLike[str] | None = None,
         **overrides: Any,
     ) -> None:
         self.config = CompressionConfig.read(config, **overrides)
         adapter = adapter_for(model)
+        self.config = with_profile(self.config, profile, adapter.decoder(model))
         layers = len(adapter.layers(model))
         self._engine = Engine(self.config, layers)
         self._decoder = weakref.ref(adapter.decoder(model))
