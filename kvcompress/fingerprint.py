@@ -37,7 +37,7 @@ class Fingerprint(Configured):
 
     def differences(self, other: Fingerprint) -> list[str]:
         """What another model has otherwise, in words; empty if this fits it."""
-        found = []
+        found: list[str] = []
         for name in type(self).model_fields:
             mine, theirs = getattr(self, name), getattr(other, name)
             if name == "weights":

@@ -54,7 +54,7 @@ class LayerProfile(Configured):
 
     budgets: list[_Budget] = Field(min_length=1)
     retention: list[Annotated[list[_Share], Field(min_length=1)]] = Field(min_length=1)
-    spread: list[list[_Spread]] = []
+    spread: list[list[_Spread]] = Field(default_factory=list)
     samples: int = Field(default=0, ge=0)
     model: Fingerprint | None = None
     config: CompressionConfig | None = None

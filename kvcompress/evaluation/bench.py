@@ -202,7 +202,8 @@ def preset_table(
         found.add_column(column)
     for name in PRESETS:
         budgets = [None] if CompressionConfig.preset(name).budget.keeps_everything else BUDGETS
-        makers = [partial(CompressedCache, model, name, **({"budget": b} if b else {})) for b in budgets]
+        configs = [CompressionConfig.preset(name, **({"budget": b} if b else {})) for b in budgets]
+        makers = [partial(CompressedCache, model, config) for config in configs]
         found.add_row(
             name, *(f"{continuation_perplexity(model, make, ids, prompt):.2f}" for make in track(makers, name))
         )

@@ -20,7 +20,6 @@ from kvcompress.registry import ALLOCATORS
 from kvcompress.shapes import AllocationContext, LayerImportance, TokenCounts
 from kvcompress.stages import Allocator
 
-
 _Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -32,12 +31,10 @@ class Profile(Allocator):
 
     A single `retention` is rescaled to the budget. Where the total is what it asks for itself, the sum of retention x
     tokens rounded to the nearest (a half up), every layer gets exactly that. Several `retentions` each stand for the
-    budget that is their mean over the layers. The budget of each row, its total over the slots that there are, is
-    interpolated linearly between the two next to it, and beyond them towards all 0 at budget 0 and all 1 at budget 1,
-    so that the mean over the layers is the budget.
+    budget that is their mean over the layers, and a row whose total is another share of its slots gets what lies between
+    the next two: linearly, and beyond the last ones towards all 0 at budget 0 and all 1 at budget 1.
 
-    *Deviates:* the paper's configuration files hold the share evicted; a profile holds the share kept. It has one list
-    a budget and no way between them.
+    *Deviates:* the paper's configuration files hold the share evicted; a profile holds the share kept.
 
     Args:
         retention: share of its tokens that each layer keeps, first layer first, from 0 to 1.
@@ -51,7 +48,7 @@ class Profile(Allocator):
     reads_importance: ClassVar[bool] = False
 
     retention: list[_Share] | None = Field(default=None, min_length=1)
-    retentions: list[list[_Share]] | None = Field(default=None, min_length=1)
+    retentions: list[Annotated[list[_Share], Field(min_length=1)]] | None = Field(default=None, min_length=1)
     model: Fingerprint | None = None
 
     @model_validator(mode="before")
@@ -61,9 +58,8 @@ class Profile(Allocator):
             return fields
         fields = dict(fields)
         path = fields.pop("path")
-        for name in ("retention", "retentions"):
-            if name in fields:
-                raise ConfigError(f"{name} and path={str(path)!r} were both given; give one")
+        if given := {"retention", "retentions"} & set(fields):
+            raise ConfigError(f"{given.pop()} and path={str(path)!r} were both given; give one")
         return {**fields, **_fields_in(Path(path))}
 
     @model_validator(mode="after")
@@ -71,9 +67,10 @@ class Profile(Allocator):
         if (self.retention is None) == (self.retentions is None):
             came = "none" if self.retention is None else "both"
             raise ConfigError(f"profile: give exactly one of retention, retentions and path; got {came}")
-        lengths = sorted({len(one) for one in self.retentions or [[0.0]]})
-        if len(lengths) > 1 or not lengths[0]:
-            raise ConfigError(f"retentions: every list needs one share per layer; got lists of {lengths} shares")
+        if len({len(one) for one in self.retentions or []}) > 1:
+            raise ConfigError(
+                f"retentions: lists need one share per layer; got {list(map(len, self.retentions or []))}"
+            )
         return self
 
     def retention_at(self, budget: Float[Tensor, " batch"]) -> Float[Tensor, "layers batch"]:
