@@ -88,7 +88,7 @@ def encode_prompt(
     if chat and template is None:
         raise ConfigError(f"chat: '{loaded.name}' has no chat template; leave chat out or turn it off")
     if template is not None and chat is not False:
-        messages = _messages(loaded, prompt, image)
+        messages = chat_messages(loaded, prompt, image)
         wanted = {"add_generation_prompt": True, "tokenize": True, "return_dict": True, "return_tensors": "pt"}
         encoded = reader.apply_chat_template(messages, **wanted)
     elif loaded.processor is not None:
@@ -202,7 +202,8 @@ class _Clock(TextStreamer):
             self.on_text(text)
 
 
-def _messages(loaded: LoadedModel, prompt: str, image: Any | None) -> list[dict[str, Any]]:
+def chat_messages(loaded: LoadedModel, prompt: str, image: Any | None) -> list[dict[str, Any]]:
+    """The one message of a user, as chat templates read it."""
     if not loaded.sees_images:
         return [{"role": "user", "content": prompt}]
     parts = [] if image is None else [{"type": "image", "image": image}]

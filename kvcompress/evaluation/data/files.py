@@ -1,0 +1,104 @@
+"""Readers of data files in public formats; each gives samples and names what is wrong with an entry."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kvcompress.errors import ConfigError
+from kvcompress.evaluation.conversations import read_conversations
+from kvcompress.evaluation.data.built_in import split_text
+from kvcompress.evaluation.data.sample import TEXT, Sample
+
+FORMATS = (".json", ".jsonl", ".txt")
+TEXT_WORDS = (800, 60)  # of a plain text's prompts and continuations
+_QUESTION = ("question", "prompt", "text")
+_IMAGE = ("image", "imagename")
+_NAME = ("id", "question_id")
+_IMAGE_TOKEN = "<image>"
+
+
+def read_file(path: Path, images: Path | None) -> list[Sample]:
+    """Reads samples by the file's suffix and, for JSON, by its form.
+
+    Args:
+        path: the file.
+        images: the folder that image paths are relative to; None for the file's own, and for MM-Vet's form the folder
+            `images` beside it where there is one.
+
+    Raises:
+        ConfigError: if the suffix is none of `FORMATS`, the file cannot be read or has another form.
+    """
+    if path.suffix not in FORMATS:
+        raise ConfigError(f"data {path}: the file name must end in one of {', '.join(FORMATS)}")
+    content = _text(path)
+    if path.suffix == ".txt":
+        pieces = split_text(content, *TEXT_WORDS)
+        return [Sample(f"{path.stem}-{number:05}", *piece, kind=TEXT) for number, piece in enumerate(pieces)]
+    if path.suffix == ".jsonl":
+        lines = [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+        return [
+            _question(_json(f"data {path}: line {number}", line), path, images, f"data {path}: line {number}")
+            for number, line in lines
+        ]
+    entries = _json(f"data {path}", content)
+    if isinstance(entries, dict):
+        return [_question({"id": name, **_mapping(entry)}, path, images, f"data {path}: entry '{name}'")
+                for name, entry in entries.items()]  # fmt: skip
+    if isinstance(entries, list) and any(isinstance(entry, dict) and "conversations" in entry for entry in entries):
+        return _conversations(path, images)
+    if isinstance(entries, list):
+        return [_question(entry, path, images, f"data {path}: entry {number}") for number, entry in enumerate(entries)]
+    raise ConfigError(
+        f"data {path}: must hold a list of dialogues (LLaVA), a list of questions, or an object of questions by id "
+        f"(MM-Vet); got {type(entries).__name__}"
+    )
+
+
+def _conversations(path: Path, images: Path | None) -> list[Sample]:
+    """The first question of each dialogue."""
+    return [
+        Sample(dialogue.name, *dialogue.turns[0], image=dialogue.image) for dialogue in read_conversations(path, images)
+    ]
+
+
+def _question(entry: Any, path: Path, images: Path | None, where: str) -> Sample:
+    if not isinstance(entry, dict):
+        raise ConfigError(f"{where}: must be an object with 'question' and 'answer'; got {type(entry).__name__}")
+    question, image = _first(entry, _QUESTION), _first(entry, _IMAGE)
+    if not isinstance(question, str):
+        raise ConfigError(f"{where}: must have {' or '.join(map(repr, _QUESTION))}, a text; has {', '.join(entry)}")
+    answer, name = entry.get("answer"), _first(entry, _NAME)
+    folder = images
+    if folder is None:
+        folder = path.parent / "images" if (path.parent / "images").is_dir() else path.parent
+    return Sample(
+        name="" if name is None else str(name),
+        prompt=question.replace(_IMAGE_TOKEN, "").strip(),
+        answer=None if answer is None else str(answer),
+        image=None if image is None else folder / str(image),
+        kind="+".join(map(str, entry.get("capability") or ())),
+    )
+
+
+def _first(entry: dict[str, Any], names: tuple[str, ...]) -> Any:
+    return next((entry[name] for name in names if name in entry), None)
+
+
+def _mapping(entry: Any) -> dict[str, Any]:
+    return entry if isinstance(entry, dict) else {}
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"data {path}: cannot be read: {error}") from None
+
+
+def _json(where: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{where}: is not valid JSON: {error}") from None

@@ -1,0 +1,100 @@
+"""One question with its answer, whatever file it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kvcompress.errors import ConfigError, MissingDependencyError
+
+TEXT = "text"  # the kind of a sample that is plain text and its continuation, not a question
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, its reference answer, and its image.
+
+    Attributes:
+        name: stable and unique within the data.
+        prompt: what the user says.
+        answer: the reference answer; None or empty where there is none.
+        image: path of the image; None where there is none, or where it is drawn.
+        picture: the image itself (PIL) where it is drawn.
+        kind: what is asked for, such as "count" for ShapesLLaVA, "ocr+math" for MM-Vet; "text" for plain text, which
+            goes to the model without a chat template; "" where the data tell no kinds apart.
+    """
+
+    name: str
+    prompt: str
+    answer: str | None
+    image: Path | None = None
+    picture: Any | None = None
+    kind: str = ""
+
+    @property
+    def has_image(self) -> bool:
+        """Whether an image belongs to the prompt."""
+        return self.image is not None or self.picture is not None
+
+    def open_picture(self) -> Any | None:
+        """The image as RGB (PIL); None for a sample without one.
+
+        Raises:
+            ConfigError: if its file is missing or no image.
+            MissingDependencyError: if pillow is not installed.
+        """
+        if self.picture is not None or self.image is None:
+            return self.picture
+        try:
+            from PIL import Image, UnidentifiedImageError
+        except ImportError:
+            raise MissingDependencyError("image: pillow reads images: pip install 'kvcompress[evaluation]'") from None
+        try:
+            return Image.open(self.image).convert("RGB")
+        except FileNotFoundError:
+            raise ConfigError(f"image {self.image}: there is no such file; name its folder with images") from None
+        except (OSError, UnidentifiedImageError) as error:
+            raise ConfigError(f"image {self.image}: cannot be read: {error}") from None
+
+
+def data_hash(samples: Iterable[Sample]) -> str:
+    """A sha256 over the content of samples: names, prompts, answers, kinds and the bytes of images.
+
+    It is the same wherever the files lie. An image that is missing counts as missing.
+    """
+    digest = hashlib.sha256()
+    for sample in samples:
+        picture = _picture_hash(sample)
+        line = json.dumps([sample.name, sample.prompt, sample.answer, sample.kind, picture], ensure_ascii=False)
+        digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
+    return digest.hexdigest()
+
+
+def with_unique_names(samples: Sequence[Sample]) -> list[Sample]:
+    """Gives those whose name is empty or taken another: their number, or the name with a number."""
+    taken: set[str] = set()
+    found = []
+    for index, sample in enumerate(samples):
+        name, again = sample.name or str(index), 2
+        while name in taken:
+            name, again = f"{sample.name or index}#{again}", again + 1
+        taken.add(name)
+        found.append(sample if name == sample.name else replace(sample, name=name))
+    return found
+
+
+def _picture_hash(sample: Sample) -> str | None:
+    if sample.picture is not None:
+        content = f"{sample.picture.mode} {sample.picture.size} ".encode() + sample.picture.tobytes()
+    elif sample.image is not None:
+        try:
+            content = sample.image.read_bytes()
+        except OSError:
+            return "missing"
+    else:
+        return None
+    return hashlib.sha256(content).hexdigest()
