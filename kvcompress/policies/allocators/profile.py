@@ -31,8 +31,8 @@ class Profile(Allocator):
 
     A single `retention` is rescaled to the budget. Where the total is what it asks for itself, the sum of retention x
     tokens rounded to the nearest (a half up), every layer gets exactly that. Several `retentions` each stand for the
-    budget that is their mean over the layers, and a row whose total is another share of its slots gets what lies between
-    the next two: linearly, and beyond the last ones towards all 0 at budget 0 and all 1 at budget 1.
+    budget that is their mean over the layers; a row whose total is another share of its slots gets what lies between
+    the next two, and beyond the last ones towards all 0 at budget 0 and all 1 at budget 1.
 
     *Deviates:* the paper's configuration files hold the share evicted; a profile holds the share kept.
 
@@ -67,10 +67,9 @@ class Profile(Allocator):
         if (self.retention is None) == (self.retentions is None):
             came = "none" if self.retention is None else "both"
             raise ConfigError(f"profile: give exactly one of retention, retentions and path; got {came}")
-        if len({len(one) for one in self.retentions or []}) > 1:
-            raise ConfigError(
-                f"retentions: lists need one share per layer; got {list(map(len, self.retentions or []))}"
-            )
+        lengths = [len(one) for one in self.retentions or []]
+        if len(set(lengths)) > 1:
+            raise ConfigError(f"retentions: each list needs one share per layer; got lists of {lengths}")
         return self
 
     def retention_at(self, budget: Float[Tensor, " batch"]) -> Float[Tensor, "layers batch"]:

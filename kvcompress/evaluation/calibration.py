@@ -1,0 +1,132 @@
+"""From samples to a profile: how much each layer keeps at every budget, from one prefill a sample."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from kvcompress import __version__, pipeline
+from kvcompress.cache import CompressedCache
+from kvcompress.config import CompressionConfig
+from kvcompress.errors import BudgetWarning, ConfigError
+from kvcompress.evaluation.data import Sample, data_hash, encode_sample
+from kvcompress.evaluation.models import LoadedModel
+from kvcompress.fingerprint import fingerprint_of
+from kvcompress.integrations import adapter_for
+from kvcompress.profile import LayerProfile
+
+BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def calibrate(
+    loaded: LoadedModel,
+    config: CompressionConfig,
+    samples: Sequence[Sample],
+    *,
+    budgets: Sequence[float] = BUDGETS,
+    data: str = "",
+    on_sample: Callable[[int], None] | None = None,
+) -> LayerProfile:
+    """Estimates the retention per layer for several budgets.
+
+    Source: PrefixKV (arXiv 2412.03409, section 3), which does so with ten samples; here for any allocator and scorer.
+
+    Args:
+        loaded: the model.
+        config: the policies whose layer sizes are estimated; of its budget, sinks and recents count.
+        samples: their prompts are read, each in one prefill; answers are not.
+        budgets: fractions of the tokens, each above 0 and at most 1.
+        data: what the samples were taken from, for the reader of the profile.
+        on_sample: is told the number of samples done.
+
+    Raises:
+        ConfigError: if there are no samples or budgets, a budget is no fraction, a sample cannot be read, or the
+            configuration does not size layers (it keeps everything, or shrinks prompts between layers).
+    """
+    if not samples:
+        raise ConfigError("samples: there are none; calibration needs at least one")
+    budgets = _checked(budgets)
+    found = retentions(loaded, config, samples, budgets, on_sample)
+    return LayerProfile(
+        budgets=budgets,
+        retention=found.mean(0).tolist(),
+        spread=found.std(0, correction=min(1, len(samples) - 1)).tolist(),
+        samples=len(samples),
+        model=fingerprint_of(adapter_for(loaded.model).decoder(loaded.model)),
+        config=config,
+        data=data,
+        data_hash=data_hash(samples),
+        version=__version__,
+    )
+
+
+def retentions(
+    loaded: LoadedModel,
+    config: CompressionConfig,
+    samples: Sequence[Sample],
+    budgets: Sequence[float],
+    on_sample: Callable[[int], None] | None = None,
+) -> Float[Tensor, "samples budgets layers"]:
+    """Share of its tokens that each layer keeps of each sample's prompt at each budget, float64.
+
+    Where sinks and recents are more than a budget, one warning says of how many samples and the first reason.
+    """
+    found, floors = [], []
+    for done, sample in enumerate(samples, 1):
+        inputs = encode_sample(loaded, sample)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", BudgetWarning)
+            found.append(prompt_retention(loaded, config, inputs, budgets))
+        for other in (warning for warning in caught if not issubclass(warning.category, BudgetWarning)):
+            warnings.warn(other.message, stacklevel=2)
+        floors += [str(warning.message) for warning in caught if issubclass(warning.category, BudgetWarning)][:1]
+        if on_sample is not None:
+            on_sample(done)
+    if floors:
+        warnings.warn(f"in {len(floors)} of {len(samples)} samples {floors[0]}", BudgetWarning, stacklevel=2)
+    return torch.stack(found)
+
+
+@torch.inference_mode()
+def prompt_retention(
+    loaded: LoadedModel, config: CompressionConfig, inputs: dict[str, Tensor], budgets: Sequence[float]
+) -> Float[Tensor, "budgets layers"]:
+    """Share of one prompt's tokens that each layer keeps at each budget, all of them from one scored prefill.
+
+    Args:
+        loaded: the model.
+        config: the policies.
+        inputs: what `encode_sample` or `encode_prompt` gave; one row.
+        budgets: fractions of the tokens.
+    """
+    if config.evictor is None or config.reducer is not None:
+        reason = "keeps everything" if config.evictor is None else f"has the reducer {config.reducer.name}"  # type: ignore[union-attr]
+        raise ConfigError(
+            f"config: {reason}, so layers have no sizes of their own to estimate; choose one with an evictor and "
+            "without a reducer, such as the preset prefixkv"
+        )
+    cache = CompressedCache(loaded.model, config)
+    cache.activate_past_recording()  # eviction waits for a crop that never comes, so all scores are there
+    loaded.model(**inputs, past_key_values=cache, logits_to_keep=1)
+    engine = cache._engine
+    stores, sequence = engine.stores, engine.sequence
+    held = [list(store.counts) for store in stores]
+    importance, context = pipeline.gather_importance(stores, config, sequence, engine.statistics)
+    found = []
+    for budget in budgets:
+        wanted = config.override(budget=float(budget))
+        allocation = pipeline.allocate(wanted, sequence, stores, held, importance, replace(context, notes={}))
+        found.append([layer[0] / sequence.row_seen[0] for layer in allocation.budgets])
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def _checked(budgets: Sequence[float]) -> list[float]:
+    wrong = [budget for budget in budgets if not 0 < budget <= 1]
+    if wrong or not budgets:
+        raise ConfigError(f"budgets: must be fractions above 0 and up to 1; got {wrong[0] if wrong else 'none'}")
+    return sorted({float(budget) for budget in budgets})
