@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvcompress import __version__
-from kvcompress.cli import demo, generate, policies
+from kvcompress.cli import calibrate, demo, generate, policies
 
 app = typer.Typer(
     name="kvcompress",
@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 app.command(epilog=generate.EPILOG)(generate.generate)
 app.command(epilog=policies.EPILOG)(policies.policies)
+app.command("calibrate", epilog=calibrate.EPILOG)(calibrate.calibrate_command)
 app.command(epilog=demo.EPILOG)(demo.demo)
 
 

@@ -50,7 +50,7 @@ def calibrate(
     """
     if not samples:
         raise ConfigError("samples: there are none; calibration needs at least one")
-    budgets = _checked(budgets)
+    budgets = check_budgets(budgets)
     found = retentions(loaded, config, samples, budgets, on_sample)
     return LayerProfile(
         budgets=budgets,
@@ -125,7 +125,12 @@ def prompt_retention(
     return torch.tensor(found, dtype=torch.float64)
 
 
-def _checked(budgets: Sequence[float]) -> list[float]:
+def check_budgets(budgets: Sequence[float]) -> list[float]:
+    """The budgets, ascending, each once.
+
+    Raises:
+        ConfigError: if there is none, or one is not above 0 and up to 1.
+    """
     wrong = [budget for budget in budgets if not 0 < budget <= 1]
     if wrong or not budgets:
         raise ConfigError(f"budgets: must be fractions above 0 and up to 1; got {wrong[0] if wrong else 'none'}")
