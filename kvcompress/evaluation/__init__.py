@@ -2,5 +2,18 @@
 
 from kvcompress.evaluation.generation import Generation, encode_prompt, generate, warm_up
 from kvcompress.evaluation.models import LoadedModel, load_model
+from kvcompress.evaluation.results import read_results, read_samples
+from kvcompress.evaluation.runner import Progress, evaluate
 
-__all__ = ["Generation", "LoadedModel", "encode_prompt", "generate", "load_model", "warm_up"]
+__all__ = [
+    "Generation",
+    "LoadedModel",
+    "Progress",
+    "encode_prompt",
+    "evaluate",
+    "generate",
+    "load_model",
+    "read_results",
+    "read_samples",
+    "warm_up",
+]

@@ -130,13 +130,9 @@ def generate(
         on_text: is given the answer piece by piece while it grows.
     """
     model = loaded.model
-    cache: Cache = (
-        DynamicCache(config=model.config.get_text_config(decoder=True))
-        if config is None
-        else CompressedCache(model, config)
-    )
+    cache = make_cache(loaded, config)
     clock = _Clock(loaded.tokenizer, on_text)
-    with _seeded(seed, model.device):
+    with seeded(seed, model.device):
         clock.start()
         output = model.generate(  # type: ignore[operator]
             **inputs,
@@ -153,8 +149,20 @@ def generate(
         prompt_tokens=prompt_tokens,
         seconds_to_first_token=clock.seconds_to_first_token,
         tokens_per_second=clock.tokens_per_second,
-        report=cache.report() if isinstance(cache, CompressedCache) else _report_full(cache),
+        report=report_of(cache),
     )
+
+
+def make_cache(loaded: LoadedModel, config: CompressionConfig | None) -> Cache:
+    """A new cache for a model; None gives transformers' own `DynamicCache`, which keeps everything."""
+    if config is None:
+        return DynamicCache(config=loaded.model.config.get_text_config(decoder=True))
+    return CompressedCache(loaded.model, config)
+
+
+def report_of(cache: Cache) -> CacheReport:
+    """What a cache holds; one that keeps everything, in the words of a compressed one."""
+    return cache.report() if isinstance(cache, CompressedCache) else _report_full(cache)
 
 
 def warm_up(loaded: LoadedModel) -> None:
@@ -231,7 +239,8 @@ def _decode(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> str:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Draws inside follow the seed; the random state outside stays as it was."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
@@ -239,7 +248,6 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _report_full(cache: Cache) -> CacheReport:
-    """What a cache that keeps everything holds, in the words of a compressed one."""
     seen = cache.get_seq_length()
     layers: list[Any] = list(cache.layers)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)

@@ -1,0 +1,81 @@
+"""How likely a reference answer is with a compressed cache, and what reading it took."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from kvcompress.config import CompressionConfig
+from kvcompress.evaluation.generation import make_cache, report_of, seeded
+from kvcompress.evaluation.models import LoadedModel
+from kvcompress.report import CacheReport
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What reading an answer gave.
+
+    Attributes:
+        nll: negative log-likelihood of the answer's tokens together, in nats.
+        tokens: of the answer.
+        seconds_to_first_token: prefill, compression and the first token's likelihood.
+        tokens_per_second: speed of the tokens after the first; None where there is none.
+        report: what the cache held at the end.
+    """
+
+    nll: float
+    tokens: int
+    seconds_to_first_token: float
+    tokens_per_second: float | None
+    report: CacheReport
+
+
+@torch.inference_mode()
+def read_answer(
+    loaded: LoadedModel,
+    inputs: dict[str, Tensor],
+    answer: Int[Tensor, "1 tokens"],
+    config: CompressionConfig | None,
+    *,
+    seed: int = 0,
+) -> Reading:
+    """Reads a prompt in one forward, compresses, and is then fed the answer token by token.
+
+    Decode rules are at work as they are while generating, and every token is foretold from what the cache holds then.
+
+    Source: PrefixKV (arXiv 2412.03409), the perplexity of section 4.1.
+
+    Args:
+        loaded: the model.
+        inputs: of one prompt, as `encode_sample` gives it.
+        answer: what follows, at least one token.
+        config: how the cache is compressed; None for transformers' own.
+        seed: of what policies draw.
+    """
+    model, cache = loaded.model, make_cache(loaded, config)
+    count = answer.shape[1]
+    with seeded(seed, model.device):
+        start = _now(model.device)
+        logits = model(**inputs, past_key_values=cache, logits_to_keep=1).logits
+        losses = [_loss(logits, answer[:, :1])]
+        first = _now(model.device)
+        for position in range(1, count):
+            logits = model(input_ids=answer[:, position - 1 : position], past_key_values=cache).logits
+            losses.append(_loss(logits, answer[:, position : position + 1]))
+        end = _now(model.device)
+    speed = (count - 1) / (end - first) if count > 1 else None
+    return Reading(float(torch.stack(losses).double().sum()), count, first - start, speed, report_of(cache))
+
+
+def _loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(logits[:, -1].float(), wanted[:, 0])
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
