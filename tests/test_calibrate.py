@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -155,7 +157,7 @@ def test_prefixkv_s_files_become_a_profile(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (("--output", "no/such/folder/p.json"), "cannot be written"),
+        (("--output", "empty.jsonl/p.json"), "cannot be written"),
         (("--output", "p.txt"), "must end in one of .json"),
         (("--output", "p.json", "--data", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--output", "p.json", "--data", "empty.jsonl"), "no samples"),
@@ -174,3 +176,17 @@ def test_what_goes_wrong_is_one_line_and_no_file(
     assert result.exit_code == 1 and not result.stdout
     assert result.stderr.startswith("error: ") and says in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "p.json").exists()
+
+
+def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
+    """Each reads its share of three prompts; the first writes, bit for bit the same."""
+    alone, together = tmp_path / "alone.json", tmp_path / "together.json"
+    wanted = ("calibrate", "--model", "shapes", "--data", "shapes", "--samples", 3, "--device", "cpu", "--budget", 0.4)
+    assert run(*wanted, "--output", alone).exit_code == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "kvcompress"]
+    done = subprocess.run(
+        [*launch, *map(str, wanted), "--output", str(together)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert together.read_text() == alone.read_text()
+    assert done.stdout.count("written to") == 1

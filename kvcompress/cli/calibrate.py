@@ -9,12 +9,12 @@ import typer
 from rich import box
 from rich.table import Table
 
-from kvcompress.cli.configuration import import_modules, read_config
+from kvcompress.cli.configuration import check_output, import_modules, read_config
 from kvcompress.cli.console import output, print_json, reported, working
-from kvcompress.cli.files import check_writable
 from kvcompress.cli.generate import Dtype, load_with_spinner
-from kvcompress.evaluation.calibration import BUDGETS, calibrate, check_budgets
+from kvcompress.evaluation.calibration import BUDGETS, calibrate, check_budgets, check_config
 from kvcompress.evaluation.data import load_samples
+from kvcompress.evaluation.distributed import Processes
 from kvcompress.profile import LayerProfile
 
 EPILOG = """
@@ -92,14 +92,16 @@ def calibrate_command(
     """Estimates how much each layer keeps at every budget, and writes it as a profile."""
     with reported(as_json=as_json, debug=debug):
         import_modules(modules or [])
-        check_writable("output", output_file)
+        processes = Processes.current(device)
+        processes.from_first(lambda: check_output(output_file))
         if from_prefixkv is not None:
             profile = LayerProfile.from_prefixkv(from_prefixkv)
         else:
             compression = read_config(preset, config, None, settings or [])
+            check_config(compression)
             shares = check_budgets(budgets or BUDGETS)
             read = load_samples(data, images=images, limit=samples, seed=seed)
-            loaded = load_with_spinner(model, dtype.value, device)
+            loaded = load_with_spinner(model, dtype.value, processes.device)
             with working(f"reading {len(read)} prompts") as spinner:
                 profile = calibrate(
                     loaded,
@@ -108,7 +110,11 @@ def calibrate_command(
                     budgets=shares,
                     data=data,
                     on_sample=lambda done: spinner.update(f"read {done} of {len(read)} prompts"),
+                    processes=processes,
                 )
+        processes.leave()
+        if not processes.first:
+            return
         profile.dump(output_file)
         if as_json:
             print_json(profile.model_dump(mode="json"))
@@ -118,7 +124,7 @@ def calibrate_command(
 
 def _show(profile: LayerProfile, path: Path) -> None:
     console = output()
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("layer", justify="right")
     for budget in profile.budgets:
         table.add_column(f"{budget:g}", justify="right", min_width=len("±0.000"))

@@ -13,8 +13,9 @@ from torch import Tensor
 from kvcompress import __version__, pipeline
 from kvcompress.cache import CompressedCache
 from kvcompress.config import CompressionConfig
-from kvcompress.errors import BudgetWarning, ConfigError
+from kvcompress.errors import BudgetWarning, ConfigError, KVCompressError
 from kvcompress.evaluation.data import Sample, data_hash, encode_sample
+from kvcompress.evaluation.distributed import Processes
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.fingerprint import fingerprint_of
 from kvcompress.integrations import adapter_for
@@ -31,6 +32,7 @@ def calibrate(
     budgets: Sequence[float] = BUDGETS,
     data: str = "",
     on_sample: Callable[[int], None] | None = None,
+    processes: Processes | None = None,
 ) -> LayerProfile:
     """Estimates the retention per layer for several budgets.
 
@@ -43,6 +45,7 @@ def calibrate(
         budgets: fractions of the tokens, each above 0 and at most 1.
         data: what the samples were taken from, for the reader of the profile.
         on_sample: is told the number of samples done.
+        processes: those that share the samples; None for what `accelerate launch` started. All get the same profile.
 
     Raises:
         ConfigError: if there are no samples or budgets, a budget is no fraction, a sample cannot be read, or the
@@ -51,7 +54,8 @@ def calibrate(
     if not samples:
         raise ConfigError("samples: there are none; calibration needs at least one")
     budgets = check_budgets(budgets)
-    found = retentions(loaded, config, samples, budgets, on_sample)
+    check_config(config)
+    found = retentions(loaded, config, samples, budgets, on_sample, processes or Processes.current())
     return LayerProfile(
         budgets=budgets,
         retention=found.mean(0).tolist(),
@@ -71,25 +75,43 @@ def retentions(
     samples: Sequence[Sample],
     budgets: Sequence[float],
     on_sample: Callable[[int], None] | None = None,
+    processes: Processes | None = None,
 ) -> Float[Tensor, "samples budgets layers"]:
     """Share of its tokens that each layer keeps of each sample's prompt at each budget, float64.
 
     Where sinks and recents are more than a budget, one warning says of how many samples and the first reason.
     """
-    found, floors = [], []
-    for done, sample in enumerate(samples, 1):
-        inputs = encode_sample(loaded, sample)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", BudgetWarning)
-            found.append(prompt_retention(loaded, config, inputs, budgets))
-        for other in (warning for warning in caught if not issubclass(warning.category, BudgetWarning)):
-            warnings.warn(other.message, stacklevel=2)
-        floors += [str(warning.message) for warning in caught if issubclass(warning.category, BudgetWarning)][:1]
+    processes = Processes() if processes is None else processes
+    mine = []
+    for turn, sample in enumerate(processes.mine(samples), 1):
+        mine.append(_sample_retention(loaded, config, sample, budgets))
         if on_sample is not None:
-            on_sample(done)
+            on_sample(min(turn * processes.count, len(samples)))
+    found = processes.gather(mine)  # errors too, so that no process waits for one that stopped
+    done = []
+    for sample, one in zip(samples, found, strict=True):
+        if isinstance(one, KVCompressError):
+            raise ConfigError(f"sample '{sample.name}': {one}") from one
+        done.append(one)
+    floors = [reason for _, reason in done if reason]
     if floors:
         warnings.warn(f"in {len(floors)} of {len(samples)} samples {floors[0]}", BudgetWarning, stacklevel=2)
-    return torch.stack(found)
+    return torch.stack([shares for shares, _ in done])
+
+
+def _sample_retention(
+    loaded: LoadedModel, config: CompressionConfig, sample: Sample, budgets: Sequence[float]
+) -> tuple[Tensor, str] | KVCompressError:
+    """Retention of a sample, and the first warning about its floors; or what is wrong with it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", BudgetWarning)
+        try:
+            shares = prompt_retention(loaded, config, encode_sample(loaded, sample), budgets)
+        except KVCompressError as error:
+            return error
+    for other in (warning for warning in caught if not issubclass(warning.category, BudgetWarning)):
+        warnings.warn(other.message, stacklevel=2)
+    return shares, next((str(w.message) for w in caught if issubclass(w.category, BudgetWarning)), "")
 
 
 @torch.inference_mode()
@@ -104,12 +126,6 @@ def prompt_retention(
         inputs: what `encode_sample` or `encode_prompt` gave; one row.
         budgets: fractions of the tokens.
     """
-    if config.evictor is None or config.reducer is not None:
-        reason = "keeps everything" if config.evictor is None else f"has the reducer {config.reducer.name}"  # type: ignore[union-attr]
-        raise ConfigError(
-            f"config: {reason}, so layers have no sizes of their own to estimate; choose one with an evictor and "
-            "without a reducer, such as the preset prefixkv"
-        )
     cache = CompressedCache(loaded.model, config)
     cache.activate_past_recording()  # eviction waits for a crop that never comes, so all scores are there
     loaded.model(**inputs, past_key_values=cache, logits_to_keep=1)
@@ -135,3 +151,13 @@ def check_budgets(budgets: Sequence[float]) -> list[float]:
     if wrong or not budgets:
         raise ConfigError(f"budgets: must be fractions above 0 and up to 1; got {wrong[0] if wrong else 'none'}")
     return sorted({float(budget) for budget in budgets})
+
+
+def check_config(config: CompressionConfig) -> None:
+    """Raises ConfigError if a configuration sizes no layers: it keeps everything, or shrinks prompts between layers."""
+    if config.evictor is None or config.reducer is not None:
+        reason = "keeps everything" if config.evictor is None else f"has the reducer {config.reducer.name}"  # type: ignore[union-attr]
+        raise ConfigError(
+            f"config: {reason}, so layers have no sizes of their own to estimate; choose one with an evictor and "
+            "without a reducer, such as the preset prefixkv"
+        )
