@@ -125,7 +125,7 @@ ON_SHAPES = ("calibrate", "--model", "shapes", "--data", "shapes", "--samples", 
 
 def test_the_command_writes_what_python_gives(tmp_path: Path) -> None:
     path = tmp_path / "profile.yaml"
-    result = run(*ON_SHAPES, "--budget", 0.3, "--budget", 0.6, "--output", path)
+    result = run(*ON_SHAPES, "--budget", "0.3,0.6", "--output", path)
     assert result.exit_code == 0, result.output
     wanted = calibrate(shapes(), CompressionConfig.preset("prefixkv"), scenes(2), budgets=(0.3, 0.6), data="shapes")
     assert LayerProfile.load(path) == wanted
@@ -162,6 +162,7 @@ def test_prefixkv_s_files_become_a_profile(tmp_path: Path) -> None:
         (("--output", "p.json", "--data", "nowhere.jsonl"), "nowhere.jsonl"),
         (("--output", "p.json", "--data", "empty.jsonl"), "no samples"),
         (("--output", "p.json", "--budget", "1.5"), "fractions above 0 and up to 1; got 1.5"),
+        (("--output", "p.json", "--budget", "64MiB"), "shares of the tokens"),
         (("--output", "p.json", "--preset", "full"), "keeps everything"),
         (("--output", "p.json", "--preset", "prefxkv"), "did you mean 'prefixkv'"),
         (("--output", "p.json", "--from-prefixkv", "nowhere"), "has no .json file"),

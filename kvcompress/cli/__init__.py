@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvcompress import __version__
-from kvcompress.cli import calibrate, demo, generate, policies
+from kvcompress.cli import calibrate, demo, evaluate, generate, policies
 
 app = typer.Typer(
     name="kvcompress",
@@ -19,6 +19,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(epilog=generate.EPILOG)(generate.generate)
+app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(epilog=policies.EPILOG)(policies.policies)
 app.command("calibrate", epilog=calibrate.EPILOG)(calibrate.calibrate_command)
 app.command(epilog=demo.EPILOG)(demo.demo)

@@ -12,6 +12,7 @@ from rich.table import Table
 from kvcompress.cli.configuration import check_output, import_modules, read_config
 from kvcompress.cli.console import output, print_json, reported, working
 from kvcompress.cli.generate import Dtype, load_with_spinner
+from kvcompress.errors import ConfigError
 from kvcompress.evaluation.calibration import BUDGETS, calibrate, check_budgets, check_config
 from kvcompress.evaluation.data import load_samples
 from kvcompress.evaluation.distributed import Processes
@@ -51,8 +52,12 @@ def calibrate_command(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts to read.")] = 10,
     budgets: Annotated[
-        list[float] | None,
-        typer.Option("--budget", metavar="SHARE", help="A share of the tokens; repeatable. 0.1 to 0.9 if left out."),
+        list[str] | None,
+        typer.Option(
+            "--budget",
+            metavar="SHARE",
+            help="A share of the tokens; repeatable, or with commas. 0.1 to 0.9 if left out.",
+        ),
     ] = None,
     preset: Annotated[
         str | None,
@@ -99,20 +104,22 @@ def calibrate_command(
         else:
             compression = read_config(preset, config, None, settings or [])
             check_config(compression)
-            shares = check_budgets(budgets or BUDGETS)
+            shares = check_budgets(_fractions(budgets) if budgets else BUDGETS)
             read = load_samples(data, images=images, limit=samples, seed=seed)
-            loaded = load_with_spinner(model, dtype.value, processes.device)
-            with working(f"reading {len(read)} prompts") as spinner:
-                profile = calibrate(
-                    loaded,
-                    compression,
-                    read,
-                    budgets=shares,
-                    data=data,
-                    on_sample=lambda done: spinner.update(f"read {done} of {len(read)} prompts"),
-                    processes=processes,
-                )
-        processes.leave()
+            try:
+                loaded = load_with_spinner(model, dtype.value, processes.device)
+                with working(f"reading {len(read)} prompts") as spinner:
+                    profile = calibrate(
+                        loaded,
+                        compression,
+                        read,
+                        budgets=shares,
+                        data=data,
+                        on_sample=lambda done: spinner.update(f"read {done} of {len(read)} prompts"),
+                        processes=processes,
+                    )
+            finally:
+                processes.leave()
         if not processes.first:
             return
         profile.dump(output_file)
@@ -120,6 +127,15 @@ def calibrate_command(
             print_json(profile.model_dump(mode="json"))
         else:
             _show(profile, output_file)
+
+
+def _fractions(given: list[str]) -> list[float]:
+    try:
+        return [float(part) for text in given for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ConfigError(
+            f"budget: must be shares of the tokens, such as 0.2 or 0.2,0.5; got {','.join(given)}"
+        ) from None
 
 
 def _show(profile: LayerProfile, path: Path) -> None:

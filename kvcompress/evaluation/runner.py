@@ -52,6 +52,7 @@ def evaluate(
     data: str | Sequence[Sample],
     configs: Configurations = ("prefixkv",),
     *,
+    source: str | None = None,
     budgets: Sequence[float | int | str] = (),
     metrics: Iterable[str] | None = None,
     images: Path | None = None,
@@ -69,6 +70,7 @@ def evaluate(
         loaded: the model.
         data: what `load_samples` reads, or samples.
         configs: presets, files, dicts or `CompressionConfig`s, or a mapping from names to these.
+        source: what results call the data; `data` itself, or "samples", if None.
         budgets: bare amounts; each configuration's own if there are none.
         metrics: names in `METRICS`; `default_metrics` if None.
         images: as in `load_samples`.
@@ -90,7 +92,8 @@ def evaluate(
     """
     processes = Processes.current() if processes is None else processes
     cells = cells_of(configs, budgets)
-    source = data if isinstance(data, str) else "samples"
+    if source is None:
+        source = data if isinstance(data, str) else "samples"
     samples = load_samples(data, images=images, limit=limit, seed=seed) if isinstance(data, str) else list(data)
     if not samples:
         raise ConfigError("data: holds no samples")

@@ -1,0 +1,152 @@
+"""`kvcompress evaluate`: what each cache costs in quality, and what it saves, on data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kvcompress.cli.configuration import import_modules, parse_budget, read_config
+from kvcompress.cli.console import output as result_console
+from kvcompress.cli.console import print_json, reported, warn
+from kvcompress.cli.generate import Dtype, load_with_spinner
+from kvcompress.cli.grid import GridDisplay, results_table
+from kvcompress.config import CompressionConfig
+from kvcompress.errors import ConfigError
+from kvcompress.evaluation import evaluate as evaluate_grid
+from kvcompress.evaluation.data import load_samples
+from kvcompress.evaluation.distributed import Processes
+from kvcompress.evaluation.grid import cells_of
+from kvcompress.evaluation.metrics import METRICS, check_metrics
+from kvcompress.evaluation.results import Row, check_writable
+
+EPILOG = """
+[bold]Examples[/bold]
+
+kvcompress evaluate --model shapes --data shapes --samples 20 --preset prefixkv,uniform --budget 0.2,0.5
+
+kvcompress evaluate --data text --preset text --preset streaming --budget 0.5 --metric perplexity --output text.jsonl
+
+kvcompress evaluate --data needle:length=500 --samples 10 --preset snapkv --budget 0.2 --json
+
+kvcompress evaluate --model llava-hf/llava-1.5-7b-hf --data mm-vet.json --images images --output mm-vet.jsonl
+
+accelerate launch --num_processes 4 -m kvcompress evaluate --model FOLDER --data questions.jsonl --output grid.jsonl
+"""
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="A folder, a model's id on the hub, smollm2 or shapes.")
+    ] = "smollm2",
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="SOURCE", help="A .json, .jsonl or .txt file, or shapes, needle, text; see docs/evaluation.md."
+        ),
+    ] = "text",
+    images: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the images of a file are; beside it if left out.")
+    ] = None,
+    preset: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Named configurations; repeatable, or with commas.")
+    ] = None,
+    config: Annotated[
+        list[Path] | None, typer.Option(metavar="FILE", help="A .yaml or .json configuration; repeatable.")
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SIZE", help="0.2, 512 or 64MiB, as for generate; repeatable, or with commas."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Sets a field of every configuration; repeatable."),
+    ] = None,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option("--import", metavar="MODULE", help="Imports your policies first (module or .py); repeatable."),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help=f"{', '.join(METRICS)}; repeatable, or with commas."),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="The first N; all, or the built-in data's own number.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens of a generated answer.")] = 64,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of generated data and confidence intervals.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A .jsonl for the results; a stopped run goes on there.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Starts over where --output exists.")] = False,
+    dtype: Annotated[
+        Dtype, typer.Option(metavar="TYPE", help="float32, bfloat16, float16; auto is the checkpoint's own.")
+    ] = Dtype.auto,
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1; auto is a GPU if there is one.")
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Shows the traceback of an error.")] = False,
+) -> None:
+    """Evaluates caches at several budgets on data: quality, memory and time, with confidence intervals."""
+    with reported(as_json=as_json, debug=debug):
+        import_modules(modules or [])
+        configs = _configs(_split(preset), config or [], settings or [])
+        budgets = [parse_budget(each) for each in _split(budget)]
+        metrics = check_metrics(_split(metric)) if metric else None
+        cells_of(configs, budgets)
+        if output is not None:
+            check_writable(output)
+        chosen = load_samples(data, images=images, limit=samples, seed=seed)  # before the model: faster to refuse
+        processes = Processes.current(device)
+        try:
+            loaded = load_with_spinner(model, dtype.value, processes.device)
+            with GridDisplay(shown=processes.first) as display:
+                rows = evaluate_grid(
+                    loaded,
+                    chosen,
+                    configs,
+                    source=data,
+                    budgets=budgets,
+                    metrics=metrics,
+                    max_new_tokens=max_new_tokens,
+                    seed=seed,
+                    output=output,
+                    overwrite=overwrite,
+                    on_progress=display.update,
+                    processes=processes,
+                )
+        finally:
+            processes.leave()
+        if processes.first:
+            _show(rows, output, as_json=as_json)
+
+
+def _configs(presets: list[str], files: list[Path], settings: list[str]) -> dict[str, CompressionConfig]:
+    """Configurations by name; prefixkv if none is asked for."""
+    found: dict[str, CompressionConfig] = {}
+    named: list[tuple[str, str | None, Path | None]] = [(name, name, None) for name in presets]
+    named += [(file.stem, None, file) for file in files]
+    for name, preset, file in named or [("prefixkv", "prefixkv", None)]:
+        if name in found:
+            raise ConfigError(f"preset, config: '{name}' is there twice; give each file a name of its own")
+        found[name] = read_config(preset, file, None, settings)
+    return found
+
+
+def _split(given: list[str] | None) -> list[str]:
+    return [part.strip() for text in given or [] for part in text.split(",") if part.strip()]
+
+
+def _show(rows: list[Row], output: Path | None, *, as_json: bool) -> None:
+    for skipped in rows[0]["skipped_samples"]:
+        warn(f"sample '{skipped['sample']}' was skipped: {skipped['reason']}")
+    if as_json:
+        content: dict[str, Any] = {"results": rows, "output": None if output is None else str(output)}
+        print_json(content)
+        return
+    console = result_console()
+    console.print(results_table(rows))
+    if output is not None:
+        console.print(f"Results: {output}", markup=False)

@@ -1,0 +1,114 @@
+"""Tables of evaluated grids: live while they are measured, and at the end."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import Any
+
+from rich import box
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from kvcompress.cli.display import size
+from kvcompress.evaluation.results import Row
+from kvcompress.evaluation.runner import Progress
+
+_BESIDE = 8  # lines of a terminal that are not rows: heads, rules, progress
+
+
+class GridDisplay:
+    """A table on stderr that grows while a grid is measured, with the time left; silent where nobody watches."""
+
+    def __init__(self, *, shown: bool = True) -> None:
+        """Shows nothing unless `shown`, as in all but the first of several processes."""
+        self._console = Console(file=sys.stderr)
+        self._shown = shown and self._console.is_terminal
+        self._live = Live(console=self._console, transient=True, refresh_per_second=4)
+        self._rows: list[Row] = []
+        self._start = 0.0
+
+    def __enter__(self) -> GridDisplay:
+        self._start = time.monotonic()
+        if self._shown:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._shown:
+            self._live.stop()
+
+    def update(self, progress: Progress) -> None:
+        """Shows what is new."""
+        if progress.row is not None:
+            self._rows.append(progress.row)
+        if self._shown:
+            line = progress_line(progress, time.monotonic() - self._start)
+            last = self._rows[-max(1, self._console.height - _BESIDE) :]
+            self._live.update(Group(results_table(last), line) if last else line)
+
+
+def progress_line(progress: Progress, seconds: float) -> Text:
+    """Which cell is at work, how many samples are done, and how long the rest will take.
+
+    Args:
+        progress: how far the grid is.
+        seconds: since the run began.
+    """
+    left = progress.total - progress.done
+    known = f", about {duration(left * seconds / progress.measured)} left" if progress.measured and left else ""
+    number = [cell.name for cell in progress.cells].index(progress.cell.name) + 1
+    place = f"{progress.cell.name} ({number} of {len(progress.cells)})"
+    return Text(f"{place}: {progress.done:,} of {progress.total:,} samples{known}")
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: 45 s, 3 min 20 s, 2 h 5 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def results_table(rows: Sequence[Row]) -> Table:
+    """A line for each cell: metrics with their intervals, retention, bytes, times and peak memory."""
+    first = rows[0]
+    title = f"{first['model']} ({first['dtype']}), {first['data']}, {first['samples']} samples"
+    if any(row["skipped"] for row in rows):
+        title += f", {max(row['skipped'] for row in rows)} skipped"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
+    table.add_column("cache")
+    table.add_column("budget", justify="right")
+    metrics = list(first["metrics"])
+    for name in (*metrics, "retention", "held", "first token", "tokens/s", "peak"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        cells = [_interval(row["metrics"][name]) for name in metrics]
+        cells += [
+            f"{row['retention']:.3f}",
+            size(round(row["kv_bytes"])),
+            f"{row['seconds_to_first_token']:.3f} s",
+            "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.1f}",
+            "" if row["peak_bytes"] is None else size(row["peak_bytes"]),
+        ]
+        table.add_row(Text(row["policy"]), _budget(row), *cells)
+    return table
+
+
+def _interval(metric: dict[str, Any]) -> str:
+    value, low, high = metric["value"], metric["ci_low"], metric["ci_high"]
+    return f"{value:.3f} ({low:.3f}-{high:.3f})" if abs(value) < 100 else f"{value:.4g} ({low:.4g}-{high:.4g})"
+
+
+def _budget(row: Row) -> str:
+    if row["budget_unit"] == "bytes":
+        return size(row["budget"])
+    return f"{row['budget']:g}" if row["budget_unit"] == "fraction" else f"{row['budget']} tokens"
