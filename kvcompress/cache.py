@@ -17,7 +17,7 @@ from kvcompress.config import CompressionConfig
 from kvcompress.engine import Engine
 from kvcompress.errors import CacheStateError, UnsupportedModeError
 from kvcompress.integrations import Adapter, adapter_for
-from kvcompress.profile import LayerProfile, with_profile
+from kvcompress.profile import LayerProfile, check_profiles, profile_override
 from kvcompress.report import CacheReport
 
 
@@ -123,9 +123,9 @@ class CompressedCache(Cache, hooks.ObservesInputs):
         profile: LayerProfile | str | PathLike[str] | None = None,
         **overrides: Any,
     ) -> None:
-        self.config = CompressionConfig.read(config, **overrides)
+        self.config = CompressionConfig.read(config, **profile_override(profile, overrides))
         adapter = adapter_for(model)
-        self.config = with_profile(self.config, profile, adapter.decoder(model))
+        check_profiles(self.config, adapter.decoder(model))
         layers = len(adapter.layers(model))
         self._engine = Engine(self.config, layers)
         self._decoder = weakref.ref(adapter.decoder(model))

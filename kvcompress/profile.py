@@ -158,22 +158,27 @@ class LayerProfile(Configured):
         return cls(budgets=budgets, retention=retention, data=f"PrefixKV: {folder.name}")
 
 
-def with_profile(
-    config: CompressionConfig, profile: LayerProfile | str | PathLike[str] | None, decoder: PreTrainedModel
-) -> CompressionConfig:
-    """The configuration with a profile for its allocator, once every profile in it was made for this model.
+def profile_override(profile: LayerProfile | str | PathLike[str] | None, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a configuration to override, with a profile or its file for the allocator; None changes nothing.
+
+    Raises:
+        ConfigError: if the profile cannot be read, or an allocator is among the fields.
+    """
+    if profile is None:
+        return overrides
+    if "allocator" in overrides:
+        raise ConfigError("profile: takes the place of the allocator, and both were given; give one")
+    profile = profile if isinstance(profile, LayerProfile) else LayerProfile.load(profile)
+    return {**overrides, "allocator": profile.allocator()}
+
+
+def check_profiles(config: CompressionConfig, decoder: PreTrainedModel) -> None:
+    """Raises ConfigError if a profile in a configuration was made for another model; the message names what differs.
 
     Args:
         config: the policies.
-        profile: a profile or its file; None to leave the allocator as it is.
         decoder: the module that owns the decoder layers.
-
-    Raises:
-        ConfigError: if the profile cannot be read, or is another model's; the message names what differs.
     """
-    if profile is not None:
-        profile = profile if isinstance(profile, LayerProfile) else LayerProfile.load(profile)
-        config = config.override(allocator=profile.allocator())
     held = _profiles(config.allocator)
     known = [one.model for one in held if one.model is not None]
     mine = fingerprint_of(decoder) if known else None
@@ -187,7 +192,6 @@ def with_profile(
                 f"profile: was made for another model ({', '.join(differences)}); make one for this model with "
                 "'kvcompress calibrate', or leave the profile out"
             )
-    return config
 
 
 def _profiles(allocator: Allocator) -> list[Profile]:

@@ -126,6 +126,18 @@ def test_a_configuration_holds_the_numbers_not_the_file(
     assert CompressionConfig(**json.loads(config.model_dump_json())) == config
 
 
+@torch.no_grad()
+def test_a_profile_needs_no_mass_where_its_preset_s_allocator_did() -> None:
+    """A cheap scorer picks the tokens; layer sizes come from the profile."""
+    profile = LayerProfile(budgets=[0.5], retention=[[0.9, 0.2, 0.4]])
+    model = tiny.model("llama")
+    cache = CompressedCache(model, "prefixkv", budget=0.5, profile=profile, scorer="key_norm")
+    model(**tiny.inputs("llama", 80, seed=0), past_key_values=cache)
+    assert [rows[0] for rows in cache.report().layer_lengths] == [72, 16, 32]
+    with pytest.raises(ConfigError, match="give one"):
+        CompressedCache(model, "prefixkv", profile=profile, allocator="uniform")
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ kvcompress calibrate --model llava-hf/llava-1.5-7b-hf --data detail_1k.json --im
 
 kvcompress calibrate --from-prefixkv confs/prefixkv_llava-v1.5-7b --output profile.json
 
-kvcompress generate --model shapes --image scene.png --prompt "describe the image." --profile profile.json
+kvcompress generate --set allocator=profile --set allocator.path=profile.json --prompt "Hello"
 """
 
 
