@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ from kvcompress.cli.configuration import import_modules, parse_budget, read_conf
 from kvcompress.cli.console import output as result_console
 from kvcompress.cli.console import print_json, reported, warn
 from kvcompress.cli.generate import Dtype, load_with_spinner
-from kvcompress.cli.grid import GridDisplay, results_table
+from kvcompress.cli.grid import WIDE, GridDisplay, results_table
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation import evaluate as evaluate_grid
@@ -34,6 +35,8 @@ kvcompress evaluate --model llava-hf/llava-1.5-7b-hf --data mm-vet.json --images
 
 accelerate launch --num_processes 4 -m kvcompress evaluate --model FOLDER --data questions.jsonl --output grid.jsonl
 """
+
+_FILE_WIDTH = 200  # columns where stdout is no terminal, so that nothing has to wrap
 
 
 def evaluate(
@@ -147,6 +150,8 @@ def _show(rows: list[Row], output: Path | None, *, as_json: bool) -> None:
         print_json(content)
         return
     console = result_console()
-    console.print(results_table(rows))
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _FILE_WIDTH
+    console.print(results_table(rows, wide=console.width >= WIDE))
     if output is not None:
         console.print(f"Results: {output}", markup=False)

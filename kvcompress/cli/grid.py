@@ -19,6 +19,7 @@ from kvcompress.evaluation.results import Row
 from kvcompress.evaluation.runner import Progress
 
 _BESIDE = 8  # lines of a terminal that are not rows: heads, rules, progress
+WIDE = 140  # columns of a terminal from which on an interval stands beside its value
 
 
 class GridDisplay:
@@ -50,8 +51,9 @@ class GridDisplay:
             self._rows.append(progress.row)
         if self._shown:
             line = progress_line(progress, time.monotonic() - self._start)
-            last = self._rows[-max(1, self._console.height - _BESIDE) :]
-            self._live.update(Group(results_table(last), line) if last else line)
+            wide = self._console.width >= WIDE
+            last = self._rows[-max(1, (self._console.height - _BESIDE) // (1 if wide else 2)) :]
+            self._live.update(Group(results_table(last, wide=wide), line) if last else line)
 
 
 def progress_line(progress: Progress, seconds: float) -> Text:
@@ -78,20 +80,24 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def results_table(rows: Sequence[Row]) -> Table:
-    """A line for each cell: metrics with their intervals, retention, bytes, times and peak memory."""
+def results_table(rows: Sequence[Row], *, wide: bool = True) -> Table:
+    """A line for each cell: metrics with their intervals, retention, bytes, times and peak memory.
+
+    Args:
+        rows: of one run; at least one.
+        wide: whether intervals stand beside their values, rather than below.
+    """
     first = rows[0]
     title = f"{first['model']} ({first['dtype']}), {first['data']}, {first['samples']} samples"
     if any(row["skipped"] for row in rows):
         title += f", {max(row['skipped'] for row in rows)} skipped"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    table.add_column("cache")
-    table.add_column("budget", justify="right")
+    table.add_column("cache", overflow="fold")
     metrics = list(first["metrics"])
-    for name in (*metrics, "retention", "held", "first token", "tokens/s", "peak"):
-        table.add_column(name, justify="right")
+    for name in ("budget", *metrics, "retention", "held", "first token", "tokens/s", "peak"):
+        table.add_column(name, justify="right", overflow="fold")
     for row in rows:
-        cells = [_interval(row["metrics"][name]) for name in metrics]
+        cells = [_interval(row["metrics"][name], " " if wide else "\n") for name in metrics]
         cells += [
             f"{row['retention']:.3f}",
             size(round(row["kv_bytes"])),
@@ -103,9 +109,12 @@ def results_table(rows: Sequence[Row]) -> Table:
     return table
 
 
-def _interval(metric: dict[str, Any]) -> str:
-    value, low, high = metric["value"], metric["ci_low"], metric["ci_high"]
-    return f"{value:.3f} ({low:.3f}-{high:.3f})" if abs(value) < 100 else f"{value:.4g} ({low:.4g}-{high:.4g})"
+def _interval(metric: dict[str, Any], between: str) -> str:
+    value, low, high = (
+        f"{metric[name]:.3f}" if abs(metric[name]) < 100 else f"{metric[name]:.4g}"
+        for name in ("value", "ci_low", "ci_high")
+    )
+    return f"{value}{between}({low}-{high})"
 
 
 def _budget(row: Row) -> str:
