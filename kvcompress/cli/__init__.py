@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvcompress import __version__
-from kvcompress.cli import calibrate, demo, evaluate, generate, policies
+from kvcompress.cli import calibrate, demo, evaluate, generate, policies, tune
 
 app = typer.Typer(
     name="kvcompress",
@@ -22,6 +22,7 @@ app.command(epilog=generate.EPILOG)(generate.generate)
 app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
 app.command(epilog=policies.EPILOG)(policies.policies)
 app.command("calibrate", epilog=calibrate.EPILOG)(calibrate.calibrate_command)
+app.command("tune", epilog=tune.EPILOG)(tune.tune_command)
 app.command(epilog=demo.EPILOG)(demo.demo)
 
 
