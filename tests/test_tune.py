@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typer.testing import CliRunner, Result
 from kvcompress import CompressionConfig
 from kvcompress.cli import app
 from kvcompress.errors import ConfigError
-from kvcompress.evaluation import evaluate, load_model, read_results, tuning
+from kvcompress.evaluation import LoadedModel, evaluate, load_model, read_results, tuning
 from kvcompress.evaluation.tuning import Bound, most_trials, tune
 
 
@@ -37,10 +38,15 @@ class Losses:
         return {"metrics": metrics, "kv_bytes": 1000 * budget}
 
 
+@functools.cache
+def shapes() -> LoadedModel:
+    return load_model("shapes")
+
+
 def search(monkeypatch: pytest.MonkeyPatch, losses: Losses, *bounds: Bound, presets: Any, step: float) -> Any:
     monkeypatch.setattr(tuning, "evaluate", losses)
     configs = {name: CompressionConfig.preset(name) for name in presets}
-    return tune(None, "shapes", configs, bounds, step=step)  # type: ignore[arg-type]
+    return tune(shapes(), "shapes", configs, bounds, step=step)
 
 
 @given(edge=st.floats(0, 1), step=st.sampled_from([0.5, 0.3, 0.1, 0.07, 0.05, 0.01]))
@@ -77,10 +83,9 @@ def test_what_is_out_of_bounds_with_all_tokens_is_tried_once(monkeypatch: pytest
     losses = Losses(exact=lambda name, budget: 0.2)
     found = search(monkeypatch, losses, Bound("exact", 0.5), presets=["prefixkv", "kivi4"], step=0.01)
     assert found.winner is None and losses.asked == [("prefixkv", 1.0), ("kivi4", 1.0)]
-    within = search(
-        monkeypatch, Losses(exact=lambda name, budget: 1.0), Bound("exact", 1.0), presets=["kivi4"], step=0.1
-    )
-    assert len(within.trials) == 1 and within.winner.config == CompressionConfig.preset("kivi4")
+    losses = Losses(exact=lambda name, budget: 1.0)
+    found = search(monkeypatch, losses, Bound("exact", 1.0), presets=["kivi4"], step=0.1)
+    assert len(found.trials) == 1 and found.winner.config == CompressionConfig.preset("kivi4")
 
 
 @pytest.mark.parametrize(
@@ -121,9 +126,9 @@ def test_the_winner_can_be_used_at_once_and_is_within_the_bound(tmp_path: Path) 
     told = json.loads(done.stdout)
     config = CompressionConfig.load(output)
     assert config == CompressionConfig(**told["config"]) and config.budget.fraction == told["budget"]
-    loaded, less = load_model("shapes"), max(0.05, told["budget"] - 0.25)
+    less = max(0.05, told["budget"] - 0.25)
     rows = evaluate(
-        loaded, "shapes:kind=description", {"it": config, "less": config.override(budget=less)}, limit=2,
+        shapes(), "shapes:kind=description", {"it": config, "less": config.override(budget=less)}, limit=2,
         metrics=["perplexity"],
     )  # fmt: skip
     full, own, smaller = (row["metrics"]["perplexity"]["value"] for row in rows)
