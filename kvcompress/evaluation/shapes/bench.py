@@ -88,8 +88,8 @@ def calibration_table(loaded: LoadedModel, config: CompressionConfig, few: int =
     mean = found.mean(0)
     rows = {
         f"{few} samples against {many}, mean absolute": (found[:few].mean(0) - mean).abs().mean(1),
-        "half the standard deviation between layers": mean.std(1, correction=0) / 2,
-        "half of largest minus smallest layer": (mean.amax(1) - mean.amin(1)) / 2,
+        "standard deviation between layers": mean.std(1),
+        "largest minus smallest layer": mean.amax(1) - mean.amin(1),
         "standard deviation between samples": found.std(0).mean(1),
     }
     table = Table("retention at budget", *map(str, CALIBRATED), title_justify="left")
