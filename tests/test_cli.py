@@ -403,7 +403,7 @@ def test_a_users_module_that_fails_is_reported_in_one_line(tmp_path: Path) -> No
 # -- the rest ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [[], ["generate"], ["policies"], ["demo"]])
+@pytest.mark.parametrize("arguments", [[], ["generate"], ["evaluate"], ["policies"], ["demo"]])
 def test_help_shows_examples(arguments: list[str]) -> None:
     result = run(*arguments, "--help")
     assert result.exit_code == 0

@@ -99,11 +99,11 @@ def evaluate(
         budgets = [parse_budget(each) for each in split(budget)]
         metrics = check_metrics(split(metric)) if metric else None
         cells_of(configs, budgets)
-        if output is not None:
-            check_writable(output)
-        chosen = load_samples(data, images=images, limit=samples, seed=seed)  # before the model: faster to refuse
         processes = Processes.current(device)
         try:
+            if output is not None:
+                processes.from_first(lambda: check_writable(output))
+            chosen = load_samples(data, images=images, limit=samples, seed=seed)  # before the model: faster to refuse
             loaded = load_with_spinner(model, dtype.value, processes.device)
             with GridDisplay(shown=processes.first) as display:
                 rows = evaluate_grid(
@@ -144,8 +144,13 @@ def split(given: list[str] | None) -> list[str]:
 
 
 def _show(rows: list[Row], output: Path | None, *, as_json: bool) -> None:
-    for skipped in rows[0]["skipped_samples"]:
-        warn(f"sample '{skipped['sample']}' was skipped: {skipped['reason']}")
+    told: set[str] = set()
+    for row in rows:
+        for skipped in row["skipped_samples"]:
+            if skipped["sample"] not in told:
+                told.add(skipped["sample"])
+                place = "" if row is rows[0] else f" by {row['cell']}"
+                warn(f"sample '{skipped['sample']}' was skipped{place}: {skipped['reason']}")
     if as_json:
         content: dict[str, Any] = {"results": rows, "output": None if output is None else str(output)}
         print_json(content)

@@ -117,7 +117,7 @@ def check_writable(path: Path) -> None:
         with path.open("ab"):
             pass
         if not existed:
-            path.unlink()
+            path.unlink(missing_ok=True)
     except OSError as error:
         raise _unwritable(path, error) from None
 

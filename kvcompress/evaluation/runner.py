@@ -104,6 +104,8 @@ def evaluate(
             "choose a LLaVA model (llava, llava_next)"
         )
     run = _run(loaded, source, samples, wanted, max_new_tokens, seed)
+    if len(set(processes.gather([run["data_hash"]]))) > 1:
+        raise ConfigError(f"data '{source}': the processes read different samples; give all of them the same files")
     grid = _Grid(loaded, samples, cells, Measure(wanted, max_new_tokens, seed), run, processes, on_progress)
     path = None if output is None else Path(output)
     return grid.work(processes.from_first(lambda: ResultsFile(path, run, overwrite=overwrite)))
