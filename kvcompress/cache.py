@@ -19,6 +19,7 @@ from kvcompress.engine import Engine
 from kvcompress.errors import CacheStateError, UnsupportedModeError
 from kvcompress.images import ImageLayout
 from kvcompress.integrations import Adapter, adapter_for
+from kvcompress.profile import LayerProfile, check_profiles, profile_override
 from kvcompress.reduction import Reduction
 from kvcompress.report import CacheReport
 from kvcompress.sequence import Sequence
@@ -104,10 +105,11 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         model: the model that will use it; its decoder gets the attention "kvcompress", which behaves as before with
             any other cache (`kvcompress.restore(model)` takes it off again).
         config: a preset's name, a `CompressionConfig`, a dict, or the path of a .yaml or .json file.
+        profile: a `LayerProfile` or its file, in place of the allocator.
         **overrides: fields of the configuration to replace, for instance `budget=0.2`.
 
     Raises:
-        ConfigError: if the configuration is wrong; the model is untouched then.
+        ConfigError: if the configuration is wrong or a profile is another model's; the model is untouched then.
         UnsupportedModelError: if no adapter knows the model, or one of its layers does not attend to all tokens.
 
     Example:
@@ -121,10 +123,13 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         self,
         model: PreTrainedModel,
         config: str | PathLike[str] | dict[str, Any] | CompressionConfig = "prefixkv",
+        *,
+        profile: LayerProfile | str | PathLike[str] | None = None,
         **overrides: Any,
     ) -> None:
-        self.config = CompressionConfig.read(config, **overrides)
+        self.config = CompressionConfig.read(config, **profile_override(profile, overrides))
         adapter = adapter_for(model)
+        check_profiles(self.config, adapter.decoder(model))
         layers = len(adapter.layers(model))
         if self.config.reducer is not None:
             self.config.reducer.acts_after(layers)  # complains before anything is touched

@@ -57,6 +57,7 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("scorer", "value_aware"): [{"queries": "window:4"}],
     ("allocator", "blend"): [{"share": 0.5, "first": "pyramid", "second": "sparsity"}],
     ("allocator", "modality"): [{"image": "uniform", "text": "entropy", "image_share": 0.7}],
+    ("allocator", "profile"): [{"retention": None, "retentions": [[0.6, 0.2, 0.7], [0.3, 0, 0.3]]}],
     ("evictor", "chunk"): [{"length": 3}],
     ("merger", "average"): [{"within_modality": False}],
     ("merger", "cam"): [{"reach": 3, "seed": 1}],
@@ -97,8 +98,10 @@ def for_layers(allocator: Allocator, layers: int) -> Allocator:
     for name, value in allocator:
         if isinstance(value, Allocator):
             changed[name] = for_layers(value, layers)
-        elif name == "retention":
+        elif name == "retention" and value:
             changed[name] = list(itertools.islice(itertools.cycle(value), layers))
+        elif name == "retentions" and value:
+            changed[name] = [list(itertools.islice(itertools.cycle(one), layers)) for one in value]
     return type(allocator)(**{**dict(allocator), **changed})
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from kvcompress import __version__
-from kvcompress.cli import bench, demo, evaluate, generate, inspect, policies
+from kvcompress.cli import bench, calibrate, demo, evaluate, generate, inspect, policies, tune
 
 app = typer.Typer(
     name="kvcompress",
@@ -19,9 +19,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(epilog=generate.EPILOG)(generate.generate)
-app.command(epilog=bench.EPILOG)(bench.bench)
 app.command(epilog=inspect.EPILOG)(inspect.inspect)
 app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
+app.command("tune", epilog=tune.EPILOG)(tune.tune_command)
+app.command("calibrate", epilog=calibrate.EPILOG)(calibrate.calibrate_command)
+app.command(epilog=bench.EPILOG)(bench.bench)
 app.command(epilog=policies.EPILOG)(policies.policies)
 app.command(epilog=demo.EPILOG)(demo.demo)
 

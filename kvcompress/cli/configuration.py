@@ -17,9 +17,11 @@ import yaml
 from kvcompress.budget import Budget
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import BudgetError, ConfigError
+from kvcompress.evaluation.results import check_writable
 from kvcompress.stages import Policy
 
 _AMOUNTS = ("fraction", "tokens", "bytes")
+_FILES = (".json", ".yaml", ".yml")
 _BYTES = re.compile(r"\d+(\.\d+)?\s*[KMGTP]?i?B", re.IGNORECASE)
 
 
@@ -73,6 +75,17 @@ def parse_budget(text: str) -> float | int | str:
             f"got '{text}'"
         )
     return text.strip()
+
+
+def check_output(path: Path) -> None:
+    """Finds out before the work whether a .json, .yaml or .yml file can be written after it; makes its folder.
+
+    Raises:
+        ConfigError: if its name or place does not allow that.
+    """
+    if path.suffix not in _FILES:
+        raise ConfigError(f"output {path}: the file name must end in one of {', '.join(_FILES)}")
+    check_writable(path)
 
 
 def import_modules(names: Sequence[str]) -> None:

@@ -95,9 +95,9 @@ def evaluate(
     """Evaluates caches at several budgets on data: quality, memory and time, with confidence intervals."""
     with reported(as_json=as_json, debug=debug):
         import_modules(modules or [])
-        configs = _configs(_split(preset), config or [], settings or [])
-        budgets = [parse_budget(each) for each in _split(budget)]
-        metrics = check_metrics(_split(metric)) if metric else None
+        configs = configurations(split(preset), config or [], settings or [])
+        budgets = [parse_budget(each) for each in split(budget)]
+        metrics = check_metrics(split(metric)) if metric else None
         cells_of(configs, budgets)
         processes = Processes.current(device)
         try:
@@ -126,7 +126,7 @@ def evaluate(
             _show(rows, output, as_json=as_json)
 
 
-def _configs(presets: list[str], files: list[Path], settings: list[str]) -> dict[str, CompressionConfig]:
+def configurations(presets: list[str], files: list[Path], settings: list[str]) -> dict[str, CompressionConfig]:
     """Configurations by name; prefixkv if none is asked for."""
     found: dict[str, CompressionConfig] = {}
     named: list[tuple[str, str | None, Path | None]] = [(name, name, None) for name in presets]
@@ -138,7 +138,8 @@ def _configs(presets: list[str], files: list[Path], settings: list[str]) -> dict
     return found
 
 
-def _split(given: list[str] | None) -> list[str]:
+def split(given: list[str] | None) -> list[str]:
+    """The parts of a repeatable option that may also be parted by commas."""
     return [part.strip() for text in given or [] for part in text.split(",") if part.strip()]
 
 

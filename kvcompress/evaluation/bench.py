@@ -6,6 +6,7 @@ about what a second is.
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import subprocess
@@ -13,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -28,15 +29,24 @@ from kvcompress.cache import CompressedCache
 from kvcompress.composition import policies_of
 from kvcompress.config import CompressionConfig
 from kvcompress.evaluation import footprint
+from kvcompress.evaluation.calibration import prompt_retention
 from kvcompress.evaluation.models import load_model
 from kvcompress.evaluation.perplexity import continuation_perplexity, english_text, samples_of
 from kvcompress.evaluation.timing import in_turns, ratios, timed
 from kvcompress.kernels import attention_with_lse
 from kvcompress.presets import PRESETS
+from kvcompress.profile import LayerProfile
 from kvcompress.registry import ALLOCATORS, QUANTIZERS
 from kvcompress.shapes import LayerContext, LayerWeights
 
 BUDGETS = (0.5, 0.2, 0.1)
+PROFILED: dict[str, dict[str, Any]] = {
+    "keys alone (key_norm)": {"scorer": "key_norm"},
+    "keys alone (key_diff)": {"scorer": "key_diff"},
+    "last 32 queries (attention)": {"scorer": {"name": "attention", "queries": "window:32"}},
+    "last 32 queries (snapkv)": {"scorer": "snapkv"},
+    "no scores (streaming)": {"scorer": None, "evictor": "streaming"},
+}
 QUERIES = {"exact": "all", "stride:4": "stride:4", "window:32": "window:32"}
 
 
@@ -46,7 +56,7 @@ class Bench:
     def __init__(self, tokens: int) -> None:
         """Loads the model and reads `tokens` tokens of English text."""
         loaded = load_model("smollm2", dtype="bfloat16")
-        self.model: PreTrainedModel = loaded.model
+        self.loaded, self.model = loaded, loaded.model
         self.tokenizer = loaded.tokenizer
         self.ids: Tensor = loaded.tokenizer(english_text(), return_tensors="pt").input_ids[:, :tokens]
 
@@ -58,6 +68,17 @@ class Bench:
         """PrefixKV with attention summed over some queries."""
         scorer = {"name": "attention", "queries": queries}
         return CompressedCache(self.model, "prefixkv", budget=budget, scorer=scorer)
+
+    @functools.cached_property
+    def profile(self) -> LayerProfile:
+        """Layer sizes of PrefixKV for the start of the prompt."""
+        inputs = {"input_ids": self.ids[:, :1000]}
+        shares = prompt_retention(self.loaded, CompressionConfig.preset("prefixkv"), inputs, BUDGETS)
+        return LayerProfile(budgets=sorted(BUDGETS), retention=shares.flip(0).tolist())
+
+    def profiled(self, fields: dict[str, Any]) -> CompressedCache:
+        """PrefixKV's layer sizes from a profile, its tokens by some other scorer."""
+        return CompressedCache(self.model, "prefixkv", budget=0.2, profile=self.profile, **fields)
 
     @torch.inference_mode()
     def run(self, cache: Cache, ids: Tensor) -> float:
@@ -88,6 +109,7 @@ class Bench:
             "DynamicCache": self.dynamic,
             "no scores (preset full)": partial(CompressedCache, self.model, "full"),
             **{f"scores {name}": partial(self.compressed, queries) for name, queries in QUERIES.items()},
+            **{f"profile, {name}": partial(self.profiled, fields) for name, fields in PROFILED.items()},
         }
         times = in_turns({name: partial(self.run_new, make) for name, make in makers.items()}, rounds)
         return ratios(times, "DynamicCache")
@@ -193,7 +215,8 @@ def preset_table(
         found.add_column(column)
     for name in PRESETS:
         budgets = [None] if CompressionConfig.preset(name).budget.keeps_everything else BUDGETS
-        makers = [partial(CompressedCache, model, name, **({"budget": b} if b else {})) for b in budgets]
+        configs = [CompressionConfig.preset(name, **({"budget": b} if b else {})) for b in budgets]
+        makers = [partial(CompressedCache, model, config) for config in configs]
         found.add_row(
             name, *(f"{continuation_perplexity(model, make, ids, prompt):.2f}" for make in track(makers, name))
         )

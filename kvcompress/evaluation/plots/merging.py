@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvcompress.errors import ConfigError
-from kvcompress.evaluation.grids import ImageGrid
+from kvcompress.evaluation.image_grid import ImageGrid
 from kvcompress.evaluation.plots.style import COLOURS, drawing, new_figure
 from kvcompress.report import CacheReport
 

@@ -12,6 +12,8 @@ from rich.progress import track
 from rich.table import Column, Table
 
 from kvcompress.config import CompressionConfig
+from kvcompress.evaluation.calibration import retentions
+from kvcompress.evaluation.data import load_samples
 from kvcompress.evaluation.inequality import gini
 from kvcompress.evaluation.models import LoadedModel, load_model
 from kvcompress.evaluation.shapes.measure import accuracy, description_perplexity, encode, held_out_scenes
@@ -20,6 +22,13 @@ from kvcompress.evaluation.shapes.scenes import Scene
 from kvcompress.registry import REDUCERS, SCORERS
 
 RETENTIONS = (0.5, 0.2, 0.1)
+CALIBRATED = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+LAYER_SIZES: dict[str, dict[str, Any]] = {
+    "prefixkv": {},
+    "prefixkv with the attention of queries after the image": {
+        "scorer": {"name": "attention", "queries": "post_vision"}
+    },
+}
 
 
 def methods() -> dict[str, tuple[str, dict[str, Any]]]:
@@ -70,6 +79,22 @@ def quality(loaded: LoadedModel, scenes: Sequence[Scene]) -> Iterator[tuple[str,
         )
 
 
+def calibration_table(loaded: LoadedModel, config: CompressionConfig, few: int = 10, many: int = 100) -> Table:
+    """How far the retention from a few prompts is from that of many, beside what layers differ by."""
+    found = retentions(loaded, config, load_samples("shapes", limit=many), CALIBRATED)
+    mean = found.mean(0)
+    rows = {
+        f"{few} samples against {many}, mean absolute": (found[:few].mean(0) - mean).abs().mean(1),
+        "standard deviation between layers": mean.std(1),
+        "largest minus smallest layer": mean.amax(1) - mean.amin(1),
+        "standard deviation between samples": found.std(0).mean(1),
+    }
+    table = Table("retention at budget", *map(str, CALIBRATED), title_justify="left")
+    for name, figures in rows.items():
+        table.add_row(name, *(f"{figure:.4f}" for figure in figures.tolist()))
+    return table
+
+
 def main(
     scenes: Annotated[int, typer.Option(help="Held-out scenes; one question of each kind a scene.")] = 100,
 ) -> None:
@@ -85,6 +110,10 @@ def main(
         shares = [f"{figures[kind]:.0%}" for kind in (*KINDS, "description")]
         table.add_row(name, *shares, f"{figures['perplexity']:.3f}")
     console.print(table)
+    for label, fields in LAYER_SIZES.items():
+        sizes = calibration_table(loaded, CompressionConfig.preset("prefixkv", **fields))
+        sizes.title = f"Calibration, {label}"
+        console.print(sizes)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Layer sizes that were estimated offline."""
+"""Layer sizes that were estimated offline, read and interpolated."""
 
 from __future__ import annotations
 
@@ -8,37 +8,48 @@ from typing import Annotated, Any, ClassVar
 
 import torch
 import yaml
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from kvcompress.errors import ConfigError, PolicyError
+from kvcompress.fingerprint import Fingerprint
 from kvcompress.policies.allocators.apportionment import apportion
+from kvcompress.policies.allocators.interpolation import interpolate
 from kvcompress.registry import ALLOCATORS
 from kvcompress.shapes import AllocationContext, LayerImportance, TokenCounts
 from kvcompress.stages import Allocator
 
+_Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
 
 @ALLOCATORS.register("profile")
 class Profile(Allocator):
-    """Layer sizes in proportion to a retention per layer that was estimated offline.
+    """Layer sizes from a retention per layer that was estimated offline, for one budget or for several.
 
     Source: PrefixKV (arXiv 2412.03409, section 3) estimates layer sizes on a few samples and uses them for all.
 
-    The profile is rescaled to the budget. Where the total is what the profile itself asks for, the sum of
-    retention x tokens rounded to the nearest (a half up), every layer gets exactly that.
+    A single `retention` is rescaled to the budget. Where the total is what it asks for itself, the sum of retention x
+    tokens rounded to the nearest (a half up), every layer gets exactly that. Several `retentions` each stand for the
+    budget that is their mean over the layers; a row whose total is another share of its slots gets what lies between
+    the next two, and beyond the last ones towards all 0 at budget 0 and all 1 at budget 1.
 
     *Deviates:* the paper's configuration files hold the share evicted; a profile holds the share kept.
 
     Args:
         retention: share of its tokens that each layer keeps, first layer first, from 0 to 1.
-        path: short for the retention in a .json, .yaml or .yml file, which is read when the policy is made: a list, or
-            a mapping with the key "retention", whose other keys are for the reader.
+        retentions: such a list for each of several budgets, in any order; instead of `retention`.
+        model: the model that they were estimated for, if known; a cache for another model is refused.
+        path: short for the other fields in a .json, .yaml or .yml file, which is read when the policy is made: a list;
+            a mapping with the key "retention", whose other keys are for the reader; or what `kvcompress calibrate`
+            wrote.
     """
 
     reads_importance: ClassVar[bool] = False
 
-    retention: list[Annotated[float, Field(ge=0.0, le=1.0)]] = Field(min_length=1)
+    retention: list[_Share] | None = Field(default=None, min_length=1)
+    retentions: list[Annotated[list[_Share], Field(min_length=1)]] | None = Field(default=None, min_length=1)
+    model: Fingerprint | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -47,9 +58,26 @@ class Profile(Allocator):
             return fields
         fields = dict(fields)
         path = fields.pop("path")
-        if "retention" in fields:
-            raise ConfigError(f"retention and path={str(path)!r} were both given; give one")
-        return {**fields, "retention": _retention_in(Path(path))}
+        if given := {"retention", "retentions"} & set(fields):
+            raise ConfigError(f"{given.pop()} and path={str(path)!r} were both given; give one")
+        return {**fields, **_fields_in(Path(path))}
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Profile:
+        if (self.retention is None) == (self.retentions is None):
+            came = "none" if self.retention is None else "both"
+            raise ConfigError(f"profile: give exactly one of retention, retentions and path; got {came}")
+        lengths = [len(one) for one in self.retentions or []]
+        if len(set(lengths)) > 1:
+            raise ConfigError(f"retentions: each list needs one share per layer; got lists of {lengths}")
+        return self
+
+    def retention_at(self, budget: Float[Tensor, " batch"]) -> Float[Tensor, "layers batch"]:
+        """Retention per layer for the budget of each row, a fraction from 0 to 1; float64."""
+        if self.retentions is None:
+            one = torch.tensor(self.retention, dtype=torch.float64, device=budget.device)
+            return one.unsqueeze(1).expand(-1, len(budget))
+        return interpolate(self.retentions, budget)
 
     def allocate(
         self,
@@ -60,18 +88,18 @@ class Profile(Allocator):
         context: AllocationContext | None = None,
     ) -> TokenCounts:
         """Apportions the total by retention x capacity, or gives just that where it is what adds up to the total."""
-        if len(self.retention) != len(floor):
+        share = self.retention_at(total.double() / capacity.sum(0).clamp(min=1))
+        if len(share) != len(floor):
             raise PolicyError(
-                f"allocator {self.name}: the profile has {len(self.retention)} layers, the model has {len(floor)}; use "
+                f"allocator {self.name}: the profile has {len(share)} layers, the model has {len(floor)}; use "
                 "a profile that was made for this model"
             )
-        share = torch.tensor(self.retention, dtype=torch.float64, device=capacity.device).unsqueeze(1)
         implied = torch.maximum((share * capacity + 0.5).floor().long(), floor)
         return torch.where(implied.sum(0) == total, implied, apportion(share * capacity, total, floor, capacity))
 
 
-def _retention_in(path: Path) -> Any:
-    """What a file says of retention; the field's own checks follow."""
+def _fields_in(path: Path) -> dict[str, Any]:
+    """What a file says of retention; the fields' own checks follow."""
     if path.suffix not in (".json", ".yaml", ".yml"):
         raise ConfigError(f"path: a profile is a .json, .yaml or .yml file; got '{path}'")
     try:
@@ -82,8 +110,11 @@ def _retention_in(path: Path) -> Any:
     except (yaml.YAMLError, json.JSONDecodeError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"path: the profile {path} is not valid {path.suffix[1:].upper()}: {reason}") from None
+    model = None
     if isinstance(held, dict):
+        model = held.get("model") if "budgets" in held else None  # in files of users it means whatever they like
         held = held.get("retention")
     if not isinstance(held, list):
         raise ConfigError(f"path: the profile {path} must hold a list, or a mapping with the list 'retention'")
-    return held
+    several = bool(held) and isinstance(held[0], list)
+    return {"retentions" if several else "retention": held, **({} if model is None else {"model": model})}

@@ -1,0 +1,155 @@
+"""`kvcompress calibrate`: retention per layer for every budget, estimated once and used from then on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.table import Table
+
+from kvcompress.cli.configuration import check_output, import_modules, read_config
+from kvcompress.cli.console import output, print_json, reported, working
+from kvcompress.cli.generate import Dtype, load_with_spinner
+from kvcompress.errors import ConfigError
+from kvcompress.evaluation.calibration import BUDGETS, calibrate, check_budgets, check_config
+from kvcompress.evaluation.data import load_samples
+from kvcompress.evaluation.distributed import Processes
+from kvcompress.profile import LayerProfile
+
+EPILOG = """
+[bold]Examples[/bold]
+
+kvcompress calibrate --model shapes --data shapes --output profile.json
+
+kvcompress calibrate --data text --preset cake --budget 0.2 --budget 0.5 --output profile.yaml
+
+kvcompress calibrate --model llava-hf/llava-1.5-7b-hf --data detail_1k.json --images coco --output profile.json
+
+kvcompress calibrate --from-prefixkv confs/prefixkv_llava-v1.5-7b --output profile.json
+
+kvcompress generate --set allocator=profile --set allocator.path=profile.json --prompt "Hello"
+"""
+
+
+def calibrate_command(
+    output_file: Annotated[
+        Path, typer.Option("--output", metavar="FILE", help="The profile to write: .json, .yaml or .yml.")
+    ],
+    model: Annotated[
+        str, typer.Option(metavar="NAME", help="A folder, a model's id on the hub, smollm2 or shapes.")
+    ] = "smollm2",
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="SOURCE",
+            help="A file (.json of LLaVA dialogues or MM-Vet, .jsonl of questions, .txt), or text, needle or shapes.",
+        ),
+    ] = "text",
+    images: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where the images of the data are.", file_okay=False)
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts to read.")] = 10,
+    budgets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--budget",
+            metavar="SHARE",
+            help="A share of the tokens; repeatable, or with commas. 0.1 to 0.9 if left out.",
+        ),
+    ] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="A named configuration ('kvcompress policies presets'); prefixkv if left out."
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A .yaml or .json configuration instead of a preset.", dir_okay=False),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="FIELD=VALUE", help="Sets a policy or one of its parameters; repeatable."),
+    ] = None,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option("--import", metavar="MODULE", help="Imports your policies first (module or .py); repeatable."),
+    ] = None,
+    from_prefixkv: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Reads the published files of PrefixKV (shares evicted) instead; no model is loaded.",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of what built-in data draw.")] = 0,
+    dtype: Annotated[
+        Dtype, typer.Option(metavar="TYPE", help="float32, bfloat16, float16; auto is the checkpoint's own.")
+    ] = Dtype.auto,
+    device: Annotated[
+        str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1; auto is a GPU if there is one.")
+    ] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Shows the traceback of an error.")] = False,
+) -> None:
+    """Estimates how much each layer keeps at every budget, and writes it as a profile."""
+    with reported(as_json=as_json, debug=debug):
+        import_modules(modules or [])
+        processes = Processes.current(device)
+        processes.from_first(lambda: check_output(output_file))
+        if from_prefixkv is not None:
+            profile = LayerProfile.from_prefixkv(from_prefixkv)
+        else:
+            compression = read_config(preset, config, None, settings or [])
+            check_config(compression)
+            shares = check_budgets(_fractions(budgets) if budgets else BUDGETS)
+            read = load_samples(data, images=images, limit=samples, seed=seed)
+            try:
+                loaded = load_with_spinner(model, dtype.value, processes.device)
+                with working(f"reading {len(read)} prompts") as spinner:
+                    profile = calibrate(
+                        loaded,
+                        compression,
+                        read,
+                        budgets=shares,
+                        data=data,
+                        on_sample=lambda done: spinner.update(f"read {done} of {len(read)} prompts"),
+                        processes=processes,
+                    )
+            finally:
+                processes.leave()
+        if not processes.first:
+            return
+        profile.dump(output_file)
+        if as_json:
+            print_json(profile.model_dump(mode="json"))
+        else:
+            _show(profile, output_file)
+
+
+def _fractions(given: list[str]) -> list[float]:
+    try:
+        return [float(part) for text in given for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ConfigError(
+            f"budget: must be shares of the tokens, such as 0.2 or 0.2,0.5; got {','.join(given)}"
+        ) from None
+
+
+def _show(profile: LayerProfile, path: Path) -> None:
+    console = output()
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    table.add_column("layer", justify="right")
+    for budget in profile.budgets:
+        table.add_column(f"{budget:g}", justify="right", min_width=len("±0.000"))
+    for layer in range(profile.layers):
+        cells = [f"{one[layer]:.3f}" for one in profile.retention]
+        if profile.spread:
+            cells = [f"{cell} ±{one[layer]:.3f}" for cell, one in zip(cells, profile.spread, strict=True)]
+        table.add_row(str(layer), *cells)
+    known = f", mean ± standard deviation over {profile.samples} samples" if profile.spread else ""
+    console.print(f"Retention per layer and budget{known}")
+    console.print(table)
+    console.print(f"written to {path}", markup=False)

@@ -1,0 +1,252 @@
+"""Retention per layer, estimated offline for one model and several budgets: what `kvcompress calibrate` writes."""
+
+from __future__ import annotations
+
+import json
+import re
+from os import PathLike
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import yaml
+from pydantic import Field, model_validator
+from transformers import PreTrainedModel
+
+from kvcompress.config import CompressionConfig
+from kvcompress.configured import Configured
+from kvcompress.errors import ConfigError
+from kvcompress.fingerprint import Fingerprint, fingerprint_of
+from kvcompress.policies.allocators import Profile
+from kvcompress.stages import Allocator
+
+_FORMATS = (".json", ".yaml", ".yml")
+_Budget = Annotated[float, Field(gt=0.0, le=1.0)]
+_Share = Annotated[float, Field(ge=0.0, le=1.0)]
+_Spread = Annotated[float, Field(ge=0.0)]
+
+
+class LayerProfile(Configured):
+    """Retention per layer for several budgets, with what it was estimated on.
+
+    Source: PrefixKV (arXiv 2412.03409, section 3) estimates layer sizes offline on a few samples.
+
+    Args:
+        budgets: fractions of the tokens seen, ascending.
+        retention: for each budget, the share that each layer keeps, first layer first: the mean over the samples.
+        spread: for each budget and layer, the standard deviation over the samples; 0 for one sample; empty if unknown.
+        samples: number of samples; 0 if unknown.
+        model: the model's fingerprint; None if unknown, and then only the number of layers is checked.
+        config: the policies it was estimated with; their budget is not used. None if unknown.
+        data: what the samples were taken from.
+        data_hash: SHA-256 of the samples.
+        version: of kvcompress.
+
+    Raises:
+        ConfigError: if the lists do not fit together.
+
+    Example:
+        >>> profile = LayerProfile(budgets=[0.5], retention=[[0.7, 0.3]])
+        >>> [round(share, 3) for share in profile.at(0.25)]
+        [0.35, 0.15]
+        >>> CompressionConfig.preset("prefixkv", allocator=profile.allocator()).allocator.name
+        'profile'
+    """
+
+    budgets: list[_Budget] = Field(min_length=1)
+    retention: list[Annotated[list[_Share], Field(min_length=1)]] = Field(min_length=1)
+    spread: list[list[_Spread]] = Field(default_factory=list)
+    samples: int = Field(default=0, ge=0)
+    model: Fingerprint | None = None
+    config: CompressionConfig | None = None
+    data: str = ""
+    data_hash: str = ""
+    version: str = ""
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> LayerProfile:
+        if any(low >= high for low, high in zip(self.budgets, self.budgets[1:], strict=False)):
+            raise ConfigError(f"budgets: must ascend; got {self.budgets}")
+        shape = [self.layers] * len(self.budgets)
+        for name in ("retention", "spread"):
+            lists = getattr(self, name)
+            if (lists or name == "retention") and [len(one) for one in lists] != shape:
+                raise ConfigError(
+                    f"{name}: needs a list of {self.layers} layers for each of the {len(self.budgets)} budgets; got "
+                    f"lists of {[len(one) for one in lists]}"
+                )
+        if self.model is not None and self.model.layers != self.layers:
+            raise ConfigError(f"retention: the model has {self.model.layers} layers; got lists of {self.layers}")
+        return self
+
+    @property
+    def layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.retention[0])
+
+    def allocator(self) -> Profile:
+        """The allocator that gives layers these sizes at any budget, without reading a score."""
+        return Profile(retentions=self.retention, model=self.model)
+
+    def at(self, budget: float) -> list[float]:
+        """Retention per layer for a budget, whose mean over the layers is the budget.
+
+        Interpolated linearly between the calibrated budgets, each taken as the mean of what its layers keep (which
+        differs a little from the budget asked for, since tokens are whole); below the lowest towards all 0 at budget
+        0, above the highest towards all 1 at budget 1.
+
+        Raises:
+            ConfigError: if the budget is not a fraction.
+        """
+        if not 0 <= budget <= 1:
+            raise ConfigError(f"budget: must be a fraction from 0 to 1; got {budget}")
+        shares: list[float] = self.allocator().retention_at(torch.tensor([budget], dtype=torch.float64))[:, 0].tolist()
+        return shares
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> LayerProfile:
+        """Reads a .json, .yaml or .yml file.
+
+        Raises:
+            ConfigError: if the file cannot be read or parsed, or does not hold a profile.
+        """
+        path = _format_of(path)
+        fields = _read(path)
+        if not isinstance(fields, dict) or "budgets" not in fields:
+            raise ConfigError(
+                f"profile {path}: must hold a mapping with budgets and retention, as 'kvcompress calibrate' writes it; "
+                "a bare list of shares kept goes into allocator={'name': 'profile', 'path': ...}, a folder of PrefixKV "
+                "through 'kvcompress calibrate --from-prefixkv'"
+            )
+        try:
+            return cls(**fields)
+        except (ConfigError, TypeError) as error:
+            raise ConfigError(f"profile {path}: {error}") from None
+
+    def dump(self, path: str | PathLike[str]) -> None:
+        """Writes the exact inverse of `load`.
+
+        Raises:
+            ConfigError: if the file cannot be written.
+        """
+        path, fields = _format_of(path), self.model_dump(mode="json")
+        text = json.dumps(fields) + "\n" if path.suffix == ".json" else yaml.safe_dump(fields, sort_keys=False)
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"profile {path}: cannot be written: {error.strerror or error}") from None
+
+    @classmethod
+    def from_prefixkv(cls, folder: str | PathLike[str]) -> LayerProfile:
+        """Reads the configurations that PrefixKV publishes: a JSON file for each ratio.
+
+        A file's name ends in its ratio (`prefixkv_llava-v1.5-7b_0.7.json`, `0.7.json`), and it holds one list with a
+        number per layer. In both, 0.7 is the share *evicted*: such a file becomes the budget 0.3, and its numbers x
+        become the retention 1 - x. It says nothing of the model, so only the number of layers is checked when the
+        profile is used.
+
+        Args:
+            folder: with the files; where it holds those of several models, with the start of their names:
+                `confs/prefixkv_llava-v1.5-7b`.
+
+        Raises:
+            ConfigError: if there are no such files, or those of several models, or one holds anything else.
+        """
+        folder = Path(folder)
+        files = {round(1 - ratio, 9): path for ratio, path in _ratios(folder).items() if ratio < 1}
+        budgets = sorted(files)
+        retention = [[1 - share for share in _evicted(files[budget])] for budget in budgets]
+        return cls(budgets=budgets, retention=retention, data=f"PrefixKV: {folder.name}")
+
+
+def profile_override(profile: LayerProfile | str | PathLike[str] | None, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a configuration to override, with a profile or its file for the allocator; None changes nothing.
+
+    Raises:
+        ConfigError: if the profile cannot be read, or an allocator is among the fields.
+    """
+    if profile is None:
+        return overrides
+    if "allocator" in overrides:
+        raise ConfigError("profile: takes the place of the allocator, and both were given; give one")
+    profile = profile if isinstance(profile, LayerProfile) else LayerProfile.load(profile)
+    return {**overrides, "allocator": profile.allocator()}
+
+
+def check_profiles(config: CompressionConfig, decoder: PreTrainedModel) -> None:
+    """Raises ConfigError if a profile in a configuration was made for another model; the message names what differs.
+
+    Args:
+        config: the policies.
+        decoder: the module that owns the decoder layers.
+    """
+    held = _profiles(config.allocator)
+    known = [one.model for one in held if one.model is not None]
+    mine = fingerprint_of(decoder) if known else None
+    for one in held:
+        differences = [] if one.model is None or mine is None else one.model.differences(mine)
+        layers = len(one.retentions[0]) if one.retentions else decoder.config.num_hidden_layers
+        if not differences and layers != decoder.config.num_hidden_layers:
+            differences = [f"layers {layers} instead of {decoder.config.num_hidden_layers}"]
+        if differences:
+            raise ConfigError(
+                f"profile: was made for another model ({', '.join(differences)}); make one for this model with "
+                "'kvcompress calibrate', or leave the profile out"
+            )
+
+
+def _profiles(allocator: Allocator) -> list[Profile]:
+    """Every profile in an allocator, those of its parts included."""
+    parts = [value for _, value in allocator if isinstance(value, Allocator)]
+    own = [allocator] if isinstance(allocator, Profile) else []
+    return own + [profile for part in parts for profile in _profiles(part)]
+
+
+def _ratios(folder: Path) -> dict[float, Path]:
+    """The files of PrefixKV by the ratio that their names end in."""
+    folder, start = (folder, "") if folder.is_dir() else (folder.parent, folder.name)
+    models: dict[str, dict[float, Path]] = {}
+    for path in sorted(folder.glob("*.json")):
+        name = re.fullmatch(r"(|.*[^\d.])([01](?:\.\d+)?)", path.stem)
+        if name and path.name.startswith(start) and float(name[2]) <= 1:
+            models.setdefault(name[1], {})[float(name[2])] = path
+    if not models:
+        raise ConfigError(
+            f"from_prefixkv: {folder} has no .json file whose name {f'starts with {start} and ' if start else ''}ends "
+            "in the ratio evicted, such as 0.7.json"
+        )
+    if len(models) > 1:
+        raise ConfigError(
+            f"from_prefixkv: {folder} has the files of several models; add the start of the names: "
+            f"{', '.join(str(folder / name) for name in models)}"
+        )
+    return models.popitem()[1]
+
+
+def _evicted(path: Path) -> list[float]:
+    shares = _read(path)
+    if not isinstance(shares, list) or not shares or not all(_is_share(share) for share in shares):
+        raise ConfigError(f"profile {path}: must hold one list with the share evicted of each layer, from 0 to 1")
+    return [float(share) for share in shares]
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
+
+
+def _read(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"profile {path}: cannot be read: {error}") from None
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"profile {path}: is not valid {path.suffix[1:].upper()}: {reason}") from None
+
+
+def _format_of(path: str | PathLike[str]) -> Path:
+    path = Path(path)
+    if path.suffix not in _FORMATS:
+        raise ConfigError(f"profile {path}: the file name must end in one of {', '.join(_FORMATS)}")
+    return path
