@@ -1,0 +1,150 @@
+"""Generates with compressed caches, alone or as one of several processes that share the heads (under torchrun)."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+from torch import Tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from transformers import PreTrainedModel
+
+from kvcompress import ALLOCATORS, MERGERS, QUANTIZERS, REDUCERS, SCORERS, CompressedCache
+from kvcompress.composition import EXAMPLES
+from kvcompress.errors import KVCompressError
+from kvcompress.presets import PRESETS
+from tests import tiny
+
+BUDGET = {"fraction": 0.3, "sink": 1, "recent": 4}
+PER_HEAD = {"name": "topk", "granularity": "head"}
+LOWEST = {"name": "topk", "granularity": "head", "decode": "lowest_score"}
+SMALL: dict[str, dict[str, Any]] = {"snapkv": {"window": 8}, "lagkv": {"lag": 16, "sink": 4}}  # for short prompts
+MODELS = ("llama", "llama_mha", "qwen2", "qwen3", "llava", "llava_next")
+TOKENS, NEW = 130, 6
+
+
+def cases() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
+    """What is run: a name, the model, the way of calling it, and the fields of the configuration."""
+    for preset, (_, fields) in PRESETS.items():
+        reduces = "reducer" in fields
+        budget = {} if fields.get("evictor", "topk") is None else {"budget": BUDGET}
+        yield preset, "llava_next" if reduces else "llama", "generate", {"config": preset, **budget}
+    for number, name in enumerate(SCORERS.names()):
+        scorer = {"name": name, **EXAMPLES.get(("scorer", name), SMALL.get(name, {}))}
+        fields = {"scorer": scorer, "allocator": "uniform", "evictor": (PER_HEAD, LOWEST, "chunk")[number % 3]}
+        yield f"scorer {name}", ("llama", "llama_mha")[number % 2], "generate", fields
+    for name in ALLOCATORS.names():
+        fields = {"allocator": {"name": name, **EXAMPLES.get(("allocator", name), {})}}
+        yield f"allocator {name}", "llava" if name == "modality" else "llama", "generate", fields
+    for name in MERGERS.names():
+        yield f"merger {name}", "llama_mha", "generate", {"merger": name, "evictor": LOWEST}
+    for name in QUANTIZERS.names():
+        quantizer = {"name": name, "group": 4, "residual": 8}
+        evictor = {**PER_HEAD, "distance": 8}
+        yield f"quantizer {name}", "llama", "second turn", {"quantizer": quantizer, "evictor": evictor}
+    for name in REDUCERS.names():
+        reducer = {"name": name, **EXAMPLES.get(("reducer", name), {})}
+        yield f"reducer {name}", "llava_next", "generate", {"reducer": reducer}
+    for way in ("second turn", "beams", "padded", "copies", "taken back"):
+        yield f"{way}, layer", "llama", way, {}
+        yield f"{way}, head", "llama", way, {"evictor": LOWEST}
+        yield f"{way}, two heads each", "llama_mha", way, {"evictor": LOWEST}
+        yield f"{way}, lowest score", "qwen3", way, {"evictor": {**LOWEST, "granularity": "layer"}}
+    yield "bytes", "llama", "padded", {"budget": {"bytes": 2 * 3 * 20 * 128, "sink": 1, "recent": 4}}
+    yield "tokens", "qwen2", "generate", {"budget": {"tokens": 20, "sink": 1, "recent": 4}}
+    yield "image and text", "llava", "generate", {"evictor": LOWEST}
+
+
+def played(model: PreTrainedModel, name: str, way: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Tokens that come out, and what the cache holds in the end."""
+    fields = {"config": "prefixkv", "budget": BUDGET, **fields} if "config" not in fields else dict(fields)
+    cache = CompressedCache(model, fields.pop("config"), **fields)
+    options = {"max_new_tokens": NEW, "do_sample": False}
+    inputs = tiny.inputs(name, TOKENS, seed=3, batch=2 if way in ("padded", "beams") else 1)
+    tokens: list[Any] = []
+    if way == "padded":
+        inputs["attention_mask"][0, :17] = 0
+    elif way == "beams":
+        options["num_beams"] = 3
+    elif way == "copies":
+        model(**inputs, past_key_values=cache)
+        inputs = longer(inputs["input_ids"], 5)
+        other = copy.deepcopy(cache)
+        tokens.append(model.generate(**inputs, past_key_values=other, **options).tolist())
+    elif way == "taken back":
+        model(**inputs, past_key_values=cache)
+        cache.activate_past_recording()
+        more = longer(inputs["input_ids"], 7)
+        model(more["input_ids"][:, TOKENS:], attention_mask=more["attention_mask"], past_key_values=cache)
+        cache.crop(-4)
+        tokens.append([cache.is_croppable])
+        inputs = longer(more["input_ids"][:, : TOKENS + 3], 1)
+    out = model.generate(**inputs, past_key_values=cache, **options)
+    tokens.append(out.tolist())
+    if way == "second turn":
+        tokens.append([cache.is_croppable])
+        tokens.append(model.generate(**longer(out, 9), past_key_values=cache, **options).tolist())
+    report = cache.report()
+    return {
+        "tokens": tokens,
+        "lengths": report.layer_lengths,
+        "columns": report.held_columns,
+        "croppable": cache.is_croppable,
+        "kv_bytes": report.kv_bytes,
+    }
+
+
+def longer(ids: Tensor, count: int) -> dict[str, Tensor]:
+    """A conversation with random tokens after it."""
+    ids = torch.cat([ids, tiny.token_ids(len(ids), count, seed=7)], 1)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def sent(model: PreTrainedModel, past: Any) -> list[int]:
+    """Collective calls of a prompt and of a decode step after it."""
+    counts = []
+    for ids in (tiny.token_ids(1, TOKENS, seed=5), tiny.token_ids(1, 1, seed=6)):
+        with CommDebugMode() as mode, torch.no_grad():
+            model(ids, past_key_values=past)
+        counts.append(mode.get_total_counts())
+    return counts
+
+
+def shared(folder: Path, name: str, **plan: Any) -> PreTrainedModel:
+    """A saved tiny model whose heads are shared out over the processes."""
+    kind = "AutoModelForImageTextToText" if name in tiny.IMAGE_MODELS else "AutoModelForCausalLM"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # transformers is about to rename the argument
+        return getattr(transformers, kind).from_pretrained(folder / name, dtype=torch.float32, **plan).eval()
+
+
+def main(folder: Path) -> None:
+    """Plays every case as one of several processes and writes what came out."""
+    models = {name: shared(folder, name, tp_plan="auto") for name in MODELS}
+    found: dict[str, Any] = {label: played(models[name], name, *rest) for label, name, *rest in cases()}
+    found["sent"] = {
+        "model": sent(models["llama"], transformers.DynamicCache()),
+        **{preset: sent(models["llama"], CompressedCache(models["llama"], preset)) for preset in ("prefixkv", "h2o")},
+    }
+    plan = {f"model.layers.*.{part}": "colwise" for part in ("self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj")}
+    plan |= {"model.layers.*.mlp.down_proj": "rowwise"}
+    try:
+        CompressedCache(shared(folder, "llama", tp_plan=plan))
+    except KVCompressError as error:
+        found["refused"] = f"{type(error).__name__}: {error}"
+    del plan["model.layers.*.self_attn.q_proj"]
+    found["whole heads"] = played(shared(folder, "llama", tp_plan=plan), "llama", "generate", {})
+    (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(found), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
