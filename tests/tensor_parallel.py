@@ -54,10 +54,9 @@ def cases() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
         reducer = {"name": name, **EXAMPLES.get(("reducer", name), {})}
         yield f"reducer {name}", "llava_next", "generate", {"reducer": reducer}
     for way in ("second turn", "beams", "padded", "copies", "taken back"):
-        yield f"{way}, layer", "llama", way, {}
-        yield f"{way}, head", "llama", way, {"evictor": LOWEST}
+        yield f"{way}, a set per layer", "qwen3", way, {"evictor": {**LOWEST, "granularity": "layer"}}
+        yield f"{way}, one head each", "llama", way, {"evictor": LOWEST}
         yield f"{way}, two heads each", "llama_mha", way, {"evictor": LOWEST}
-        yield f"{way}, lowest score", "qwen3", way, {"evictor": {**LOWEST, "granularity": "layer"}}
     yield "bytes", "llama", "padded", {"budget": {"bytes": 2 * 3 * 20 * 128, "sink": 1, "recent": 4}}
     yield "tokens", "qwen2", "generate", {"budget": {"tokens": 20, "sink": 1, "recent": 4}}
     yield "image and text", "llava", "generate", {"evictor": LOWEST}
@@ -69,7 +68,7 @@ def played(model: PreTrainedModel, name: str, way: str, fields: dict[str, Any]) 
     cache = CompressedCache(model, fields.pop("config"), **fields)
     options = {"max_new_tokens": NEW, "do_sample": False}
     inputs = tiny.inputs(name, TOKENS, seed=3, batch=2 if way in ("padded", "beams") else 1)
-    tokens: list[Any] = []
+    said: list[Any] = []
     if way == "padded":
         inputs["attention_mask"][0, :17] = 0
     elif way == "beams":
@@ -78,28 +77,33 @@ def played(model: PreTrainedModel, name: str, way: str, fields: dict[str, Any]) 
         model(**inputs, past_key_values=cache)
         inputs = longer(inputs["input_ids"], 5)
         other = copy.deepcopy(cache)
-        tokens.append(model.generate(**inputs, past_key_values=other, **options).tolist())
+        said.append(model.generate(**inputs, past_key_values=other, **options).tolist())
     elif way == "taken back":
         model(**inputs, past_key_values=cache)
         cache.activate_past_recording()
         more = longer(inputs["input_ids"], 7)
         model(more["input_ids"][:, TOKENS:], attention_mask=more["attention_mask"], past_key_values=cache)
         cache.crop(-4)
-        tokens.append([cache.is_croppable])
+        said.append(croppable(cache))
         inputs = longer(more["input_ids"][:, : TOKENS + 3], 1)
     out = model.generate(**inputs, past_key_values=cache, **options)
-    tokens.append(out.tolist())
+    said.append(out.tolist())
     if way == "second turn":
-        tokens.append([cache.is_croppable])
-        tokens.append(model.generate(**longer(out, 9), past_key_values=cache, **options).tolist())
+        said.append(croppable(cache))
+        said.append(model.generate(**longer(out, 9), past_key_values=cache, **options).tolist())
     report = cache.report()
     return {
-        "tokens": tokens,
+        "said": said,
         "lengths": report.layer_lengths,
         "columns": report.held_columns,
-        "croppable": cache.is_croppable,
+        "croppable": croppable(cache),
         "kv_bytes": report.kv_bytes,
     }
+
+
+def croppable(cache: CompressedCache) -> list[int]:
+    """Numbers of last columns that every head of every layer still holds."""
+    return [count for count in range(1, TOKENS) if cache._engine.can_drop(count)]
 
 
 def longer(ids: Tensor, count: int) -> dict[str, Tensor]:
@@ -130,18 +134,22 @@ def main(folder: Path) -> None:
     """Plays every case as one of several processes and writes what came out."""
     models = {name: shared(folder, name, tp_plan="auto") for name in MODELS}
     found: dict[str, Any] = {label: played(models[name], name, *rest) for label, name, *rest in cases()}
-    found["sent"] = {
-        "model": sent(models["llama"], transformers.DynamicCache()),
-        **{preset: sent(models["llama"], CompressedCache(models["llama"], preset)) for preset in ("prefixkv", "h2o")},
+    configs: dict[str, dict[str, Any]] = {
+        "prefixkv": {"config": "prefixkv", "budget": BUDGET},
+        "uniform": {"config": "prefixkv", "budget": BUDGET, "allocator": "uniform"},
+        "streaming": {"config": "streaming", "budget": BUDGET},
+        "lowest score": {"config": "prefixkv", "budget": BUDGET, "evictor": LOWEST},
     }
-    plan = {f"model.layers.*.{part}": "colwise" for part in ("self_attn.q_proj", "mlp.gate_proj", "mlp.up_proj")}
-    plan |= {"model.layers.*.mlp.down_proj": "rowwise"}
+    found["sent"] = {name: sent(models["llama"], CompressedCache(models["llama"], **c)) for name, c in configs.items()}
+    found["sent"]["model"] = sent(models["llama"], transformers.DynamicCache())
+    attention = "model.layers.*.self_attn."
+    key_value = {f"{attention}{part}": "replicate" for part in ("k_proj", "v_proj")}
     try:
-        CompressedCache(shared(folder, "llama", tp_plan=plan))
+        CompressedCache(shared(folder, "llama", tp_plan=key_value))
     except KVCompressError as error:
         found["refused"] = f"{type(error).__name__}: {error}"
-    del plan["model.layers.*.self_attn.q_proj"]
-    found["whole heads"] = played(shared(folder, "llama", tp_plan=plan), "llama", "generate", {})
+    whole = {**key_value, f"{attention}q_proj": "replicate", f"{attention}o_proj": "replicate"}
+    found["whole"] = played(shared(folder, "llama", tp_plan=whole), "llama", "generate", {})
     (folder / f"rank{dist.get_rank()}.json").write_text(json.dumps(found), encoding="utf-8")
     dist.destroy_process_group()
 
