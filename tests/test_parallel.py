@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -101,11 +100,11 @@ def attentions(*rows: tuple[int, int, int], head_dim: int = 8) -> list[nn.Module
     """Attention modules whose projections have so many rows each."""
     layers = []
     for counts in rows:
-        parts = zip(("q_proj", "k_proj", "v_proj"), counts, strict=True)
-        layers.append(nn.ModuleDict({name: nn.Linear(4, count) for name, count in parts}))
-        layers[-1].head_dim = head_dim  # type: ignore[assignment]
-        for name in tuple(layers[-1]):
-            setattr(layers[-1], name, layers[-1][name])
+        layer = nn.Module()
+        layer.head_dim = head_dim  # type: ignore[assignment]
+        for name, count in zip(("q_proj", "k_proj", "v_proj"), counts, strict=True):
+            setattr(layer, name, nn.Linear(4, count))
+        layers.append(layer)
     return layers
 
 
@@ -135,9 +134,9 @@ def test_heads_shared_out_in_other_ways_are_refused(
 
 
 def test_fused_projections_are_refused_with_a_way_out() -> None:
-    fused = SimpleNamespace(qkv_proj=nn.Linear(4, 32), head_dim=8)
+    fused = nn.ModuleDict({"qkv_proj": nn.Linear(4, 32)})
     with pytest.raises(UnsupportedModelError, match="q_proj has no weight here"):
-        head_group([fused], 4, 4, Mesh(tp=2))  # type: ignore[list-item]
+        head_group([fused], 4, 4, Mesh(tp=2))
 
 
 def test_a_process_alone_gives_back_what_it_got() -> None:
