@@ -66,7 +66,7 @@ def played(model: PreTrainedModel, name: str, way: str, fields: dict[str, Any]) 
     """Tokens that come out, and what the cache holds in the end."""
     fields = {"config": "prefixkv", "budget": BUDGET, **fields} if "config" not in fields else dict(fields)
     cache = CompressedCache(model, fields.pop("config"), **fields)
-    options = {"max_new_tokens": NEW, "do_sample": False}
+    options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
     inputs = tiny.inputs(name, TOKENS, seed=3, batch=2 if way in ("padded", "beams") else 1)
     said: list[Any] = []
     if way == "padded":
@@ -84,26 +84,29 @@ def played(model: PreTrainedModel, name: str, way: str, fields: dict[str, Any]) 
         more = longer(inputs["input_ids"], 7)
         model(more["input_ids"][:, TOKENS:], attention_mask=more["attention_mask"], past_key_values=cache)
         cache.crop(-4)
-        said.append(croppable(cache))
+        said.append(least_held(cache))
         inputs = longer(more["input_ids"][:, : TOKENS + 3], 1)
-    out = model.generate(**inputs, past_key_values=cache, **options)
-    said.append(out.tolist())
+    options |= {"output_logits": True, "return_dict_in_generate": True}
+    result = model.generate(**inputs, past_key_values=cache, **options)
+    said.append(result.sequences.tolist())
     if way == "second turn":
-        said.append(croppable(cache))
-        said.append(model.generate(**longer(out, 9), past_key_values=cache, **options).tolist())
+        said.append(least_held(cache))
+        result = model.generate(**longer(result.sequences, 9), past_key_values=cache, **options)
+        said.append(result.sequences.tolist())
     report = cache.report()
     return {
         "said": said,
         "lengths": report.layer_lengths,
         "columns": report.held_columns,
-        "croppable": croppable(cache),
+        "least_held": least_held(cache),
+        "logits": result.logits[-1][0].tolist(),
         "kv_bytes": report.kv_bytes,
     }
 
 
-def croppable(cache: CompressedCache) -> list[int]:
-    """Numbers of last columns that every head of every layer still holds."""
-    return [count for count in range(1, TOKENS) if cache._engine.can_drop(count)]
+def least_held(cache: CompressedCache) -> list[list[list[int]]]:
+    """Tokens from some columns on that every head of a layer holds, which decides what can be taken back."""
+    return [[store.holds_from(column) for column in range(0, TOKENS, 10)] for store in cache._engine.stores]
 
 
 def longer(ids: Tensor, count: int) -> dict[str, Tensor]:
