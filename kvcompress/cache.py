@@ -133,7 +133,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         layers = len(adapter.layers(model))
         if self.config.reducer is not None:
             self.config.reducer.acts_after(layers)  # complains before anything is touched
-        self._engine = Engine(self.config, layers)
+        self._engine = Engine(self.config, layers, adapter.head_group(model))
         self._decoder = weakref.ref(adapter.decoder(model))
         super().__init__(
             layers=[CompressedLayer(self._engine, index, adapter, self._decoder) for index in range(layers)]

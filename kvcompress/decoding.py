@@ -74,9 +74,12 @@ def evict(layer: int, store: DenseStore, config: CompressionConfig, sequence: Se
             _merge(layer, store, config, sequence, columns, scores, store.columns() != columns, most)
         return
     while over := [row for row, count in enumerate(store.counts) if count > per_row[row]]:
-        columns, scores = store.columns(), store.used_scores()
-        protected = sequence.protected(columns, *pipeline.protection(config))
-        victims = evictor.victim(DecodeContext(columns, protected, scores))
+        columns, scores, every_column = store.columns(), store.used_scores(), pipeline.every_column(store)
+        protected = sequence.protected(every_column, *pipeline.protection(config))
+        every_score = None if scores is None else store.heads.gather(scores)
+        victims = evictor.victim(DecodeContext(every_column, protected, every_score))
+        store.heads_part = store.heads_part or victims.shape[1] > 1
+        victims = store.heads.own(victims)
         if merges:
             rows = torch.zeros(store.batch, 1, 1, dtype=torch.bool, device=columns.device)
             rows[over] = True

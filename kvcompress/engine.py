@@ -14,6 +14,7 @@ from kvcompress.config import CompressionConfig
 from kvcompress.decoding import attend_one, evict
 from kvcompress.errors import CacheStateError
 from kvcompress.images import ImageLayout
+from kvcompress.parallel import ALONE, HeadGroup
 from kvcompress.pipeline import Allocation
 from kvcompress.quantized import QuantizedStore
 from kvcompress.reduction import Reduction
@@ -57,15 +58,17 @@ class Engine:
         sequence: the tokens seen.
         allocation: the last allocation; None before the first.
         statistics: what the allocator reads of each layer's last scoring forward, by name, `[batch]`.
+        heads: which of every layer's heads this process holds.
         recording: whether eviction waits for the next crop (assisted decoding).
         layout: where the images of the forward about to begin are, for the reducer; None if there are none.
     """
 
-    def __init__(self, config: CompressionConfig, layers: int) -> None:
+    def __init__(self, config: CompressionConfig, layers: int, heads: HeadGroup = ALONE) -> None:
         """Starts with nothing seen."""
         self.config = config
+        self.heads = heads
         quantizer = config.quantizer
-        self.stores = [QuantizedStore(quantizer) if quantizer else DenseStore() for _ in range(layers)]
+        self.stores = [QuantizedStore(quantizer, heads) if quantizer else DenseStore(heads) for _ in range(layers)]
         self.sequence = Sequence()
         self.allocation: Allocation | None = None
         self.statistics: list[dict[str, Tensor]] = [{} for _ in range(layers)]
@@ -367,7 +370,7 @@ class Engine:
 
     def reset(self) -> None:
         """Forgets everything, a failed forward included."""
-        self.__init__(self.config, len(self.stores))  # type: ignore[misc]
+        self.__init__(self.config, len(self.stores), self.heads)  # type: ignore[misc]
 
     def _broken(self) -> CacheStateError:
         return CacheStateError(

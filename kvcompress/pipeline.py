@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -51,6 +52,9 @@ class Allocation:
         self.notes = {name: values.index_select(0, index.to(values.device)) for name, values in self.notes.items()}
 
 
+Ranked: TypeAlias = tuple[Tensor, Tensor | None]  # columns and importance of a layer's slots, over all heads
+
+
 def compress(
     stores: List[DenseStore], config: CompressionConfig, sequence: Sequence, statistics: List[dict[str, Tensor]]
 ) -> Allocation:
@@ -68,27 +72,31 @@ def compress(
     Raises:
         PolicyError: if a policy breaks its contract; the message names policy and layer.
     """
-    importance, context = gather_importance(stores, config, sequence, statistics)
+    ranked = [every_head(layer, store, config, sequence) for layer, store in enumerate(stores)]
+    importance, context = gather_importance(stores, config, sequence, statistics, ranked)
     allocation = allocate(config, sequence, stores, [store.counts for store in stores], importance, context)
     for layer, store in enumerate(stores):
-        shrink(layer, store, config, sequence, allocation)
+        shrink(layer, store, config, sequence, allocation, ranked[layer])
     return allocation
 
 
 def gather_importance(
-    stores: List[DenseStore], config: CompressionConfig, sequence: Sequence, statistics: List[dict[str, Tensor]]
+    stores: List[DenseStore],
+    config: CompressionConfig,
+    sequence: Sequence,
+    statistics: List[dict[str, Tensor]],
+    ranked: List[Ranked],
 ) -> tuple[Tensor, AllocationContext]:
     """Head-mean importance of every layer on one device, padded to the longest layer, with what belongs to it."""
     slots, device = max(store.length for store in stores), stores[-1].device
     rows = []
-    for layer, store in enumerate(stores):
-        score = importance_of(layer, store, config, sequence)
+    for store, (held, score) in zip(stores, ranked, strict=True):
         if score is None:
             score = torch.zeros(store.batch, 1, store.length, device=store.device)
-        elif store.columns().shape[1] > 1:
-            score = _rank_by_rank(score, store.columns(), sequence.images_at(store.columns()))
+        elif held.shape[1] > 1:
+            score = _rank_by_rank(score, held, sequence.images_at(held))
         rows.append(F.pad(score.mean(1), (0, slots - store.length)).to(device))
-    columns = [F.pad(s.columns()[:, :1], (0, slots - s.length), value=-1).to(device) for s in stores]
+    columns = [F.pad(held[:, :1], (0, slots - held.shape[2]), value=-1).to(device) for held, _ in ranked]
     images = [sequence.images_at(column) for column in columns]
     protected = [sequence.protected(column, *protection(config)) for column in columns]
     context = AllocationContext(
@@ -112,6 +120,17 @@ def _rank_by_rank(score: Tensor, columns: Tensor, images: Tensor | None) -> Tens
     order = order.gather(-1, kind.gather(-1, order).argsort(dim=-1, stable=True))
     ranked = score.gather(-1, order).mean(1, keepdim=True)
     return torch.zeros_like(ranked).scatter_(-1, order[:, :1], ranked)
+
+
+def every_head(layer: int, store: DenseStore, config: CompressionConfig, sequence: Sequence) -> Ranked:
+    """Columns and importance of a layer's slots over all of its heads, those that other processes hold included."""
+    importance = importance_of(layer, store, config, sequence)
+    return every_column(store), None if importance is None else store.heads.gather(importance)
+
+
+def every_column(store: DenseStore) -> Tensor:
+    """Columns of a layer's slots over all of its heads; one set where they hold the same tokens."""
+    return store.heads.gather(store.columns()) if store.heads_part else store.columns()
 
 
 def importance_of(layer: int, store: DenseStore, config: CompressionConfig, sequence: Sequence) -> Tensor | None:
@@ -185,33 +204,46 @@ def row_total(budget: Budget, row_seen: int, stores: List[DenseStore], batch: in
         return math.floor(budget.fraction * row_seen * layers + 1e-6)
     if budget.tokens is not None:
         return budget.tokens * layers
+    shares = layers * batch * stores[0].heads.size  # processes that share the heads share the bytes
     known = [store for store in stores if store.keys is not None]
-    slots = sum(store.slots_within((budget.bytes or 0) / (layers * batch)) for store in known) * layers / len(known)
+    slots = sum(store.slots_within((budget.bytes or 0) / shares) for store in known) * layers / len(known)
     return max(0, int(slots) - layers)  # each layer has room for one slot more while it decodes
 
 
 def shrink(
-    layer: int, store: DenseStore, config: CompressionConfig, sequence: Sequence, allocation: Allocation
+    layer: int,
+    store: DenseStore,
+    config: CompressionConfig,
+    sequence: Sequence,
+    allocation: Allocation,
+    ranked: Ranked | None = None,
 ) -> None:
-    """Selects the slots of one layer that stay, and gives the rest back."""
+    """Selects the slots of one layer that stay, and gives the rest back.
+
+    Every process decides for all heads of the layer, and keeps what that says of its own.
+    """
     budget = allocation.budgets[layer]
     if config.evictor is None or budget == store.counts:
         return
-    columns, images = store.columns(), allocation.image_budgets
+    columns, importance = ranked or every_head(layer, store, config, sequence)
+    images = allocation.image_budgets
     context = SelectionContext(
         budget=torch.tensor(budget, device=columns.device),
         valid=columns >= 0,
         protected=sequence.protected(columns, *protection(config)),
         columns=columns,
-        importance=importance_of(layer, store, config, sequence),
+        importance=importance,
         is_image=sequence.images_at(columns),
         image_budget=None if images is None else torch.tensor(images[layer], device=columns.device),
     )
     mask = config.evictor.select(context)
     _check_selection(f"evictor {config.evictor.name}: layer {layer}", mask, context)
+    store.heads_part = store.heads_part or mask.shape[1] > 1
+    mask, columns = store.heads.own(mask), store.columns()
     if config.merger is not None:
         most = max(budget), max(held - kept for held, kept in zip(store.counts, budget, strict=True))
-        dropped = Dropped(columns, mask, context.valid & ~mask, context.importance, *most)
+        importance = None if importance is None else store.heads.own(importance)
+        dropped = Dropped(columns, mask, (columns >= 0) & ~mask, importance, *most)
         merge(layer, store, config, sequence, dropped, decoding=False)
     store.keep(mask, budget, room=0 if config.evictor.frees == "nothing" else 1)
 
@@ -263,6 +295,7 @@ def merge(
         most_evicted=dropped.most_evicted,
         decoding=decoding,
         state=store.merger_state,
+        first_head=store.heads.first(keys.shape[1]),
     )
     merged = config.merger.merge(context)
     label = f"merger {config.merger.name}: layer {layer}"

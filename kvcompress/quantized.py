@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from kvcompress.parallel import ALONE, HeadGroup
 from kvcompress.shapes import Codes, Keys, Values
 from kvcompress.stages import Quantizer
 from kvcompress.storage import DenseStore, gathered
@@ -79,9 +80,9 @@ class QuantizedStore(DenseStore):
     precision, to be quantized with a later group.
     """
 
-    def __init__(self, quantizer: Quantizer) -> None:
+    def __init__(self, quantizer: Quantizer, heads: HeadGroup = ALONE) -> None:
         """Starts empty."""
-        super().__init__()
+        super().__init__(heads)
         self.quantizer = quantizer
         self._packed: tuple[Packed, Packed] | None = None  # keys and values
 
@@ -169,6 +170,8 @@ class QuantizedStore(DenseStore):
         per_head = order.expand(-1, self.keys.shape[1], -1)
         real = torch.arange(order.shape[2], device=order.device) < torch.tensor(counts, device=order.device)[:, None]
         quantized = ((order < self.packed) & real.unsqueeze(1)).sum(-1)
+        if self.heads_part:  # as many in every head of the layer, wherever it is
+            quantized = self.heads.gather(quantized)
         stay = int(quantized.min())
         alike = stay == int(quantized.max())
         keys, values = (self.keys, self.values) if alike else self.slots()

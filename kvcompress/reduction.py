@@ -83,8 +83,10 @@ class Reduction:
                     seen=self.sequence.row_seen[row],
                     is_image=self.sequence.images_at(columns[rows, :, :count], rows),
                     weights=LayerWeights(),
+                    heads=store.heads,
                 )
-                self._guidance[row] = self.reducer.guidance(context)
+                guidance = self.reducer.guidance(context)
+                self._guidance[row] = None if guidance is None else store.heads.mean(guidance)
 
     def reduce(self, layer: int, hidden: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch fewer hidden"]:
         """Lets the reducer act between two layers, row by row.

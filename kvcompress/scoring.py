@@ -70,10 +70,11 @@ def attend_and_score(
             seen=sequence.row_seen[rows.start or 0],
             is_image=sequence.images_at(columns, rows),
             weights=weights,
+            heads=store.heads,
         )
         for name in needs:
             known = statistics.setdefault(name, torch.zeros(store.batch, device=query.device))
-            known[rows] = STATISTICS[name](context)
+            known[rows] = store.heads.mean(STATISTICS[name](context))
     if scorer is not None:
         scores = scorer.score(context)
         expected = tuple(keys.shape[:3])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvcompress.images import ImageGrid
 from kvcompress.kernels import attention_mass, attention_probabilities
+from kvcompress.parallel import ALONE, HeadGroup
 
 Queries: TypeAlias = Float[Tensor, "batch heads queries head_dim"]
 Keys: TypeAlias = Float[Tensor, "batch kv_heads tokens head_dim"]
@@ -30,7 +31,8 @@ class LayerWeights:
     """What scorers may read of a layer's weights.
 
     Attributes:
-        output: weight of the output projection, `[hidden, heads * value_dim]`; None if the model has none.
+        output: weight of the output projection, `[hidden, heads * value_dim]`; None if the model has none. The columns
+            of this process's heads, where several share them.
         inverse_frequencies: angles per position of the rotary embedding, for the pairs of dimensions
             (i, i + head_dim / 2); None if the model turns none.
     """
@@ -56,6 +58,8 @@ class LayerContext:
         seen: number of tokens of the row, this forward included.
         is_image: which slots hold image tokens; None for a text-only sequence.
         weights: the layer's own weights, as far as scorers read them.
+        heads: which of the layer's heads these are, where several processes share them; a score that depends on a
+            head's number or on other heads must ask it.
     """
 
     layer: int
@@ -68,6 +72,7 @@ class LayerContext:
     seen: int
     is_image: Bool[Tensor, "batch sets tokens"] | None = None
     weights: LayerWeights = LayerWeights()
+    heads: HeadGroup = ALONE
 
     def rows(self) -> list[LayerContext]:
         """The same layer a row at a time, for scorers that treat rows differently."""
@@ -169,6 +174,7 @@ class MergeContext:
         decoding: whether this is what decode steps free (a slot a row, more after a draft was checked), not what a
             scoring forward dropped.
         state: what the merger returned as its state for this layer last time; None at first. Its first axis is batch.
+        first_head: number of the first of these heads in the layer; not 0 where several processes share its heads.
     """
 
     layer: int
@@ -183,6 +189,7 @@ class MergeContext:
     most_evicted: int
     decoding: bool = False
     state: Tensor | None = None
+    first_head: int = 0
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvcompress.lanes import Lane
+from kvcompress.parallel import ALONE, HeadGroup
 from kvcompress.shapes import Columns, Importance, Keys, Values
 
 
@@ -21,8 +22,14 @@ class DenseStore:
     the longest.
     """
 
-    def __init__(self) -> None:
-        """Starts empty; the first append decides shapes, dtype and device."""
+    def __init__(self, heads: HeadGroup = ALONE) -> None:
+        """Starts empty; the first append decides shapes, dtype and device.
+
+        Args:
+            heads: which of the layer's heads these are, where several processes share them.
+        """
+        self.heads = heads
+        self.heads_part = False  # whether the heads of the layer, in any process, hold different tokens
         self.keys: Keys | None = None
         self.values: Values | None = None
         self.scores: Float[Tensor, "batch kv_heads slots"] | None = None
@@ -113,7 +120,8 @@ class DenseStore:
         """Tokens per row, in the set that has fewest, that stand at `column` or later."""
         if self.keys is None:
             return []
-        return (self.columns() >= column).sum(-1).amin(1).tolist()
+        held = (self.columns() >= column).sum(-1)
+        return (self.heads.gather(held) if self.heads_part else held).amin(1).tolist()
 
     # -- writing -------------------------------------------------------------------------------------------------------
 

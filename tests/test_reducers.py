@@ -230,14 +230,14 @@ def test_text_of_earlier_turns_guides_whatever_each_head_holds_of_it() -> None:
 # -- the published numbers ---------------------------------------------------------------------------------------------
 
 
-def counts_of(reducer: LightKV, grids: list[ImageGrid], layers: int) -> list[int]:
-    """Image tokens that every layer gets of an image."""
+def cells_of(reducer: LightKV, grids: list[ImageGrid], layers: int) -> list[list[tuple[int, int, int]]]:
+    """Grid, row and column of the image tokens that every layer gets."""
     cells = [
         (number, *place)
         for number, g in enumerate(grids)
         for place in itertools.product(range(g.height), range(g.width))
     ]
-    found, points = [len(cells)], reducer.acts_after(layers)
+    found, points = [cells], reducer.acts_after(layers)
     for stage in range(len(points)):
         count = len(cells)
         table = torch.tensor(cells)
@@ -254,8 +254,13 @@ def counts_of(reducer: LightKV, grids: list[ImageGrid], layers: int) -> list[int
             guidance=torch.ones(count),
         )
         cells = [cells[token] for token in survivors(reducer.reduce(row))]
-        found.append(len(cells))
+        found.append(cells)
     return [found[sum(point <= layer for point in points)] for layer in range(layers)]
+
+
+def counts_of(reducer: LightKV, grids: list[ImageGrid], layers: int) -> list[int]:
+    """How many they are."""
+    return list(map(len, cells_of(reducer, grids, layers)))
 
 
 def test_the_published_plan() -> None:
@@ -279,8 +284,9 @@ def test_windows_are_more_where_an_image_has_several_grids() -> None:
         ([ImageGrid(0, 24, 24), ImageGrid(0, 48, 42)], (6, 4, 2)),
         ([ImageGrid(0, 24, 24), ImageGrid(1, 24, 24)], (4, 2, 1)),
     ):
-        assert counts_of(LightKV(), grids, 32) == counts_of(LightKV(windows=windows), grids, 32)
-    # 20 x 20 tokens are too few for 8 in each of 6 x 6 windows + 7 x 7, enough for 7 x 7
+        assert cells_of(LightKV(), grids, 32) == cells_of(LightKV(windows=windows), grids, 32)
+        assert cells_of(LightKV(), grids, 32) != cells_of(LightKV(windows=(5, 3, 2)), grids, 32)
+    # 400 tokens are too few for eight in each of 8 x 8 windows, and enough for 7 x 7.
     assert counts_of(LightKV(windows=(8,), after=(1,)), [ImageGrid(0, 20, 20)], 2) == [400, 400]
     assert counts_of(LightKV(windows=(7,), after=(1,)), [ImageGrid(0, 20, 20)], 2)[1] < 400
 

@@ -133,7 +133,7 @@ def _importance(loaded: LoadedModel, inputs: dict[str, Tensor], scoring: Compres
     engine = cache._engine  # its stores hold every token and its score, which no report does
     found = []
     for layer, store in enumerate(engine.stores):
-        importance = pipeline.importance_of(layer, store, scoring, engine.sequence)
+        _, importance = pipeline.every_head(layer, store, scoring, engine.sequence)
         assert importance is not None
         found.append(importance[0].double().mean(0).cpu())
     return torch.stack(found)

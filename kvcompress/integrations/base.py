@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.images import ImageLayout
+from kvcompress.parallel import HeadGroup, head_group, local
 from kvcompress.shapes import LayerWeights
 
 AdapterT = TypeVar("AdapterT", bound="type[Adapter]")
@@ -39,7 +40,18 @@ class Adapter(ABC):
         """What scorers may read of a layer's weights; looked up anew at each scoring forward, never kept."""
         output = getattr(getattr(attention, "o_proj", None), "weight", None)
         frequencies = getattr(getattr(decoder, "rotary_emb", None), "inv_freq", None)
-        return LayerWeights(output, frequencies)
+        return LayerWeights(None if output is None else local(output), frequencies)
+
+    def head_group(self, model: PreTrainedModel) -> HeadGroup:
+        """The processes that share each layer's heads where the model was loaded with a plan of tensor parallelism.
+
+        Raises:
+            UnsupportedModelError: if some process holds anything but its share of whole heads.
+        """
+        attentions, config = self.attention_modules(model), self.decoder(model).config
+        query = getattr(getattr(attentions[0], "q_proj", None), "weight", None)
+        mesh = getattr(model, "_device_mesh", None) or getattr(query, "device_mesh", None)
+        return head_group(attentions, config.num_attention_heads, config.num_key_value_heads, mesh)
 
     sees_images: ClassVar[bool] = False
 

@@ -30,5 +30,6 @@ class Random(Scorer):
 
     def score(self, layer: LayerContext) -> Importance:
         """Hashes the head into a key of the layer, then the number of tokens before into the head's."""
-        heads = torch.arange(layer.keys.shape[1], device=layer.keys.device)[:, None]
+        count = layer.keys.shape[1]
+        heads = layer.heads.first(count) + torch.arange(count, device=layer.keys.device)[:, None]
         return noise(f"{self.seed} {layer.layer}", layer.index, heads)

@@ -24,4 +24,5 @@ class TOVA(Scorer):
 
     def score(self, layer: LayerContext) -> Importance:
         """One row of the softmax, the same for every key/value head."""
-        return layer.attention_probabilities(last=1).mean(1).expand(layer.keys.shape[:3])
+        mean = layer.heads.mean(layer.attention_probabilities(last=1).mean(1))
+        return mean.expand(layer.keys.shape[:3])
