@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/pictures.md into docs/images/; run it with `python tools/pictures.py` (a few minutes).
+"""Draws the pictures of docs/pictures.md and docs/lightkv.md into docs/images/; run it with `python tools/pictures.py` (a few minutes).
 
 Names of pictures after the command draw these alone. Figures are measured anew, so times differ from run to run.
 """
@@ -16,7 +16,7 @@ from kvcompress import CompressionConfig
 from kvcompress.evaluation import LoadedModel, encode_prompt, inspect, load_model
 from kvcompress.evaluation.benchmark import benchmark
 from kvcompress.evaluation.perplexity import english_text
-from kvcompress.evaluation.plots import lorenz, patches, quality, retention, save, speed
+from kvcompress.evaluation.plots import lorenz, merging, patches, quality, retention, save, speed
 from kvcompress.evaluation.shapes import draw_scene, sample_scene, scene_seed
 from kvcompress.evaluation.shapes.measure import description_perplexity, held_out_scenes
 
@@ -49,6 +49,8 @@ def main() -> None:
     write("patches", lambda: patches(found.report, found.grid, found.picture))
     heads = look(0.3, "snapkv")
     write("patches-heads", lambda: patches(heads.report, heads.grid, heads.picture, layers=[0, 2, 4, 6]))
+    merged = inspect(loaded, inputs, CompressionConfig.preset("lightkv"))
+    write("lightkv", lambda: merging(merged.report, merged.grid, merged.picture))
     write("speed", lambda: speed(list(speeds(loaded))))
     write("quality", lambda: quality(list(perplexities(loaded)), "perplexity"))
     if not wanted or any(name.endswith("smollm2") for name in wanted):
