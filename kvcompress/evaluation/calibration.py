@@ -132,7 +132,8 @@ def prompt_retention(
     engine = cache._engine
     stores, sequence = engine.stores, engine.sequence
     held = [list(store.counts) for store in stores]
-    importance, context = pipeline.gather_importance(stores, config, sequence, engine.statistics)
+    ranked = [pipeline.every_head(layer, store, config, sequence) for layer, store in enumerate(stores)]
+    importance, context = pipeline.gather_importance(stores, config, sequence, engine.statistics, ranked)
     found = []
     for budget in budgets:
         wanted = config.override(budget=float(budget))
