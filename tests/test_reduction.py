@@ -602,6 +602,27 @@ def test_a_row_is_as_alone_whatever_stands_beside_it(name: str, reducer: Any, le
     _compare(together, talks)
 
 
+@torch.no_grad()
+def test_rows_take_what_they_lost_along() -> None:
+    """Reordered and repeated rows keep their own missing tokens; sinks are counted among those a layer got."""
+    rows = [tiny.prompt("llava_36", parts, seed=40) for parts in ([0, 7], [3, 0, 2, 0, 4], [9])]
+    talk = Talk("llava_36", "fastv")
+    talk.forward(rows, left=True)
+    sequence, before = talk.cache._engine.sequence, talk.cache.report()
+    for layer in range(3):
+        given = [talk.held(row)[layer] for row in range(3)]
+        for sinks in (0, 2, 5, 20, 100):
+            wanted = [sum(index < sinks for index in row) for row in given]
+            assert sequence.first_given(layer, sinks) == wanted
+    order = [2, 0, 0, 1]
+    talk.cache.batch_select_indices(torch.tensor(order))
+    after = talk.cache.report()
+    for field in ("layer_tokens", "image_tokens", "layer_lengths"):
+        assert getattr(after, field) == [[layer[row] for row in order] for layer in getattr(before, field)]
+    for row, old in enumerate(order):
+        assert after.columns(2, row) == before.columns(2, old)
+
+
 class Talk:
     """Plain forwards of padded rows on one cache."""
 
