@@ -152,6 +152,14 @@ def test_a_policy_is_a_line_over_budgets_with_a_band_and_the_full_cache_a_level_
     assert {"full", "prefixkv", "uniform"} <= set(told)
 
 
+def test_at_a_single_budget_policies_stand_side_by_side_with_whiskers() -> None:
+    (axes,) = plots.quality([row for row in ROWS if row["budget"] in (0.5, 1.0)], "perplexity").axes
+    lines = drawn_lines(axes)
+    left, right = lines["prefixkv"].get_xdata()[0], lines["uniform"].get_xdata()[0]
+    assert left < 50 < right and (left + right) / 2 == 50 and axes.get_xticks().tolist() == [50]
+    assert len(axes.containers) == 2  # a whisker each
+
+
 def test_perplexities_far_apart_are_drawn_on_a_logarithmic_axis() -> None:
     far = [*ROWS, {"policy": "streaming", "budget": 0.2, "perplexity": 60.0}]
     assert plots.quality(ROWS, "perplexity").axes[0].get_yscale() == "linear"

@@ -27,7 +27,8 @@ from kvcompress.cli.generate import Dtype, load_with_spinner
 from kvcompress.cli.options import AsJson, Debug, Device, DtypeName, ModelName, Modules, PlotFolder, Settings
 from kvcompress.config import CompressionConfig
 from kvcompress.evaluation import LoadedModel
-from kvcompress.evaluation.benchmark import BASE, REFERENCES, Measurement, Spread, benchmark, rounds_of, weight_bytes
+from kvcompress.evaluation.benchmark import BASE, REFERENCES, benchmark, rounds_of, weight_bytes
+from kvcompress.evaluation.measurement import Measurement, Spread
 from kvcompress.evaluation.plots import check_matplotlib, save_all, speed
 from kvcompress.evaluation.plots.retention import budget_label
 from kvcompress.evaluation.plots.rows import by_unit

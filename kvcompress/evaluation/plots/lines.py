@@ -42,16 +42,19 @@ def draw_series(axes: Axes, series: Sequence[Series], x: str, factor: float = 1.
         if point.low != point.high and len(references) == 1:  # bands of several would hide one another
             axes.axhspan(factor * point.low, factor * point.high, color=colour, alpha=0.08, linewidth=0)
     policies = [line for line in series if not line.reference]
+    ticks = sorted({scale * point.x for line in policies or references for point in line.points})
     for index, line in enumerate(policies):
         style = look(index)
-        at, middle = [scale * point.x for point in line.points], [factor * point.value for point in line.points]
+        # at a single budget, side by side, so that no whisker covers another
+        aside = 0.6 * ticks[0] * (index - (len(policies) - 1) / 2) / len(policies) if len(ticks) == 1 else 0.0
+        at = [scale * point.x + aside for point in line.points]
+        middle = [factor * point.value for point in line.points]
         low, high = ([factor * getattr(point, end) for point in line.points] for end in ("low", "high"))
         axes.plot(at, middle, label=line.name, **style)
         if len(at) > 1:
             axes.fill_between(at, low, high, color=style["color"], alpha=0.16, linewidth=0)
         elif low != high:
             axes.errorbar(at, middle, [[middle[0] - low[0]], [high[0] - middle[0]]], color=style["color"], capsize=2)
-    ticks = sorted({scale * point.x for line in policies or references for point in line.points})
     axes.set_xticks(ticks, [f"{tick:,.4g}" if tick < 1000 else f"{tick:,.0f}" for tick in ticks])
     margin = 0.05 * (ticks[-1] - ticks[0]) or 0.5 * ticks[0]
     axes.set_xlim(ticks[0] - margin, ticks[-1] + margin)

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 # metric -> what the y axis says, and the factor to its unit
 _LABELS: dict[str, tuple[str, float]] = {
     "perplexity": ("perplexity of the answer (lower is better)", 1),
-    "rouge1": ("ROUGE-1 against the full cache's text (higher is better)", 1),
-    "rouge2": ("ROUGE-2 against the full cache's text (higher is better)", 1),
-    "rougeL": ("ROUGE-L against the full cache's text (higher is better)", 1),
+    "rouge1": ("ROUGE-1 against the full cache (higher is better)", 1),
+    "rouge2": ("ROUGE-2 against the full cache (higher is better)", 1),
+    "rougeL": ("ROUGE-L against the full cache (higher is better)", 1),
     "exact": ("exact answers (%)", 100),
     "contained": ("answers that contain the right one (%)", 100),
     "recall": ("needles found (%)", 100),
