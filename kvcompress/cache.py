@@ -73,7 +73,9 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         decoder = self._decoder()
         assert decoder is not None
         weights = partial(self._adapter.layer_weights, decoder, module)
-        return self.engine.attend(self.index, query, key, value, mask, scaling, weights)
+        with self.engine.writable():
+            output = self.engine.attend(self.index, query, key, value, mask, scaling, weights)
+        return _usable(output)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Masks cover every column seen, whatever is kept."""
@@ -185,17 +187,17 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders rows for beam search."""
-        self._engine.select_rows(beam_idx)
+        self._select_rows(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row."""
         rows = torch.arange(self._engine.sequence.batch)
-        self._engine.select_rows(rows.repeat_interleave(repeats))
+        self._select_rows(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some rows."""
         rows = torch.arange(self._engine.sequence.batch)
-        self._engine.select_rows(rows[indices.cpu()])
+        self._select_rows(rows[indices.cpu()])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the last tokens back.
@@ -210,7 +212,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             raise CacheStateError(
                 f"crop: takes minus the number of tokens to remove, as transformers does; got {tokens_to_remove}"
             )
-        self._engine.crop(-tokens_to_remove)
+        with self._engine.writable():
+            self._engine.crop(-tokens_to_remove)
 
     def activate_past_recording(self) -> None:
         """Lets eviction wait for `crop` after each forward, as assisted decoding needs it."""
@@ -247,7 +250,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     def reduce(self, layer: int, hidden: Tensor) -> tuple[Tensor, Reduction] | None:
         """What goes into a decoder layer where a reducer acts; called by the hooks on the layers."""
-        return self._engine.reduce(layer, hidden)
+        with self._engine.writable():
+            found = self._engine.reduce(layer, hidden)
+        return None if found is None else (_usable(found[0]), found[1])
 
     def spread(self, hidden: Tensor) -> Tensor | None:
         """What comes out of the last layer, zero for tokens that a reducer took away; called by the hook on it."""
@@ -257,7 +262,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     def compress(self) -> None:
         """Brings every layer down to its budget now, rather than at the next crop or forward."""
-        self._engine.compress()
+        with self._engine.writable():
+            self._engine.compress()
 
     def report(self) -> CacheReport:
         """What the cache holds now, in tokens and bytes; waits for the device once."""
@@ -284,6 +290,10 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             else allocation.notes["threshold"].tolist(),
             notes=self._notes(),
         )
+
+    def _select_rows(self, index: Tensor) -> None:
+        with self._engine.writable():
+            self._engine.select_rows(index)
 
     def _notes(self) -> list[str]:
         evictor, notes = self.config.evictor, []
@@ -317,6 +327,11 @@ def restore(model: PreTrainedModel) -> None:
     attention.uninstall(adapter.decoder(model), adapter.attention_modules(model))
     for module in (model, *adapter.layers(model)):
         hooks.remove(module)
+
+
+def _usable(tensor: Tensor) -> Tensor:
+    """A tensor that the caller may use, also where it was made in an inference mode that the caller is not in."""
+    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
 
 
 def _image_tokens(sequence: Sequence, layers: int) -> list[list[int]]:

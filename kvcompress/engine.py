@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import zip_longest
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +79,10 @@ class Engine:
         self._reduced: Reduction | None = None  # of a forward whose last layer has attended
         self._forward: Forward | None = None
         self._waiting: str | None = None  # kind of the forward whose eviction waits: "scored" or "decoded"
+
+    def writable(self) -> AbstractContextManager[Any]:
+        """Lets buffers that were made in inference mode be written to, also by a caller who has left it."""
+        return self.stores[0].writable()
 
     # -- a forward -----------------------------------------------------------------------------------------------------
 

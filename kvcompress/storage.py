@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -42,6 +44,13 @@ class DenseStore:
         self._lanes: list[Lane] = []  # one for all rows while their tokens lie alike, else one a row
         self._ordered = True
         self._late: dict[int, int] = {}  # position -> column, not yet on the device; only while there is one lane
+
+    def writable(self) -> AbstractContextManager[Any]:
+        """Lets buffers that were made in inference mode be written to, also by a caller who has left it."""
+        made_in_it = any(
+            buffer is not None and buffer.is_inference() for buffer in (self.keys, self._columns, self.scores)
+        )
+        return torch.inference_mode() if made_in_it else nullcontext()
 
     # -- reading -------------------------------------------------------------------------------------------------------
 
@@ -103,11 +112,12 @@ class DenseStore:
         """Columns of the positions in use, -1 where one is empty, as a view."""
         assert self._columns is not None
         if self._late:
-            late = torch.tensor(list(self._late.items()), dtype=torch.int32, device=self._columns.device)
-            positions = late[:, 0].long()
-            self._columns[:, :, positions] = late[:, 1]
-            if self.scores is not None:
-                self.scores[:, :, positions] = torch.nan
+            with self.writable():
+                late = torch.tensor(list(self._late.items()), dtype=torch.int32, device=self._columns.device)
+                positions = late[:, 0].long()
+                self._columns[:, :, positions] = late[:, 1]
+                if self.scores is not None:
+                    self.scores[:, :, positions] = torch.nan
             self._late = {}
         return self._columns[:, :, : self.length]
 

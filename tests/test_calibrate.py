@@ -190,4 +190,4 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert together.read_text() == alone.read_text()
-    assert done.stdout.count("written to") == 1
+    assert done.stdout.count("wrote ") == 1

@@ -17,7 +17,7 @@ from kvcompress import CompressedCache, CompressionConfig
 from kvcompress.cli import app
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation import LoadedModel, encode_prompt, inspect, load_model
-from kvcompress.evaluation.image_grid import image_columns, square_grid
+from kvcompress.evaluation.image_grid import image_columns, patch_grids, square_grid
 from kvcompress.evaluation.shapes import draw_scene, sample_scene, scene_seed
 from tests import checkpoints, tiny
 
@@ -123,10 +123,12 @@ def test_without_an_image_there_is_no_grid_and_no_picture(shapes: LoadedModel) -
     assert found.to_dict()["image_kept_per_layer"] is None
 
 
-def test_tiles_that_fill_no_square_have_no_grid() -> None:
+def test_an_image_in_tiles_lies_on_its_base_grid_first() -> None:
     inputs = tiny.inputs("llava_next", 20, seed=0)
     found = inspect(loaded("llava_next"), inputs, HALF)
-    assert len(found.image) == 24 and found.grid is None
+    base, tiles = patch_grids(loaded("llava_next"), inputs)
+    assert len(found.image) == 24 and found.grid == base == square_grid(found.image[:4])
+    assert tiles.shape == (4, 4) and tiles.columns == tuple(c for c in found.image[4:] if (c - found.image[4]) % 5 < 4)
     assert found.image == image_columns(loaded("llava_next"), inputs["input_ids"]) == list(range(10, 34))
 
 

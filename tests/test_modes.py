@@ -285,6 +285,32 @@ def test_a_cache_keeps_no_model_alive_and_no_cache_needs_the_collector() -> None
     assert copied.report().tokens_seen == 22
 
 
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_cache_moves_between_inference_mode_and_none(preset: str) -> None:
+    """What was made in one mode can be read, decoded, cropped and reordered in any other, with the same logits."""
+    model, ids = tiny.model("llava_36"), tiny.inputs("llava_36", 120, seed=21)
+    modes = [torch.inference_mode, torch.no_grad, torch.enable_grad]
+    budget = {"budget": 0.5} if preset in SQUEEZED else {}
+    caches = {mode: CompressedCache(model, preset, **budget) for mode in [None, *modes]}
+    for cache in caches.values():
+        with torch.inference_mode() if cache is not caches[None] else torch.no_grad():
+            model(**ids, past_key_values=cache)
+            model(tiny.token_ids(1, 1, seed=22), past_key_values=cache)
+    for mode in modes:
+        with mode():
+            assert caches[mode].report() == caches[None].report()
+            caches[mode].reorder_cache(torch.tensor([0]))
+            for tokens in (1, 1, 5, 1):
+                found = model(tiny.token_ids(1, tokens, seed=23), past_key_values=caches[mode]).logits
+            if mode is torch.enable_grad:
+                assert found.requires_grad
+            caches[mode].crop(-1 if caches[mode].is_croppable else 0)
+    with torch.no_grad():
+        for tokens in (1, 1, 5, 1):
+            expected = model(tiny.token_ids(1, tokens, seed=23), past_key_values=caches[None]).logits
+    torch.testing.assert_close(found.detach(), expected, atol=1e-5, rtol=0)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", tiny.IMAGE_MODELS)
 def test_policies_are_told_which_tokens_are_images(name: str) -> None:

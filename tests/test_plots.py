@@ -15,7 +15,7 @@ from PIL import Image
 from kvcompress import CacheReport
 from kvcompress.errors import ConfigError, MissingDependencyError
 from kvcompress.evaluation import plots
-from kvcompress.evaluation.image_grid import ImageGrid, square_grid
+from kvcompress.evaluation.image_grid import PatchGrid, square_grid
 from kvcompress.evaluation.plots.rows import metric_names, read_series, read_value
 from kvcompress.evaluation.plots.style import look
 
@@ -286,7 +286,7 @@ def test_the_outline_runs_around_what_is_kept() -> None:
 
 
 def test_a_patch_fades_the_more_the_fewer_heads_keep_it() -> None:
-    grid = ImageGrid((5, 6), ((0, 1), (0, 0)), (1, 2))  # cells in any order
+    grid = PatchGrid((5, 6), ((0, 1), (0, 0)), (1, 2))  # cells in any order
     figure = plots.patches(report_of([[5, 6], [5], [5], [5]]), grid)
     left, right = faded(figure.axes[0])[0]
     assert right == 0 and left == pytest.approx(0.84 * 0.75)
@@ -317,9 +317,9 @@ def test_image_tokens_that_fill_no_square_are_refused(count: int) -> None:
 
 def test_cells_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match="one for each image token"):
-        ImageGrid((1, 2), ((0, 0),), (1, 2))
+        PatchGrid((1, 2), ((0, 0),), (1, 2))
     with pytest.raises(ConfigError, match=r"\(0, 2\) lies outside the grid of 1 x 2"):
-        ImageGrid((1,), ((0, 2),), (1, 2))
+        PatchGrid((1,), ((0, 2),), (1, 2))
 
 
 # -- files and style ---------------------------------------------------------------------------------------------------

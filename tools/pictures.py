@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/pictures.md and docs/lightkv.md into docs/images/; run it with `python tools/pictures.py` (a few minutes).
+"""Draws the pictures of the documentation into docs/images/; run it with `python tools/pictures.py` (a few minutes).
 
 Names of pictures after the command draw these alone. Figures are measured anew, so times differ from run to run.
 """

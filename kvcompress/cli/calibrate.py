@@ -8,14 +8,17 @@ from typing import Annotated
 import typer
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from kvcompress.cli.configuration import check_output, import_modules, read_config
 from kvcompress.cli.console import output, print_json, reported, working
 from kvcompress.cli.generate import Dtype, load_with_spinner
+from kvcompress.cli.options import PlotFolder
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation.calibration import BUDGETS, calibrate, check_budgets, check_config
 from kvcompress.evaluation.data import load_samples
 from kvcompress.evaluation.distributed import Processes
+from kvcompress.evaluation.plots import check_matplotlib, plot_profile, save_all
 from kvcompress.profile import LayerProfile
 
 EPILOG = """
@@ -84,6 +87,7 @@ def calibrate_command(
             help="Reads the published files of PrefixKV (shares evicted) instead; no model is loaded.",
         ),
     ] = None,
+    plot: PlotFolder = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of what built-in data draw.")] = 0,
     dtype: Annotated[
         Dtype, typer.Option(metavar="TYPE", help="float32, bfloat16, float16; auto is the checkpoint's own.")
@@ -96,6 +100,8 @@ def calibrate_command(
 ) -> None:
     """Estimates how much each layer keeps at every budget, and writes it as a profile."""
     with reported(as_json=as_json, debug=debug):
+        if plot is not None:
+            check_matplotlib()
         import_modules(modules or [])
         processes = Processes.current(device)
         processes.from_first(lambda: check_output(output_file))
@@ -123,10 +129,11 @@ def calibrate_command(
         if not processes.first:
             return
         profile.dump(output_file)
+        written = [] if plot is None else save_all({"retention": plot_profile(profile)}, plot)
         if as_json:
             print_json(profile.model_dump(mode="json"))
         else:
-            _show(profile, output_file)
+            _show(profile, [output_file, *written])
 
 
 def _fractions(given: list[str]) -> list[float]:
@@ -138,7 +145,7 @@ def _fractions(given: list[str]) -> list[float]:
         ) from None
 
 
-def _show(profile: LayerProfile, path: Path) -> None:
+def _show(profile: LayerProfile, written: list[Path]) -> None:
     console = output()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("layer", justify="right")
@@ -152,4 +159,5 @@ def _show(profile: LayerProfile, path: Path) -> None:
     known = f", mean ± standard deviation over {profile.samples} samples" if profile.spread else ""
     console.print(f"Retention per layer and budget{known}")
     console.print(table)
-    console.print(f"written to {path}", markup=False)
+    for path in written:
+        console.print(Text(f"wrote {path}"), soft_wrap=True)

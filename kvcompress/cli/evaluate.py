@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from kvcompress.cli.configuration import import_modules, parse_budget, read_config
 from kvcompress.cli.console import output as result_console
 from kvcompress.cli.console import print_json, reported, warn
 from kvcompress.cli.generate import Dtype, load_with_spinner
 from kvcompress.cli.grid import WIDE, GridDisplay, results_table
+from kvcompress.cli.options import PlotFolder
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation import evaluate as evaluate_grid
@@ -20,6 +22,7 @@ from kvcompress.evaluation.data import load_samples
 from kvcompress.evaluation.distributed import Processes
 from kvcompress.evaluation.grid import cells_of
 from kvcompress.evaluation.metrics import METRICS, check_metrics
+from kvcompress.evaluation.plots import check_matplotlib, plot_results, save_all
 from kvcompress.evaluation.results import Row, check_writable
 
 EPILOG = """
@@ -83,6 +86,7 @@ def evaluate(
         Path | None, typer.Option(metavar="FILE", help="A .jsonl for the results; a stopped run goes on there.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Starts over where --output exists.")] = False,
+    plot: PlotFolder = None,
     dtype: Annotated[
         Dtype, typer.Option(metavar="TYPE", help="float32, bfloat16, float16; auto is the checkpoint's own.")
     ] = Dtype.auto,
@@ -94,6 +98,8 @@ def evaluate(
 ) -> None:
     """Evaluates caches at several budgets on data: quality, memory and time, with confidence intervals."""
     with reported(as_json=as_json, debug=debug):
+        if plot is not None:
+            check_matplotlib()
         import_modules(modules or [])
         configs = configurations(split(preset), config or [], settings or [])
         budgets = [parse_budget(each) for each in split(budget)]
@@ -123,7 +129,8 @@ def evaluate(
         finally:
             processes.leave()
         if processes.first:
-            _show(rows, output, as_json=as_json)
+            written = [] if plot is None else save_all(plot_results(rows), plot)
+            _show(rows, output, written, as_json=as_json)
 
 
 def configurations(presets: list[str], files: list[Path], settings: list[str]) -> dict[str, CompressionConfig]:
@@ -143,7 +150,7 @@ def split(given: list[str] | None) -> list[str]:
     return [part.strip() for text in given or [] for part in text.split(",") if part.strip()]
 
 
-def _show(rows: list[Row], output: Path | None, *, as_json: bool) -> None:
+def _show(rows: list[Row], output: Path | None, pictures: list[Path], *, as_json: bool) -> None:
     told: set[str] = set()
     for row in rows:
         for skipped in row["skipped_samples"]:
@@ -153,11 +160,12 @@ def _show(rows: list[Row], output: Path | None, *, as_json: bool) -> None:
                 warn(f"sample '{skipped['sample']}' was skipped{place}: {skipped['reason']}")
     if as_json:
         content: dict[str, Any] = {"results": rows, "output": None if output is None else str(output)}
+        content["pictures"] = [str(path) for path in pictures]
         print_json(content)
         return
     console = result_console()
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _FILE_WIDTH
     console.print(results_table(rows, wide=console.width >= WIDE))
-    if output is not None:
-        console.print(f"Results: {output}", markup=False)
+    for path in [*([output] if output is not None else []), *pictures]:
+        console.print(Text(f"wrote {path}"), soft_wrap=True)

@@ -18,7 +18,7 @@ from kvcompress.cli.options import AsJson, Debug, Device, DtypeName, ModelName, 
 from kvcompress.config import CompressionConfig
 from kvcompress.evaluation import Inspection, encode_prompt
 from kvcompress.evaluation import inspect as inspect_prompt
-from kvcompress.evaluation.plots import check_matplotlib, lorenz, patches, retention, save_all
+from kvcompress.evaluation.plots import check_matplotlib, lorenz, merging, patches, retention, save_all
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -90,6 +90,8 @@ def _figures(found: Inspection, config: CompressionConfig) -> dict[str, Figure]:
     figures = {"lorenz": lorenz(found.importance), "retention": retention({budget: found.retention})}
     if found.grid is not None:
         figures["patches"] = patches(found.report, found.grid, found.picture)
+    if found.grid is not None and found.report.went_into:
+        figures["merging"] = merging(found.report, found.grid, found.picture)
     return figures
 
 
@@ -106,8 +108,6 @@ def _show(found: Inspection, written: list[Path]) -> None:
     console.print(table)
     held = f"{size(report.kv_bytes)} of {size(report.full_kv_bytes)}"
     console.print(f"retention over all layers {report.retention:.1%}, key/value cache {held}")
-    if found.image and found.grid is None:
-        console.print(f"note: {len(found.image)} image tokens fill no square grid, so their patches are not drawn")
     for note in report.notes:
         console.print(f"note: {note}", markup=False)
     for path in written:

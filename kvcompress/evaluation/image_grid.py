@@ -14,7 +14,7 @@ from kvcompress.integrations import adapter_for
 
 
 @dataclass(frozen=True)
-class ImageGrid:
+class PatchGrid:
     """The image tokens of a prompt that lie on one grid of patches.
 
     Attributes:
@@ -40,7 +40,7 @@ class ImageGrid:
                 )
 
 
-def square_grid(columns: Sequence[int]) -> ImageGrid:
+def square_grid(columns: Sequence[int]) -> PatchGrid:
     """The grid of an image whose tokens come row by row and as many rows as columns, as in LLaVA-1.5.
 
     Args:
@@ -53,9 +53,28 @@ def square_grid(columns: Sequence[int]) -> ImageGrid:
     if not columns or side * side != len(columns):
         raise ConfigError(
             f"columns: {len(columns)} image tokens fill no square grid; say where each one lies with "
-            "ImageGrid(columns, cells, shape)"
+            "PatchGrid(columns, cells, shape)"
         )
-    return ImageGrid(tuple(columns), tuple(divmod(index, side) for index in range(len(columns))), (side, side))
+    return PatchGrid(tuple(columns), tuple(divmod(index, side) for index in range(len(columns))), (side, side))
+
+
+def patch_grids(loaded: LoadedModel, inputs: dict[str, Tensor]) -> list[PatchGrid]:
+    """The grids of a prompt of one row, in order: one an image; of LLaVA-NeXT a base grid, then the grid of its tiles.
+
+    Args:
+        loaded: the model.
+        inputs: what `encode_prompt` gave.
+
+    Raises:
+        UnsupportedModelError: if the image tokens fit no grid that the model makes.
+    """
+    layout = adapter_for(loaded.model).image_layout(loaded.model, inputs["input_ids"], dict(inputs))
+    found = []
+    for number, grid in enumerate(() if layout is None else layout.grids[0]):
+        own = (layout.grid[0] == number).nonzero().flatten()  # type: ignore[union-attr]
+        cells = [(row, column) for row, column in layout.cell[0, own].tolist()]  # type: ignore[union-attr]
+        found.append(PatchGrid(tuple(own.tolist()), tuple(cells), (grid.height, grid.width)))
+    return found
 
 
 def image_columns(loaded: LoadedModel, input_ids: Tensor) -> list[int]:

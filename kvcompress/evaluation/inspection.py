@@ -12,7 +12,7 @@ from kvcompress import pipeline
 from kvcompress.cache import CompressedCache
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError
-from kvcompress.evaluation.image_grid import ImageGrid, image_columns, square_grid
+from kvcompress.evaluation.image_grid import PatchGrid, image_columns, patch_grids
 from kvcompress.evaluation.inequality import gini
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.report import CacheReport
@@ -30,7 +30,7 @@ class Inspection:
         scored_by: the scorer whose importance this is.
         report: what the cache holds after the prompt.
         image: columns of the image tokens.
-        grid: where they lie on the image; None without an image, or where its tokens fill no square.
+        grid: where they lie on the (first) image, of LLaVA-NeXT on its base; None without an image.
         picture: the image as the model saw it, cut and scaled, `[height][width][3]`, 0 to 1; None without one.
     """
 
@@ -40,7 +40,7 @@ class Inspection:
     scored_by: str
     report: CacheReport
     image: list[int] = field(repr=False)
-    grid: ImageGrid | None = field(repr=False)
+    grid: PatchGrid | None = field(repr=False)
     picture: Tensor | None = field(repr=False)
 
     @property
@@ -121,7 +121,7 @@ def inspect(loaded: LoadedModel, inputs: dict[str, Tensor], config: CompressionC
         scored_by=scoring.scorer.name,
         report=cache.report(),
         image=image,
-        grid=_grid(image),
+        grid=next(iter(patch_grids(loaded, inputs)), None),
         picture=_picture(loaded, inputs),
     )
 
@@ -137,13 +137,6 @@ def _importance(loaded: LoadedModel, inputs: dict[str, Tensor], scoring: Compres
         assert importance is not None
         found.append(importance[0].double().mean(0).cpu())
     return torch.stack(found)
-
-
-def _grid(columns: list[int]) -> ImageGrid | None:
-    try:
-        return square_grid(columns)
-    except ConfigError:
-        return None
 
 
 def _picture(loaded: LoadedModel, inputs: dict[str, Tensor]) -> Tensor | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvcompress.errors import ConfigError
-from kvcompress.evaluation.image_grid import ImageGrid
+from kvcompress.evaluation.image_grid import PatchGrid
 from kvcompress.evaluation.plots.style import COLOURS, drawing, new_figure
 from kvcompress.report import CacheReport
 
@@ -21,7 +21,7 @@ _CAPTION = "patches of one colour are one token; a dot marks where it lies; neig
 _CAPTION_DROPPED = "white patches were dropped; a dot marks those that stay"
 
 
-def groups(report: CacheReport, grid: ImageGrid, layers: int, row: int = 0) -> np.ndarray:
+def groups(report: CacheReport, grid: PatchGrid, layers: int, row: int = 0) -> np.ndarray:
     """Number of the column that each patch is part of after so many layers, `[rows, columns]`; -1 where dropped."""
     into = report.went_into[layers][row]
     found = np.full(grid.shape, -1)
@@ -31,7 +31,7 @@ def groups(report: CacheReport, grid: ImageGrid, layers: int, row: int = 0) -> n
 
 
 @drawing
-def merging(report: CacheReport, grid: ImageGrid, picture: Any | None = None, *, row: int = 0) -> Figure:
+def merging(report: CacheReport, grid: PatchGrid, picture: Any | None = None, *, row: int = 0) -> Figure:
     """Draws the image, and for each reduction its patches coloured by the token that they are part of from there on.
 
     Args:

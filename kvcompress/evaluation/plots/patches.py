@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kvcompress.errors import ConfigError
-from kvcompress.evaluation.image_grid import ImageGrid
+from kvcompress.evaluation.image_grid import PatchGrid
 from kvcompress.evaluation.plots.style import drawing, new_figure
 from kvcompress.report import CacheReport
 
@@ -25,7 +25,7 @@ _CAPTION_OF_HEADS = (
 _ACROSS = 8  # panels in a row, at most
 
 
-def kept_share(report: CacheReport, grid: ImageGrid, layer: int, row: int = 0) -> np.ndarray:
+def kept_share(report: CacheReport, grid: PatchGrid, layer: int, row: int = 0) -> np.ndarray:
     """Share of a layer's heads that hold each patch, `[rows, columns]` of the grid, 0 to 1; NaN where no token lies."""
     sets = [set(held) for held in report.held_columns[layer][row]]
     share = np.full(grid.shape, np.nan)
@@ -37,7 +37,7 @@ def kept_share(report: CacheReport, grid: ImageGrid, layer: int, row: int = 0) -
 @drawing
 def patches(
     report: CacheReport,
-    grid: ImageGrid,
+    grid: PatchGrid,
     picture: Any | None = None,
     *,
     layers: Sequence[int] | None = None,
