@@ -49,7 +49,9 @@ def cases() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     for name in QUANTIZERS.names():
         quantizer = {"name": name, "group": 4, "residual": 8}
         evictor = {**PER_HEAD, "distance": 8}
-        yield f"quantizer {name}", "llama", "second turn", {"quantizer": quantizer, "evictor": evictor}
+        # So little room, and scores so different, that a second turn evicts different numbers of quantized tokens.
+        fields = {"scorer": "random", "budget": {"tokens": 30, "sink": 1, "recent": 4}}
+        yield f"quantizer {name}", "llama", "second turn", {**fields, "quantizer": quantizer, "evictor": evictor}
     for name in REDUCERS.names():
         reducer = {"name": name, **EXAMPLES.get(("reducer", name), {})}
         yield f"reducer {name}", "llava_next", "generate", {"reducer": reducer}
@@ -57,6 +59,9 @@ def cases() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
         yield f"{way}, a set per layer", "qwen3", way, {"evictor": {**LOWEST, "granularity": "layer"}}
         yield f"{way}, one head each", "llama", way, {"evictor": LOWEST}
         yield f"{way}, two heads each", "llama_mha", way, {"evictor": LOWEST}
+    for name in ("llama", "llama_mha"):  # the first steps evict nothing, then the heads part
+        late = {"budget": {"tokens": TOKENS + 3}, "evictor": LOWEST}
+        yield f"late, {name}", name, "generate", late
     yield "bytes", "llama", "padded", {"budget": {"bytes": 2 * 3 * 20 * 128, "sink": 1, "recent": 4}}
     yield "tokens", "qwen2", "generate", {"budget": {"tokens": 20, "sink": 1, "recent": 4}}
     yield "image and text", "llava", "generate", {"evictor": LOWEST}
@@ -91,7 +96,7 @@ def played(model: PreTrainedModel, name: str, way: str, fields: dict[str, Any]) 
     said.append(result.sequences.tolist())
     if way == "second turn":
         said.append(least_held(cache))
-        result = model.generate(**longer(result.sequences, 9), past_key_values=cache, **options)
+        result = model.generate(**longer(result.sequences, 40), past_key_values=cache, **options)
         said.append(result.sequences.tolist())
     report = cache.report()
     return {
@@ -100,6 +105,7 @@ def played(model: PreTrainedModel, name: str, way: str, fields: dict[str, Any]) 
         "columns": report.held_columns,
         "least_held": least_held(cache),
         "logits": result.logits[-1][0].tolist(),
+        "packed": [store.packed for store in cache._engine.stores],
         "kv_bytes": report.kv_bytes,
     }
 
