@@ -23,8 +23,8 @@ from kvcompress import __version__
 from kvcompress.cli.configuration import import_modules, read_config
 from kvcompress.cli.console import output, print_json, reported, warn
 from kvcompress.cli.display import size
-from kvcompress.cli.generate import Dtype, load_with_spinner
-from kvcompress.cli.options import AsJson, Debug, Device, DtypeName, ModelName, Modules, PlotFolder, Settings
+from kvcompress.cli.generate import load_with_spinner
+from kvcompress.cli.options import AsJson, Debug, Device, Dtype, DtypeName, ModelName, Modules, PlotFolder, Settings
 from kvcompress.config import CompressionConfig
 from kvcompress.evaluation import LoadedModel
 from kvcompress.evaluation.benchmark import BASE, REFERENCES, benchmark, rounds_of, weight_bytes

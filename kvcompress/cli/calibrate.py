@@ -12,8 +12,21 @@ from rich.text import Text
 
 from kvcompress.cli.configuration import check_output, import_modules, read_config
 from kvcompress.cli.console import output, print_json, reported, working
-from kvcompress.cli.generate import Dtype, load_with_spinner
-from kvcompress.cli.options import PlotFolder
+from kvcompress.cli.generate import load_with_spinner
+from kvcompress.cli.options import (
+    AsJson,
+    ConfigFile,
+    Debug,
+    Device,
+    Dtype,
+    DtypeName,
+    ImagesFolder,
+    ModelName,
+    Modules,
+    PlotFolder,
+    PresetName,
+    Settings,
+)
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation.calibration import BUDGETS, calibrate, check_budgets, check_config
 from kvcompress.evaluation.data import load_samples
@@ -40,9 +53,7 @@ def calibrate_command(
     output_file: Annotated[
         Path, typer.Option("--output", metavar="FILE", help="The profile to write: .json, .yaml or .yml.")
     ],
-    model: Annotated[
-        str, typer.Option(metavar="NAME", help="A folder, a model's id on the hub, smollm2 or shapes.")
-    ] = "smollm2",
+    model: ModelName = "smollm2",
     data: Annotated[
         str,
         typer.Option(
@@ -50,9 +61,7 @@ def calibrate_command(
             help="A file (.json of LLaVA dialogues or MM-Vet, .jsonl of questions, .txt), or text, needle or shapes.",
         ),
     ] = "text",
-    images: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where the images of the data are.", file_okay=False)
-    ] = None,
+    images: ImagesFolder = None,
     samples: Annotated[int, typer.Option(min=1, metavar="N", help="Prompts to read.")] = 10,
     budgets: Annotated[
         list[str] | None,
@@ -62,24 +71,10 @@ def calibrate_command(
             help="A share of the tokens; repeatable, or with commas. 0.1 to 0.9 if left out.",
         ),
     ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="A named configuration ('kvcompress policies presets'); prefixkv if left out."
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A .yaml or .json configuration instead of a preset.", dir_okay=False),
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Sets a policy or one of its parameters; repeatable."),
-    ] = None,
-    modules: Annotated[
-        list[str] | None,
-        typer.Option("--import", metavar="MODULE", help="Imports your policies first (module or .py); repeatable."),
-    ] = None,
+    preset: PresetName = None,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    modules: Modules = None,
     from_prefixkv: Annotated[
         Path | None,
         typer.Option(
@@ -89,14 +84,10 @@ def calibrate_command(
     ] = None,
     plot: PlotFolder = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of what built-in data draw.")] = 0,
-    dtype: Annotated[
-        Dtype, typer.Option(metavar="TYPE", help="float32, bfloat16, float16; auto is the checkpoint's own.")
-    ] = Dtype.auto,
-    device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1; auto is a GPU if there is one.")
-    ] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Shows the traceback of an error.")] = False,
+    dtype: DtypeName = Dtype.auto,
+    device: Device = "auto",
+    as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
     """Estimates how much each layer keeps at every budget, and writes it as a profile."""
     with reported(as_json=as_json, debug=debug):

@@ -12,6 +12,7 @@ from rich.text import Text
 from kvcompress.cli.console import output, reported
 from kvcompress.cli.display import figures
 from kvcompress.cli.generate import load_with_spinner, open_image, run_with_spinner
+from kvcompress.cli.options import Debug
 from kvcompress.config import CompressionConfig
 from kvcompress.evaluation import LoadedModel, encode_prompt
 from kvcompress.evaluation.shapes import Scene, describe_question, draw_scene, sample_scene, scene_seed
@@ -53,7 +54,7 @@ def demo(
     preset: Annotated[
         str, typer.Option(help="How the cache is compressed ('kvcompress policies presets').")
     ] = "prefixkv",
-    debug: Annotated[bool, typer.Option("--debug", help="Shows the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Lets a small model answer a question about a document or an image with all, half and a fifth of its cache."""
     with reported(debug=debug):

@@ -12,9 +12,9 @@ from rich.text import Text
 from kvcompress.cli.configuration import import_modules, parse_budget, read_config
 from kvcompress.cli.console import output as result_console
 from kvcompress.cli.console import print_json, reported, warn
-from kvcompress.cli.generate import Dtype, load_with_spinner
+from kvcompress.cli.generate import load_with_spinner
 from kvcompress.cli.grid import WIDE, GridDisplay, results_table
-from kvcompress.cli.options import PlotFolder
+from kvcompress.cli.options import AsJson, Debug, Device, Dtype, DtypeName, ModelName, Modules, PlotFolder
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation import evaluate as evaluate_grid
@@ -43,9 +43,7 @@ _FILE_WIDTH = 200  # columns where stdout is no terminal, so that nothing has to
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Option(metavar="NAME", help="A folder, a model's id on the hub, smollm2 or shapes.")
-    ] = "smollm2",
+    model: ModelName = "smollm2",
     data: Annotated[
         str,
         typer.Option(
@@ -69,10 +67,7 @@ def evaluate(
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Sets a field of every configuration; repeatable."),
     ] = None,
-    modules: Annotated[
-        list[str] | None,
-        typer.Option("--import", metavar="MODULE", help="Imports your policies first (module or .py); repeatable."),
-    ] = None,
+    modules: Modules = None,
     metric: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help=f"{', '.join(METRICS)}; repeatable, or with commas."),
@@ -87,14 +82,10 @@ def evaluate(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Starts over where --output exists.")] = False,
     plot: PlotFolder = None,
-    dtype: Annotated[
-        Dtype, typer.Option(metavar="TYPE", help="float32, bfloat16, float16; auto is the checkpoint's own.")
-    ] = Dtype.auto,
-    device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1; auto is a GPU if there is one.")
-    ] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Shows the traceback of an error.")] = False,
+    dtype: DtypeName = Dtype.auto,
+    device: Device = "auto",
+    as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
     """Evaluates caches at several budgets on data: quality, memory and time, with confidence intervals."""
     with reported(as_json=as_json, debug=debug):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +11,19 @@ import typer
 from kvcompress.cli.configuration import import_modules, read_config
 from kvcompress.cli.console import output, print_json, reported, warn, working
 from kvcompress.cli.display import agreement, figures
+from kvcompress.cli.options import (
+    AsJson,
+    BudgetSize,
+    ConfigFile,
+    Debug,
+    Device,
+    Dtype,
+    DtypeName,
+    ModelName,
+    Modules,
+    PresetName,
+    Settings,
+)
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import MissingDependencyError
 from kvcompress.evaluation import Generation, LoadedModel, encode_prompt, load_model, warm_up
@@ -35,19 +47,8 @@ kvcompress generate --model llava-hf/llava-1.5-7b-hf --image cat.jpg --prompt "W
 """
 
 
-class Dtype(str, Enum):
-    """What `--dtype` may be."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-
-
 def generate(
-    model: Annotated[
-        str, typer.Option(metavar="NAME", help="A folder, a model's id on the hub, smollm2 or shapes.")
-    ] = "smollm2",
+    model: ModelName = "smollm2",
     prompt: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What to answer; comes after the text of --prompt-file.")
     ] = None,
@@ -58,27 +59,11 @@ def generate(
     image: Annotated[
         Path | None, typer.Option(metavar="FILE", help="An image, for LLaVA models.", exists=True, dir_okay=False)
     ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME", help="A named configuration ('kvcompress policies presets'); prefixkv if left out."
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A .yaml or .json configuration instead of a preset.", dir_okay=False),
-    ] = None,
-    budget: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="0.2: share of the tokens; 512: tokens per layer; 64MiB: bytes.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="FIELD=VALUE", help="Sets a policy or one of its parameters; repeatable."),
-    ] = None,
-    modules: Annotated[
-        list[str] | None,
-        typer.Option("--import", metavar="MODULE", help="Imports your policies first (module or .py); repeatable."),
-    ] = None,
+    preset: PresetName = None,
+    config: ConfigFile = None,
+    budget: BudgetSize = None,
+    settings: Settings = None,
+    modules: Modules = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens of the answer.")] = 128,
     temperature: Annotated[
         float, typer.Option(min=0.0, metavar="T", help="0 takes the likeliest token, more draws.")
@@ -88,15 +73,11 @@ def generate(
         bool | None,
         typer.Option("--chat/--no-chat", help="Chat template around the prompt; used if there is one."),
     ] = None,
-    dtype: Annotated[
-        Dtype, typer.Option(metavar="TYPE", help="float32, bfloat16, float16; auto is the checkpoint's own.")
-    ] = Dtype.auto,
-    device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1; auto is a GPU if there is one.")
-    ] = "auto",
+    dtype: DtypeName = Dtype.auto,
+    device: Device = "auto",
     compare: Annotated[bool, typer.Option("--compare", help="Runs transformers' full cache too.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Shows the traceback of an error.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
     """Answers a prompt with a compressed key-value cache, and shows what that saved and cost."""
     with reported(as_json=as_json, debug=debug):

@@ -13,8 +13,20 @@ from rich.text import Text
 from kvcompress.cli.configuration import import_modules, read_config
 from kvcompress.cli.console import output, print_json, reported, working
 from kvcompress.cli.display import size
-from kvcompress.cli.generate import Dtype, load_with_spinner, open_image, read_prompt
-from kvcompress.cli.options import AsJson, Debug, Device, DtypeName, ModelName, Modules, PlotFolder, Settings
+from kvcompress.cli.generate import load_with_spinner, open_image, read_prompt
+from kvcompress.cli.options import (
+    AsJson,
+    BudgetSize,
+    ConfigFile,
+    Debug,
+    Device,
+    Dtype,
+    DtypeName,
+    ModelName,
+    Modules,
+    PlotFolder,
+    Settings,
+)
 from kvcompress.config import CompressionConfig
 from kvcompress.evaluation import Inspection, encode_prompt
 from kvcompress.evaluation import inspect as inspect_prompt
@@ -46,13 +58,8 @@ def inspect(
     preset: Annotated[
         str | None, typer.Option(metavar="NAME", help="A named configuration; prefixkv if left out.")
     ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="A .yaml or .json configuration instead of a preset.", dir_okay=False),
-    ] = None,
-    budget: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="0.2: share of the tokens; 512: tokens per layer; 64MiB: bytes.")
-    ] = None,
+    config: ConfigFile = None,
+    budget: BudgetSize = None,
     settings: Settings = None,
     modules: Modules = None,
     chat: Annotated[

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kvcompress.cli.generate import Dtype
+
+class Dtype(str, Enum):
+    """What `--dtype` may be."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
 
 ModelName = Annotated[str, typer.Option(metavar="NAME", help="A folder, a model's id on the hub, smollm2 or shapes.")]
 Settings = Annotated[
@@ -22,6 +31,20 @@ DtypeName = Annotated[
     Dtype, typer.Option(metavar="TYPE", help="float32, bfloat16, float16; auto is the checkpoint's own.")
 ]
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1; auto is a GPU if there is one.")]
+PresetName = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="A named configuration ('kvcompress policies presets'); prefixkv if left out."),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="A .yaml or .json configuration instead of a preset.", dir_okay=False),
+]
+BudgetSize = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="0.2: share of the tokens; 512: tokens per layer; 64MiB: bytes.")
+]
+ImagesFolder = Annotated[
+    Path | None, typer.Option(metavar="FOLDER", help="Where the images of the data are.", file_okay=False)
+]
 PlotFolder = Annotated[
     Path | None,
     typer.Option("--plot", metavar="FOLDER", help="Draws pictures into it, as PNG and SVG.", file_okay=False),

@@ -16,6 +16,7 @@ from rich.text import Text
 from kvcompress.cli.configuration import import_modules
 from kvcompress.cli.console import output, print_json, reported
 from kvcompress.cli.docstrings import documentation_of
+from kvcompress.cli.options import AsJson, Debug, Modules
 from kvcompress.presets import PRESETS
 from kvcompress.registry import REGISTRIES
 from kvcompress.stages import Policy
@@ -41,12 +42,9 @@ def policies(
     stage: Annotated[
         str | None, typer.Argument(help=f"One of {', '.join(_STAGES)}, presets; all if left out.", show_default=False)
     ] = None,
-    modules: Annotated[
-        list[str] | None,
-        typer.Option("--import", metavar="MODULE", help="Imports your policies first (module or .py); repeatable."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Shows the traceback of an error.")] = False,
+    modules: Modules = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
     """Lists every policy of every stage, with its parameters, defaults and paper, and the presets."""
     with reported(as_json=as_json, debug=debug):

@@ -15,7 +15,8 @@ from kvcompress.cli.console import output as result_console
 from kvcompress.cli.console import print_json, reported, warn, working
 from kvcompress.cli.display import size
 from kvcompress.cli.evaluate import configurations, split
-from kvcompress.cli.generate import Dtype, load_with_spinner
+from kvcompress.cli.generate import load_with_spinner
+from kvcompress.cli.options import AsJson, Debug, Device, Dtype, DtypeName, ModelName, Modules
 from kvcompress.errors import BudgetWarning, ConfigError
 from kvcompress.evaluation.data import Sample, load_samples
 from kvcompress.evaluation.distributed import Processes
@@ -36,9 +37,7 @@ kvcompress generate --config tuned.yaml --prompt "Hello"
 
 
 def tune_command(
-    model: Annotated[
-        str, typer.Option(metavar="NAME", help="A folder, a model's id on the hub, smollm2 or shapes.")
-    ] = "smollm2",
+    model: ModelName = "smollm2",
     data: Annotated[
         str,
         typer.Option(
@@ -58,10 +57,7 @@ def tune_command(
         list[str] | None,
         typer.Option("--set", metavar="FIELD=VALUE", help="Sets a field of every configuration; repeatable."),
     ] = None,
-    modules: Annotated[
-        list[str] | None,
-        typer.Option("--import", metavar="MODULE", help="Imports your policies first (module or .py); repeatable."),
-    ] = None,
+    modules: Modules = None,
     max_ppl_increase: Annotated[
         str | None,
         typer.Option(metavar="SHARE", help="2% or 0.02: how much perplexity may rise over the full cache's."),
@@ -88,14 +84,10 @@ def tune_command(
     results: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A .jsonl for all trials; a stopped run goes on there.")
     ] = None,
-    dtype: Annotated[
-        Dtype, typer.Option(metavar="TYPE", help="float32, bfloat16, float16; auto is the checkpoint's own.")
-    ] = Dtype.auto,
-    device: Annotated[
-        str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1; auto is a GPU if there is one.")
-    ] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Shows the traceback of an error.")] = False,
+    dtype: DtypeName = Dtype.auto,
+    device: Device = "auto",
+    as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
     """Finds the smallest budget whose loss stays within bounds, and writes it as a configuration."""
     with reported(as_json=as_json, debug=debug), warnings.catch_warnings():
