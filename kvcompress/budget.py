@@ -18,9 +18,10 @@ class Budget(Configured):
     Args:
         fraction: share of the tokens seen, over all layers together, in (0, 1]; the budget grows with the sequence.
         tokens: tokens per layer on average, at least 1.
-        bytes: bytes of the whole cache's keys and values, split equally over the rows of a batch; a number or text
-            such as "64MiB". Rows share rectangular buffers, so where an allocator gives the rows of a batch different
-            layer sizes, the padding of the shorter ones comes on top; the report counts it.
+        bytes: bytes of the whole cache's keys and values, over all processes where several share the heads, split
+            equally over the rows of a batch; a number or text such as "64MiB". Rows share rectangular buffers, so where
+            an allocator gives the rows of a batch different layer sizes, the padding of the shorter ones comes on top;
+            the report counts it.
         sink: first tokens of a row that every layer keeps.
         recent: last tokens of a row that every layer keeps.
 

@@ -112,7 +112,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     Raises:
         ConfigError: if the configuration is wrong or a profile is another model's; the model is untouched then.
-        UnsupportedModelError: if no adapter knows the model, or one of its layers does not attend to all tokens.
+        UnsupportedModelError: if no adapter knows the model, one of its layers does not attend to all tokens, or
+            several processes share it in another way than by whole heads.
 
     Example:
         >>> cache = CompressedCache(model, "prefixkv", budget=0.5)
@@ -178,7 +179,10 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether the last token can be taken back in every layer."""
+        """Whether the last token can be taken back in every layer.
+
+        To be asked in every process where several share the heads.
+        """
         return all(layer.is_croppable for layer in self.layers)
 
     def reset(self) -> None:
@@ -261,7 +265,10 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     # -- kvcompress's own ----------------------------------------------------------------------------------------------
 
     def compress(self) -> None:
-        """Brings every layer down to its budget now, rather than at the next crop or forward."""
+        """Brings every layer down to its budget now, rather than at the next crop or forward.
+
+        To be called in every process where several share the heads.
+        """
         with self._engine.writable():
             self._engine.compress()
 

@@ -10,6 +10,9 @@ from typing import Any
 class CacheReport:
     """A snapshot of what a cache holds; plain numbers and lists, so it can be kept, compared and written as JSON.
 
+    Where several processes share the heads, it is that of one of them: bytes are those of its heads, and so are the
+    columns once heads hold different tokens. Everything else is the same in all.
+
     Attributes:
         tokens_seen: columns that the model saw, padding included.
         row_tokens_seen: tokens of each row, padding left out.

@@ -279,6 +279,9 @@ class Reducer(Policy):
         Args:
             layer: the layer right after its attention, one row without padding. Its last slots are the tokens of this
                 forward; `lse` is None.
+
+        Returns:
+            A sum or a mean over heads, which is averaged over the processes where several share them.
         """
         return None
 

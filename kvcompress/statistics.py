@@ -1,7 +1,8 @@
 """Figures of a layer's attention that allocators read beyond importance, by name.
 
 A statistic looks at one layer right after its attention and gives one number per row; `Allocator.needs` names those
-that an allocator reads, and only these are computed. All of them look at a small window of the last queries of a
+that an allocator reads, and only these are computed. Each is a mean over heads, so that processes which share the heads
+of a layer can average theirs. All of them look at a small window of the last queries of a
 forward, so that no more than `window x tokens` probabilities exist per head. A package of one's own adds to
 `STATISTICS` before it makes a configuration that needs its entry.
 """

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from kvcompress import ALLOCATORS, MERGERS, QUANTIZERS, REDUCERS, SCORERS, CompressedCache
 from kvcompress.composition import EXAMPLES
 from kvcompress.errors import KVCompressError
+from kvcompress.integrations import adapter_for
 from kvcompress.presets import PRESETS
 from tests import tiny
 
@@ -151,6 +152,8 @@ def main(folder: Path) -> None:
     }
     found["sent"] = {name: sent(models["llama"], CompressedCache(models["llama"], **c)) for name, c in configs.items()}
     found["sent"]["model"] = sent(models["llama"], transformers.DynamicCache())
+    bare = models["llava"].get_decoder()
+    found["bare decoder"] = adapter_for(bare).head_group(bare).size
     attention = "model.layers.*.self_attn."
     key_value = {f"{attention}{part}": "replicate" for part in ("k_proj", "v_proj")}
     try:

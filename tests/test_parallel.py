@@ -68,6 +68,7 @@ def test_every_process_holds_and_says_what_one_process_does(tmp_path: Path) -> N
         assert found["sent"]["uniform"] == [prompt + 3, step]
         assert found["sent"]["streaming"] == [prompt, step]
         assert found["sent"]["lowest score"][1] > step
+        assert found["bare decoder"] == PROCESSES
         assert found["refused"].startswith("UnsupportedModelError: model: each of the 2 processes must hold")
     assert ranks[0]["whole"] == ranks[1]["whole"]
     model = tiny.model("llama")

@@ -64,7 +64,7 @@ class CaM(Merger):
         )
         following = [t.gather(-1, first + followers) - t.gather(-1, first) for t in (sums, counts)]
         chance = (layer.importance.gather(-1, evicted) * following[1] / following[0]).nan_to_num(nan=0.0, posinf=1.0)
-        taken = is_evicted & (followers > 0) & (self._draws(layer, own) < chance)
+        taken = is_evicted & (followers > 0) & (self._draws(layer.layer, own, layer.first_head) < chance)
 
         pairs = Pairs(kept, evicted, first.clamp(max=kept.shape[-1] - 1), taken)
         shares = slots_at(layer.values, evicted) / followers.clamp(min=1).unsqueeze(-1)
@@ -79,11 +79,11 @@ class CaM(Merger):
         return Merged(layer.keys, written(layer.values, kept, changed & is_kept, gained))
 
     def _draws(
-        self, layer: MergeContext, index: Int[Tensor, "batch kv_heads some"]
+        self, layer: int, index: Int[Tensor, "batch kv_heads some"], first_head: int = 0
     ) -> Float[Tensor, "batch kv_heads some"]:
         """Numbers in [0, 1) that are as good as random, one per head and token."""
-        heads = layer.first_head + torch.arange(index.shape[1], device=index.device).unsqueeze(-1)
-        start = _mixed(_mixed(self.seed & 0xFFFFFFFF) + layer.layer)
+        heads = first_head + torch.arange(index.shape[1], device=index.device).unsqueeze(-1)
+        start = _mixed(_mixed(self.seed & 0xFFFFFFFF) + layer)
         return _mixed(_mixed(heads + start) + index.long()) / 2.0**32
 
 
