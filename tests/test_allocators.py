@@ -287,7 +287,9 @@ def test_statistics_are_those_of_dense_attention(name: str, lengths: list[int], 
                 wanted = (plain_sparsity(weights, after), *plain_entropy_and_variance(weights))
                 names = ("attention_sparsity", "attention_entropy", "attention_variance")
                 found = [float(context.statistics[statistic][layer, row]) for statistic in names]
-                assert found == pytest.approx(wanted, abs=1e-4)
+                # Two probabilities may lie so close to the threshold of sparsity that rounding decides.
+                assert found[0] == pytest.approx(wanted[0], abs=2.5 / weights.numel())
+                assert found[1:] == pytest.approx(wanted[1:], abs=1e-4)
 
 
 @given(given=allocation_inputs())

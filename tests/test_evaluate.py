@@ -563,7 +563,7 @@ def test_the_command_prints_a_table_or_json(text_folder: Path, tmp_path: Path) -
     table = run(*options)
     assert table.exit_code == 0 and table.stdout.count("prefixkv") == 2 and "9 tokens" in table.stdout
     for word in (FULL_CACHE, "streaming", "mine", "contained", "retention", "tokens/s", "grid.jsonl", "2 samples"):
-        assert word in table.stdout
+        assert word in " ".join(table.stdout.split())  # the name of a folder may wrap the title
     told = json.loads(run(*options, "--json").stdout)
     assert told["results"] == read_results(tmp_path / "grid.jsonl") and len(told["results"]) == 7
     assert all(row["config"]["budget"]["recent"] == 2 for row in told["results"][1:])

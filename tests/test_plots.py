@@ -254,7 +254,18 @@ def test_lines_differ_by_more_than_their_colour() -> None:
 
 def report_of(*layers: list[list[int]]) -> CacheReport:
     """A report of one row whose layers hold these columns, a list for each set of heads."""
-    return CacheReport(20, [20], [[len(sets[0])] for sets in layers], None, [[sets] for sets in layers], 0, 0, 0)
+    return CacheReport(
+        tokens_seen=20,
+        row_tokens_seen=[20],
+        layer_tokens=[[20] for _ in layers],
+        image_tokens=[[0] for _ in layers],
+        layer_lengths=[[len(sets[0])] for sets in layers],
+        layer_budgets=None,
+        held_columns=[[sets] for sets in layers],
+        kv_bytes=0,
+        index_bytes=0,
+        full_kv_bytes=0,
+    )
 
 
 def faded(axes: Any) -> np.ndarray:
