@@ -108,10 +108,10 @@ def _show(found: Inspection, written: list[Path]) -> None:
     of_image = [f"of {len(found.image)} image tokens"] if found.image else []
     for head in ("layer", "tokens", "kept", *of_image, "retention", f"Gini ({found.scored_by})"):
         table.add_column(head, justify="right")
-    rows = zip(found.kept, found.image_kept, found.retention, found.gini, strict=True)
-    for layer, (kept, image, share, gini) in enumerate(rows):
+    rows = zip(found.given, found.kept, found.image_kept, found.retention, found.gini, strict=True)
+    for layer, (given, kept, image, share, gini) in enumerate(rows):
         images = [f"{image:,.4g}"] if found.image else []
-        table.add_row(str(layer), f"{found.tokens:,}", f"{kept:,}", *images, f"{share:.1%}", f"{gini:.3f}")
+        table.add_row(str(layer), f"{given:,}", f"{kept:,}", *images, f"{share:.1%}", f"{gini:.3f}")
     console.print(table)
     held = f"{size(report.kv_bytes)} of {size(report.full_kv_bytes)}"
     console.print(f"retention over all layers {report.retention:.1%}, key/value cache {held}")

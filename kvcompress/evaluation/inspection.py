@@ -44,6 +44,11 @@ class Inspection:
     picture: Tensor | None = field(repr=False)
 
     @property
+    def given(self) -> list[int]:
+        """Tokens that each layer got: those of the prompt, or what a reducer left of them."""
+        return [rows[0] for rows in self.report.layer_tokens]
+
+    @property
     def kept(self) -> list[int]:
         """Tokens that each layer holds; where heads differ, each of them holds so many."""
         return [rows[0] for rows in self.report.layer_lengths]
@@ -69,6 +74,7 @@ class Inspection:
             "image_tokens": len(self.image),
             "scored_by": self.scored_by,
             "gini_per_layer": self.gini,
+            "given_per_layer": self.given,
             "kept_per_layer": self.kept,
             "retention_per_layer": self.retention,
             "image_kept_per_layer": self.image_kept if self.image else None,
@@ -86,7 +92,7 @@ def inspect(loaded: LoadedModel, inputs: dict[str, Tensor], config: CompressionC
     """Reads one prompt twice: with a cache that scores and keeps everything, and with the one to be looked at.
 
     Importance is that of the configuration's scorer. Where there is none, or its scores do not add up to a mass that
-    could be shared out, it is PrefixKV's: attention summed over all queries.
+    could be shared out, it is PrefixKV's: attention summed over all queries. It is read without a reducer.
 
     Args:
         loaded: the model.
