@@ -6,9 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvcompress import pipeline
+from kvcompress.allocation import protection
 from kvcompress.config import CompressionConfig
+from kvcompress.importance import every_column, scored_importance
 from kvcompress.scoring import attend_in_blocks
+from kvcompress.selection import Dropped, merge
 from kvcompress.sequence import Sequence
 from kvcompress.shapes import DecodeContext
 from kvcompress.storage import DenseStore
@@ -74,10 +76,10 @@ def evict(layer: int, store: DenseStore, config: CompressionConfig, sequence: Se
             _merge(layer, store, config, sequence, columns, scores, store.columns() != columns, most)
         return
     while over := [row for row, count in enumerate(store.counts) if count > per_row[row]]:
-        columns, scores, every_column = store.columns(), store.used_scores(), pipeline.every_column(store)
-        protected = sequence.protected(every_column, *pipeline.protection(config))
+        columns, scores, of_all = store.columns(), store.used_scores(), every_column(store)
+        protected = sequence.protected(of_all, *protection(config))
         every_score = None if scores is None else store.heads.gather(scores)
-        victims = evictor.victim(DecodeContext(every_column, protected, every_score))
+        victims = evictor.victim(DecodeContext(of_all, protected, every_score))
         store.heads_part = store.heads_part or victims.shape[1] > 1
         victims = store.heads.own(victims)
         if merges:
@@ -102,6 +104,6 @@ def _merge(
     """Merges what a decode step frees, at most so many slots a row, given columns and scores from before it."""
     importance = scores
     if config.scorer is not None and scores is not None:
-        importance = pipeline.scored_importance(layer, scores, columns, config.scorer, sequence)
-    dropped = pipeline.Dropped(columns, (columns >= 0) & ~freed, freed, importance, max(store.counts), most)
-    pipeline.merge(layer, store, config, sequence, dropped, decoding=True)
+        importance = scored_importance(layer, scores, columns, config.scorer, sequence)
+    dropped = Dropped(columns, (columns >= 0) & ~freed, freed, importance, max(store.counts), most)
+    merge(layer, store, config, sequence, dropped, decoding=True)

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 
 from kvcompress import pipeline
+from kvcompress.allocation import Allocation, allocate, floors, protection, row_total
 from kvcompress.config import CompressionConfig
 from kvcompress.decoding import attend_one, evict
 from kvcompress.errors import CacheStateError
 from kvcompress.images import ImageLayout
 from kvcompress.parallel import ALONE, HeadGroup
-from kvcompress.pipeline import Allocation
 from kvcompress.quantized import QuantizedStore
 from kvcompress.reduction import Reduction
 from kvcompress.scoring import attend_and_score
+from kvcompress.selection import shrink
 from kvcompress.sequence import Sequence
 from kvcompress.shapes import LayerWeights
 from kvcompress.storage import DenseStore
@@ -271,8 +272,8 @@ class Engine:
             new = [tokens] * store.batch if forward.spans is None else [len(span) for span in forward.spans]
             held = [[sum(pair) for pair in zip_longest(other.counts, new, fillvalue=0)] for other in self.stores[1:]]
             held = [store.counts, *held]
-            forward.local = pipeline.allocate(self.config, self.sequence, self.stores, held, None, None)
-        pipeline.shrink(layer, store, self.config, self.sequence, forward.local)
+            forward.local = allocate(self.config, self.sequence, self.stores, held, None, None)
+        shrink(layer, store, self.config, self.sequence, forward.local)
         self._pin(layer)
         store.pack()
 
@@ -286,10 +287,8 @@ class Engine:
         if evictor is None or evictor.frees == "nothing" or allocation is None:
             return None
         rows = range(1 if allocation.rows_alike and sequence.rows_alike else sequence.batch)
-        totals = [
-            pipeline.row_total(self.config.budget, sequence.row_seen[r], self.stores, sequence.batch) for r in rows
-        ]
-        least = pipeline.floors(self.config, sequence)
+        totals = [row_total(self.config.budget, sequence.row_seen[r], self.stores, sequence.batch) for r in rows]
+        least = floors(self.config, sequence)
         spent, even = allocation.spent, [total // len(self.stores) for total in totals]
         return [
             [max(share[r] * totals[r] // spent[r] if spent[r] else even[r], least[r]) for r in rows]
@@ -300,7 +299,7 @@ class Engine:
         """Decides which tokens of a layer never leave by age: sinks, and what the evictor pins."""
         store, evictor = self.stores[layer], self.config.evictor
         if evictor is not None and evictor.frees == "oldest":
-            sinks, recents = pipeline.protection(self.config)
+            sinks, recents = protection(self.config)
             held = self.sequence.first_given(layer, sinks)
             pinned = [
                 max(evictor.pinned(count, first, recents), first)

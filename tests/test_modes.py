@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvcompress import CompressedCache, CompressionConfig, restore
+from kvcompress.allocation import protection
 from kvcompress.engine import Engine
-from kvcompress.pipeline import protection
 from kvcompress.presets import PRESETS
 from kvcompress.storage import DenseStore
 from tests import tiny

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from kvcompress import __version__, pipeline
+from kvcompress.allocation import allocate
 from kvcompress.cache import CompressedCache
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import BudgetWarning, ConfigError, KVCompressError
@@ -18,6 +19,7 @@ from kvcompress.evaluation.data import Sample, data_hash, encode_sample
 from kvcompress.evaluation.distributed import Processes
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.fingerprint import fingerprint_of
+from kvcompress.importance import every_head
 from kvcompress.integrations import adapter_for
 from kvcompress.profile import LayerProfile
 
@@ -132,12 +134,12 @@ def prompt_retention(
     engine = cache._engine
     stores, sequence = engine.stores, engine.sequence
     held = [list(store.counts) for store in stores]
-    ranked = [pipeline.every_head(layer, store, config, sequence) for layer, store in enumerate(stores)]
+    ranked = [every_head(layer, store, config, sequence) for layer, store in enumerate(stores)]
     importance, context = pipeline.gather_importance(stores, config, sequence, engine.statistics, ranked)
     found = []
     for budget in budgets:
         wanted = config.override(budget=float(budget))
-        allocation = pipeline.allocate(wanted, sequence, stores, held, importance, replace(context, notes={}))
+        allocation = allocate(wanted, sequence, stores, held, importance, replace(context, notes={}))
         found.append([layer[0] / sequence.row_seen[0] for layer in allocation.budgets])
     return torch.tensor(found, dtype=torch.float64)
 

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress import pipeline
 from kvcompress.cache import CompressedCache
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation.image_grid import PatchGrid, image_columns, patch_grids
 from kvcompress.evaluation.inequality import gini
 from kvcompress.evaluation.models import LoadedModel
+from kvcompress.importance import every_head
 from kvcompress.report import CacheReport
 from kvcompress.stages import Scorer
 
@@ -139,7 +139,7 @@ def _importance(loaded: LoadedModel, inputs: dict[str, Tensor], scoring: Compres
     engine = cache._engine  # its stores hold every token and its score, which no report does
     found = []
     for layer, store in enumerate(engine.stores):
-        _, importance = pipeline.every_head(layer, store, scoring, engine.sequence)
+        _, importance = every_head(layer, store, scoring, engine.sequence)
         assert importance is not None
         found.append(importance[0].double().mean(0).cpu())
     return torch.stack(found)
