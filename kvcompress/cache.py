@@ -22,7 +22,7 @@ from kvcompress.integrations import Adapter, adapter_for
 from kvcompress.profile import LayerProfile, check_profiles, profile_override
 from kvcompress.reduction import Reduction
 from kvcompress.report import CacheReport
-from kvcompress.sequence import Sequence
+from kvcompress.reporting import report_on
 
 
 class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -274,41 +274,11 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     def report(self) -> CacheReport:
         """What the cache holds now, in tokens and bytes; waits for the device once."""
-        engine = self._engine
-        stores, sequence, allocation = engine.stores, engine.sequence, engine.allocation
-        held = [[[[c for c in s if c >= 0] for s in row] for row in _columns(store)] for store in stores]
-        budgets = engine.limits()
-        if budgets is not None:
-            budgets = [layer * sequence.batch if len(layer) == 1 else layer for layer in budgets]
-        return CacheReport(
-            tokens_seen=sequence.seen,
-            row_tokens_seen=list(sequence.row_seen),
-            layer_lengths=[list(store.counts) for store in stores],
-            layer_tokens=[sequence.given(layer) for layer in range(len(stores))],
-            image_tokens=_image_tokens(sequence, len(stores)),
-            layer_budgets=budgets,
-            held_columns=[[[sorted(s) for s in row] for row in layer] for layer in held],
-            kv_bytes=sum(store.nbytes for store in stores),
-            index_bytes=sum(store.index_nbytes for store in stores),
-            full_kv_bytes=sum(store.slot_nbytes for store in stores) * sequence.seen * sequence.batch,
-            went_into={layers: into.tolist() for layers, into in sequence.went_into.items()},
-            threshold=None
-            if allocation is None or "threshold" not in allocation.notes
-            else allocation.notes["threshold"].tolist(),
-            notes=self._notes(),
-        )
+        return report_on(self._engine)
 
     def _select_rows(self, index: Tensor) -> None:
         with self._engine.writable():
             self._engine.select_rows(index)
-
-    def _notes(self) -> list[str]:
-        evictor, notes = self.config.evictor, []
-        if evictor is not None and evictor.frees == "nothing":
-            notes.append("decode rule 'none': layers grow by every generated token, past their budget")
-        if self._engine.recording:
-            notes.append("past recording: eviction waits for crop")
-        return notes
 
     def _check_decoder(self) -> None:
         decoder = self._decoder()
@@ -339,20 +309,3 @@ def restore(model: PreTrainedModel) -> None:
 def _usable(tensor: Tensor) -> Tensor:
     """A tensor that the caller may use, also where it was made in an inference mode that the caller is not in."""
     return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
-
-
-def _image_tokens(sequence: Sequence, layers: int) -> list[list[int]]:
-    """Image tokens that each layer got per row."""
-    if sequence.is_image is None:
-        return [[0] * sequence.batch for _ in range(layers)]
-    counts, known = [], sequence.is_image[:, : sequence.seen]  # marked before a forward, which may have failed
-    for layer in range(layers):
-        missing, images = sequence.missing(layer), known
-        if missing is not None:
-            images = images & ~missing[:, : images.shape[1]].to(images.device)
-        counts.append(images.sum(1).tolist())
-    return counts
-
-
-def _columns(store: Any) -> list[list[list[int]]]:
-    return [] if store.keys is None else store.columns().tolist()

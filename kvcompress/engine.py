@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -16,6 +15,7 @@ from kvcompress.allocation import Allocation, allocate, floors, protection, row_
 from kvcompress.config import CompressionConfig
 from kvcompress.decoding import attend_one, evict
 from kvcompress.errors import CacheStateError
+from kvcompress.forward import Forward, valid_tokens
 from kvcompress.images import ImageLayout
 from kvcompress.parallel import ALONE, HeadGroup
 from kvcompress.quantized import QuantizedStore
@@ -25,31 +25,6 @@ from kvcompress.selection import shrink
 from kvcompress.sequence import Sequence
 from kvcompress.shapes import LayerWeights
 from kvcompress.storage import DenseStore
-
-
-@dataclass
-class Forward:
-    """A forward pass in progress.
-
-    Attributes:
-        columns: columns of the tokens that the next layer gets, `[1 or batch, tokens]`.
-        spans: per row, indices of these tokens that are no padding; None if none is.
-        scores: whether it scores (the first forward, and every one of several tokens) or decodes.
-        next_layer: layer whose attention comes next.
-        local: the allocation, where it needs no scores and is known from the start.
-        limits: slots that each layer may hold after a decode step.
-        rooms: most slots that each layer will ever need, where that is known.
-        reduction: what a reducer does to its images; None if there are none.
-    """
-
-    columns: Tensor
-    spans: list[Tensor] | None
-    scores: bool
-    next_layer: int = 0
-    local: Allocation | None = None
-    limits: list[list[int]] | None = None
-    rooms: list[int] | None = None
-    reduction: Reduction | None = None
 
 
 class Engine:
@@ -165,22 +140,7 @@ class Engine:
         self.check_ready()
         batch, _, queries, _ = query.shape
         sequence = self.sequence
-        if sequence.batch not in (0, batch):
-            raise CacheStateError(
-                f"batch: the cache holds {sequence.batch} rows, this forward has {batch}; call reset() for another "
-                "batch, or batch_repeat_interleave / batch_select_indices to change the rows"
-            )
-        new_valid = None
-        if mask is not None:
-            visible = mask[:, 0, -1]
-            new_valid = visible[:, sequence.seen :]
-            if sequence.seen and not bool(new_valid[:, -1].any()):
-                raise CacheStateError(
-                    f"attention_mask: hides the last of the {queries} new tokens in every row; it must cover the "
-                    f"{sequence.seen} tokens seen and the new ones. For a new conversation call reset()"
-                )
-            if bool(new_valid.all()):
-                new_valid = None
+        new_valid = valid_tokens(mask, batch, queries, sequence)
         spans = None if new_valid is None else [row.nonzero().flatten() for row in new_valid]
         scores = sequence.seen == 0 or queries > 1 or spans is not None
         if self._waiting:

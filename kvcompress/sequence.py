@@ -121,6 +121,18 @@ class Sequence:
             return list(self.row_seen)
         return [seen - gone for seen, gone in zip(self.row_seen, missing.sum(1).tolist(), strict=True)]
 
+    def images_given(self, layer: int) -> list[int]:
+        """Image tokens of each row that a layer got so far."""
+        if self.is_image is None:
+            return [0] * self.batch
+        images, missing = (
+            self.is_image[:, : self.seen],
+            self.missing(layer),
+        )  # a forward that failed may have marked more
+        if missing is not None:
+            images = images & ~missing[:, : images.shape[1]].to(images.device)
+        return images.sum(1).tolist()
+
     def first_given(self, layer: int, count: int) -> list[int]:
         """How many of the first `count` tokens of each row a layer got."""
         seen, missing = [min(tokens, count) for tokens in self.row_seen], self.missing(layer)
