@@ -47,8 +47,8 @@ class LayerProfile(Configured):
 
     Example:
         >>> profile = LayerProfile(budgets=[0.5], retention=[[0.7, 0.3]])
-        >>> [round(share, 3) for share in profile.at(0.25)]
-        [0.35, 0.15]
+        >>> print(*(round(share, 3) for share in profile.at(0.25)))
+        0.35 0.15
         >>> CompressionConfig.preset("prefixkv", allocator=profile.allocator()).allocator.name
         'profile'
     """
