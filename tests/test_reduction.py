@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -15,8 +16,8 @@ from transformers import DynamicCache
 from kvcompress import REDUCERS, CompressedCache, CompressionConfig, KVCompressError, restore
 from kvcompress.errors import CacheStateError, ConfigError, PolicyError, UnsupportedModeError, UnsupportedModelError
 from kvcompress.shapes import Reduced, ReductionContext
-from kvcompress.stages import Reducer
-from tests import tiny
+from kvcompress.stages import Allocator, Reducer
+from tests import strategies, tiny
 from tests.reduction_oracle import Place, PlainLightKV
 
 LIGHT = {"name": "lightkv", "windows": [2, 1]}  # after 1 and 2 of 3 layers
@@ -356,6 +357,23 @@ def test_generation_keeps_to_the_budget_of_all_tokens(name: str, how: dict[str, 
         assert 0.4 * 3 * report.tokens_seen <= sum(row) <= 0.5 * 3 * report.tokens_seen
     for lengths, budgets, given in zip(report.layer_lengths, report.layer_budgets, report.layer_tokens, strict=True):
         assert all(length <= min(pair) for length, *pair in zip(lengths, budgets, given, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("allocator", strategies.allocators(), ids=strategies.label)
+@pytest.mark.parametrize("budget", [0.9, 0.7, 0.4])
+def test_layers_of_different_lengths_share_the_budget_of_all_tokens(allocator: Allocator, budget: float) -> None:
+    """Nearly all tokens are the image's, so later layers get fewer than their share, which the others may use."""
+    model, inputs = tiny.model("llava_36"), tiny.prompt("llava_36", [2, 0, 3], seed=9)
+    allocator = strategies.for_layers(allocator, 3)
+    config = strategies.config_with(allocator, budget=budget, merger=None, quantizer=None, reducer=LIGHT)
+    cache = CompressedCache(model, config)
+    model(**inputs, past_key_values=cache)
+    report, seen = cache.report(), inputs["input_ids"].shape[1]
+    given, held = sum(map(sum, report.layer_tokens)), sum(map(sum, report.layer_lengths))
+    assert given < 3 * seen
+    assert held == min(math.floor(budget * 3 * seen + 1e-6), given)
+    assert all(length <= tokens for length, tokens in zip(report.layer_lengths, report.layer_tokens, strict=True))
 
 
 @torch.no_grad()
