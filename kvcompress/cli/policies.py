@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 import typing
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 import typer
@@ -99,19 +100,19 @@ def _parameter(name: str, field: FieldInfo, meaning: str) -> dict[str, Any]:
     default: Any = None if required else field.get_default(call_default_factory=True)
     if default is not None and not isinstance(default, (bool, int, float, str, list, dict)):
         default = str(default)
-    bounds = [
-        f"{symbol} {getattr(limit, bound)}"
-        for limit in field.metadata
-        for bound, symbol in _BOUNDS.items()
-        if getattr(limit, bound, None) is not None
-    ]
     return {
         "name": name,
-        "type": " ".join([_type_name(field.annotation), ", ".join(bounds)]).strip(),
+        "type": f"{_type_name(field.annotation)} {_bounds(field.metadata)}".strip(),
         "default": default,
         "required": required,
         "meaning": meaning or field.description or "",
     }
+
+
+def _bounds(metadata: Iterable[Any]) -> str:
+    limits = [limit for given in metadata for limit in (given.metadata if isinstance(given, FieldInfo) else [given])]
+    found = [f"{symbol} {getattr(limit, name, None)}" for limit in limits for name, symbol in _BOUNDS.items()]
+    return ", ".join(text for text in found if not text.endswith("None"))
 
 
 def _type_name(annotation: Any) -> str:
@@ -119,8 +120,8 @@ def _type_name(annotation: Any) -> str:
     if origin is Literal:
         return " | ".join(str(value) for value in arguments)
     if origin is Annotated:
-        return _type_name(arguments[0])
-    if origin is list:
+        return f"{_type_name(arguments[0])} {_bounds(arguments[1:])}".strip()
+    if origin in (list, tuple):
         return f"list of {_type_name(arguments[0])}"
     if origin in (typing.Union, types.UnionType):
         return " | ".join(_type_name(argument) for argument in arguments)
