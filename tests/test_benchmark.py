@@ -18,8 +18,8 @@ from kvcompress.cli import app
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation import LoadedModel, benchmark, timing
 from kvcompress.evaluation.benchmark import REFERENCES, rounds_of, text_rows, weight_bytes
-from kvcompress.evaluation.footprint import held_bytes, peak_of
 from kvcompress.evaluation.measurement import Measurement, Spread
+from kvcompress.evaluation.memory import held_bytes, peak_of
 from tests import checkpoints, tiny
 
 CPU = torch.device("cpu")

@@ -28,8 +28,8 @@ from transformers.cache_utils import Cache, QuantizedCache
 from kvcompress.cache import CompressedCache
 from kvcompress.composition import policies_of
 from kvcompress.config import CompressionConfig
-from kvcompress.evaluation import footprint
 from kvcompress.evaluation.calibration import prompt_retention
+from kvcompress.evaluation.memory import peak_of
 from kvcompress.evaluation.models import load_model
 from kvcompress.evaluation.perplexity import continuation_perplexity, english_text, samples_of
 from kvcompress.evaluation.timing import in_turns, ratios, timed
@@ -193,7 +193,7 @@ def own_peak_bytes(case: str, tokens: int) -> int:
     CompressedCache(bench.model, "full")
     bench.run(bench.dynamic(), bench.ids[:, :64])
     cache = bench.dynamic() if case == "DynamicCache" else bench.compressed(QUERIES[case])
-    return footprint.peak_of(partial(bench.run, cache, bench.ids), torch.device("cpu")) or 0
+    return peak_of(partial(bench.run, cache, bench.ids), torch.device("cpu")) or 0
 
 
 def table(title: str, rows: Iterable[tuple[str, str]]) -> Table:

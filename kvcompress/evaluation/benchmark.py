@@ -17,8 +17,8 @@ from transformers.cache_utils import Cache, QuantizedCache
 from kvcompress.cache import CompressedCache
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError
-from kvcompress.evaluation.footprint import held_bytes, peak_of
 from kvcompress.evaluation.measurement import Measurement, Spread
+from kvcompress.evaluation.memory import held_bytes, peak_of
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.evaluation.perplexity import english_text
 from kvcompress.evaluation.timing import Stopwatch, in_turns, ratios, short_collections
