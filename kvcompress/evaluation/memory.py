@@ -63,7 +63,7 @@ def peak_bytes(device: torch.device) -> int | None:
 def peak_of(run: Callable[[], Any], device: torch.device) -> int | None:
     """Most memory that a run takes on top of what was taken before.
 
-    Resident memory, off a GPU, is coarse: pages that the process holds in reserve may serve a run without being counted.
+    Off a GPU, resident memory is coarse: pages that the process holds in reserve may serve a run uncounted.
 
     Returns:
         Bytes; None where the system does not tell.
