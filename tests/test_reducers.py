@@ -380,6 +380,30 @@ def test_uniform_grid_keeps_as_many_in_every_part_of_the_image(side: int, part: 
         assert max(counts) - min(counts) <= 1
 
 
+@pytest.mark.parametrize("share", [0.5, 0.25, 0.1])
+def test_uniform_grid_keeps_the_same_share_of_every_grid_and_of_what_has_none(share: float) -> None:
+    """Base grid, tiles and line ends of LLaVA-NeXT, with text around them."""
+    grids, number, cells = [ImageGrid(0, 8, 8), ImageGrid(0, 10, 12)], [-1] * 3, [(-1, -1)] * 3
+    for index, grid in enumerate(grids):
+        for line in range(grid.height):
+            number += [index] * grid.width + [-1] * index
+            cells += [(line, column) for column in range(grid.width)] + [(line, grid.width)] * index
+    row = replace(
+        _square(1),
+        hidden=torch.zeros(len(number) + 2, 4),
+        index=torch.arange(len(number) + 2),
+        is_image=torch.tensor([False] * 3 + [True] * (len(number) - 3) + [False] * 2),
+        grids=grids,
+        grid=torch.tensor([*number, -1, -1]),
+        cell=torch.tensor([*cells, (-1, -1), (-1, -1)]),
+        image_tokens=len(number) - 3,
+    )
+    stay = set(survivors(UniformGrid(after=(1,), keep_shares=(share,)).reduce(row)))
+    for index in (-1, 0, 1):
+        own = {token for token in range(3, len(number)) if number[token] == index}
+        assert abs(len(stay & own) - share * len(own)) <= 1
+
+
 def _square(side: int) -> ReductionContext:
     count = side * side
     token = torch.arange(count)
