@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,7 @@ from rich.text import Text
 from kvcompress.cli.configuration import check_output, import_modules, read_config
 from kvcompress.cli.console import output, print_json, reported, working
 from kvcompress.cli.generate import load_with_spinner
+from kvcompress.cli.grid import time_left
 from kvcompress.cli.options import (
     AsJson,
     ConfigFile,
@@ -105,6 +107,12 @@ def calibrate_command(
             read = load_samples(data, images=images, limit=samples, seed=seed)
             try:
                 loaded = load_with_spinner(model, dtype.value, processes.device)
+                start = time.monotonic()
+
+                def tell(done: int) -> None:
+                    rest = time_left(time.monotonic() - start, done, len(read) - done)
+                    spinner.update(f"read {done} of {len(read)} prompts{rest}")
+
                 with working(f"reading {len(read)} prompts") as spinner:
                     profile = calibrate(
                         loaded,
@@ -112,7 +120,7 @@ def calibrate_command(
                         read,
                         budgets=shares,
                         data=data,
-                        on_sample=lambda done: spinner.update(f"read {done} of {len(read)} prompts"),
+                        on_sample=tell,
                         processes=processes,
                     )
             finally:

@@ -63,11 +63,15 @@ def progress_line(progress: Progress, seconds: float) -> Text:
         progress: how far the grid is.
         seconds: since the run began.
     """
-    left = progress.total - progress.done
-    known = f", about {duration(left * seconds / progress.measured)} left" if progress.measured and left else ""
+    known = time_left(seconds, progress.measured, progress.total - progress.done)
     number = [cell.name for cell in progress.cells].index(progress.cell.name) + 1
     place = f"{progress.cell.name} ({number} of {len(progress.cells)})"
     return Text(f"{place}: {progress.done:,} of {progress.total:,} samples{known}")
+
+
+def time_left(seconds: float, done: int, left: int) -> str:
+    """How long the rest will take if it goes on like this; empty where nobody can tell, or nothing is left."""
+    return f", about {duration(left * seconds / done)} left" if done and left else ""
 
 
 def duration(seconds: float) -> str:
