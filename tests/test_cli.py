@@ -320,7 +320,7 @@ def test_a_parameter_comes_with_type_default_and_meaning() -> None:
     assert distance["type"] == "int | none >= 1" and distance["default"] is None and not distance["required"]
     assert "fixed point" in distance["meaning"]
     (blend,) = [e for e in json.loads(run("policies", "scorer", "--json").stdout)["scorer"] if e["name"] == "blend"]
-    assert [p["type"] for p in blend["parameters"]] == ["list of Scorer", "list of float | none", "rank | mass"]
+    assert [p["type"] for p in blend["parameters"]] == ["list of Scorer", "list of float >= 0 | none", "rank | mass"]
 
 
 @pytest.mark.parametrize("stage", ["allocator", "allocators"])
