@@ -29,8 +29,8 @@ def main() -> None:
 def table(rows: list[dict]) -> str:
     """Rows of presets, best first at a fifth of the tokens; columns of budgets."""
     full, cells = rows[0], {(row["policy"], row["budget"]): row["metrics"][METRIC] for row in rows[1:]}
-    budgets = sorted({budget for _, budget in cells if budget is not None})
-    policies = sorted({policy for policy, _ in cells}, key=lambda policy: cells[policy, 0.2]["value"])
+    budgets = sorted({budget for _, budget in cells if budget < 1})
+    policies = sorted({p for p, budget in cells if budget < 1}, key=lambda policy: cells[policy, 0.2]["value"])
     lines = [
         f"| preset | {' | '.join(f'{budget:g}' for budget in budgets)} |",
         f"|---|{'---|' * len(budgets)}",
@@ -38,7 +38,11 @@ def table(rows: list[dict]) -> str:
     for policy in policies:
         figures = " | ".join(figure(cells[policy, budget]) for budget in budgets)
         lines.append(f"| `{policy}` | {figures} |")
-    return "\n".join([f"{full['policy']}: {figure(full['metrics'][METRIC])}, {full['samples']} samples", "", *lines])
+    whole = {policy: metric for (policy, budget), metric in cells.items() if budget == 1}
+    named = [
+        f"{policy}: {figure(metric)}" for policy, metric in {full["policy"]: full["metrics"][METRIC], **whole}.items()
+    ]
+    return "\n".join([f"{'; '.join(named)}; {full['samples']} samples", "", *lines])
 
 
 def figure(metric: dict) -> str:
