@@ -47,6 +47,8 @@ class DenseStore:
 
     def writable(self) -> AbstractContextManager[Any]:
         """Lets buffers that were made in inference mode be written to, also by a caller who has left it."""
+        if torch.is_inference_mode_enabled():
+            return nullcontext()
         made_in_it = any(
             buffer is not None and buffer.is_inference() for buffer in (self.keys, self._columns, self.scores)
         )

@@ -334,6 +334,7 @@ def test_the_demo_looks_at_a_scene_and_at_a_file(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["demo", "--image"])
     assert result.exit_code == 0, result.output
     assert "144 vision tokens" in result.stdout and "retention 20%" in result.stdout
+    assert "snapkv: SnapKV" in result.stdout
     result = CliRunner().invoke(app, ["demo", "--image", str(picture), "--question", "how many objects?"])
     assert result.exit_code == 0, result.output
     assert "scene.png" in "".join(result.stdout.split())  # long paths are broken over lines

@@ -52,14 +52,19 @@ def demo(
     ] = False,
     question: Annotated[str | None, typer.Option(metavar="TEXT", help="Another question.", show_default=False)] = None,
     preset: Annotated[
-        str, typer.Option(help="How the cache is compressed ('kvcompress policies presets').")
-    ] = "prefixkv",
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="How the cache is compressed ('kvcompress policies presets'); left out: prefixkv, snapkv for images.",
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Lets a small model answer a question about a document or an image with all, half and a fifth of its cache."""
     with reported(debug=debug):
         if file is not None and not image:
             raise typer.BadParameter("an image is looked at with --image: kvcompress demo --image FILE")
+        preset = preset or ("snapkv" if image else "prefixkv")  # a description needs the question too
         configs = {f"{share:.0%}": CompressionConfig.preset(preset, budget=share) for share in RETENTIONS}
         if image:
             loaded, inputs, about = _image_prompt(file, question)

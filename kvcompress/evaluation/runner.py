@@ -170,12 +170,12 @@ class _Grid:
     def _records(self, cell: Cell, reference: dict[str, Row], file: ResultsFile) -> dict[str, Row]:
         """What every sample gave with one cache, from the file where it is there."""
         known = file.records.get(cell.name, {})
-        todo = [sample for sample in self.samples if sample.name not in known]
+        missing = [sample for sample in self.samples if sample.name not in known]
         found = {sample.name: known[sample.name] for sample in self.samples if sample.name in known}
         self.done += len(found)
         size = 1 if self.processes.count == 1 else _GATHERED * self.processes.count
-        for start in range(0, len(todo), size):
-            part = todo[start : start + size]
+        for start in range(0, len(missing), size):
+            part = missing[start : start + size]
             mine = [
                 {"cell": cell.name, "sample": sample.name, **self._measured(cell, sample, reference)}
                 for sample in self.processes.mine(part)
