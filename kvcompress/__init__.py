@@ -1,11 +1,11 @@
 """Compress the key-value cache of LLaVA and LLaMA models with policies that plug together."""
 
-from kvcompress.budget import Budget
 from kvcompress.cache import CompressedCache, restore
+from kvcompress.cache.report import CacheReport
 from kvcompress.config import CompressionConfig
+from kvcompress.config.budget import Budget
 from kvcompress.errors import KVCompressError
-from kvcompress.registry import ALLOCATORS, EVICTORS, MERGERS, QUANTIZERS, REDUCERS, SCORERS
-from kvcompress.report import CacheReport
+from kvcompress.policies.registry import ALLOCATORS, EVICTORS, MERGERS, QUANTIZERS, REDUCERS, SCORERS
 
 __version__ = "0.1.0"
 

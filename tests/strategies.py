@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcompress import ALLOCATORS, EVICTORS, MERGERS, QUANTIZERS, REDUCERS, SCORERS, CompressionConfig
-from kvcompress.composition import EXAMPLES
+from kvcompress.config.composition import EXAMPLES
+from kvcompress.config.presets import PRESETS
 from kvcompress.errors import ConfigError
-from kvcompress.presets import PRESETS
-from kvcompress.registry import Registry
-from kvcompress.shapes import AllocationContext, Importance, LayerContext, MergeContext, SelectionContext
-from kvcompress.stages import Allocator, Evictor, Merger, Policy, Quantizer, Reducer, Scorer
-from kvcompress.statistics import STATISTICS
+from kvcompress.policies.base import Allocator, Evictor, Merger, Policy, Quantizer, Reducer, Scorer
+from kvcompress.policies.context import AllocationContext, Importance, LayerContext, MergeContext, SelectionContext
+from kvcompress.policies.registry import Registry
+from kvcompress.policies.statistics import STATISTICS
 
 seeds = st.integers(0, 2**31 - 1)
 

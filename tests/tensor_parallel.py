@@ -18,10 +18,10 @@ from torch.distributed.tensor.debug import CommDebugMode
 from transformers import PreTrainedModel
 
 from kvcompress import ALLOCATORS, MERGERS, QUANTIZERS, REDUCERS, SCORERS, CompressedCache
-from kvcompress.composition import EXAMPLES
+from kvcompress.config.composition import EXAMPLES
+from kvcompress.config.presets import PRESETS
 from kvcompress.errors import KVCompressError
 from kvcompress.integrations import adapter_for
-from kvcompress.presets import PRESETS
 from tests import tiny
 
 BUDGET = {"fraction": 0.3, "sink": 1, "recent": 4}

@@ -14,9 +14,9 @@ from torch import Tensor
 from kvcompress import ALLOCATORS, CompressedCache, KVCompressError
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import CacheStateError, PolicyError
-from kvcompress.shapes import AllocationContext
-from kvcompress.stages import Allocator
-from kvcompress.statistics import STATISTICS
+from kvcompress.policies.base import Allocator
+from kvcompress.policies.context import AllocationContext
+from kvcompress.policies.statistics import STATISTICS
 from tests import oracles, strategies, tiny
 from tests.strategies import MASSES, AllocationInput, allocation_inputs
 

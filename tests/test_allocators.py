@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcompress import ALLOCATORS, EVICTORS, Budget, CompressedCache, CompressionConfig, KVCompressError
+from kvcompress.cache.pipeline import _rank_by_rank
 from kvcompress.errors import ConfigError, PolicyError
-from kvcompress.pipeline import _rank_by_rank
 from kvcompress.policies.allocators.apportionment import apportion
-from kvcompress.shapes import AllocationContext, SelectionContext
-from kvcompress.stages import Allocator
-from kvcompress.statistics import STATISTICS
+from kvcompress.policies.base import Allocator
+from kvcompress.policies.context import AllocationContext, SelectionContext
+from kvcompress.policies.statistics import STATISTICS
 from tests import strategies, tiny
 from tests.reference import Reference, held
 from tests.strategies import AllocationInput, Scripted, allocation_inputs, examples, selection_contexts

@@ -16,11 +16,11 @@ from typer.testing import CliRunner, Result
 
 from kvcompress import CompressedCache, CompressionConfig, __version__
 from kvcompress.cli import app
+from kvcompress.config.profile import LayerProfile
 from kvcompress.errors import BudgetWarning, ConfigError
 from kvcompress.evaluation import LoadedModel, load_model
 from kvcompress.evaluation.calibration import calibrate, retentions
 from kvcompress.evaluation.data import Sample, data_hash, encode_sample, load_samples
-from kvcompress.profile import LayerProfile
 from tests.test_profile import write_prefixkv
 
 

@@ -19,9 +19,9 @@ from typer.testing import CliRunner, Result
 import kvcompress
 from kvcompress.cli import app
 from kvcompress.cli import generate as generate_command
+from kvcompress.config.presets import PRESETS
 from kvcompress.evaluation import LoadedModel
-from kvcompress.presets import PRESETS
-from kvcompress.registry import ALLOCATORS, REGISTRIES
+from kvcompress.policies.registry import ALLOCATORS, REGISTRIES
 from tests import checkpoints
 
 PROMPT = "the quick brown fox jumps over the lazy dog"
@@ -333,7 +333,7 @@ def test_policies_of_one_stage_for_people(stage: str) -> None:
 MINE = '''
 import torch
 from kvcompress import ALLOCATORS
-from kvcompress.stages import Allocator
+from kvcompress.policies.base import Allocator
 
 @ALLOCATORS.register("last-first")
 class LastFirst(Allocator):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kvcompress import CompressedCache
-from kvcompress.composition import NEIGHBOURS, Pair, as_markdown, pairs, presets_as_markdown
+from kvcompress.config.composition import NEIGHBOURS, Pair, as_markdown, pairs, presets_as_markdown
 from tests import tiny
 
 ALL = list(itertools.chain(*(pairs(*stages) for stages in NEIGHBOURS)))

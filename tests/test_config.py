@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcompress import Budget, CompressionConfig, KVCompressError
+from kvcompress.config.presets import PRESETS
 from kvcompress.policies.allocators import Uniform
 from kvcompress.policies.scorers import Attention
-from kvcompress.presets import PRESETS
 from tests import strategies
 
 every_config = [entry.values[0] for entry in strategies.configs()]

@@ -58,9 +58,9 @@ def test_command_lines_run(page: Path, line: str, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     "name",
     [
-        "kvcompress.registry",
-        "kvcompress.config",
-        "kvcompress.cache",
+        "kvcompress.policies.registry",
+        "kvcompress.config.compression",
+        "kvcompress.cache.cache",
         "kvcompress.evaluation.inspection",
         "kvcompress.evaluation.benchmark",
     ],

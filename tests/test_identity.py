@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from kvcompress import Budget, CompressedCache, CompressionConfig, restore
-from kvcompress.presets import PRESETS
+from kvcompress.config.presets import PRESETS
 from tests import strategies, tiny
 from tests.strategies import examples
 

@@ -15,8 +15,8 @@ from transformers.models.llava_next.modeling_llava_next import get_anyres_image_
 
 from kvcompress import CompressedCache
 from kvcompress.errors import UnsupportedModelError
-from kvcompress.images import ImageLayout
 from kvcompress.integrations import adapter_for
+from kvcompress.policies.images import ImageLayout
 from tests import tiny
 from tests.strategies import examples
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcompress import kernels
+from kvcompress.kernels import dense as kernels
 from tests.strategies import generator
 
 

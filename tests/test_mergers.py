@@ -16,9 +16,9 @@ from torch import Tensor
 
 from kvcompress import MERGERS, Budget, CompressedCache, CompressionConfig, KVCompressError
 from kvcompress.errors import PolicyError
+from kvcompress.policies.base import Evictor, Merger
+from kvcompress.policies.context import MergeContext, Merged
 from kvcompress.policies.mergers import CaM
-from kvcompress.shapes import MergeContext, Merged
-from kvcompress.stages import Evictor, Merger
 from tests import strategies, tiny
 from tests.strategies import Scripted, examples, merge_contexts
 from tests.test_batch import check_generate, with_budget

@@ -15,10 +15,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvcompress import CompressedCache, CompressionConfig, restore
-from kvcompress.allocation import protection
-from kvcompress.engine import Engine
-from kvcompress.presets import PRESETS
-from kvcompress.storage import DenseStore
+from kvcompress.cache.allocation import protection
+from kvcompress.cache.engine import Engine
+from kvcompress.cache.store import DenseStore
+from kvcompress.config.presets import PRESETS
 from tests import tiny
 
 SQUEEZED = [preset for preset in PRESETS if not CompressionConfig.preset(preset).budget.keeps_everything]

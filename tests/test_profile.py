@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcompress import ALLOCATORS, CompressedCache, CompressionConfig
+from kvcompress.config.profile import LayerProfile
 from kvcompress.errors import ConfigError, PolicyError
-from kvcompress.fingerprint import Fingerprint, fingerprint_of
-from kvcompress.profile import LayerProfile
+from kvcompress.policies.fingerprint import Fingerprint, fingerprint_of
 from tests import strategies, tiny
 
 SHARES = st.floats(0, 1, allow_subnormal=False) | st.sampled_from([0.0, 0.25, 0.5, 1.0])

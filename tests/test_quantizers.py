@@ -14,11 +14,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from kvcompress import QUANTIZERS, Budget, CompressedCache, CompressionConfig, quantized
+from kvcompress.cache.quantized_store import QuantizedStore
+from kvcompress.cache.store import DenseStore
 from kvcompress.errors import ConfigError
-from kvcompress.quantized import QuantizedStore
-from kvcompress.shapes import Codes, Keys, Values
-from kvcompress.stages import Quantizer
-from kvcompress.storage import DenseStore
+from kvcompress.policies.base import Quantizer
+from kvcompress.policies.context import Codes, Keys, Values
 from tests import strategies, tiny
 from tests.reference import held
 from tests.test_state_machine import StoreMachine

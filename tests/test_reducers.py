@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from kvcompress import CompressionConfig
 from kvcompress.errors import ConfigError
-from kvcompress.images import ImageGrid
+from kvcompress.policies.context import LayerContext, LayerWeights, Reduced, ReductionContext
+from kvcompress.policies.images import ImageGrid
 from kvcompress.policies.reducers import FastV, LightKV, PyramidDrop, RandomReducer, ToMe, UniformGrid
-from kvcompress.shapes import LayerContext, LayerWeights, Reduced, ReductionContext
 from tests import reduction_oracle, strategies
 from tests.strategies import examples
 

@@ -15,8 +15,8 @@ from transformers import DynamicCache
 
 from kvcompress import REDUCERS, CompressedCache, CompressionConfig, KVCompressError, restore
 from kvcompress.errors import CacheStateError, ConfigError, PolicyError, UnsupportedModeError, UnsupportedModelError
-from kvcompress.shapes import Reduced, ReductionContext
-from kvcompress.stages import Allocator, Reducer
+from kvcompress.policies.base import Allocator, Reducer
+from kvcompress.policies.context import Reduced, ReductionContext
 from tests import strategies, tiny
 from tests.reduction_oracle import Place, PlainLightKV
 

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 
 from kvcompress import ALLOCATORS, CompressedCache, CompressionConfig, KVCompressError, registry
-from kvcompress.registry import REGISTRIES
-from kvcompress.stages import Allocator
+from kvcompress.policies.base import Allocator
+from kvcompress.policies.registry import REGISTRIES
 from tests import strategies, tiny
 
 USERS_MODULE = '''
 import torch
 from pydantic import Field
 from kvcompress import ALLOCATORS
-from kvcompress.stages import Allocator
+from kvcompress.policies.base import Allocator
 
 @ALLOCATORS.register("deep_heavy")
 class DeepHeavy(Allocator):

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from kvcompress import SCORERS, CompressedCache, CompressionConfig, KVCompressError
 from kvcompress.kernels import attention_with_lse
+from kvcompress.policies.base import Scorer
+from kvcompress.policies.context import LayerContext, LayerWeights
 from kvcompress.policies.scorers import Attention, Blend, SnapKV
-from kvcompress.shapes import LayerContext, LayerWeights
-from kvcompress.stages import Scorer
 from tests import strategies, tiny
 from tests.reference import Reference
 from tests.strategies import generator

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kvcompress import EVICTORS, Budget, CompressedCache, CompressionConfig
 from kvcompress.errors import ConfigError, PolicyError
+from kvcompress.policies.base import Evictor
+from kvcompress.policies.context import SelectionContext
 from kvcompress.policies.evictors import TopK
-from kvcompress.shapes import SelectionContext
-from kvcompress.stages import Evictor
 from tests import oracles, strategies, tiny
 from tests.reference import Reference, held
 from tests.strategies import Scripted, examples, selection_contexts

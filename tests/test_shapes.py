@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from kvcompress import CompressionConfig
 from kvcompress.cli import app
+from kvcompress.config.presets import PRESETS
 from kvcompress.errors import ConfigError, MissingDependencyError
 from kvcompress.evaluation import LoadedModel, encode_prompt, generate, load_model
 from kvcompress.evaluation.conversations import Conversation, read_conversations, write_conversations
@@ -38,7 +39,6 @@ from kvcompress.evaluation.shapes.measure import accuracy, description_perplexit
 from kvcompress.evaluation.shapes.model import SPECIAL, VISION_TOKENS, build_model, build_processor
 from kvcompress.evaluation.shapes.questions import KINDS, PLURALS, right_objects
 from kvcompress.evaluation.shapes.scenes import CELL, COLOURS, IMAGE_SIZE
-from kvcompress.presets import PRESETS
 
 SCENES = [sample_scene(scene_seed("test", index)) for index in range(60)]
 

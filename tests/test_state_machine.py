@@ -15,9 +15,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from kvcompress import Budget, CompressedCache, CompressionConfig
+from kvcompress.cache.store import DenseStore
 from kvcompress.errors import CacheStateError
-from kvcompress.stages import Allocator, Evictor
-from kvcompress.storage import DenseStore
+from kvcompress.policies.base import Allocator, Evictor
 from tests import oracles, strategies, tiny
 from tests.reference import Reference, decoder_layers, held, recorded
 from tests.strategies import Scripted

@@ -15,9 +15,9 @@ from torch import Tensor
 from kvcompress import SCORERS, CompressedCache, CompressionConfig, KVCompressError
 from kvcompress.errors import BudgetWarning, CacheStateError, PolicyError, UnsupportedModeError, UnsupportedModelError
 from kvcompress.integrations import LlamaAdapter, adapter_for, base, register_adapter
-from kvcompress.registry import ALLOCATORS, EVICTORS
-from kvcompress.shapes import LayerContext
-from kvcompress.stages import Allocator, Evictor, Scorer
+from kvcompress.policies.base import Allocator, Evictor, Scorer
+from kvcompress.policies.context import LayerContext
+from kvcompress.policies.registry import ALLOCATORS, EVICTORS
 from tests import tiny
 
 

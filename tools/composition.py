@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from kvcompress.composition import as_markdown, presets_as_markdown
+from kvcompress.config.composition import as_markdown, presets_as_markdown
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {DOCS / "composition.md": as_markdown, DOCS / "policies" / "presets.md": presets_as_markdown}

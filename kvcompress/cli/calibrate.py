@@ -29,12 +29,12 @@ from kvcompress.cli.options import (
     PresetName,
     Settings,
 )
+from kvcompress.config.profile import LayerProfile
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation.calibration import BUDGETS, calibrate, check_budgets, check_config
 from kvcompress.evaluation.data import load_samples
 from kvcompress.evaluation.distributed import Processes
 from kvcompress.evaluation.plots import check_matplotlib, plot_profile, save_all
-from kvcompress.profile import LayerProfile
 
 EPILOG = """
 [bold]Examples[/bold]

@@ -14,11 +14,11 @@ from typing import Any
 import typer
 import yaml
 
-from kvcompress.budget import Budget
 from kvcompress.config import CompressionConfig
+from kvcompress.config.budget import Budget
 from kvcompress.errors import BudgetError, ConfigError
 from kvcompress.evaluation.results import check_writable
-from kvcompress.stages import Policy
+from kvcompress.policies.base import Policy
 
 _AMOUNTS = ("fraction", "tokens", "bytes")
 _FILES = (".json", ".yaml", ".yml")

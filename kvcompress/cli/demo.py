@@ -14,10 +14,10 @@ from kvcompress.cli.display import figures
 from kvcompress.cli.generate import load_with_spinner, open_image, run_with_spinner
 from kvcompress.cli.options import Debug
 from kvcompress.config import CompressionConfig
+from kvcompress.config.presets import PRESETS
 from kvcompress.evaluation import LoadedModel, encode_prompt
 from kvcompress.evaluation.shapes import Scene, describe_question, draw_scene, sample_scene, scene_seed
 from kvcompress.evaluation.shapes.questions import DESCRIBE
-from kvcompress.presets import PRESETS
 
 EPILOG = """
 [bold]Examples[/bold]

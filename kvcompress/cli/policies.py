@@ -18,9 +18,9 @@ from kvcompress.cli.configuration import import_modules
 from kvcompress.cli.console import output, print_json, reported
 from kvcompress.cli.docstrings import documentation_of
 from kvcompress.cli.options import AsJson, Debug, Modules
-from kvcompress.presets import PRESETS
-from kvcompress.registry import REGISTRIES
-from kvcompress.stages import Policy
+from kvcompress.config.presets import PRESETS
+from kvcompress.policies.base import Policy
+from kvcompress.policies.registry import REGISTRIES
 
 EPILOG = """
 [bold]Examples[/bold]

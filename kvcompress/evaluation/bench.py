@@ -26,18 +26,18 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, QuantizedCache
 
 from kvcompress.cache import CompressedCache
-from kvcompress.composition import policies_of
 from kvcompress.config import CompressionConfig
+from kvcompress.config.composition import policies_of
+from kvcompress.config.presets import PRESETS
+from kvcompress.config.profile import LayerProfile
 from kvcompress.evaluation.calibration import prompt_retention
 from kvcompress.evaluation.memory import peak_of
 from kvcompress.evaluation.models import load_model
 from kvcompress.evaluation.perplexity import continuation_perplexity, english_text, samples_of
 from kvcompress.evaluation.timing import in_turns, ratios, timed
 from kvcompress.kernels import attention_with_lse
-from kvcompress.presets import PRESETS
-from kvcompress.profile import LayerProfile
-from kvcompress.registry import ALLOCATORS, QUANTIZERS
-from kvcompress.shapes import LayerContext, LayerWeights
+from kvcompress.policies.context import LayerContext, LayerWeights
+from kvcompress.policies.registry import ALLOCATORS, QUANTIZERS
 
 BUDGETS = (0.5, 0.2, 0.1)
 PROFILED: dict[str, dict[str, Any]] = {

@@ -10,18 +10,18 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvcompress import __version__, pipeline
-from kvcompress.allocation import allocate
-from kvcompress.cache import CompressedCache
+from kvcompress import __version__
+from kvcompress.cache import CompressedCache, pipeline
+from kvcompress.cache.allocation import allocate
+from kvcompress.cache.importance import every_head
 from kvcompress.config import CompressionConfig
+from kvcompress.config.profile import LayerProfile
 from kvcompress.errors import BudgetWarning, ConfigError, KVCompressError
 from kvcompress.evaluation.data import Sample, data_hash, encode_sample
 from kvcompress.evaluation.distributed import Processes
 from kvcompress.evaluation.models import LoadedModel
-from kvcompress.fingerprint import fingerprint_of
-from kvcompress.importance import every_head
 from kvcompress.integrations import adapter_for
-from kvcompress.profile import LayerProfile
+from kvcompress.policies.fingerprint import fingerprint_of
 
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 

@@ -14,10 +14,10 @@ from transformers import DynamicCache, PreTrainedTokenizerBase, TextStreamer
 from transformers.cache_utils import Cache
 
 from kvcompress.cache import CompressedCache
+from kvcompress.cache.report import CacheReport
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError, UnsupportedModelError
 from kvcompress.evaluation.models import LoadedModel
-from kvcompress.report import CacheReport
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from kvcompress.cache import CompressedCache
+from kvcompress.cache.importance import every_head
+from kvcompress.cache.report import CacheReport
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation.image_grid import PatchGrid, image_columns, patch_grids
 from kvcompress.evaluation.inequality import gini
 from kvcompress.evaluation.models import LoadedModel
-from kvcompress.importance import every_head
-from kvcompress.report import CacheReport
-from kvcompress.stages import Scorer
+from kvcompress.policies.base import Scorer
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from kvcompress.cache.report import CacheReport
 from kvcompress.config import CompressionConfig
 from kvcompress.evaluation.generation import make_cache, report_of, seeded
 from kvcompress.evaluation.models import LoadedModel
-from kvcompress.report import CacheReport
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvcompress.errors import ConfigError, MissingDependencyError
-from kvcompress.registry import unknown_name
+from kvcompress.policies.registry import unknown_name
 
 PERPLEXITY = "perplexity"
 _WORD = re.compile(r"-?\d+(?:[.,]\d+)*|\w+")

@@ -21,9 +21,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from kvcompress.cache import CompressedCache
+from kvcompress.cache.reduction import Reduction
 from kvcompress.evaluation.timing import in_turns, ratios
-from kvcompress.reduction import Reduction
-from kvcompress.registry import REDUCERS
+from kvcompress.policies.registry import REDUCERS
 
 IMAGE_TOKENS, TEXT_TOKENS = 576, 64
 _IMAGE_TOKEN = 999

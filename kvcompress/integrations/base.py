@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvcompress.errors import UnsupportedModelError
-from kvcompress.images import ImageLayout
 from kvcompress.parallel import HeadGroup, head_group, local
-from kvcompress.shapes import LayerWeights
+from kvcompress.policies.context import LayerWeights
+from kvcompress.policies.images import ImageLayout
 
 AdapterT = TypeVar("AdapterT", bound="type[Adapter]")
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from kvcompress.errors import UnsupportedModelError
-from kvcompress.images import ImageGrid, ImageLayout
+from kvcompress.policies.images import ImageGrid, ImageLayout
 
 
 @dataclass(frozen=True)

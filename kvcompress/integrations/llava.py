@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress.errors import UnsupportedModelError
-from kvcompress.images import ImageLayout
 from kvcompress.integrations.base import Adapter, register_adapter
 from kvcompress.integrations.grids import Piece, layout_of, tile_grid
 from kvcompress.integrations.llama import LlamaAdapter
+from kvcompress.policies.images import ImageLayout
 
 _DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from kvcompress.cache.report import CacheReport
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation.image_grid import PatchGrid
 from kvcompress.evaluation.plots.style import COLOURS, drawing, new_figure
-from kvcompress.report import CacheReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -19,7 +19,7 @@ from kvcompress.evaluation.models import LoadedModel, load_model
 from kvcompress.evaluation.shapes.measure import accuracy, description_perplexity, encode, held_out_scenes
 from kvcompress.evaluation.shapes.questions import KINDS, describe_question
 from kvcompress.evaluation.shapes.scenes import Scene
-from kvcompress.registry import REDUCERS, SCORERS
+from kvcompress.policies.registry import REDUCERS, SCORERS
 
 RETENTIONS = (0.5, 0.2, 0.1)
 CALIBRATED = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)

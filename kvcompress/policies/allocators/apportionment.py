@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvcompress.errors import PolicyError
-from kvcompress.shapes import AllocationContext, TokenCounts
+from kvcompress.policies.context import AllocationContext, TokenCounts
 
 _LEAST = 2.0**-40  # layers of no weight count as this part of the largest: they fill up once all others are full
 _MOST = 2.0**80  # with this multiplier every layer is at its capacity

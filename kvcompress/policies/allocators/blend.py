@@ -8,9 +8,9 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from kvcompress.errors import ConfigError
-from kvcompress.registry import ALLOCATORS, AllocatorField
-from kvcompress.shapes import AllocationContext, LayerImportance, TokenCounts
-from kvcompress.stages import Allocator
+from kvcompress.policies.base import Allocator
+from kvcompress.policies.context import AllocationContext, LayerImportance, TokenCounts
+from kvcompress.policies.registry import ALLOCATORS, AllocatorField
 
 
 @ALLOCATORS.register("blend")

@@ -9,9 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from kvcompress.policies.allocators.apportionment import apportion, statistic
-from kvcompress.registry import ALLOCATORS
-from kvcompress.shapes import AllocationContext, LayerImportance, TokenCounts
-from kvcompress.stages import Allocator
+from kvcompress.policies.base import Allocator
+from kvcompress.policies.context import AllocationContext, LayerImportance, TokenCounts
+from kvcompress.policies.registry import ALLOCATORS
 
 
 @ALLOCATORS.register("entropy")
@@ -22,7 +22,7 @@ class Entropy(Allocator):
 
     H is the entropy of a query's attention, V the variance over queries of the attention that a token receives, added
     up over tokens; both over the last 32 queries ("attention_entropy" and "attention_variance" in
-    `kvcompress.statistics`).
+    `kvcompress.policies.statistics`).
 
     *Deviates:* H and V are means over queries and heads where the paper adds up, which scales all layers alike. All
     layers are allocated at once, where the paper shrinks earlier layers while later ones are prefilled; the budgets in

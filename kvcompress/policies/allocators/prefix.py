@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from kvcompress.registry import ALLOCATORS
-from kvcompress.shapes import AllocationContext, LayerImportance, TokenCounts
-from kvcompress.stages import Allocator
+from kvcompress.policies.base import Allocator
+from kvcompress.policies.context import AllocationContext, LayerImportance, TokenCounts
+from kvcompress.policies.registry import ALLOCATORS
 
 _STEPS = 63  # bits of a non-negative float64: after as many halvings the threshold is exact
 

@@ -13,12 +13,12 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kvcompress.errors import ConfigError, PolicyError
-from kvcompress.fingerprint import Fingerprint
 from kvcompress.policies.allocators.apportionment import apportion
 from kvcompress.policies.allocators.interpolation import interpolate
-from kvcompress.registry import ALLOCATORS
-from kvcompress.shapes import AllocationContext, LayerImportance, TokenCounts
-from kvcompress.stages import Allocator
+from kvcompress.policies.base import Allocator
+from kvcompress.policies.context import AllocationContext, LayerImportance, TokenCounts
+from kvcompress.policies.fingerprint import Fingerprint
+from kvcompress.policies.registry import ALLOCATORS
 
 _Share = Annotated[float, Field(ge=0.0, le=1.0)]
 

@@ -10,9 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from kvcompress.policies.allocators.apportionment import apportion_above
-from kvcompress.registry import ALLOCATORS
-from kvcompress.shapes import AllocationContext, LayerImportance, TokenCounts
-from kvcompress.stages import Allocator
+from kvcompress.policies.base import Allocator
+from kvcompress.policies.context import AllocationContext, LayerImportance, TokenCounts
+from kvcompress.policies.registry import ALLOCATORS
 
 
 @ALLOCATORS.register("pyramid")

@@ -8,9 +8,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kvcompress.policies.allocators.apportionment import apportion, statistic
-from kvcompress.registry import ALLOCATORS
-from kvcompress.shapes import AllocationContext, LayerImportance, TokenCounts
-from kvcompress.stages import Allocator
+from kvcompress.policies.base import Allocator
+from kvcompress.policies.context import AllocationContext, LayerImportance, TokenCounts
+from kvcompress.policies.registry import ALLOCATORS
 
 
 @ALLOCATORS.register("sparsity")
@@ -20,7 +20,7 @@ class Sparsity(Allocator):
     Source: VL-Cache (arXiv 2410.23317, section 4.1, "sparsity-aware cache budget allocation").
 
     A layer's sparsity is the share of its attention entries below 1 % of the largest of their row, counted over the
-    queries after the image ("attention_sparsity" in `kvcompress.statistics`). Budgets are in proportion to
+    queries after the image ("attention_sparsity" in `kvcompress.policies.statistics`). Budgets are in proportion to
     1 - sparsity.
 
     *Deviates:* the paper clips every budget to between 1 % and 100 % of the layer's tokens, after which budgets no

@@ -8,9 +8,9 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from kvcompress.policies.context import SelectionContext
 from kvcompress.policies.evictors.topk import TopK
-from kvcompress.registry import EVICTORS
-from kvcompress.shapes import SelectionContext
+from kvcompress.policies.registry import EVICTORS
 
 
 @EVICTORS.register("chunk")

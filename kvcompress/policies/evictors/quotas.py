@@ -7,7 +7,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from kvcompress.errors import PolicyError
-from kvcompress.shapes import SelectionContext
+from kvcompress.policies.context import SelectionContext
 
 
 def keep_first(

@@ -7,10 +7,10 @@ from typing import ClassVar
 from jaxtyping import Bool
 from torch import Tensor
 
+from kvcompress.policies.base import Evictor
+from kvcompress.policies.context import SelectionContext
 from kvcompress.policies.evictors.quotas import keep_first
-from kvcompress.registry import EVICTORS
-from kvcompress.shapes import SelectionContext
-from kvcompress.stages import Evictor
+from kvcompress.policies.registry import EVICTORS
 
 
 @EVICTORS.register("streaming")

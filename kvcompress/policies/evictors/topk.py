@@ -9,10 +9,10 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from kvcompress.policies.base import Evictor
+from kvcompress.policies.context import DecodeContext, SelectionContext
 from kvcompress.policies.evictors.quotas import keep_first
-from kvcompress.registry import EVICTORS
-from kvcompress.shapes import DecodeContext, SelectionContext
-from kvcompress.stages import Evictor
+from kvcompress.policies.registry import EVICTORS
 
 _DISTANCE = 25  # of the released code
 

@@ -10,10 +10,10 @@ from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from kvcompress.policies.base import Merger
+from kvcompress.policies.context import MergeContext, Merged
 from kvcompress.policies.mergers.pairs import Pairs, in_order, slots_at, written
-from kvcompress.registry import MERGERS
-from kvcompress.shapes import MergeContext, Merged
-from kvcompress.stages import Merger
+from kvcompress.policies.registry import MERGERS
 
 _Bits = TypeVar("_Bits", int, Tensor)
 

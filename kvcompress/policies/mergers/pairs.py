@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvcompress.shapes import MergeContext
+from kvcompress.policies.context import MergeContext
 
 
 def in_order(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from kvcompress.policies.base import Merger
+from kvcompress.policies.context import MergeContext, Merged
 from kvcompress.policies.mergers.similarity import most_similar
-from kvcompress.registry import MERGERS
-from kvcompress.shapes import MergeContext, Merged
-from kvcompress.stages import Merger
+from kvcompress.policies.registry import MERGERS
 
 
 @MERGERS.register("pivotal")

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from kvcompress.policies.context import MergeContext
 from kvcompress.policies.mergers.pairs import Pairs, in_order, slots_at
-from kvcompress.shapes import MergeContext
 
 _GRID = 2**16  # similarities are compared in steps of 1 / 2**16
 _FORBIDDEN = 4.0  # subtracted from the similarity of keys that must not be paired, more than any two can differ

@@ -10,10 +10,10 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from kvcompress.policies.base import Merger
+from kvcompress.policies.context import MergeContext, Merged
 from kvcompress.policies.mergers.similarity import SimilarPairs, most_similar
-from kvcompress.registry import MERGERS
-from kvcompress.shapes import MergeContext, Merged
-from kvcompress.stages import Merger
+from kvcompress.policies.registry import MERGERS
 
 
 @MERGERS.register("threshold")

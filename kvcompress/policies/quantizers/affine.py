@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcompress.shapes import Codes
+from kvcompress.policies.context import Codes
 
 
 def decode_affine(numbers: Tensor, codes: Codes) -> Tensor:

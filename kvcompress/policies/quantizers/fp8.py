@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvcompress.policies.base import Quantizer
+from kvcompress.policies.context import Codes, Keys, Values
 from kvcompress.policies.quantizers.affine import decode_affine
-from kvcompress.registry import QUANTIZERS
-from kvcompress.shapes import Codes, Keys, Values
-from kvcompress.stages import Quantizer
+from kvcompress.policies.registry import QUANTIZERS
 
 _DTYPE = torch.float8_e4m3fn
 _WIDENED = {torch.bfloat16: (4, 2.0**120), torch.float16: (7, 2.0**8)}  # dtype -> places to shift, factor

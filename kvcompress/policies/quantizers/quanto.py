@@ -8,10 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvcompress.policies.base import Quantizer
+from kvcompress.policies.context import Codes, Keys, Values
 from kvcompress.policies.quantizers.affine import decode_affine
-from kvcompress.registry import QUANTIZERS
-from kvcompress.shapes import Codes, Keys, Values
-from kvcompress.stages import Quantizer
+from kvcompress.policies.registry import QUANTIZERS
 
 
 class Quanto(Quantizer):

@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from kvcompress.errors import ConfigError
+from kvcompress.policies.base import Reducer
+from kvcompress.policies.context import Reduced
 from kvcompress.policies.reducers.staged import Depth, layers_at
-from kvcompress.shapes import Reduced
-from kvcompress.stages import Reducer
 
 _FRACTIONS = (0.375, 0.5625, 0.75)  # of the depth; LightKV's 12, 18 and 24 of 32 layers
 _PUBLISHED = {40: (15, 23, 31)}  # where LightKV's are others

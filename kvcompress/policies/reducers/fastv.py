@@ -8,9 +8,9 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
+from kvcompress.policies.context import LayerContext, Reduced, ReductionContext
 from kvcompress.policies.reducers.staged import Dropping, Share, attention_of_last, dropping, layers_at
-from kvcompress.registry import REDUCERS
-from kvcompress.shapes import LayerContext, Reduced, ReductionContext
+from kvcompress.policies.registry import REDUCERS
 
 
 @REDUCERS.register("fastv")

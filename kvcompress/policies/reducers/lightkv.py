@@ -11,10 +11,10 @@ from torch import Tensor
 
 from kvcompress.errors import ConfigError
 from kvcompress.kernels import attention_share
+from kvcompress.policies.context import LayerContext, Reduced, ReductionContext
 from kvcompress.policies.reducers.bipartite import Bipartite, merge_in_windows
 from kvcompress.policies.reducers.staged import Depth
-from kvcompress.registry import REDUCERS
-from kvcompress.shapes import LayerContext, Reduced, ReductionContext
+from kvcompress.policies.registry import REDUCERS
 
 _WINDOWS = (4, 2, 1)
 _WINDOWS_TILED = (6, 4, 2)  # for images of several grids (LLaVA-NeXT)

@@ -7,9 +7,9 @@ from typing import ClassVar
 from jaxtyping import Float
 from torch import Tensor
 
+from kvcompress.policies.context import LayerContext, Reduced, ReductionContext
 from kvcompress.policies.reducers.staged import Depth, Share, Staged, attention_of_last, dropping
-from kvcompress.registry import REDUCERS
-from kvcompress.shapes import LayerContext, Reduced, ReductionContext
+from kvcompress.policies.registry import REDUCERS
 
 
 @REDUCERS.register("pyramiddrop")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from kvcompress.policies.context import Reduced, ReductionContext
 from kvcompress.policies.noise import noise
 from kvcompress.policies.reducers.staged import Staged, dropping
-from kvcompress.registry import REDUCERS
-from kvcompress.shapes import Reduced, ReductionContext
+from kvcompress.policies.registry import REDUCERS
 
 
 @REDUCERS.register("random")

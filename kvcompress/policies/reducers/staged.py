@@ -12,8 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from kvcompress.errors import ConfigError
-from kvcompress.shapes import LayerContext, Reduced, ReductionContext
-from kvcompress.stages import Reducer
+from kvcompress.policies.base import Reducer
+from kvcompress.policies.context import LayerContext, Reduced, ReductionContext
 
 Depth = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0.0, lt=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]

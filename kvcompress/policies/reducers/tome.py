@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from pydantic import Field
 
+from kvcompress.policies.context import Reduced, ReductionContext
 from kvcompress.policies.reducers.bipartite import Bipartite, merge_in_windows
 from kvcompress.policies.reducers.staged import Depth
-from kvcompress.registry import REDUCERS
-from kvcompress.shapes import Reduced, ReductionContext
+from kvcompress.policies.registry import REDUCERS
 
 
 @REDUCERS.register("tome")

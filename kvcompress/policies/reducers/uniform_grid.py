@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from kvcompress.policies.context import Reduced, ReductionContext
 from kvcompress.policies.reducers.staged import Staged, dropping
-from kvcompress.registry import REDUCERS
-from kvcompress.shapes import Reduced, ReductionContext
+from kvcompress.policies.registry import REDUCERS
 
 _BITS = 10  # of a row or column number
 

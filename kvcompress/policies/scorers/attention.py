@@ -10,9 +10,9 @@ from jaxtyping import Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from kvcompress.registry import SCORERS
-from kvcompress.shapes import Importance, LayerContext
-from kvcompress.stages import Scorer
+from kvcompress.policies.base import Scorer
+from kvcompress.policies.context import Importance, LayerContext
+from kvcompress.policies.registry import SCORERS
 
 
 @SCORERS.register("attention")

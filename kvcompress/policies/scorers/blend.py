@@ -9,9 +9,9 @@ from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from kvcompress.registry import SCORERS, ScorerField
-from kvcompress.shapes import Importance, LayerContext
-from kvcompress.stages import Scorer
+from kvcompress.policies.base import Scorer
+from kvcompress.policies.context import Importance, LayerContext
+from kvcompress.policies.registry import SCORERS, ScorerField
 
 _Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 

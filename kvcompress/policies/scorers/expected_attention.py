@@ -9,9 +9,9 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from kvcompress.registry import SCORERS
-from kvcompress.shapes import Importance, LayerContext
-from kvcompress.stages import Scorer
+from kvcompress.policies.base import Scorer
+from kvcompress.policies.context import Importance, LayerContext
+from kvcompress.policies.registry import SCORERS
 
 
 @SCORERS.register("expected_attention")

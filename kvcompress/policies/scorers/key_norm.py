@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcompress.registry import SCORERS
-from kvcompress.shapes import Importance, LayerContext
-from kvcompress.stages import Scorer
+from kvcompress.policies.base import Scorer
+from kvcompress.policies.context import Importance, LayerContext
+from kvcompress.policies.registry import SCORERS
 
 
 @SCORERS.register("key_norm")

@@ -7,9 +7,9 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from kvcompress.registry import SCORERS
-from kvcompress.shapes import Importance, LayerContext
-from kvcompress.stages import Scorer
+from kvcompress.policies.base import Scorer
+from kvcompress.policies.context import Importance, LayerContext
+from kvcompress.policies.registry import SCORERS
 
 _LEAST_RANGE = 1e-6  # of a channel that is constant over a partition
 

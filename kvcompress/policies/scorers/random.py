@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import torch
 
+from kvcompress.policies.base import Scorer
+from kvcompress.policies.context import Importance, LayerContext
 from kvcompress.policies.noise import noise
-from kvcompress.registry import SCORERS
-from kvcompress.shapes import Importance, LayerContext
-from kvcompress.stages import Scorer
+from kvcompress.policies.registry import SCORERS
 
 
 @SCORERS.register("random")

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, field_validator
 
-from kvcompress.registry import SCORERS
-from kvcompress.shapes import Importance, LayerContext
-from kvcompress.stages import Scorer
+from kvcompress.policies.base import Scorer
+from kvcompress.policies.context import Importance, LayerContext
+from kvcompress.policies.registry import SCORERS
 
 
 @SCORERS.register("snapkv")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvcompress.policies.context import Importance, LayerContext
+from kvcompress.policies.registry import SCORERS
 from kvcompress.policies.scorers.attention import Attention
-from kvcompress.registry import SCORERS
-from kvcompress.shapes import Importance, LayerContext
 
 
 @SCORERS.register("value_aware")

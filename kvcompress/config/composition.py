@@ -9,12 +9,12 @@ from typing import Any, get_args
 
 import yaml
 
-from kvcompress.budget import Budget
-from kvcompress.config import CompressionConfig
+from kvcompress.config.budget import Budget
+from kvcompress.config.compression import CompressionConfig
+from kvcompress.config.presets import PRESETS
 from kvcompress.errors import ConfigError
-from kvcompress.presets import PRESETS
-from kvcompress.registry import REGISTRIES, Registry
-from kvcompress.stages import Policy
+from kvcompress.policies.base import Policy
+from kvcompress.policies.registry import REGISTRIES, Registry
 
 _STAGES: dict[str, Registry[Any]] = {r.stage: r for r in REGISTRIES}
 NEIGHBOURS = (

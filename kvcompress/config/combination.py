@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kvcompress.budget import Budget
+from kvcompress.config.budget import Budget
 from kvcompress.errors import ConfigError
-from kvcompress.registry import EVICTORS, SCORERS
-from kvcompress.stages import Allocator, Evictor, Merger, Quantizer, Scorer
-from kvcompress.statistics import STATISTICS
+from kvcompress.policies.base import Allocator, Evictor, Merger, Quantizer, Scorer
+from kvcompress.policies.registry import EVICTORS, SCORERS
+from kvcompress.policies.statistics import STATISTICS
 
 _MANY = 2**20  # more tokens than any rule that goes by age reaches back
 

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcompress.allocation import Allocation, protection
+from kvcompress.cache.allocation import Allocation, protection
+from kvcompress.cache.importance import Ranked, every_head
+from kvcompress.cache.sequence import Sequence
+from kvcompress.cache.store import DenseStore
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import PolicyError
-from kvcompress.importance import Ranked, every_head
-from kvcompress.sequence import Sequence
-from kvcompress.shapes import MergeContext, SelectionContext
-from kvcompress.storage import DenseStore
+from kvcompress.policies.context import MergeContext, SelectionContext
 
 
 def shrink(

@@ -13,9 +13,9 @@ from typing import TypeAlias
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from kvcompress.images import ImageGrid
 from kvcompress.kernels import attention_mass, attention_probabilities
 from kvcompress.parallel import ALONE, HeadGroup
+from kvcompress.policies.images import ImageGrid
 
 Queries: TypeAlias = Float[Tensor, "batch heads queries head_dim"]
 Keys: TypeAlias = Float[Tensor, "batch kv_heads tokens head_dim"]

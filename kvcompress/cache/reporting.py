@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from kvcompress.engine import Engine
-from kvcompress.report import CacheReport
-from kvcompress.storage import DenseStore
+from kvcompress.cache.engine import Engine
+from kvcompress.cache.report import CacheReport
+from kvcompress.cache.store import DenseStore
 
 
 def report_on(engine: Engine) -> CacheReport:

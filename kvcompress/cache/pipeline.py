@@ -8,13 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvcompress.allocation import Allocation, allocate, protection
+from kvcompress.cache.allocation import Allocation, allocate, protection
+from kvcompress.cache.importance import Ranked, every_head
+from kvcompress.cache.selection import shrink
+from kvcompress.cache.sequence import Sequence
+from kvcompress.cache.store import DenseStore
 from kvcompress.config import CompressionConfig
-from kvcompress.importance import Ranked, every_head
-from kvcompress.selection import shrink
-from kvcompress.sequence import Sequence
-from kvcompress.shapes import AllocationContext
-from kvcompress.storage import DenseStore
+from kvcompress.policies.context import AllocationContext
 
 
 def compress(

@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kvcompress.cache.reduction import Reduction
 from kvcompress.errors import CacheStateError, UnsupportedModeError, UnsupportedModelError
-from kvcompress.images import ImageLayout
 from kvcompress.integrations import Adapter
-from kvcompress.reduction import Reduction
+from kvcompress.policies.images import ImageLayout
 
 _HOOK = "_kvcompress_hook"  # on the model and on decoder layers
 

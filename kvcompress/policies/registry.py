@@ -12,7 +12,7 @@ from typing import Annotated, Any, Generic, TypeVar
 from pydantic import BeforeValidator, PlainSerializer
 
 from kvcompress.errors import ConfigError, UnknownPolicyError
-from kvcompress.stages import Allocator, Evictor, Merger, Policy, Quantizer, Reducer, Scorer
+from kvcompress.policies.base import Allocator, Evictor, Merger, Policy, Quantizer, Reducer, Scorer
 
 ENTRY_POINT_GROUP = "kvcompress.policies"
 PolicyT = TypeVar("PolicyT", bound=Policy)

@@ -9,10 +9,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from kvcompress.cache.store import DenseStore, gathered
 from kvcompress.parallel import ALONE, HeadGroup
-from kvcompress.shapes import Codes, Keys, Values
-from kvcompress.stages import Quantizer
-from kvcompress.storage import DenseStore, gathered
+from kvcompress.policies.base import Quantizer
+from kvcompress.policies.context import Codes, Keys, Values
 
 _BLOCK = 4096  # slots that attention decodes at a time
 

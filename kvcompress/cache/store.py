@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvcompress.lanes import Lane
+from kvcompress.cache.lanes import Lane
 from kvcompress.parallel import ALONE, HeadGroup
-from kvcompress.shapes import Columns, Importance, Keys, Values
+from kvcompress.policies.context import Columns, Importance, Keys, Values
 
 
 class DenseStore:

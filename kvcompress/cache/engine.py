@@ -10,21 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvcompress import pipeline
-from kvcompress.allocation import Allocation, allocate, floors, protection, row_total
+from kvcompress.cache import pipeline
+from kvcompress.cache.allocation import Allocation, allocate, floors, protection, row_total
+from kvcompress.cache.decoding import attend_one, evict
+from kvcompress.cache.forward import Forward, valid_tokens
+from kvcompress.cache.quantized_store import QuantizedStore
+from kvcompress.cache.reduction import Reduction
+from kvcompress.cache.scoring import attend_and_score
+from kvcompress.cache.selection import shrink
+from kvcompress.cache.sequence import Sequence
+from kvcompress.cache.store import DenseStore
 from kvcompress.config import CompressionConfig
-from kvcompress.decoding import attend_one, evict
 from kvcompress.errors import CacheStateError
-from kvcompress.forward import Forward, valid_tokens
-from kvcompress.images import ImageLayout
 from kvcompress.parallel import ALONE, HeadGroup
-from kvcompress.quantized import QuantizedStore
-from kvcompress.reduction import Reduction
-from kvcompress.scoring import attend_and_score
-from kvcompress.selection import shrink
-from kvcompress.sequence import Sequence
-from kvcompress.shapes import LayerWeights
-from kvcompress.storage import DenseStore
+from kvcompress.policies.context import LayerWeights
+from kvcompress.policies.images import ImageLayout
 
 
 class Engine:

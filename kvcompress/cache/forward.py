@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from jaxtyping import Bool
 from torch import Tensor
 
-from kvcompress.allocation import Allocation
+from kvcompress.cache.allocation import Allocation
+from kvcompress.cache.reduction import Reduction
+from kvcompress.cache.sequence import Sequence
 from kvcompress.errors import CacheStateError
-from kvcompress.reduction import Reduction
-from kvcompress.sequence import Sequence
 
 
 @dataclass

@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kvcompress.budget import Budget
+from kvcompress.cache.sequence import Sequence
+from kvcompress.cache.store import DenseStore
 from kvcompress.config import CompressionConfig
+from kvcompress.config.budget import Budget
 from kvcompress.errors import BudgetWarning
-from kvcompress.sequence import Sequence
-from kvcompress.shapes import AllocationContext
-from kvcompress.storage import DenseStore
+from kvcompress.policies.context import AllocationContext
 
 
 @dataclass

@@ -7,11 +7,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from kvcompress.cache.sequence import Sequence
+from kvcompress.cache.store import DenseStore
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import PolicyError
-from kvcompress.sequence import Sequence
-from kvcompress.stages import Scorer
-from kvcompress.storage import DenseStore
+from kvcompress.policies.base import Scorer
 
 Ranked: TypeAlias = tuple[Tensor, Tensor | None]  # columns and importance of a layer's slots, over all heads
 

@@ -16,12 +16,13 @@ from pydantic import (
 )
 
 from kvcompress import policies  # noqa: F401  (registers the built-in policies)
-from kvcompress.budget import Budget
-from kvcompress.combination import Combination, check_combination
-from kvcompress.configured import Configured
+from kvcompress.config.budget import Budget
+from kvcompress.config.combination import Combination, check_combination
+from kvcompress.config.presets import PRESETS
 from kvcompress.errors import ConfigError
-from kvcompress.presets import PRESETS
-from kvcompress.registry import (
+from kvcompress.policies.base import Evictor, Merger, Quantizer, Reducer, Scorer
+from kvcompress.policies.configured import Configured
+from kvcompress.policies.registry import (
     ALLOCATORS,
     EVICTORS,
     MERGERS,
@@ -31,7 +32,6 @@ from kvcompress.registry import (
     AllocatorField,
     unknown_name,
 )
-from kvcompress.stages import Evictor, Merger, Quantizer, Reducer, Scorer
 
 BudgetField = Annotated[Budget, BeforeValidator(Budget.parse)]
 _Scorer = Annotated[Scorer | None, BeforeValidator(SCORERS.parse), PlainSerializer(SCORERS.dump)]

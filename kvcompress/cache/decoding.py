@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvcompress.allocation import protection
+from kvcompress.cache.allocation import protection
+from kvcompress.cache.importance import every_column, scored_importance
+from kvcompress.cache.scoring import attend_in_blocks
+from kvcompress.cache.selection import Dropped, merge
+from kvcompress.cache.sequence import Sequence
+from kvcompress.cache.store import DenseStore
 from kvcompress.config import CompressionConfig
-from kvcompress.importance import every_column, scored_importance
-from kvcompress.scoring import attend_in_blocks
-from kvcompress.selection import Dropped, merge
-from kvcompress.sequence import Sequence
-from kvcompress.shapes import DecodeContext
-from kvcompress.storage import DenseStore
+from kvcompress.policies.context import DecodeContext
 
 
 def attend_one(

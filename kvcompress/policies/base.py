@@ -13,9 +13,9 @@ from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
-from kvcompress.checks import checked_allocation
-from kvcompress.configured import Configured
-from kvcompress.shapes import (
+from kvcompress.policies.checks import checked_allocation
+from kvcompress.policies.configured import Configured
+from kvcompress.policies.context import (
     AllocationContext,
     Codes,
     DecodeContext,
@@ -95,7 +95,7 @@ class Allocator(Policy):
         reads_importance: whether `allocate` looks at importance at all; if not, a layer is compressed as soon as it
             ran, and the full cache never exists at once.
         reads_mass: whether it treats importance as mass (shares of a sum), which not every scorer gives.
-        needs: names of the statistics (see `kvcompress.statistics`) that it reads from the context.
+        needs: names of the statistics (see `kvcompress.policies.statistics`) that it reads from the context.
         splits_modality: whether it gives image tokens a budget of their own, which the evictor must keep.
     """
 

@@ -13,12 +13,12 @@ import yaml
 from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
-from kvcompress.config import CompressionConfig
-from kvcompress.configured import Configured
+from kvcompress.config.compression import CompressionConfig
 from kvcompress.errors import ConfigError
-from kvcompress.fingerprint import Fingerprint, fingerprint_of
 from kvcompress.policies.allocators import Profile
-from kvcompress.stages import Allocator
+from kvcompress.policies.base import Allocator
+from kvcompress.policies.configured import Configured
+from kvcompress.policies.fingerprint import Fingerprint, fingerprint_of
 
 _FORMATS = (".json", ".yaml", ".yml")
 _Budget = Annotated[float, Field(gt=0.0, le=1.0)]

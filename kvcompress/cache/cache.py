@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvcompress import attention, hooks
+from kvcompress.cache import attention, hooks
+from kvcompress.cache.engine import Engine
+from kvcompress.cache.reduction import Reduction
+from kvcompress.cache.report import CacheReport
+from kvcompress.cache.reporting import report_on
 from kvcompress.config import CompressionConfig
-from kvcompress.engine import Engine
+from kvcompress.config.profile import LayerProfile, check_profiles, profile_override
 from kvcompress.errors import CacheStateError, UnsupportedModeError
-from kvcompress.images import ImageLayout
 from kvcompress.integrations import Adapter, adapter_for
-from kvcompress.profile import LayerProfile, check_profiles, profile_override
-from kvcompress.reduction import Reduction
-from kvcompress.report import CacheReport
-from kvcompress.reporting import report_on
+from kvcompress.policies.images import ImageLayout
 
 
 class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]

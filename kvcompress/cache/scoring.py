@@ -7,13 +7,13 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from kvcompress.cache.sequence import Sequence
+from kvcompress.cache.store import DenseStore
 from kvcompress.errors import PolicyError
 from kvcompress.kernels import attention, attention_with_lse, masked_attention_with_lse, merge_attention
-from kvcompress.sequence import Sequence
-from kvcompress.shapes import LayerContext, LayerWeights
-from kvcompress.stages import Scorer
-from kvcompress.statistics import STATISTICS
-from kvcompress.storage import DenseStore
+from kvcompress.policies.base import Scorer
+from kvcompress.policies.context import LayerContext, LayerWeights
+from kvcompress.policies.statistics import STATISTICS
 
 
 def attend_and_score(

@@ -8,12 +8,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kvcompress.cache.sequence import Sequence
+from kvcompress.cache.store import DenseStore
 from kvcompress.errors import PolicyError
-from kvcompress.images import ImageLayout
-from kvcompress.sequence import Sequence
-from kvcompress.shapes import LayerContext, LayerWeights, Reduced, ReductionContext
-from kvcompress.stages import Reducer
-from kvcompress.storage import DenseStore
+from kvcompress.policies.base import Reducer
+from kvcompress.policies.context import LayerContext, LayerWeights, Reduced, ReductionContext
+from kvcompress.policies.images import ImageLayout
 
 
 class Reduction:

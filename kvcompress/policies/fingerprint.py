@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcompress.configured import Configured
+from kvcompress.policies.configured import Configured
 
 _SAMPLED = 16  # values of each parameter
 _LEAST = 2.0**-14  # smaller values lose digits in float16, so they all count as zero

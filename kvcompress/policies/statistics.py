@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from kvcompress.shapes import LayerContext
+from kvcompress.policies.context import LayerContext
 
 Statistic = Callable[[LayerContext], Float[Tensor, " batch"]]
 

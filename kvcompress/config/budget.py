@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import ByteSize, Field, field_serializer, field_validator, model_validator
 
-from kvcompress.configured import Configured
 from kvcompress.errors import BudgetError
+from kvcompress.policies.configured import Configured
 
 
 class Budget(Configured):
