@@ -68,10 +68,11 @@ class Scorer(Policy):
         """Scores every slot by what this forward shows.
 
         Args:
-            layer: the layer right after its attention, without padding.
+            layer: the layer right after its attention.
 
         Returns:
-            One score per key/value head and slot, `[batch, kv_heads, tokens]`, floating point, no NaN.
+            One score per key/value head and slot, `[batch, kv_heads, tokens]`, floating point, finite; where a slot holds
+            no token it means nothing. A row scores as it would alone.
         """
 
     def importance(self, score: Importance, queries: Int[Tensor, "batch sets tokens"]) -> Importance:
@@ -172,7 +173,7 @@ class Evictor(Policy):
         return None
 
     def pinned(self, kept: int, sinks: int, recents: int) -> int:
-        """Number of slots, in column order, that never leave by age; the sinks do not in any case.
+        """Number of slots, in the order of their tokens, that never leave by age; the sinks do not in any case.
 
         Args:
             kept: slots that the layer keeps after a scoring forward.
@@ -251,7 +252,7 @@ class Reducer(Policy):
 
     A layer that has run keeps the keys and values of all tokens it saw; the layers after it see, and store, fewer. Text
     always goes on as it is, and so does the last token of a row, which counts as text here even if it ends an image.
-    Rows are reduced one at a time, without padding.
+    All rows are reduced at once, each as it would be alone.
 
     Class attributes:
         reads_attention: whether `guidance` is called at the layers after which it acts.
@@ -273,12 +274,11 @@ class Reducer(Policy):
             ConfigError: if it cannot act in a decoder of so many layers.
         """
 
-    def guidance(self, layer: LayerContext) -> Float[Tensor, " tokens"] | None:
+    def guidance(self, layer: LayerContext) -> Float[Tensor, "batch tokens"] | None:
         """Weighs the tokens of this forward by what the layer attends to; for reducers that read attention.
 
         Args:
-            layer: the layer right after its attention, one row without padding. Its last slots are the tokens of this
-                forward; `lse` is None.
+            layer: the layer right after its attention. Its last slots are the tokens of this forward; `lse` is None.
 
         Returns:
             A sum or a mean over heads, which is averaged over the processes where several share them.
@@ -286,8 +286,8 @@ class Reducer(Policy):
         return None
 
     @abstractmethod
-    def reduce(self, row: ReductionContext) -> Reduced:
-        """Decides which image tokens of a row go on, and what becomes of the others."""
+    def reduce(self, layer: ReductionContext) -> Reduced:
+        """Decides which image tokens of each row go on, and what becomes of the others."""
 
 
 __all__ = [

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
@@ -23,7 +24,7 @@ Values: TypeAlias = Float[Tensor, "batch kv_heads tokens value_dim"]
 Importance: TypeAlias = Float[Tensor, "batch kv_heads tokens"]  # higher = keep
 LayerImportance: TypeAlias = Float[Tensor, "layers batch tokens"]  # higher = keep
 TokenCounts: TypeAlias = Int[Tensor, "layers batch"]
-Columns: TypeAlias = Int[Tensor, "batch sets slots"]  # -1 marks an empty slot
+TokenIndex: TypeAlias = Int[Tensor, "batch sets slots"]  # number of tokens before; -1 marks an empty slot
 
 
 @dataclass(frozen=True)
@@ -43,19 +44,24 @@ class LayerWeights:
 
 @dataclass(frozen=True)
 class LayerContext:
-    """What a scorer sees: one layer right after its attention, without padding.
+    """What a scorer sees: one layer right after its attention, all rows of the batch at once.
 
-    Rows that differ in length are shown one at a time, so every row here has the same tokens and none is padding.
+    The tokens of this forward are the last slots, in order. A row with fewer of them than others has its padding first
+    among them, so that every row ends with its last token. Which slots hold a token says `valid`; what a policy returns
+    for the others means nothing, but must be finite. Queries of padding likewise mean nothing: their `lse` is minus
+    infinity.
 
     Attributes:
         layer: index of the decoder layer.
         query: queries of the tokens of this forward, after rotary embedding.
         keys: keys of all slots, those of this forward last and in order.
         values: values of all slots.
-        lse: log-sum-exp of each query's scaled logits over `keys`; None if the scorer reads no attention.
+        lse: log-sum-exp of each query's scaled logits over the keys that it sees; None if the scorer reads no
+            attention.
         scaling: factor on the logits.
-        index: number of tokens of the row that came before each slot's token.
-        seen: number of tokens of the row, this forward included.
+        index: number of tokens of the row that came before each slot's token; -1 where there is none.
+        seen: number of tokens of each row, this forward included.
+        valid: which slots hold a token; None if all do.
         is_image: which slots hold image tokens; None for a text-only sequence.
         weights: the layer's own weights, as far as scorers read them.
         heads: which of the layer's heads these are, where several processes share them; a score that depends on a
@@ -69,33 +75,44 @@ class LayerContext:
     lse: Float[Tensor, "batch heads queries"] | None
     scaling: float
     index: Int[Tensor, "batch sets tokens"]
-    seen: int
+    seen: Int[Tensor, " batch"]
+    valid: Bool[Tensor, "batch one tokens"] | None = None
     is_image: Bool[Tensor, "batch sets tokens"] | None = None
     weights: LayerWeights = LayerWeights()
     heads: HeadGroup = ALONE
 
-    def rows(self) -> list[LayerContext]:
-        """The same layer a row at a time, for scorers that treat rows differently."""
-        batch, names = self.query.shape[0], ("query", "keys", "values", "lse", "index", "is_image")
-        tensors = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return [
-            replace(self, **{name: tensor[row : row + 1] for name, tensor in tensors.items()}) for row in range(batch)
-        ]
+    @property
+    def row_queries(self) -> Int[Tensor, " batch"]:
+        """Tokens of each row in this forward."""
+        queries, batch = self.query.shape[2], self.query.shape[0]
+        if self.valid is None:
+            return torch.full((batch,), queries, dtype=torch.int64, device=self.query.device)
+        return self.valid[:, 0, -queries:].sum(-1)
 
-    def attention_mass(self, start: int = 0, step: int = 1) -> Importance:
+    @property
+    def row_tokens(self) -> Int[Tensor, " batch"]:
+        """Slots of each row that hold a token, those of this forward included."""
+        batch, tokens = self.keys.shape[0], self.keys.shape[2]
+        if self.valid is None:
+            return torch.full((batch,), tokens, dtype=torch.int64, device=self.keys.device)
+        return self.valid[:, 0].sum(-1)
+
+    def attention_mass(self, first: Int[Tensor, " batch"] | int = 0, step: int = 1) -> Importance:
         """Attention probability that each slot received in this forward, summed over queries, head mean per group.
 
         Args:
-            start: first query of this forward that counts.
+            first: first query of this forward that counts, one for all rows or one for each.
             step: count every `step`-th query from there on.
 
         Raises:
             RuntimeError: if the scorer did not declare `reads_attention`.
         """
-        return attention_mass(self.query, self.keys, self._lse(), self.scaling, start, step)
+        return attention_mass(self.query, self.keys, self._lse(), self.scaling, first, step, self.valid)
 
     def attention_probabilities(self, last: int) -> Float[Tensor, "batch heads queries tokens"]:
         """Attention probabilities of the last queries of this forward, float32; for small windows.
+
+        Zero for queries of padding and for slots without a token.
 
         Args:
             last: number of queries; all of them where the forward has fewer.
@@ -103,7 +120,7 @@ class LayerContext:
         Raises:
             RuntimeError: if the scorer did not declare `reads_attention`.
         """
-        return attention_probabilities(self.query, self.keys, self._lse(), self.scaling, last)
+        return attention_probabilities(self.query, self.keys, self._lse(), self.scaling, last, self.valid)
 
     def _lse(self) -> Tensor:
         if self.lse is None:
@@ -140,8 +157,8 @@ class SelectionContext:
         budget: slots to keep per row, at least as many as are protected.
         valid: which slots hold a token.
         protected: which slots must stay (sinks, recents and what the scorer protects).
-        columns: column of each slot's token.
-        importance: score of each slot; None without a scorer.
+        index: number of tokens of the row that came before each slot's token; -1 where there is none.
+        importance: importance of each slot; None without a scorer.
         is_image: which slots hold image tokens; None for text-only sequences.
         image_budget: how many of the budget are for image tokens; None unless the allocator splits it by modality.
     """
@@ -149,7 +166,7 @@ class SelectionContext:
     budget: Int[Tensor, " batch"]
     valid: Bool[Tensor, "batch sets slots"]
     protected: Bool[Tensor, "batch sets slots"]
-    columns: Columns
+    index: Int[Tensor, "batch sets slots"]
     importance: Float[Tensor, "batch kv_heads slots"] | None
     is_image: Bool[Tensor, "batch sets slots"] | None = None
     image_budget: Int[Tensor, " batch"] | None = None
@@ -165,8 +182,8 @@ class MergeContext:
         values: values of all slots.
         kept: slots that stay.
         evicted: slots that go; a slot that is neither kept nor evicted is empty.
-        index: number of tokens of the row that came before each slot's token, -1 where the slot is empty; unlike
-            columns it does not count padding, so that a row merges as it would alone.
+        index: number of tokens of the row that came before each slot's token, -1 where the slot is empty; padding
+            does not count, so that a row merges as it would alone.
         importance: importance of each slot, NaN where it has no score; None without a scorer.
         is_image: which slots hold image tokens; None for text-only sequences.
         most_kept: at least the number of slots that stay in any row and head, known without asking the device.
@@ -244,43 +261,45 @@ class DecodeContext:
     """What an evictor sees at a decode step when a layer is a slot over its budget.
 
     Attributes:
-        columns: column of each slot's token, -1 where the slot is empty.
+        index: number of tokens of the row that came before each slot's token, -1 where the slot is empty.
         protected: which slots must stay (sinks, recents and what the scorer protects).
-        importance: score of each slot, NaN where it has none yet; None without a scorer.
+        importance: importance of each slot, NaN where it has none yet; None without a scorer.
     """
 
-    columns: Columns
+    index: Int[Tensor, "batch sets slots"]
     protected: Bool[Tensor, "batch sets slots"]
     importance: Float[Tensor, "batch kv_heads slots"] | None
 
 
 @dataclass(frozen=True)
 class ReductionContext:
-    """What a reducer sees between two decoder layers: the tokens of one row of this forward that have come so far.
+    """What a reducer sees between two decoder layers: the tokens of this forward that have come so far, all rows at once.
+
+    Rows that have fewer tokens than others have their padding first.
 
     Attributes:
         stage: number of the reduction, from 0.
         layer: index of the decoder layer that has just run.
         hidden: hidden states that this layer gave.
-        index: number of tokens of the row that came before each token.
+        index: number of tokens of the row that came before each token; -1 for padding.
         is_image: which of them are image tokens; never the last, from whose state the next token is read.
-        grids: grids of the row's images.
-        grid: number of each token's grid; -1 for text and for image tokens of no grid.
+        grids: grids of each row's images.
+        grid: number of each token's grid in its row; -1 for text, padding, and image tokens of no grid.
         cell: row and column that each token has had in its grid from the start.
-        image_tokens: image tokens of the row in this forward before the first reduction.
+        image_tokens: image tokens of each row in this forward before the first reduction; known on the host.
         guidance: what the reducer's `guidance` gave for them at this layer; None without one.
     """
 
     stage: int
     layer: int
-    hidden: Float[Tensor, "tokens hidden"]
-    index: Int[Tensor, " tokens"]
-    is_image: Bool[Tensor, " tokens"]
-    grids: list[ImageGrid]
-    grid: Int[Tensor, " tokens"]
-    cell: Int[Tensor, "tokens two"]
-    image_tokens: int
-    guidance: Float[Tensor, " tokens"] | None = None
+    hidden: Float[Tensor, "batch tokens hidden"]
+    index: Int[Tensor, "batch tokens"]
+    is_image: Bool[Tensor, "batch tokens"]
+    grids: list[list[ImageGrid]]
+    grid: Int[Tensor, "batch tokens"]
+    cell: Int[Tensor, "batch tokens two"]
+    image_tokens: list[int]
+    guidance: Float[Tensor, "batch tokens"] | None = None
 
 
 @dataclass(frozen=True)
@@ -288,9 +307,10 @@ class Reduced:
     """What a reducer returns for the tokens it saw.
 
     Attributes:
-        into: number of the token that each one is part of from now on: its own where it stays, -1 where it is dropped.
+        into: number of the token of the same row that each one is part of from now on: its own where it stays, -1 where
+            it is dropped. Of padding it means nothing.
         hidden: hidden states like `ReductionContext.hidden`; those of tokens that do not stay mean nothing.
     """
 
-    into: Int[Tensor, " tokens"]
-    hidden: Float[Tensor, "tokens hidden"]
+    into: Int[Tensor, "batch tokens"]
+    hidden: Float[Tensor, "batch tokens hidden"]
