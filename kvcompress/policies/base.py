@@ -172,8 +172,10 @@ class Evictor(Policy):
         """Most recents that decode steps can protect; None if any number."""
         return None
 
-    def pinned(self, kept: int, sinks: int, recents: int) -> int:
-        """Number of slots, in the order of their tokens, that never leave by age; the sinks do not in any case.
+    def pinned(
+        self, kept: Int[Tensor, " batch"], sinks: Int[Tensor, " batch"], recents: int
+    ) -> Int[Tensor, " batch"]:
+        """Number of slots of each row, in the order of their tokens, that never leave by age; the sinks never do.
 
         Args:
             kept: slots that the layer keeps after a scoring forward.
