@@ -92,7 +92,9 @@ class LayerContext:
         Raises:
             RuntimeError: if the scorer did not declare `reads_attention`.
         """
-        return attention_mass(self.query, self.keys, self._lse(), self.scaling, start, step)
+        group = self.query.shape[1] // self.keys.shape[1]
+        mass = attention_mass(self.query, self.keys, self._lse(), self.scaling, start=start, stride=step)
+        return mass.div_(group)
 
     def attention_probabilities(self, last: int) -> Float[Tensor, "batch heads queries tokens"]:
         """Attention probabilities of the last queries of this forward, float32; for small windows.
