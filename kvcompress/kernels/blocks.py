@@ -8,8 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvcompress.kernels.dense import attention, attention_with_lse, merge_attention
-from kvcompress.kernels.masked import attention_with_mask
+from kvcompress.kernels.dense import attention, attention_with_mask, merge_attention
 
 
 def attend_blocks(
@@ -42,19 +41,12 @@ def attend_blocks(
             if left < right:
                 piece = slice(left - first, right - first)
                 own = None if valid is None else valid[:, 0, left:right]
-                part = _attend(query, keys[:, :, piece], values[:, :, piece], scaling, own, causal)
+                own_keys, own_values = keys[:, :, piece], values[:, :, piece]
+                part = attention_with_mask(query, own_keys, own_values, scaling, own, causal=causal)
                 parts = part if parts is None else merge_attention(*parts, *part)
         first = end
     assert parts is not None
     return parts
-
-
-def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, scaling: float, valid: Tensor | None, causal: bool
-) -> tuple[Tensor, Tensor]:
-    if valid is None:
-        return attention_with_lse(query, keys, values, scaling, causal=causal)
-    return attention_with_mask(query, keys, values, scaling, valid, causal=causal)
 
 
 def decode_bias(length: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
