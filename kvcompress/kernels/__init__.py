@@ -4,11 +4,11 @@ from kvcompress.kernels.dense import (
     attention,
     attention_mass,
     attention_probabilities,
-    attention_share,
     attention_with_lse,
     masked_attention_with_lse,
     merge_attention,
 )
+from kvcompress.kernels.share import attention_share
 
 __all__ = [
     "attention",
