@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as List
+from dataclasses import replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvcompress.cache.sequence import Sequence
-from kvcompress.cache.store import DenseStore
 from kvcompress.errors import PolicyError
 from kvcompress.policies.base import Reducer
-from kvcompress.policies.context import LayerContext, LayerWeights, Reduced, ReductionContext
+from kvcompress.policies.context import LayerContext, Reduced, ReductionContext
 from kvcompress.policies.images import ImageLayout
 
 
 class Reduction:
     """The tokens of a forward that have come as far as the layer that runs.
 
-    Rows that lose different numbers of tokens are padded on the left.
+    All rows are reduced at once. Rows that lose different numbers of tokens are padded on the left, so that every row
+    ends with its last token. The host waits for the device once for each reduction.
 
     Attributes:
-        offsets: numbers of the forward's columns that go on, `[batch, tokens]`; those of padding mean nothing.
-        spans: per row, indices into `offsets` that are no padding; None if none is.
         points: numbers of layers after which the reducer acts.
+        index: number of tokens of the row that came before each token that goes on, `[batch, tokens]`; -1 for padding.
+        valid: which of them are no padding; None if none is.
+        row_tokens: how many tokens of each row go on; None before the first reduction.
+        into: for each reduction so far, by the number of layers before it: for each of the forward's columns the column
+            that its token is part of from there on, -1 if it was dropped; padding is its own.
     """
 
     def __init__(
@@ -32,64 +34,71 @@ class Reduction:
         reducer: Reducer,
         points: tuple[int, ...],
         layout: ImageLayout,
-        sequence: Sequence,
-        first_column: int,
-        spans: list[Tensor] | None,
+        *,
+        index: Int[Tensor, "batch queries"],
+        valid: Bool[Tensor, "batch queries"] | None,
+        is_image: Bool[Tensor, "batch queries"],
+        order: Int[Tensor, "batch queries"] | None = None,
     ) -> None:
-        """Starts with all tokens of a forward, which `sequence` knows of already."""
+        """Starts with all tokens of a forward, the padding of each row in its first columns.
+
+        Args:
+            reducer: what decides.
+            points: numbers of layers after which it acts, ascending.
+            layout: where the images are, in the same columns.
+            index: number of tokens of the row that came before each token; -1 for padding.
+            valid: which columns hold a token; None if all do.
+            is_image: which columns hold image tokens.
+            order: for each column, the one that the model has its token in, where its padding is not first.
+        """
         self.reducer = reducer
         self.points = points
-        self.layout = layout
-        self.sequence = sequence
-        self.first_column = first_column
-        self.queries = layout.grid.shape[1]
-        batch = layout.grid.shape[0]
-        self.offsets: Int[Tensor, "batch tokens"] = torch.arange(self.queries).expand(batch, -1).to(layout.grid.device)
-        self.spans = spans
-        self._all = self._rows()  # offsets of each row's own tokens, from before the first reduction
-        self._took = self.offsets  # offsets whose positions the tokens have
-        self._into = torch.arange(sequence.seen, device=layout.grid.device).repeat(batch, 1)
-        self._guidance: list[Tensor | None] = [None] * batch
+        self.index: Int[Tensor, "batch tokens"] = index.long()
+        self.valid: Bool[Tensor, "batch tokens"] | None = valid
+        self.row_tokens: list[int] | None = None
+        self.into: dict[int, Int[Tensor, "batch queries"]] = {}
+        self._layout = layout
+        self._most_images = max(layout.image_tokens)
+        batch, self._queries = is_image.shape
+        columns = torch.arange(self._queries, device=is_image.device).repeat(batch, 1)
+        self._columns: Int[Tensor, "batch tokens"] = columns  # of the tokens that go on
+        self._into = columns
+        self._order = columns if order is None else order.long()
+        self._aligned = order is None  # whether hidden states come in these columns
+        self._takes = self._order  # columns of the model whose positions the tokens have
+        self._first = 0 if valid is None else (~valid).sum(1, keepdim=True)  # column of each row's first token
+        images = is_image.clone()
+        images[:, -1] = False  # the last token stays: what comes next is read from its state
+        grid = layout.grid.masked_fill(~images, -1)
+        facts = torch.cat([torch.stack([self.index, images, grid], -1), layout.cell, layout.size], -1)
+        self._facts: Int[Tensor, "batch tokens facts"] = _blank(facts, valid)
+        self._guidance: Float[Tensor, "batch tokens"] | None = None
 
-    @property
-    def columns(self) -> Int[Tensor, "batch tokens"]:
-        """Columns of the tokens that go on."""
-        return self.offsets + self.first_column
+    def observes(self, layer: int) -> bool:
+        """Whether `observe` has to be called when this layer has attended."""
+        return self.reducer.reads_attention and layer + 1 in self.points
 
-    def observe(self, layer: int, store: DenseStore, query: Tensor, scale: float) -> None:
+    def observe(self, context: LayerContext) -> None:
         """Asks the reducer for guidance at a layer after which it acts, while the layer has all of its tokens.
 
         Args:
-            layer: index of the layer.
-            store: its buffers, the new tokens stored.
-            query: queries of this forward, `[batch, heads, tokens, head_dim]`.
-            scale: factor on the logits.
+            context: the layer right after its attention, all rows at once.
+
+        Raises:
+            PolicyError: if the answer is no number for each token.
         """
-        if layer + 1 not in self.points or not self.reducer.reads_attention:
+        if not self.observes(context.layer):
             return
-        keys, values = store.slots()
-        columns, counts = store.columns(), store.counts
-        for row, own in enumerate(self._spans()):
-            if self.layout.grids[row]:
-                rows, count = slice(row, row + 1), counts[row]
-                context = LayerContext(
-                    layer=layer,
-                    query=query[rows, :, own.to(query.device)],
-                    keys=keys[rows, :, :count],
-                    values=values[rows, :, :count],
-                    lse=None,
-                    scaling=scale,
-                    index=self.sequence.index_of(columns[rows, :, :count], rows),
-                    seen=self.sequence.row_seen[row],
-                    is_image=self.sequence.images_at(columns[rows, :, :count], rows),
-                    weights=LayerWeights(),
-                    heads=store.heads,
-                )
-                guidance = self.reducer.guidance(context)
-                self._guidance[row] = None if guidance is None else store.heads.mean(guidance)
+        guidance = self.reducer.guidance(replace(context, most_images=self._most_images))
+        if guidance is not None and guidance.shape != self.index.shape:
+            raise PolicyError(
+                f"reducer {self.reducer.name}: guidance at layer {context.layer} must be a number for each token, "
+                f"{tuple(self.index.shape)}; got {tuple(guidance.shape)}"
+            )
+        self._guidance = None if guidance is None else context.heads.mean(guidance)
 
     def reduce(self, layer: int, hidden: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch fewer hidden"]:
-        """Lets the reducer act between two layers, row by row.
+        """Lets the reducer act between two layers; waits for the device once.
 
         Args:
             layer: index of the layer that comes next.
@@ -98,108 +107,133 @@ class Reduction:
         Raises:
             PolicyError: if the reducer breaks its contract.
         """
-        states, offsets = [], []
-        for row, own in enumerate(self._spans()):
-            own, mine = own.to(hidden.device), self.offsets[row, own.to(self.offsets.device)]
-            state = hidden[row, own]
-            if self.layout.grids[row]:
-                reduced = self._reduce_row(row, layer, state, mine)
-                stays = reduced.into == torch.arange(len(state), device=reduced.into.device)
-                self._note(row, mine, reduced.into.to(mine.device))
-                state, mine = reduced.hidden[stays.to(state.device)], mine[stays.to(mine.device)]
-            states.append(state)
-            offsets.append(mine)
-        self.sequence.reduce(layer, self._into.clone())
-        self._guidance = [None] * len(states)
-        most = max(map(len, offsets))
-        lengths = [len(mine) for mine in offsets]
-        self.spans = None if min(lengths) == most else [torch.arange(most - length, most) for length in lengths]
-        self.offsets = torch.stack([_padded(mine, most) for mine in offsets])
-        contiguous = self.reducer.positions == "contiguous"
-        took = [every[: len(mine)] if contiguous else mine for every, mine in zip(self._all, offsets, strict=True)]
-        self._took = torch.stack([_padded(mine, most) for mine in took])
-        return torch.stack([_padded(state, most) for state in states])
-
-    def of_the_tokens(self, tensor: Tensor) -> Tensor:
-        """What a tensor over all columns of the forward, `[batch or 1, columns, ...]`, says of the tokens that go on.
-
-        For position ids and rotary embeddings: with contiguous positions, the first tokens' entries.
-        """
-        index = self._took.to(tensor.device)
-        expanded = tensor.expand(len(index), *tensor.shape[1:])
-        rows = torch.arange(len(index), device=tensor.device)[:, None]
-        return expanded[rows, index]
-
-    def spread(self, hidden: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch columns hidden"]:
-        """Hidden states in the columns of their tokens; zero in the others."""
-        full = hidden.new_zeros(hidden.shape[0], self.queries, hidden.shape[2])
-        for row, own in enumerate(self._spans()):
-            full[row, self.offsets[row, own.to(self.offsets.device)].to(full.device)] = hidden[row, own.to(full.device)]
-        return full
-
-    # -- inner ---------------------------------------------------------------------------------------------------------
-
-    def _spans(self) -> List[Tensor]:
-        """Per row, indices into `offsets` that are no padding."""
-        batch, tokens = self.offsets.shape
-        return [torch.arange(tokens)] * batch if self.spans is None else self.spans
-
-    def _rows(self) -> list[Tensor]:
-        return [self.offsets[row, own.to(self.offsets.device)] for row, own in enumerate(self._spans())]
-
-    def _reduce_row(self, row: int, layer: int, hidden: Tensor, offsets: Tensor) -> Reduced:
-        """What the reducer does to a row's tokens; text is given back as it was."""
-        device, sequence = hidden.device, self.sequence
-        columns = (offsets + self.first_column)[None, None]
-        rows = slice(row, row + 1)
-        images = sequence.images_at(columns, rows)
-        assert images is not None
-        is_image, grid = images[0, 0].to(device), self.layout.grid[row, offsets].to(device)
-        is_image[-1], grid[-1] = False, -1  # the last token stays: what comes next is read from its state
-        every = (self._all[row] + self.first_column)[None, None]
+        self._move(hidden.device)
+        if not self._aligned:
+            hidden, self._aligned = _taken(hidden, self._order), True
+        facts = self._facts
         context = ReductionContext(
             stage=self.points.index(layer),
             layer=layer - 1,
             hidden=hidden,
-            index=sequence.index_of(columns, rows)[0, 0].to(device),
-            is_image=is_image,
-            grids=self.layout.grids[row],
-            grid=grid,
-            cell=self.layout.cell[row, offsets].to(device),
-            image_tokens=int(sequence.images_at(every, rows).sum()),  # type: ignore[union-attr]
-            guidance=self._guidance[row],
+            index=self.index,
+            is_image=facts[..., 1] == 1,
+            grids=self._layout.grids,
+            grid=facts[..., 2],
+            cell=facts[..., 3:5],
+            size=facts[..., 5:],
+            image_tokens=self._layout.image_tokens,
+            guidance=self._guidance,
         )
         reduced = self.reducer.reduce(context)
-        self._check(reduced, context)
-        text = ~context.is_image.unsqueeze(-1)
-        return Reduced(reduced.into, torch.where(text, hidden, reduced.hidden))
+        self._check_form(reduced, context)
+        stays, into = self._go_on(reduced, context)
+        if reduced.hidden is not hidden:  # text is given back as it was
+            hidden = torch.where(context.is_image.unsqueeze(-1), reduced.hidden, hidden)
+        self._note(layer, into)
+        assert self.row_tokens is not None
+        most = max(self.row_tokens)
+        last = stays.to(torch.uint8).argsort(dim=1, stable=True)[:, stays.shape[1] - most :]
+        self.valid = None if min(self.row_tokens) == most else stays.gather(1, last)
+        self._columns = self._columns.gather(1, last)
+        self._facts = _blank(_taken(facts, last), self.valid)
+        self.index = self._facts[..., 0]
+        self._guidance = None
+        self._takes = self._columns
+        if self.reducer.positions == "contiguous":  # those of the row's first tokens
+            number = torch.arange(most, device=hidden.device) - (most - stays.sum(1, keepdim=True))
+            self._takes = (self._first + number).clamp(min=0)
+        self._takes = self._order.gather(1, self._takes)
+        return _taken(hidden, last)
 
-    def _check(self, reduced: Reduced, context: ReductionContext) -> None:
-        label, given = f"reducer {self.reducer.name}: after layer {context.layer}", context.hidden
-        came, into = reduced.hidden, reduced.into
-        if came.shape != given.shape or came.dtype != given.dtype or into.shape != given.shape[:1]:
+    def of_the_tokens(self, tensor: Tensor) -> Tensor:
+        """What a tensor over all columns of the model, `[batch or 1, columns, ...]`, says of the tokens that go on.
+
+        For position ids and rotary embeddings: with contiguous positions, the first tokens' entries.
+        """
+        takes = self._takes.to(tensor.device)
+        if tensor.shape[0] == 1:
+            return tensor[0].index_select(0, takes.flatten()).unflatten(0, takes.shape)
+        return _taken(tensor, takes)
+
+    def spread(self, hidden: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch columns hidden"]:
+        """Hidden states in the model's columns of their tokens; zero in the others."""
+        self._move(hidden.device)
+        batch, queries = hidden.shape[0], self._queries
+        places = self._order.gather(1, self._columns) + _starts(batch, queries, hidden.device)
+        if self.valid is not None:
+            places = places.masked_fill(~self.valid, batch * queries)  # a place that is cut off
+        full = hidden.new_zeros(batch * queries + 1, hidden.shape[2])
+        full = full.index_copy(0, places.flatten(), hidden.flatten(0, 1))
+        return full[:-1].view(batch, queries, -1)
+
+    # -- inner ---------------------------------------------------------------------------------------------------------
+
+    def _move(self, device: torch.device) -> None:
+        """Puts what is known of the tokens where they are, in a model whose layers are on several devices."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+
+    def _check_form(self, reduced: Reduced, context: ReductionContext) -> None:
+        given, came, into = context.hidden, reduced.hidden, reduced.into
+        if came.shape != given.shape or came.dtype != given.dtype or into.shape != given.shape[:2]:
             raise PolicyError(
-                f"{label}: must return hidden states as {given.dtype} {tuple(given.shape)} and a number for each of "
-                f"the {len(given)} tokens; got {came.dtype} {tuple(came.shape)} and {tuple(into.shape)}"
+                f"{self._label(context)}: must return hidden states as {given.dtype} {tuple(given.shape)} and a number "
+                f"for each token, {tuple(given.shape[:2])}; got {came.dtype} {tuple(came.shape)} and "
+                f"{tuple(into.shape)}"
             )
-        own = torch.arange(len(into), device=into.device)
-        stays = into == own
-        if not bool((stays | context.is_image.to(into.device)).all()):
-            raise PolicyError(f"{label}: must let all text go on; it removed a text token")
-        outside = (into < -1) | (into >= len(into))
-        if bool(outside.any()) or not bool((stays[into.clamp(min=0)] | (into == -1)).all()):
-            raise PolicyError(f"{label}: a token can only become part of one that stays, or be dropped (-1)")
 
-    def _note(self, row: int, offsets: Tensor, into: Tensor) -> None:
-        """Follows each column of a row to the column it is part of now."""
-        columns = offsets + self.first_column
-        target = torch.where(into < 0, -1, columns[into.clamp(min=0)])
-        moved = torch.arange(self._into.shape[1], device=columns.device).index_copy(0, columns, target)
-        before = self._into[row]
-        self._into[row] = torch.where(before < 0, -1, moved[before.clamp(min=0)])
+    def _go_on(
+        self, reduced: Reduced, context: ReductionContext
+    ) -> tuple[Bool[Tensor, "batch tokens"], Int[Tensor, "batch tokens"]]:
+        """Which tokens go on, and what each becomes part of; counts and checks them in one go."""
+        into = reduced.into.to(context.hidden.device)
+        stays = into == torch.arange(into.shape[1], device=into.device)
+        inside = into.clamp(min=0, max=into.shape[1] - 1)
+        if self.valid is not None:
+            stays = stays & self.valid
+        lost = ~(stays | context.is_image)
+        astray = (into != -1) & ~(stays.gather(1, inside) & (into == inside))
+        if self.valid is not None:
+            lost, astray = lost & self.valid, astray & self.valid
+        counts = [stays.sum(1), (stays & context.is_image).sum(1), torch.stack([lost.any(), astray.any()])]
+        found = torch.cat(counts).tolist()
+        batch = len(stays)
+        if found[-2]:
+            raise PolicyError(f"{self._label(context)}: must let all text go on; it removed a text token")
+        if found[-1]:
+            raise PolicyError(
+                f"{self._label(context)}: a token can only become part of one that stays, or be dropped (-1)"
+            )
+        self.row_tokens = found[:batch]
+        self._most_images = max(found[batch:-2]) + 1  # one that is the last token counts as text above
+        return stays, into
+
+    def _note(self, layer: int, into: Int[Tensor, "batch tokens"]) -> None:
+        """Follows each column to the column that it is part of now."""
+        target = torch.where(into < 0, -1, self._columns.gather(1, into.clamp(min=0)))
+        if self.valid is not None:
+            target = torch.where(self.valid, target, self._columns)
+        own = torch.arange(self._queries, device=into.device).repeat(len(into), 1)
+        moved = own.scatter(1, self._columns, target)
+        self._into = torch.where(self._into < 0, -1, moved.gather(1, self._into.clamp(min=0)))
+        self.into[layer] = self._into
+
+    def _label(self, context: ReductionContext) -> str:
+        return f"reducer {self.reducer.name}: after layer {context.layer}"
 
 
-def _padded(tensor: Tensor, length: int) -> Tensor:
-    """The rows of a tensor, with zeros before them."""
-    missing = length - len(tensor)
-    return torch.cat([tensor.new_zeros(missing, *tensor.shape[1:]), tensor]) if missing else tensor
+def _starts(batch: int, columns: int, device: torch.device) -> Int[Tensor, "batch one"]:
+    """Where each row of `[batch, columns, ...]` begins once rows follow each other."""
+    return torch.arange(0, batch * columns, columns, device=device).unsqueeze(1)
+
+
+def _taken(tensor: Tensor, columns: Int[Tensor, "batch fewer"]) -> Tensor:
+    """Some columns of each row of a tensor `[batch, columns, ...]`."""
+    places = columns + _starts(*tensor.shape[:2], tensor.device)
+    return tensor.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, columns.shape)
+
+
+def _blank(facts: Int[Tensor, "batch tokens facts"], valid: Bool[Tensor, "batch tokens"] | None) -> Tensor:
+    """Facts on tokens, -1 for padding."""
+    return facts if valid is None else facts.masked_fill(~valid.unsqueeze(-1), -1)

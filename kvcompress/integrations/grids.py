@@ -59,7 +59,7 @@ def tile_grid(side: int, image_size: list[int], pinpoints: list[list[int]], base
 
 
 def layout_of(is_image: Bool[Tensor, "batch columns"], pieces_of: Callable[[int], list[list[Piece]]]) -> ImageLayout:
-    """Gives every image token its cell.
+    """Gives every image token its cell; waits for the device once.
 
     Args:
         is_image: which columns hold image tokens.
@@ -69,25 +69,26 @@ def layout_of(is_image: Bool[Tensor, "batch columns"], pieces_of: Callable[[int]
     Raises:
         UnsupportedModelError: if a row has more or fewer image tokens than its images.
     """
-    grid = torch.full(is_image.shape, -1, device=is_image.device)
-    cell = torch.full((*is_image.shape, 2), -1, device=is_image.device)
     grids: list[list[ImageGrid]] = []
-    for row, image_tokens in enumerate(is_image):
-        columns, start = image_tokens.nonzero().flatten(), 0
-        images = pieces_of(len(columns))
+    facts: list[Tensor] = [torch.empty(0, 5, dtype=torch.int64)]  # grid, cell and size of one image token after another
+    image_tokens: list[int] = is_image.sum(1).tolist()
+    for row, tokens in enumerate(image_tokens):
+        images = pieces_of(tokens)
         expected = sum(piece.tokens for pieces in images for piece in pieces)
-        if expected != len(columns):
+        if expected != tokens:
             raise UnsupportedModelError(
-                f"reducer: row {row} has {len(columns)} image tokens, and its {len(images)} images would have "
+                f"reducer: row {row} has {tokens} image tokens, and its {len(images)} images would have "
                 f"{expected}; a forward must bring whole images (no prefill in chunks that split one), in the order in "
                 "which the processor writes them"
             )
         grids.append([])
         for number, pieces in enumerate(images):
             for piece in pieces:
-                own, (places, real) = columns[start : start + piece.tokens], piece.cells()
-                start += piece.tokens
-                cell[row, own] = places.to(cell.device)
-                grid[row, own] = torch.where(real, len(grids[row]), -1).to(grid.device)
+                cell, has_cell = piece.cells()
+                grid = torch.where(has_cell, len(grids[row]), -1)
+                size = torch.tensor([[piece.height, piece.width]]).expand_as(cell)
+                facts.append(torch.cat([grid.unsqueeze(1), cell, size], 1))
                 grids[row].append(ImageGrid(number, piece.height, piece.width))
-    return ImageLayout(grids, grid, cell)
+    table = torch.full((*is_image.shape, 5), -1, dtype=torch.int64, device=is_image.device)
+    table = table.masked_scatter(is_image.unsqueeze(-1), torch.cat(facts).to(is_image.device))
+    return ImageLayout(grids, image_tokens, table[..., 0], table[..., 1:3], table[..., 3:])

@@ -9,7 +9,8 @@ from kvcompress.kernels.dense import (
     merge_attention,
 )
 from kvcompress.kernels.mass import attention_mass
-from kvcompress.kernels.probabilities import attention_probabilities, attention_share
+from kvcompress.kernels.probabilities import attention_probabilities
+from kvcompress.kernels.share import attention_share
 
 __all__ = [
     "attend_blocks",

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -41,42 +39,3 @@ def attention_probabilities(
         visible = (visible & valid.unsqueeze(1) & valid[:, -queries:].unsqueeze(2)).unsqueeze(1)
         lse = lse.masked_fill(lse == -torch.inf, 0.0)
     return (logits - lse.unsqueeze(-1)).clamp_(max=0.0).exp_().mul_(visible)
-
-
-def attention_share(
-    query: Float[Tensor, "batch heads queries head_dim"],
-    key: Float[Tensor, "batch kv_heads tokens head_dim"],
-    counted: Bool[Tensor, "batch sets tokens"],
-    scaling: float,
-    over: Literal["keys", "queries"] = "keys",
-) -> Float[Tensor, "batch queries"]:
-    """Attention probability that each query gives to some keys, summed over them and over heads, without causal mask.
-
-    Logits exist for a block at a time.
-
-    Args:
-        query: the queries that are asked, after rotary embedding.
-        key: every key that there is, before or after the queries.
-        counted: keys whose probability is summed; one set for all heads, or one for each key/value head.
-        scaling: factor on the logits.
-        over: what the softmax runs over: all keys, for each query; or these queries, for each key.
-
-    Returns:
-        Sums, float32; with `over="keys"` at most the number of heads.
-    """
-    batch, heads, queries, head_dim = query.shape
-    kv_heads, tokens = key.shape[1:3]
-    grouped = (query.float() * scaling).reshape(batch, kv_heads, heads // kv_heads, queries, head_dim)
-    transposed = key.float().unsqueeze(2).transpose(3, 4)
-    found = query.new_zeros(batch, queries, dtype=torch.float32)
-    along, across = (queries, tokens) if over == "keys" else (tokens, queries)
-    step = max(16, _BLOCK_LOGITS // (batch * heads * across))
-    for first in range(0, along, step):
-        block = slice(first, first + step)
-        if over == "keys":
-            share = (grouped[:, :, :, block] @ transposed).softmax(-1).sum(2)
-            found[:, block] = share.masked_fill_(~counted.unsqueeze(2), 0.0).sum((1, 3))
-        else:
-            share = (grouped @ transposed[..., block]).softmax(-2).sum(2)
-            found += share.masked_fill_(~counted[:, :, None, block], 0.0).sum((1, 3))
-    return found

@@ -63,6 +63,8 @@ class LayerContext:
         seen: number of tokens of each row, this forward included.
         valid: which slots hold a token; None if all do.
         is_image: which slots hold image tokens; None for a text-only sequence.
+        most_images: at least the number of image tokens that this forward brings in any row, known without asking the
+            device; None if nobody counted.
         weights: the layer's own weights, as far as scorers read them.
         heads: which of the layer's heads these are, where several processes share them; a score that depends on a
             head's number or on other heads must ask it.
@@ -78,6 +80,7 @@ class LayerContext:
     seen: Int[Tensor, " batch"]
     valid: Bool[Tensor, "batch one tokens"] | None = None
     is_image: Bool[Tensor, "batch sets tokens"] | None = None
+    most_images: int | None = None
     weights: LayerWeights = LayerWeights()
     heads: HeadGroup = ALONE
 
@@ -291,7 +294,8 @@ class ReductionContext:
         is_image: which of them are image tokens; never the last, from whose state the next token is read.
         grids: grids of each row's images.
         grid: number of each token's grid in its row; -1 for text, padding, and image tokens of no grid.
-        cell: row and column that each token has had in its grid from the start.
+        cell: row and column that each token has had in its grid from the start; meaningless where there is no grid.
+        size: height and width of that grid; meaningless where there is no grid.
         image_tokens: image tokens of each row in this forward before the first reduction; known on the host.
         guidance: what the reducer's `guidance` gave for them at this layer; None without one.
     """
@@ -304,6 +308,7 @@ class ReductionContext:
     grids: list[list[ImageGrid]]
     grid: Int[Tensor, "batch tokens"]
     cell: Int[Tensor, "batch tokens two"]
+    size: Int[Tensor, "batch tokens two"]
     image_tokens: list[int]
     guidance: Float[Tensor, "batch tokens"] | None = None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jaxtyping import Int
 from torch import Tensor
@@ -29,11 +29,27 @@ class ImageLayout:
 
     Attributes:
         grids: the grids of each row of the batch, in order.
+        image_tokens: image tokens of each row, those of no grid included.
         grid: number of each column's grid among those of its row; -1 for text and for image tokens of no grid (the
             ends of LLaVA-NeXT's lines).
         cell: row and column in the grid; meaningless where there is no grid.
+        size: height and width of the grid; meaningless where there is no grid.
     """
 
     grids: list[list[ImageGrid]]
+    image_tokens: list[int]
     grid: Int[Tensor, "batch columns"]
     cell: Int[Tensor, "batch columns two"]
+    size: Int[Tensor, "batch columns two"]
+
+    def aligned(self, columns: Int[Tensor, "batch columns"]) -> ImageLayout:
+        """The same images in columns of another order.
+
+        Args:
+            columns: for each new column, the one whose token it gets.
+        """
+        columns = columns.to(self.grid.device).long()
+        pairs = columns.unsqueeze(-1).expand_as(self.cell)
+        return replace(
+            self, grid=self.grid.gather(1, columns), cell=self.cell.gather(1, pairs), size=self.size.gather(1, pairs)
+        )

@@ -55,56 +55,67 @@ class Bipartite(Reducer):
 
 
 def merge_in_windows(
-    hidden: Float[Tensor, "tokens hidden"],
-    window: Int[Tensor, " tokens"],
-    weight: Float[Tensor, " tokens"],
+    hidden: Float[Tensor, "batch tokens hidden"],
+    window: Int[Tensor, "batch tokens"],
+    weight: Float[Tensor, "batch tokens"],
     share: float,
+    windows: int,
+    largest: int,
 ) -> Reduced:
     """Merges tokens of each window pairwise (ToMe, arXiv 2210.09461, section 3; LightKV, arXiv 2605.00789).
 
     Of a window's n tokens in order, the even ones each look for the odd one with the smallest feature divergence,
     1 - cosine (the first among equals). The min(floor(share n), floor(n / 2)) closest of them are merged: the odd token
-    becomes the weighted mean of itself and of all that came to it. All windows are treated at once.
+    becomes the weighted mean of itself and of all that came to it. All windows of all rows are treated at once, each as
+    wide as the widest may be, so that nothing is asked of the device.
 
     Args:
-        hidden: states of all tokens of a row.
-        window: window of each token; tokens at -1 stay as they are.
+        hidden: states of all tokens.
+        window: window of each token in its row; tokens at -1 stay as they are.
         weight: non-negative weight of each token; where all that meet weigh nothing, they weigh the same.
         share: of each window's tokens that is merged into others, at most a half.
+        windows: at least the number of windows of any row.
+        largest: at least the number of tokens of any window.
     """
-    device, own = hidden.device, torch.arange(len(hidden), device=hidden.device)
-    inside = (window >= 0).nonzero().flatten()
-    inside = inside[window[inside].argsort(stable=True)]  # window by window, in order within each
-    names, counts = torch.unique_consecutive(window[inside], return_counts=True)
-    if not len(names):
-        return Reduced(own, hidden)
-    first = counts.cumsum(0) - counts
-    place = torch.arange(len(inside), device=device) - first.repeat_interleave(counts)
-    number = torch.arange(len(names), device=device).repeat_interleave(counts)
-    table = torch.full((len(names), int(counts.max()) + 1), -1, device=device)  # at least one odd column
-    table[number, place] = inside
-    even, odd = table[:, ::2], table[:, 1::2]
+    (batch, tokens), device = window.shape, window.device
+    table, counts = _by_window(window, windows, max(2, min(largest, tokens)))
+    exists = torch.arange(table.shape[2], device=device) < counts.unsqueeze(-1)
+    rows = torch.arange(0, batch * tokens, tokens, device=device).view(-1, 1, 1)
+    places = (table + rows).masked_fill(~exists, batch * tokens)  # among all tokens; the last place is nobody's
+    even, odd = slice(None, None, 2), slice(1, None, 2)
 
-    unit = F.normalize(hidden.float(), dim=-1)
-    likeness = unit[even] @ unit[odd].transpose(1, 2)
-    likeness = likeness.masked_fill((odd < 0).unsqueeze(1), -torch.inf)
-    closest, partner = likeness.max(-1)
-    closest = closest.masked_fill(even < 0, -torch.inf)
+    states = hidden.flatten(0, 1).index_select(0, (table + rows).flatten()).view(*table.shape, -1).float()
+    length = torch.linalg.vector_norm(states, dim=-1).clamp(min=1e-12)
+    likeness = states[:, :, even] @ states[:, :, odd].transpose(2, 3)
+    likeness = likeness / (length[:, :, even, None] * length[:, :, None, odd])
+    closest, partner = likeness.masked_fill(~exists[:, :, None, odd], -torch.inf).max(-1)
+    order = closest.masked_fill(~exists[:, :, even], -torch.inf).argsort(dim=-1, descending=True, stable=True)
     most = torch.minimum((counts.double() * share + 1e-6).floor().long(), counts // 2)
-    rank = torch.empty_like(partner)
-    order = closest.argsort(dim=-1, descending=True, stable=True)
-    rank.scatter_(1, order, torch.arange(even.shape[1], device=device).expand_as(order))
-    merged = rank < most.unsqueeze(1)
+    merged = torch.zeros_like(order, dtype=torch.bool)
+    merged = merged.scatter(2, order, torch.arange(order.shape[2], device=device) < most.unsqueeze(-1))
 
-    sources, targets = even[merged], odd.gather(1, partner)[merged]
-    into = own.clone()
-    into[sources] = targets
-    if not len(sources):
-        return Reduced(into, hidden)
-    weight = weight.float().clamp(min=1e-30).unsqueeze(-1)
-    taking = torch.unique(targets)
-    total = weight.index_add(0, targets, weight[sources])
-    mean = (weight * hidden.float()).index_add(0, targets, weight[sources] * hidden[sources].float()) / total
-    changed = hidden.clone()
-    changed[taking] = mean[taking].to(hidden.dtype)
-    return Reduced(into, changed)
+    into = torch.arange(tokens, device=device).repeat(batch + 1)[: batch * tokens + 1]
+    target = torch.where(merged, table[:, :, odd].gather(2, partner), table[:, :, even])
+    into = into.index_copy(0, places[:, :, even].flatten(), target.flatten())[:-1].view(batch, tokens)
+
+    weights = weight.float().clamp(min=1e-30).gather(1, table.flatten(1)).view(*table.shape, 1)
+    comes = partner.unsqueeze(2) == torch.arange(table.shape[2] // 2, device=device).unsqueeze(1)
+    comes = (comes & merged.unsqueeze(2)).float()  # [batch, windows, odd, even]
+    added, weighted = comes @ weights[:, :, even], states * weights
+    mean = (weighted[:, :, odd] + comes @ weighted[:, :, even]) / (weights[:, :, odd] + added)
+    mean = torch.where(added > 0, mean, states[:, :, odd]).to(hidden.dtype)
+    changed = torch.cat([hidden.flatten(0, 1), mean[0, 0, :1]])
+    changed = changed.index_copy(0, places[:, :, odd].flatten(), mean.flatten(0, 2))
+    return Reduced(into, changed[:-1].view_as(hidden))
+
+
+def _by_window(
+    window: Int[Tensor, "batch tokens"], windows: int, largest: int
+) -> tuple[Int[Tensor, "batch windows largest"], Int[Tensor, "batch windows"]]:
+    """Tokens of each window in order, and how many there are; what follows them in a window means nothing."""
+    order = window.argsort(dim=1, stable=True)
+    names = torch.arange(windows + 1, device=window.device).repeat(len(window), 1)
+    start = torch.searchsorted(window.gather(1, order), names)
+    place = start[:, :-1, None] + torch.arange(largest, device=window.device)
+    table = order.gather(1, place.clamp(max=window.shape[1] - 1).flatten(1)).view(place.shape)
+    return table, start.diff(dim=1)

@@ -39,11 +39,11 @@ class FastV(Dropping):
         """What `drop` leaves."""
         return 1.0 - self.drop
 
-    def guidance(self, layer: LayerContext) -> Float[Tensor, " tokens"]:
+    def guidance(self, layer: LayerContext) -> Float[Tensor, "batch tokens"]:
         """Attention of the last token, head mean."""
         return attention_of_last(layer)
 
-    def reduce(self, row: ReductionContext) -> Reduced:
+    def reduce(self, layer: ReductionContext) -> Reduced:
         """Keeps the tokens with most attention."""
-        assert row.guidance is not None
-        return dropping(row, row.guidance, self.keep(row))
+        assert layer.guidance is not None
+        return dropping(layer, layer.guidance, self.keep(layer))

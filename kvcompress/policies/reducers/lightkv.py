@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 from kvcompress.errors import ConfigError
 from kvcompress.kernels import attention_share
 from kvcompress.policies.context import LayerContext, Reduced, ReductionContext
+from kvcompress.policies.images import ImageGrid
 from kvcompress.policies.reducers.bipartite import Bipartite, merge_in_windows
-from kvcompress.policies.reducers.staged import Depth
+from kvcompress.policies.reducers.staged import Depth, per_row
 from kvcompress.policies.registry import REDUCERS
 
 _WINDOWS = (4, 2, 1)
@@ -70,34 +72,52 @@ class LightKV(Bipartite):
                 "many"
             )
 
-    def guidance(self, layer: LayerContext) -> Float[Tensor, " tokens"]:
+    def guidance(self, layer: LayerContext) -> Float[Tensor, "batch tokens"]:
         """Attention from each image token to all text, summed over heads; zero for text."""
-        queries = layer.query.shape[2]
         assert layer.is_image is not None
-        asking = layer.is_image[0, 0, -queries:].nonzero().flatten()  # heads may differ in what came before
-        share = attention_share(
-            layer.query[:, :, asking], layer.keys, ~layer.is_image, layer.scaling, over=self.softmax
-        )
-        return share.new_zeros(queries).index_copy(0, asking, share[0])
+        (_, heads, queries, head_dim), text = layer.query.shape, ~layer.is_image
+        is_image = layer.is_image[:, 0, -queries:]  # heads may differ in what came before
+        most = queries if layer.most_images is None else min(queries, max(1, layer.most_images))
+        asking = (~is_image).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]  # images first
+        asked = is_image.gather(1, asking)
+        query = layer.query.gather(2, asking[:, None, :, None].expand(-1, heads, -1, head_dim))
+        share = attention_share(query, layer.keys, text, layer.scaling, self.softmax, asked, layer.valid)
+        return share.new_zeros(is_image.shape).scatter(1, asking, share)
 
-    def reduce(self, row: ReductionContext) -> Reduced:
+    def reduce(self, layer: ReductionContext) -> Reduced:
         """Merges within the windows of this reduction."""
-        assert row.guidance is not None
-        tiled = len({grid.image for grid in row.grids}) < len(row.grids)
+        assert layer.guidance is not None
+        across = [self._across(grids, layer.stage) for grids in layer.grids]
+        cells = [
+            math.ceil(grid.height / sides) * math.ceil(grid.width / sides)
+            for grids, sides in zip(layer.grids, across, strict=True)
+            for grid in grids
+        ]
+        count = max(len(grids) * sides**2 for grids, sides in zip(layer.grids, across, strict=True))
+        window = _windows(layer, per_row(across, layer.grid.device))
+        return merge_in_windows(layer.hidden, window, layer.guidance, self.rho, count, max(cells))
+
+    def _across(self, grids: list[ImageGrid], stage: int) -> int:
+        """Windows along each side of a row's grids."""
+        tiled = len({grid.image for grid in grids}) < len(grids)
         windows = self.windows or (_WINDOWS_TILED if tiled else _WINDOWS)
-        across = windows[min(row.stage, len(windows) - 1)]
-        window, first = torch.full_like(row.grid, -1), 0
-        for number, grid in enumerate(row.grids):
-            own = row.grid == number
-            if int(own.sum()) >= _LEAST * across**2:
-                down = _band(row.cell[own, 0], grid.height, across)
-                window[own] = first + down * across + _band(row.cell[own, 1], grid.width, across)
-            first += across**2
-        return merge_in_windows(row.hidden, window, row.guidance, self.rho)
+        return windows[min(stage, len(windows) - 1)]
 
 
-def _band(place: Int[Tensor, " tokens"], length: int, bands: int) -> Int[Tensor, " tokens"]:
+def _windows(layer: ReductionContext, across: Int[Tensor, "batch one"]) -> Int[Tensor, "batch tokens"]:
+    """Number of each token's window in its row; -1 for text and in grids that are left alone."""
+    grids = layer.grid + 1
+    counts = grids.new_zeros(len(grids), 1 + max(map(len, layer.grids)))
+    tokens = counts.scatter_add(1, grids, torch.ones_like(grids)).gather(1, grids)
+    down, right = _band(layer.cell, layer.size, across.unsqueeze(-1)).unbind(-1)
+    window = layer.grid * across**2 + down * across + right
+    return window.masked_fill((layer.grid < 0) | (tokens < _LEAST * across**2), -1)
+
+
+def _band(
+    place: Int[Tensor, "batch tokens two"], length: Int[Tensor, "batch tokens two"], bands: Int[Tensor, "batch one one"]
+) -> Int[Tensor, "batch tokens two"]:
     """Which of so many bands each place along a side lies in; the first ones are wider by a remainder."""
-    width, wider = divmod(length, bands)
+    width, wider = length // bands, length % bands
     edge = wider * (width + 1)
-    return torch.where(place < edge, place // (width + 1), wider + (place - edge) // max(1, width))
+    return torch.where(place < edge, place // (width + 1), wider + (place - edge) // width.clamp(min=1))

@@ -33,11 +33,11 @@ class PyramidDrop(Staged):
     after: tuple[Depth, ...] = (0.25, 0.5, 0.75)
     keep_shares: tuple[Share, ...] = (0.5, 0.25, 0.125)
 
-    def guidance(self, layer: LayerContext) -> Float[Tensor, " tokens"]:
+    def guidance(self, layer: LayerContext) -> Float[Tensor, "batch tokens"]:
         """Attention of the last token, head mean."""
         return attention_of_last(layer)
 
-    def reduce(self, row: ReductionContext) -> Reduced:
+    def reduce(self, layer: ReductionContext) -> Reduced:
         """Keeps the tokens with most attention."""
-        assert row.guidance is not None
-        return dropping(row, row.guidance, self.keep(row))
+        assert layer.guidance is not None
+        return dropping(layer, layer.guidance, self.keep(layer))

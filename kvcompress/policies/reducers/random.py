@@ -26,6 +26,6 @@ class RandomReducer(Staged):
 
     seed: int = 0
 
-    def reduce(self, row: ReductionContext) -> Reduced:
+    def reduce(self, layer: ReductionContext) -> Reduced:
         """Keeps the tokens with the largest noise."""
-        return dropping(row, noise(f"reducer {self.seed}", row.index), self.keep(row))
+        return dropping(layer, noise(f"reducer {self.seed}", layer.index.clamp(min=0)), self.keep(layer))

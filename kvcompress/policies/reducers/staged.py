@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import Annotated
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
@@ -42,26 +42,39 @@ def layers_at(name: str, after: tuple[int | float, ...], layers: int) -> tuple[i
     return tuple(found)
 
 
-def attention_of_last(layer: LayerContext) -> Float[Tensor, " tokens"]:
-    """Attention that the last token of a row pays to each token of this forward, head mean."""
-    kv_heads, head_dim = layer.keys.shape[1], layer.keys.shape[3]
-    query = layer.query[0, :, -1].float().view(kv_heads, -1, head_dim) * layer.scaling
-    attention = (query @ layer.keys[0].float().transpose(1, 2)).softmax(-1)
-    return attention.mean((0, 1))[-layer.query.shape[2] :]
+def per_row(numbers: list[int], device: torch.device) -> Int[Tensor, "batch one"]:
+    """A number for each row, where the rows are; nobody waits for the copy."""
+    column = torch.tensor(numbers, dtype=torch.int64, pin_memory=device.type == "cuda").unsqueeze(1)
+    return column.to(device, non_blocking=True)
 
 
-def dropping(row: ReductionContext, score: Float[Tensor, " tokens"], keep: int) -> Reduced:
-    """Drops all image tokens but the `keep` of highest score (the earlier first among equals); text stays."""
-    ranked = score.masked_fill(~row.is_image, -torch.inf).argsort(descending=True, stable=True)
-    stays = ~row.is_image
-    stays[ranked[:keep]] = True
-    return dropped(row, stays)
+def attention_of_last(layer: LayerContext) -> Float[Tensor, "batch tokens"]:
+    """Attention that the last token of each row pays to each token of this forward, head mean."""
+    (batch, _, queries, head_dim), kv_heads = layer.query.shape, layer.keys.shape[1]
+    query = layer.query[:, :, -1].float().reshape(batch, kv_heads, -1, head_dim) * layer.scaling
+    logits = query @ layer.keys.float().transpose(2, 3)
+    if layer.valid is not None:
+        logits = logits.masked_fill(~layer.valid.unsqueeze(2), torch.finfo(torch.float32).min)
+    return logits.softmax(-1).mean((1, 2))[:, -queries:]
 
 
-def dropped(row: ReductionContext, stays: Bool[Tensor, " tokens"]) -> Reduced:
+def dropping(layer: ReductionContext, score: Float[Tensor, "batch tokens"], keep: list[int]) -> Reduced:
+    """Drops all image tokens but those of highest score (the earlier first among equals); text stays.
+
+    Args:
+        layer: the tokens.
+        score: higher = keep.
+        keep: image tokens of each row that stay, as far as it has them.
+    """
+    order = score.masked_fill(~layer.is_image, -torch.inf).argsort(dim=1, descending=True, stable=True)
+    first = torch.arange(order.shape[1], device=order.device) < per_row(keep, order.device)
+    return dropped(layer, torch.zeros_like(layer.is_image).scatter(1, order, first) | ~layer.is_image)
+
+
+def dropped(layer: ReductionContext, stays: Bool[Tensor, "batch tokens"]) -> Reduced:
     """Drops what is not marked; hidden states stay as they are."""
-    own = torch.arange(len(stays), device=stays.device)
-    return Reduced(torch.where(stays, own, -1), row.hidden)
+    own = torch.arange(stays.shape[1], device=stays.device)
+    return Reduced(torch.where(stays, own, -1), layer.hidden)
 
 
 class Dropping(Reducer):
@@ -71,9 +84,9 @@ class Dropping(Reducer):
         """Share of the row's image tokens that stays from a reduction on, of those that there were at first."""
         raise NotImplementedError
 
-    def keep(self, row: ReductionContext) -> int:
-        """Image tokens of a row that stay."""
-        return min(int(row.is_image.sum()), math.floor(self.share(row.stage) * row.image_tokens + 1e-6))
+    def keep(self, layer: ReductionContext) -> list[int]:
+        """Image tokens of each row that stay, as far as it has them."""
+        return [math.floor(self.share(layer.stage) * tokens + 1e-6) for tokens in layer.image_tokens]
 
 
 class Staged(Dropping):

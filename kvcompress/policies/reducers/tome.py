@@ -33,6 +33,8 @@ class ToMe(Bipartite):
     rho: float = Field(default=0.5, ge=0.0, le=1.0)
     vision_retention: float | None = Field(default=None, gt=0.0, le=1.0)
 
-    def reduce(self, row: ReductionContext) -> Reduced:
+    def reduce(self, layer: ReductionContext) -> Reduced:
         """Every grid is one window."""
-        return merge_in_windows(row.hidden, row.grid, torch.ones(len(row.grid), device=row.grid.device), self.rho)
+        alike = torch.ones(layer.grid.shape, dtype=torch.float32, device=layer.grid.device)
+        largest = max(grid.height * grid.width for grids in layer.grids for grid in grids)
+        return merge_in_windows(layer.hidden, layer.grid, alike, self.rho, max(map(len, layer.grids)), largest)

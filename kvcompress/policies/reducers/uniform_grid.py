@@ -28,21 +28,19 @@ class UniformGrid(Staged):
             without gaps. Decoding goes on from the length of the whole prompt in either case.
     """
 
-    def reduce(self, row: ReductionContext) -> Reduced:
+    def reduce(self, layer: ReductionContext) -> Reduced:
         """Keeps the cells that come first in the order."""
-        rank = torch.zeros(len(row.grid), dtype=torch.float64, device=row.grid.device)
-        for number in (-1, *range(len(row.grids))):
-            own = (row.grid == number) & row.is_image
-            order = _dithered(row.cell[own]).argsort(stable=True)
-            spread = torch.empty(len(order), dtype=torch.float64, device=rank.device)
-            spread[order] = torch.arange(1, len(order) + 1, dtype=torch.float64, device=rank.device) / max(
-                1, len(order)
-            )
-            rank[own] = spread
-        return dropping(row, -rank, self.keep(row))
+        grids = 2 + max(map(len, layer.grids))  # one more for tokens of no grid, and one for all that is no image
+        grid = torch.where(layer.is_image, layer.grid + 1, grids - 1)
+        order = (grid << 2 * _BITS | _dithered(layer.cell)).argsort(dim=1, stable=True)  # grid by grid
+        counts = layer.grid.new_zeros(len(grid), grids).scatter_add(1, grid, torch.ones_like(grid))
+        before, ordered = counts.cumsum(1) - counts, grid.gather(1, order)
+        place = torch.arange(1, grid.shape[1] + 1, device=grid.device) - before.gather(1, ordered)
+        spread = place.double() / counts.gather(1, ordered)
+        return dropping(layer, -torch.empty_like(spread).scatter(1, order, spread), self.keep(layer))
 
 
-def _dithered(cell: Int[Tensor, "tokens two"]) -> Int[Tensor, " tokens"]:
+def _dithered(cell: Int[Tensor, "batch tokens two"]) -> Int[Tensor, "batch tokens"]:
     """Place of each cell in the order of ordered dithering: bits of row xor column and of row, the lowest first."""
     row, column = cell.clamp(min=0).long().unbind(-1)
     place = torch.zeros_like(row)
