@@ -1,4 +1,4 @@
-"""The cache object that `generate()` and plain forwards take."""
+"""The cache object that `generate()` and plain forwards take as `cache`."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ _BLOCK = 16  # slots by which a buffer grows at least, unless `reserve` says mor
 class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     """A key-value cache that stays within a budget; pass it to a model as `cache`.
 
+    Releases of transformers before 5.24 call that argument `past_key_values`.
+
     Args:
         model: the model that will use it; its decoder gets the attention "kvcompress", which behaves as before with
             any other cache (`kvcompress.restore(model)` takes it off again).
@@ -55,7 +57,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     Example:
         >>> cache = CompressedCache(model, "prefixkv", budget=0.5)
-        >>> output = model.generate(**inputs, past_key_values=cache, max_new_tokens=4)
+        >>> output = model.generate(**inputs, cache=cache, max_new_tokens=4)
         >>> cache.report().retention <= 0.5
         True
     """
@@ -198,7 +200,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if layout is not None and self.config.reducer is not None:
             points = self.config.reducer.acts_after(len(self.layers))
             if points:
-                step.reduction = self._reduction(step, layout, points, first)
+                step.reduction = self._reduction(step, layout, points)
         if not (self.config.evictor is None or self._recording or step.reduction is not None):
             if not self.config.allocator.reads_importance:
                 before = [np.broadcast_to(layer.held if len(layer.held) else 0, batch) for layer in self.layers]
@@ -237,7 +239,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             return None
         step.row_new = np.asarray(counts[5:], dtype=np.int64)
         if mixed:
-            step.order = new.to(torch.uint8).argsort(dim=1, stable=True)
+            step.order = step.first_order = new.to(torch.uint8).argsort(dim=1, stable=True)
         return new
 
     def _hide(self, hidden: Tensor) -> None:
@@ -407,33 +409,34 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     # -- reducing ------------------------------------------------------------------------------------------------------
 
-    def _reduction(self, step: Step, layout: ImageLayout, points: tuple[int, ...], first: int) -> Reduction:
+    def _reduction(self, step: Step, layout: ImageLayout, points: tuple[int, ...]) -> Reduction:
         """A reducer at work in a step whose images are known."""
         assert self.config.reducer is not None and step.index is not None
         index, images = step.index[:, 0], self._sequence.images_at(step.index)
         assert images is not None
-        if step.order is not None:
-            layout = layout.aligned(step.order)
-        self._first_column = first
+        order = step.order
         return Reduction(
-            self.config.reducer, points, layout, index=index.long(), valid=step.valid, is_image=images[:, 0]
+            self.config.reducer,
+            points,
+            layout if order is None else layout.aligned(order),
+            index=index,
+            valid=step.valid,
+            is_image=images[:, 0],
+            order=order,
         )
 
     def reduce(self, layer: int, hidden: Tensor) -> tuple[Tensor, Reduction] | None:
         """What goes into a decoder layer where a reducer acts; called by the hooks on the layers."""
         step = self._step
-        if step is None or step.reduction is None or step.next_layer != layer:
+        if step is None or step.reduction is None or step.next_layer != layer or layer < step.reduction.points[0]:
             return None
         reduction = step.reduction
-        if layer < reduction.points[0]:
-            return None
-        with self._writable():
-            if layer in reduction.points:
-                hidden = reduction.reduce(layer, step.aligned_hidden(hidden) if layer == reduction.points[0] else hidden)
+        if layer in reduction.points:
+            with self._writable():
+                hidden = reduction.reduce(layer, hidden)
+                self._sequence.reduce(layer, _in_all_columns(reduction.into[layer], step, self._sequence.seen))
                 step.index, step.valid = reduction.index.to(torch.int32).unsqueeze(1), reduction.valid
-                step.row_new = np.asarray(reduction.row_tokens)
-                step.order = None
-                self._note_reduction(layer, reduction)
+                step.row_new, step.order = np.asarray(reduction.row_tokens), None
         return _usable(hidden), reduction
 
     def spread(self, hidden: Tensor) -> Tensor | None:
@@ -637,9 +640,44 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     def report(self) -> CacheReport:
         """What the cache holds now, in tokens and bytes; waits for the device."""
-        from kvcompress.cache.reporting import report_on
+        self._catch_up_if_needed()
+        sequence, table, numbers = self._sequence, self._table, range(len(self.layers))
+        held = np.stack([layer.held for layer in self.layers])
+        if table is not None and table.steps:
+            held = table.extent - table.hole + np.stack([layer.packed_rows for layer in self.layers])
+        limits = self.limits()
+        threshold = None if self._allocation is None else self._allocation.notes.get("threshold")
+        slot_nbytes = sum(layer.store.slot_nbytes for layer in self.layers)
+        return CacheReport(
+            tokens_seen=sequence.seen,
+            row_tokens_seen=sequence.row_seen.tolist(),
+            layer_tokens=[sequence.given(number).tolist() for number in numbers],
+            image_tokens=[sequence.images_given(number).tolist() for number in numbers],
+            layer_lengths=held.tolist(),
+            layer_budgets=None if limits is None else limits.tolist(),
+            held_columns=[self._held_columns(layer) for layer in self.layers],
+            kv_bytes=sum(layer.store.nbytes for layer in self.layers),
+            index_bytes=sum(layer.index_nbytes for layer in self.layers) + (0 if table is None else table.nbytes),
+            full_kv_bytes=slot_nbytes * sequence.seen * sequence.batch,
+            went_into={layers: into.tolist() for layers, into in sequence.went_into.items()},
+            threshold=None if threshold is None else threshold.tolist(),
+            notes=self._notes(),
+        )
 
-        return report_on(self)
+    def _held_columns(self, layer: CompressedLayer) -> list[list[list[int]]]:
+        """Columns of the tokens that a layer holds, ascending, per row and set."""
+        if layer.index is None:
+            return []
+        columns = self._sequence.columns_of(self.index_of(layer)).tolist()
+        return [[sorted(column for column in held if column >= 0) for held in row] for row in columns]
+
+    def _notes(self) -> list[str]:
+        evictor, notes = self.config.evictor, []
+        if evictor is not None and evictor.frees == "nothing":
+            notes.append("decode rule 'none': layers grow by every generated token, past their budget")
+        if self._recording:
+            notes.append("past recording: eviction waits for crop")
+        return notes
 
     def limits(self) -> np.ndarray | None:
         """Slots that each layer may hold now, `[layers, batch]`; None if nothing is ever evicted while decoding."""
@@ -749,3 +787,14 @@ def restore(model: PreTrainedModel) -> None:
 def _usable(tensor: Tensor) -> Tensor:
     """A tensor that the caller may use, also where it was made in an inference mode that the caller is not in."""
     return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+
+
+def _in_all_columns(into: Tensor, step: Step, seen: int) -> Tensor:
+    """What became of a step's columns, in the numbers of all columns seen; older ones are their own."""
+    first = seen - into.shape[1]
+    every = torch.arange(seen, device=into.device).repeat(len(into), 1)
+    if step.first_order is not None:  # from columns with padding first to the model's
+        into = torch.where(into < 0, -1, step.first_order.gather(1, into.clamp(min=0)))
+        into = torch.empty_like(into).scatter_(1, step.first_order, into)
+    every[:, first:] = torch.where(into < 0, -1, into + first)
+    return every

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -195,7 +196,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     ) -> None:
         """Scores every slot by what this step shows, and takes the statistics that the allocator reads."""
         scorer, needs, index = self.config.scorer, self._needs, self.index
-        observed = step.reduction is not None and step.reduction.wants(self.number)
+        observed = step.reduction is not None and step.reduction.observes(self.number)
         if scorer is None and not needs and not observed:
             return
         assert index is not None
@@ -216,7 +217,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         )
         if observed:
             assert step.reduction is not None
-            step.reduction.observe(context)
+            step.reduction.observe(replace(context, lse=None))
         for name in needs:
             self.statistics[name] = self.heads.mean(STATISTICS[name](context))
         if scorer is None:

@@ -88,7 +88,7 @@ class Sequence:
             device = new_valid.device if new_valid is not None else self.valid.device  # type: ignore[union-attr]
             if new_valid is None:
                 new_valid = torch.ones(self.batch, columns, dtype=torch.bool, device=device)
-            self.valid = torch.cat([self._known_valid(device), new_valid], dim=1)
+            self.valid = torch.cat([self.known_valid(device), new_valid], dim=1)
         self.row_seen = before + row_new
         if scored:
             some = row_new > 0
@@ -118,7 +118,7 @@ class Sequence:
 
     # -- columns and token indices -------------------------------------------------------------------------------------
 
-    def _known_valid(self, device: torch.device) -> Tensor:
+    def known_valid(self, device: torch.device) -> Tensor:
         """Which of all columns seen hold a token."""
         if self.valid is None:
             return torch.ones(self.batch, self.seen, dtype=torch.bool, device=device)
@@ -132,7 +132,7 @@ class Sequence:
         of_columns = F.pad(of_columns, (0, max(0, self.seen - of_columns.shape[1])), value=fill)[:, : self.seen]
         if self.valid is None:
             return of_columns
-        valid = self._known_valid(of_columns.device)
+        valid = self.known_valid(of_columns.device)
         index = torch.where(valid, valid.cumsum(1) - 1, self.seen)
         target = torch.full((self.batch, self.seen + 1), fill, dtype=of_columns.dtype, device=of_columns.device)
         return target.scatter_(1, index, of_columns)[:, : self.seen]
@@ -148,7 +148,7 @@ class Sequence:
         """Token index of every column seen, -1 for padding."""
         if self.valid is None:
             return torch.arange(self.seen, device=device).expand(self.batch, -1)
-        valid = self._known_valid(device)
+        valid = self.known_valid(device)
         return torch.where(valid, valid.cumsum(1) - 1, -1)
 
     # -- what layers got -----------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ class Sequence:
         """Tokens of each row that stand after the first `columns` columns; waits for the device if there is padding."""
         if self.valid is None or columns >= self.valid.shape[1]:
             return np.full(self.batch, self.seen - columns)
-        return self._known_valid(self.valid.device)[:, columns:].sum(1).cpu().numpy()
+        return self.known_valid(self.valid.device)[:, columns:].sum(1).cpu().numpy()
 
     def crop(self, columns: int, gone: Counts) -> None:
         """Forgets all but the first `columns` columns, and so many tokens of each row."""
@@ -273,7 +273,7 @@ class Sequence:
         Returns:
             For every token index before, the one after; -1 for tokens that are hidden now.
         """
-        before = self._known_valid(hidden.device)
+        before = self.known_valid(hidden.device)
         kept = self.by_index(before & ~hidden)
         self.valid = before & ~hidden
         new_index = torch.where(kept, kept.cumsum(1) - 1, -1)

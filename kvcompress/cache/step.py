@@ -36,6 +36,7 @@ class Step:
         valid: prefill: which of them are tokens; None if all are.
         row_new: prefill: tokens of each row.
         order: prefill: where each of these columns was in the model's; None if they are where they were.
+        first_order: prefill: the same before a reducer acted.
         local: prefill: gives the budgets, where they need no scores, so that a layer is compressed as soon as it ran.
         evicts: whether layers over their budget give tokens up in this step.
         widths: decode: slots that attention reads per layer; None to read all that are allocated.
@@ -54,6 +55,7 @@ class Step:
     valid: Bool[Tensor, "batch tokens"] | None = None
     row_new: Counts = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     order: Int[Tensor, "batch tokens"] | None = None
+    first_order: Int[Tensor, "batch tokens"] | None = None
     local: Callable[[], Allocation] | None = None
     evicts: bool = True
     widths: list[int] | None = None

@@ -5,6 +5,7 @@ from kvcompress.kernels.dense import (
     attention,
     attention_with_lse,
     attention_with_mask,
+    in_one_dtype,
     masked_attention_with_lse,
     merge_attention,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "attention_with_lse",
     "attention_with_mask",
     "decode_bias",
+    "in_one_dtype",
     "masked_attention_with_lse",
     "merge_attention",
 ]
