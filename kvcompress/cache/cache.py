@@ -156,23 +156,19 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if table is None:
             table = self._make_table()
         evicts = not self._recording
-        compiling = torch.compiler.is_compiling()
-        step = Step(Phase.DECODE, evicts=evicts)
-        with self._writable():
-            table.advance(evicts)
-        if compiling:
+        step = self._step = Step(Phase.DECODE, evicts=evicts)
+        alike = False
+        if torch.compiler.is_compiling():
             table.exact = False
         else:
-            ones = np.ones(sequence.batch, dtype=np.int64)
-            sequence.extend(None, 1, ones, scored=False)
+            sequence.extend(None, 1, np.ones(sequence.batch, dtype=np.int64), scored=False)
             table.count(sequence.row_seen, evicts)
-        self._step = step
-        if not compiling and table.exact:
-            step.widths = table.extent.max(1).tolist()
-            alike = bool((table.extent == table.extent[:, :1]).all())
-        else:
-            alike = False
-        self._make_room_in_table(step)
+            if table.exact:
+                step.widths = table.extent.max(1).tolist()
+                alike = bool((table.extent == table.extent[:, :1]).all())
+        with self._writable():
+            self._make_room_in_table(step)
+            table.advance(evicts)
         if not alike:
             step.bias = decode_bias(table.length, table.capacity, self._dtype())
         evictor = self.config.evictor
