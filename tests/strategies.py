@@ -349,7 +349,7 @@ class Scripted(Scorer):
     def score(self, layer: LayerContext) -> Importance:
         """Looks the scores up."""
         batch, heads, tokens = layer.keys.shape[:3]
-        index = layer.index.long().expand(batch, heads, tokens)
+        index = layer.index.long().clamp(min=0).expand(batch, heads, tokens)
         return self.table(layer.layer, heads, 512).expand(batch, -1, -1).gather(-1, index)
 
 

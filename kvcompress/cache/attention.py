@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ _CALL = "_kvcompress_call"  # on the key tensor of a forward: the cache and the 
 _PREVIOUS = "_kvcompress_previous_attention"  # on attention modules
 
 
+@runtime_checkable
 class Attends(Protocol):
     """What `update` attaches to the keys it returns."""
 

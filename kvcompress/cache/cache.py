@@ -213,7 +213,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             return None
         columns = mask[:, 0, -1].to(torch.bool)
         past, new = columns[:, : sequence.seen], columns[:, sequence.seen :]
-        known = sequence.known_valid(columns.device)
+        known = sequence.known_valid(columns.device) if sequence.seen else past
         flags = torch.stack(
             [(known & ~past).any(), (past & ~known).any(), new.all(), (new[:, 1:] < new[:, :-1]).any(), new[:, -1].any()]
         )
@@ -326,6 +326,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             by_age=frees == "oldest",
             scored_end=sequence.scored.end,
             packed=packed if packed.any() else None,
+            sets=layers[0].kv_heads if evictor is not None and evictor.by_head else 1,
         )
         if frees == "chosen":
             for layer in layers:
@@ -339,6 +340,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if step.widths is not None and max(step.widths) > table.capacity:
             with self._writable():
                 table.grow(max(step.widths) + self._block(max(step.widths)))
+                for layer in self.layers:
+                    layer.rank_more(table.capacity)
 
     def _make_room(self, layer: int, step: Step) -> None:
         """Lets a layer's buffers grow to what this step needs, and a block more where they may need more later."""
@@ -346,10 +349,10 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             return
         table, store = self._table, self.layers[layer].store
         assert table is not None
-        width = step.widths[layer]
+        width = self.layers[layer].slots = step.widths[layer]
         if width > store.capacity:
             most = int(table.bound(self._block(width))[layer])
-            self.layers[layer].grow(max(width, min(most, table.capacity)))
+            store.grow(max(width, min(most, table.capacity)))
 
     def _block(self, slots: int) -> int:
         """Slots by which buffers grow: what is reserved, or 1 % and at least a few."""
@@ -371,6 +374,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """Learns from the device how far it has come; waits for it."""
         more = table.settle() - self._sequence.seen
         table.steps = max(table.steps, more)
+        for layer, width in zip(self.layers, table.extent.max(1).tolist(), strict=True):
+            layer.slots = width
         if more:
             self._sequence.extend(None, more, np.full(self._sequence.batch, more), scored=False)
 

@@ -139,7 +139,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             )
             mask, wrong = checked_selection(evictor, self.number, context)
             step.problems.append((lambda: selection_message(evictor, self.number, mask, context), wrong))
-            step.problems += [(lambda text=text: text, flag) for text, flag in context.problems]
+            step.problems += context.problems
             self.heads_part = self.heads_part or mask.shape[1] > 1
             own = self.heads.own(mask)
             if self.config.merger is not None:
@@ -428,18 +428,18 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.store.overwrite(result.keys, result.values)
         self.merger_state = result.state
 
-    def grow(self, capacity: int) -> None:
-        """Makes room for more slots."""
-        self.store.grow(capacity)
-        if self.ranks is not None:
-            self.ranks = F.pad(self.ranks, (0, max(0, capacity - self.ranks.shape[2])), value=torch.nan)
-
     def rank_slots(self, slots: int) -> None:
         """Takes down the importance of each slot, for an evictor that chooses while decoding."""
         scorer, self.ranks = self.config.scorer, None
         if scorer is not None and self.scores is not None and self.index is not None:
             ranks = importance_of(scorer, self.scores, self.index, self.sequence, self.number)
             self.ranks = F.pad(ranks, (0, slots - ranks.shape[2]), value=torch.nan)
+            fix_address(self.ranks)
+
+    def rank_more(self, slots: int) -> None:
+        """Makes room for slots whose tokens have no score yet."""
+        if self.ranks is not None:
+            self.ranks = F.pad(self.ranks, (0, slots - self.ranks.shape[2]), value=torch.nan)
             fix_address(self.ranks)
 
     def select_rows(self, index: Tensor, rows: Counts) -> None:
@@ -454,6 +454,11 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
         for name, known in self.statistics.items():
             self.statistics[name] = known.index_select(0, index.to(known.device))
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads of the layer that this process holds; 0 before the first token."""
+        return 0 if self.store.keys is None else self.store.keys.shape[1]
 
     @property
     def index_nbytes(self) -> int:
@@ -511,7 +516,13 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             every = None if importance is None else self.heads.gather(importance)
             victims = evictor.victim(DecodeContext(of_all, table.protected(of_all), every))
             self.heads_part = self.heads_part or victims.shape[1] > 1
-            table.choose(number, step.over[number], self.heads.own(victims))
+            victims = self.heads.own(victims)
+            if victims.shape[1] > table.sets:
+                raise PolicyError(
+                    f"evictor {evictor.name}: layer {number}: named a slot for each head, but its by_head says that heads "
+                    "hold the same tokens; let by_head be True"
+                )
+            table.choose(number, step.over[number], victims)
         merger = self.config.merger
         if step.merges and merger is not None:
             self._merge_freed(table)

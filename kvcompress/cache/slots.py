@@ -51,6 +51,7 @@ class SlotTable:
         by_age: bool,
         packed: np.ndarray | None = None,
         scored_end: Counts | None = None,
+        sets: int = 1,
     ) -> None:
         """Starts after a prefill step, whose tokens lie in order in the first slots.
 
@@ -65,9 +66,10 @@ class SlotTable:
             rule: how budgets grow with the tokens seen.
             by_age: whether a layer over its limit loses its oldest loose token.
             scored_end: tokens of each row that have a score.
+            sets: at least so many sets of heads, which may hold different tokens from now on.
             packed: tokens per layer and row that lie elsewhere and count as held; None if none.
         """
-        device, sets = index[0].device, max(held.shape[1] for held in index)
+        device, sets = index[0].device, max(sets, *(held.shape[1] for held in index))
         shape = (*lengths.shape, sets)
         self.index = torch.full((*shape, max(capacities)), -1, dtype=torch.int32, device=device)
         for layer, held in enumerate(index):
@@ -80,6 +82,7 @@ class SlotTable:
         self.scored_end = torch.as_tensor(ends, dtype=torch.int32, device=device)[:, None, None]
         self.columns = torch.tensor(columns, dtype=torch.int64, device=device)
         self.extent, self.hole = lengths.copy(), np.zeros(lengths.shape, dtype=bool)
+        self._none = torch.full((), -1, dtype=torch.int64, device=device)
         self.exact, self.steps = True, 0
         self._start = (lengths, row_seen)
         self._allocation, self._rule = allocation, rule
@@ -147,7 +150,7 @@ class SlotTable:
             self.free.fill_(-1)
         elif self._age is not None:
             over = self._over() & (self.length > self._pinned)
-            torch.where(over, self._age.argmin(-1), -1, out=self.free)
+            torch.where(over, self._age.argmin(-1), self._none, out=self.free)
         else:
             self.free.fill_(-1)  # until the layers have chosen
 
@@ -219,15 +222,6 @@ class SlotTable:
         more = capacity - self.capacity
         if more > 0:
             self.index = torch.nn.functional.pad(self.index, (0, more), value=-1)
-            self._derive()
-
-    def split_heads(self, heads: int) -> None:
-        """Lets heads hold different tokens from now on."""
-        if self.sets == 1 and heads > 1:
-            for name in ("index", "length", "free", "write", "_pinned"):
-                tensor = getattr(self, name)
-                shape = (-1, -1, heads, *([-1] * (tensor.ndim - 3)))
-                setattr(self, name, tensor.expand(shape).contiguous())
             self._derive()
 
     def select_rows(self, index: Tensor, rows: Counts) -> None:

@@ -16,6 +16,7 @@ from kvcompress.cache.allocation import Allocation
 from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.sequence import Counts
 from kvcompress.errors import PolicyError
+from kvcompress.policies.context import Problem
 
 
 class Phase(enum.Enum):
@@ -63,7 +64,7 @@ class Step:
     over: Tensor | None = None
     merges: bool = False
     reduction: Reduction | None = None
-    problems: list[tuple[Callable[[], str], Tensor]] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
     next_layer: int = 0
     row_seen: Counts = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     _known: dict[str, tuple[Tensor, Any]] = field(default_factory=dict)
@@ -98,7 +99,7 @@ class Step:
             flags = torch.stack([flag.to(problems[0][1].device) for _, flag in problems]).tolist()
             for (message, _), wrong in zip(problems, flags, strict=True):
                 if wrong:
-                    raise PolicyError(message())
+                    raise PolicyError(message if isinstance(message, str) else message())
 
 
 def _rows(tensor: Tensor, order: Tensor) -> Tensor:

@@ -168,6 +168,11 @@ class Evictor(Policy):
         return "oldest"
 
     @property
+    def by_head(self) -> bool:
+        """Whether heads of a layer may hold different tokens; while decoding, one set of slots is kept unless it says so."""
+        return False
+
+    @property
     def reach(self) -> int | None:
         """Most recents that decode steps can protect; None if any number."""
         return None

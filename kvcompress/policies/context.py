@@ -24,6 +24,7 @@ Values: TypeAlias = Float[Tensor, "batch kv_heads tokens value_dim"]
 Importance: TypeAlias = Float[Tensor, "batch kv_heads tokens"]  # higher = keep
 LayerImportance: TypeAlias = Float[Tensor, "layers batch tokens"]  # higher = keep
 TokenCounts: TypeAlias = Int[Tensor, "layers batch"]
+Problem: TypeAlias = tuple[str | Callable[[], str], Bool[Tensor, ""]]  # what is wrong, and whether it is
 TokenIndex: TypeAlias = Int[Tensor, "batch sets slots"]  # number of tokens before; -1 marks an empty slot
 
 
@@ -179,6 +180,7 @@ class SelectionContext:
     importance: Float[Tensor, "batch kv_heads slots"] | None
     is_image: Bool[Tensor, "batch sets slots"] | None = None
     image_budget: Int[Tensor, " batch"] | None = None
+    problems: list[Problem] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
