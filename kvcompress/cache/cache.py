@@ -33,6 +33,7 @@ from kvcompress.parallel import ALONE
 from kvcompress.policies.context import AllocationContext
 from kvcompress.policies.images import ImageLayout
 
+_COMPILED_BLOCK = 256  # steps that buffers get room for at once where steps are compiled
 _BLOCK = 16  # slots by which a buffer grows at least, unless `reserve` says more
 
 
@@ -124,8 +125,6 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if step is None or step.next_layer != layer:
             raise self._broken()
         with self._writable():
-            if self._table is not None:
-                self._make_room(layer, step)
             weights = partial(self._adapter.layer_weights, self._decoder(), module)  # type: ignore[arg-type]
             output = self.layers[layer].attend(step, self._table, query, key, value, scaling, weights)
             step.next_layer += 1
@@ -135,6 +134,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     def _begin(self, query: Tensor, mask: Tensor | None) -> None:
         """Makes the step of a forward, and takes note of its tokens."""
+        if torch.compiler.is_compiling():  # only decode steps are compiled, after a prefill step that made the table
+            self._begin_decode()
+            return
         self._check_ready()
         batch, _, queries, _ = query.shape
         sequence = self._sequence
@@ -167,7 +169,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 step.widths = table.extent.max(1).tolist()
                 alike = bool((table.extent == table.extent[:, :1]).all())
         with self._writable():
-            self._make_room_in_table(step)
+            if step.widths is not None:
+                self._make_room()
             table.advance(evicts)
         if not alike:
             step.bias = decode_bias(table.length, table.capacity, self._dtype())
@@ -254,7 +257,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 self._waiting = Phase.PREFILL
             elif self.config.evictor is None:
                 for layer in self.layers:
-                    layer.close_ranks(room=0)
+                    layer.close_ranks(room=self._reserve)
                     layer.pack()
             elif step.local is None:
                 self._compress_all(step)
@@ -273,6 +276,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         held = np.stack([layer.held for layer in self.layers])
         step.check()
         self._allocation = self._allocate(held, importance.device, importance, context)
+        step.room = self._room_for(self._allocation)
         for layer, known in zip(self.layers, ranked, strict=True):
             layer.compress(step, self._allocation, known)
 
@@ -282,6 +286,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         assert step is not None
         if step.next_layer == 0:
             self._allocation = self._allocate(held, device)
+            step.room = self._room_for(self._allocation)
         assert self._allocation is not None
         return self._allocation
 
@@ -294,6 +299,14 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     ) -> Allocation:
         self._rule = self._budget_rule()
         return allocate(self.config, self._rule, self._sequence.row_seen, held, device, importance, context)
+
+    def _room_for(self, allocation: Allocation) -> list[int]:
+        """Slots to allocate beyond each layer's budget: for the token that comes, and what is reserved."""
+        evictor, row_seen = self.config.evictor, self._sequence.row_seen
+        if evictor is None or evictor.frees == "nothing":
+            return [self._reserve] * len(self.layers)
+        later = allocation.limits(self._rule, row_seen + self._reserve).max(1)
+        return (np.minimum(np.maximum(0, later - allocation.budgets.max(1)), self._reserve) + 1).tolist()
 
     def _budget_rule(self) -> Rule:
         """What the budget says of a row; bytes are shared by all rows, layers and processes."""
@@ -333,30 +346,48 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 layer.rank_slots(self._table.capacity)
         return self._table
 
-    def _make_room_in_table(self, step: Step) -> None:
-        """Lets the table's index grow to the buffers that this step needs."""
+    def _make_room(self) -> None:
+        """Lets the buffers grow that this step needs larger, by a block."""
         table = self._table
         assert table is not None
-        if step.widths is not None and max(step.widths) > table.capacity:
-            with self._writable():
-                table.grow(max(step.widths) + self._block(max(step.widths)))
+        needed = table.extent.max(1)
+        for layer, slots in zip(self.layers, needed.tolist(), strict=True):
+            layer.slots = slots
+        if any(layer.store.capacity < layer.slots for layer in self.layers):
+            self._grow_for(self._block(int(needed.max())), needed)
+
+    def _prepare_step(self) -> None:
+        """Sees to it that every buffer has room for the next step, which may be a compiled one that cannot grow any."""
+        table = self._table
+        if table is None or self._recording:
+            return
+        if not table.exact:
+            table.steps += 1  # at most: this may be asked more than once before a step
+        needed = table.bound(1)
+        if any(layer.store.capacity < slots for layer, slots in zip(self.layers, needed.tolist(), strict=True)):
+            self._catch_up_if_needed()
+            self._grow_for(self._reserve or self._block(int(needed.max())))
+
+    def _grow_for(self, steps: int, needed: np.ndarray | None = None) -> None:
+        """Gives every buffer that is too small for what is needed, or for the next step, room for so many steps."""
+        table = self._table
+        assert table is not None
+        needed, wanted = table.bound(1) if needed is None else needed, table.bound(steps)
+        with self._writable():
+            if wanted.max() > table.capacity:
+                table.grow(int(wanted.max()))
                 for layer in self.layers:
                     layer.rank_more(table.capacity)
-
-    def _make_room(self, layer: int, step: Step) -> None:
-        """Lets a layer's buffers grow to what this step needs, and a block more where they may need more later."""
-        if step.phase is not Phase.DECODE or step.widths is None:
-            return
-        table, store = self._table, self.layers[layer].store
-        assert table is not None
-        width = self.layers[layer].slots = step.widths[layer]
-        if width > store.capacity:
-            most = int(table.bound(self._block(width))[layer])
-            store.grow(max(width, min(most, table.capacity)))
+            for layer, least, most in zip(self.layers, needed.tolist(), wanted.tolist(), strict=True):
+                if layer.store.capacity < least or self._reserve:
+                    layer.store.grow(max(least, most))
 
     def _block(self, slots: int) -> int:
-        """Slots by which buffers grow: what is reserved, or 1 % and at least a few."""
-        return self._reserve or max(_BLOCK - 1, slots // 100)
+        """Steps that buffers get room for where they grow: what is reserved, or a few where nothing is compiled."""
+        if self._reserve:
+            return self._reserve
+        on_cpu = self.layers[0].device is None or self.layers[0].device.type == "cpu"
+        return max(_BLOCK - 1, slots // 100) if on_cpu else _COMPILED_BLOCK
 
     def _tidy(self) -> None:
         """Brings the tokens of every layer in order again after decode steps."""
@@ -373,9 +404,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     def _catch_up(self, table: SlotTable) -> None:
         """Learns from the device how far it has come; waits for it."""
         more = table.settle() - self._sequence.seen
-        table.steps = max(table.steps, more)
-        for layer, width in zip(self.layers, table.extent.max(1).tolist(), strict=True):
-            layer.slots = width
+        for layer, slots in zip(self.layers, table.extent.max(1).tolist(), strict=True):
+            layer.slots = slots
         if more:
             self._sequence.extend(None, more, np.full(self._sequence.batch, more), scored=False)
 
@@ -401,7 +431,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     def _writable(self) -> AbstractContextManager[Any]:
         """Lets buffers that were made in inference mode be written to, also by a caller who has left it."""
-        if torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.is_inference_mode_enabled():
             return nullcontext()
         keys = self.layers[0].store.keys
         table = self._table
@@ -471,7 +501,13 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         return self._sequence.seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Masks cover every column seen, whatever is kept; the offset marks them as a compressed cache's."""
+        """Masks cover every column seen, whatever is kept; the offset marks them as a compressed cache's.
+
+        `generate` asks before every step, compiled or not, which makes this the place for what the host has to do
+        between compiled steps: to let buffers grow.
+        """
+        if query_length == 1 and not torch.compiler.is_compiling():
+            self._prepare_step()
         return self._sequence.seen + query_length, attention.COMPRESSED
 
     @property
@@ -787,7 +823,9 @@ def restore(model: PreTrainedModel) -> None:
 
 def _usable(tensor: Tensor) -> Tensor:
     """A tensor that the caller may use, also where it was made in an inference mode that the caller is not in."""
-    return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+    if torch.compiler.is_compiling() or not tensor.is_inference():
+        return tensor
+    return tensor if torch.is_inference_mode_enabled() else tensor.clone()
 
 
 def _in_all_columns(into: Tensor, step: Step, seen: int) -> Tensor:

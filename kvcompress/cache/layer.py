@@ -146,9 +146,9 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 most = int(budget.max()), int((self.held - budget).max())
                 own_importance = None if importance is None else self.heads.own(importance)
                 self._merge(own, (self.index >= 0) & ~own, own_importance, most, decoding=False)
-            self._take(own, budget, room=0 if evictor.frees == "nothing" else 1)
+            self._take(own, budget, step.room[self.number])
         else:
-            self.close_ranks(room=0)
+            self.close_ranks(step.room[self.number])
         self._pin()
         self.pack()
 

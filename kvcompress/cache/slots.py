@@ -84,7 +84,7 @@ class SlotTable:
         self.extent, self.hole = lengths.copy(), np.zeros(lengths.shape, dtype=bool)
         self._none = torch.full((), -1, dtype=torch.int64, device=device)
         self.exact, self.steps = True, 0
-        self._start = (lengths, row_seen)
+        self._start, self._first_column = (lengths, row_seen), columns
         self._allocation, self._rule = allocation, rule
         self._pinned = torch.as_tensor(pinned, device=device).unsqueeze(-1).repeat(1, 1, sets)
         self._pinned_rows = pinned
@@ -214,6 +214,7 @@ class SlotTable:
     def settle(self) -> int:
         """Reads how far the device has come where the host did not run its steps; returns the columns seen."""
         columns, self.exact = int(self.columns), True
+        self.steps = columns - self._first_column
         self.extent, self.hole = self.length[:, :, 0].cpu().numpy().copy(), (self.free[:, :, 0] >= 0).cpu().numpy()
         return columns
 

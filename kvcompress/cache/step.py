@@ -39,6 +39,7 @@ class Step:
         order: prefill: where each of these columns was in the model's; None if they are where they were.
         first_order: prefill: the same before a reducer acted.
         local: prefill: gives the budgets, where they need no scores, so that a layer is compressed as soon as it ran.
+        room: prefill: slots to allocate beyond each layer's budget.
         evicts: whether layers over their budget give tokens up in this step.
         widths: decode: slots that attention reads per layer; None to read all that are allocated.
         bias: decode: what is added to the logits of each layer, `[layers, batch, sets, 1, slots]`; None while all slots
@@ -58,6 +59,7 @@ class Step:
     order: Int[Tensor, "batch tokens"] | None = None
     first_order: Int[Tensor, "batch tokens"] | None = None
     local: Callable[[], Allocation] | None = None
+    room: list[int] = field(default_factory=list)
     evicts: bool = True
     widths: list[int] | None = None
     bias: Tensor | None = None
