@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
+
 from kvcompress.config.budget import Budget
 from kvcompress.errors import ConfigError
 from kvcompress.policies.base import Allocator, Evictor, Merger, Quantizer, Scorer
@@ -111,7 +113,8 @@ def _residual(chosen: Combination, evictor: Evictor, quantizer: Quantizer) -> No
     """Decode steps free single slots, which only slots in full precision can be."""
     if evictor.frees == "nothing":
         return
-    loose = _MANY - evictor.pinned(_MANY, chosen.budget.sink, chosen.recent)
+    kept, sinks = (torch.tensor([count], dtype=torch.int64) for count in (_MANY, chosen.budget.sink))
+    loose = _MANY - int(evictor.pinned(kept, sinks, chosen.recent))
     if evictor.frees == "chosen" or loose > quantizer.residual:
         reach = "any slot" if evictor.frees == "chosen" or loose > _MANY // 2 else f"one of the last {loose} slots"
         raise ConfigError(

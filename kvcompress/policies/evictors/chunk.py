@@ -40,16 +40,18 @@ class Chunk(TopK):
     def preference(
         self, score: Float[Tensor, "batch sets slots"], layer: SelectionContext
     ) -> Int[Tensor, "batch sets slots"]:
-        """Slots by the rank of their run, then by score, ties to earlier tokens."""
-        latest = torch.iinfo(layer.columns.dtype).max
-        in_order = layer.columns.masked_fill(~layer.valid, latest).argsort(dim=-1, stable=True).expand_as(score)
-        slots = score.shape[-1]
-        ranked = score.masked_fill(~layer.valid, 0.0).gather(-1, in_order)  # by token, empty slots last
-        runs = F.pad(ranked, (0, -slots % self.length)).view(*ranked.shape[:2], -1, self.length).sum(-1)
+        """Slots by the rank of their run, then by score, ties to earlier tokens; the protected first, empty ones last."""
+        slots, sets = score.shape[-1], score.shape[:2]
+        latest = torch.iinfo(layer.index.dtype).max
+        in_order = torch.where(layer.valid, layer.index, latest).argsort(dim=-1, stable=True).expand_as(score)
+        ranked = torch.where(layer.valid, score, 0.0).gather(-1, in_order)  # by token, empty slots last
+        runs = F.pad(ranked, (0, -slots % self.length)).view(*sets, -1, self.length).sum(-1)
         best = runs.argsort(dim=-1, descending=True, stable=True)
         places = torch.arange(best.shape[-1], device=best.device).expand_as(best)
-        place_of_run = torch.zeros_like(best).scatter_(-1, best, places)
-        place = place_of_run.repeat_interleave(self.length, dim=-1)[..., :slots]
+        place_of_run = torch.empty_like(best).scatter_(-1, best, places)
+        place = place_of_run.unsqueeze(-1).expand(-1, -1, -1, self.length).flatten(2)[..., :slots]
+        protected, valid = (mask.expand_as(score).gather(-1, in_order) for mask in (layer.protected, layer.valid))
+        place = torch.where(valid, torch.where(protected, -1, place), slots)
         within = ranked.argsort(dim=-1, descending=True, stable=True)
         by_run = within.gather(-1, place.gather(-1, within).argsort(dim=-1, stable=True))
         return in_order.gather(-1, by_run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 
@@ -26,6 +27,7 @@ class Streaming(Evictor):
     keeps_modality: ClassVar[bool] = True
 
     def select(self, layer: SelectionContext) -> Bool[Tensor, "batch sets slots"]:
-        """Ranks by column, latest first, with the protected before all others."""
-        order = layer.columns.argsort(dim=-1, descending=True, stable=True)
-        return keep_first(order, layer, self.name)
+        """Ranks by age, latest first, with the protected before all others."""
+        latest = torch.iinfo(layer.index.dtype).max
+        place = torch.where(layer.valid, torch.where(layer.protected, latest, layer.index), -1)
+        return keep_first(place.argsort(dim=-1, descending=True, stable=True), layer, self.name)

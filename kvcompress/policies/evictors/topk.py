@@ -15,6 +15,8 @@ from kvcompress.policies.evictors.quotas import keep_first
 from kvcompress.policies.registry import EVICTORS
 
 _DISTANCE = 25  # of the released code
+_MOST_TOKENS = 2.0**23  # of which float32 can tell one from the next
+_BEYOND = 2.0**104  # scores stay below the product of the two
 
 
 @EVICTORS.register("topk")
@@ -24,7 +26,7 @@ class TopK(Evictor):
     Source: PrefixKV (arXiv 2412.03409, section 3.1 and its released code for `fixed_point`); H2O (arXiv 2306.14048) for
     `lowest_score`.
 
-    Ties go to earlier tokens.
+    Ties go to the slot that comes first, which is the earlier token unless decode steps have reused slots.
 
     Args:
         granularity: "layer", one set of tokens for all heads, ranked by head-mean importance; or "head", a set per
@@ -69,15 +71,19 @@ class TopK(Evictor):
     def preference(
         self, score: Float[Tensor, "batch sets slots"], layer: SelectionContext
     ) -> Int[Tensor, "batch sets slots"]:
-        """Slots in the order in which they are kept, protection apart."""
+        """Slots in the order in which they are kept: the protected first, empty ones last."""
+        score = torch.where(layer.valid, torch.where(layer.protected, torch.inf, score), -torch.inf)
         return score.argsort(dim=-1, descending=True, stable=True)
 
-    def pinned(self, kept: int, sinks: int, recents: int) -> int:
+    def pinned(
+        self, kept: Int[Tensor, " batch"], sinks: Int[Tensor, " batch"], recents: int
+    ) -> Int[Tensor, " batch"]:
         """Everything before the fixed point, or the sinks."""
         if self.decode != "fixed_point":
             return sinks
         distance = self.distance or max(_DISTANCE, recents)
-        return kept - distance if kept > distance else min(kept // 2, max(0, kept - recents))
+        middle = torch.minimum(kept // 2, (kept - recents).clamp(min=0))
+        return torch.where(kept > distance, kept - distance, middle)
 
     def victim(self, layer: DecodeContext) -> Int[Tensor, "batch sets"]:
         """The unprotected slot of the lowest score; the oldest one where none has a score yet."""
@@ -86,9 +92,6 @@ class TopK(Evictor):
         score = layer.importance
         if self.granularity == "layer":
             score = score.mean(1, keepdim=True)
-        free = (layer.columns >= 0) & ~layer.protected
-        scored = free & ~score.isnan()
-        latest = torch.iinfo(layer.columns.dtype).max
-        lowest = score.masked_fill(~scored, torch.inf).argmin(-1)
-        oldest = layer.columns.masked_fill(~free, latest).argmin(-1)
-        return torch.where(scored.any(-1), lowest, oldest)
+        age = (layer.index.float() + _MOST_TOKENS) * _BEYOND  # exact, so that one search finds the oldest as well
+        score = torch.where(score.isnan(), age, score)
+        return score.masked_fill(layer.protected | (layer.index < 0), torch.inf).argmin(-1)
