@@ -2,13 +2,13 @@
 
 from kvcompress.kernels.dense import (
     attention,
-    attention_mass,
-    attention_probabilities,
-    attention_share,
     attention_with_lse,
+    attention_with_mask,
     masked_attention_with_lse,
     merge_attention,
 )
+from kvcompress.kernels.mass import attention_mass
+from kvcompress.kernels.probabilities import attention_probabilities, attention_share
 
 __all__ = [
     "attention",
@@ -16,6 +16,7 @@ __all__ = [
     "attention_probabilities",
     "attention_share",
     "attention_with_lse",
+    "attention_with_mask",
     "masked_attention_with_lse",
     "merge_attention",
 ]
