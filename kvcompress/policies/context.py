@@ -109,16 +109,10 @@ class LayerContext:
             RuntimeError: if the scorer did not declare `reads_attention`.
         """
         rows, start = (first, 0) if isinstance(first, Tensor) else (None, first)
+        valid, group = self._valid_tokens, self.query.shape[1] // self.keys.shape[1]
         return attention_mass(
-            self.query,
-            self.keys,
-            self._lse(),
-            self.scaling,
-            valid=self._valid_tokens,
-            first=rows,
-            stride=step,
-            start=start,
-        )
+            self.query, self.keys, self._lse(), self.scaling, valid=valid, first=rows, stride=step, start=start
+        ).div_(group)
 
     def attention_probabilities(self, last: int) -> Float[Tensor, "batch heads queries tokens"]:
         """Attention probabilities of the last queries of this forward, float32; for small windows.
