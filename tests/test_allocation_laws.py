@@ -15,8 +15,8 @@ from kvcompress import ALLOCATORS, CompressedCache, KVCompressError
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import CacheStateError, PolicyError
 from kvcompress.policies.base import Allocator
-from kvcompress.policies.checks import refuse
 from kvcompress.policies.context import AllocationContext
+from kvcompress.policies.problems import Problems
 from kvcompress.policies.statistics import STATISTICS
 from tests import oracles, strategies, tiny
 from tests.operations import Operations
@@ -188,11 +188,11 @@ def test_an_allocation_reads_the_device_once(allocator: Allocator) -> None:
     with Operations() as operations:
         budget = allocator.allocate(**given)
     assert operations.syncs == 1
-    given["context"] = replace(given["context"], problems=[])
+    given["context"] = replace(given["context"], problems=Problems())
     with Operations() as operations:
         assert torch.equal(allocator.allocate(**given), budget)
     assert operations.syncs == 0
-    refuse(given["context"].problems)
+    given["context"].problems.refuse()
 
 
 @every_allocator

@@ -192,7 +192,7 @@ def test_scores_are_finite_and_mass_is_not_negative(scorer: Scorer, layer: Layer
 @every_scorer
 @given(given_rows=padded_batches)
 def test_a_row_of_a_padded_batch_scores_as_it_would_alone(scorer: Scorer, given_rows: Padded) -> None:
-    """Rows of other lengths beside it, with images in other places, and what stands where no token is change nothing."""
+    """Rows of other lengths beside it, with images in other places, and what stands in empty slots change nothing."""
     score = scorer.score(given_rows.batch)
     assert score.shape == given_rows.batch.keys.shape[:3]
     assert score.isfinite().all()

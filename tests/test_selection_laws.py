@@ -15,7 +15,6 @@ from torch import Tensor
 from kvcompress import EVICTORS, Budget, CompressedCache, CompressionConfig
 from kvcompress.errors import ConfigError, PolicyError
 from kvcompress.policies.base import Evictor
-from kvcompress.policies.checks import refuse
 from kvcompress.policies.context import DecodeContext, SelectionContext
 from kvcompress.policies.evictors import TopK
 from tests import oracles, strategies, tiny
@@ -113,14 +112,14 @@ def test_a_budget_below_the_protected_of_a_modality_is_refused(evictor: Evictor,
     )
     evictor.select(layer)
     with pytest.raises(PolicyError, match=f"evictor {evictor.name}: more {kind} slots are protected"):
-        refuse(layer.problems)
+        layer.problems.refuse()
 
 
 @every_evictor
 @pytest.mark.parametrize("modality", [False, True])
 @given(data=st.data())
 def test_a_selection_never_waits_for_the_device(evictor: Evictor, modality: bool, data: st.DataObject) -> None:
-    """Nothing that only the device knows is asked for, and a layer is sorted once, or once for each key of its order."""
+    """Nothing that only the device knows is asked for, and a layer is sorted once, by runs for each key."""
     layer = data.draw(selection_contexts(modality=modality))
     with Operations() as operations:
         evictor.select(layer)
@@ -153,7 +152,9 @@ def test_a_decode_step_frees_the_lowest_score_or_the_oldest_without_one(
 
 
 @every_evictor
-@given(rows=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), min_size=1, max_size=4), recents=st.integers(0, 40))
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), min_size=1, max_size=4), recents=st.integers(0, 40)
+)
 def test_what_is_pinned_is_known_for_all_rows_at_once(
     evictor: Evictor, rows: list[tuple[int, int]], recents: int
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,23 +11,15 @@ import torch
 from torch import Tensor
 
 from kvcompress.errors import PolicyError
-from kvcompress.policies.context import AllocationContext, Problem
-
-
-def refuse(problems: Sequence[Problem]) -> None:
-    """Raises PolicyError with the first problem that is one; asks the device once for all of them."""
-    if not problems:
-        return
-    for (says, _), wrong in zip(problems, torch.stack([flag for _, flag in problems]).tolist(), strict=True):
-        if wrong:
-            raise PolicyError(says if isinstance(says, str) else says())
+from kvcompress.policies.context import AllocationContext
+from kvcompress.policies.problems import Problems
 
 
 def checked_allocation(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Wraps `Allocator.allocate` so that its input and its answer are checked wherever it is called from.
 
-    What only the device knows is read once, at the end: of allocators within another, by the outermost one, and where
-    the context brings a list of problems, by whoever made the list.
+    What only the device knows is read once, at the end: by the outermost of nested allocators, or, where the context
+    brings a place for problems, by whoever made it.
     """
 
     @functools.wraps(allocate)
@@ -41,26 +33,32 @@ def checked_allocation(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]
     ) -> Tensor:
         label = self.name or type(self).__name__
         context = context or AllocationContext()
-        problems = [] if context.problems is None else context.problems
-        problems += allocation_input_problems(label, self.reads_mass, importance, total, floor, capacity)
+        problems = context.problems or Problems()
+        check_allocation_input(problems, label, self.reads_mass, importance, total, floor, capacity)
         target = torch.minimum(torch.maximum(total, floor.sum(0)), capacity.sum(0))
         try:
             budget = allocate(self, importance, target, floor, capacity, replace(context, problems=problems))
         except Exception:
-            refuse(problems)  # what it was given may be the reason
+            problems.refuse()  # what it was given may be the reason
             raise
-        problems += allocation_problems(label, budget, target, floor, capacity)
+        check_allocation(problems, label, budget, target, floor, capacity)
         if context.problems is None:
-            refuse(problems)
+            problems.refuse()
         return budget
 
     return checked
 
 
-def allocation_input_problems(
-    label: str, reads_mass: bool, importance: Tensor, total: Tensor, floor: Tensor, capacity: Tensor
-) -> list[Problem]:
-    """How the numbers given to `Allocator.allocate` may break its contract.
+def check_allocation_input(
+    problems: Problems,
+    label: str,
+    reads_mass: bool,
+    importance: Tensor,
+    total: Tensor,
+    floor: Tensor,
+    capacity: Tensor,
+) -> None:
+    """Notes where the numbers given to `Allocator.allocate` break its contract.
 
     Raises:
         PolicyError: if a shape or dtype does.
@@ -94,13 +92,14 @@ def allocation_input_problems(
         allowed = "finite and not negative, since this allocator reads mass" if reads_mass else "numbers"
         return f"allocator {label}: layer {layer}: importance must be {allowed}; check the scorer"
 
-    return [(bounds, bad.any()), (numbers, wrong.any())]
+    problems.note(bounds, bad.any())
+    problems.note(numbers, wrong.any())
 
 
-def allocation_problems(
-    label: str, budget: Any, target: Tensor, floor: Tensor, capacity: Tensor
-) -> list[Problem]:
-    """How the numbers of an allocator's answer may break the contract.
+def check_allocation(
+    problems: Problems, label: str, budget: Any, target: Tensor, floor: Tensor, capacity: Tensor
+) -> None:
+    """Notes where the numbers of an allocator's answer break the contract.
 
     Raises:
         PolicyError: if its shape or dtype does.
@@ -125,4 +124,5 @@ def allocation_problems(
             f"must be exactly {int(target[row])}"
         )
 
-    return [(bounds, outside.any()), (totals, wrong.any())]
+    problems.note(bounds, outside.any())
+    problems.note(totals, wrong.any())

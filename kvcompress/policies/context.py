@@ -17,6 +17,7 @@ from torch import Tensor
 from kvcompress.kernels import attention_mass, attention_probabilities
 from kvcompress.parallel import ALONE, HeadGroup
 from kvcompress.policies.images import ImageGrid
+from kvcompress.policies.problems import Problems
 
 Queries: TypeAlias = Float[Tensor, "batch heads queries head_dim"]
 Keys: TypeAlias = Float[Tensor, "batch kv_heads tokens head_dim"]
@@ -24,7 +25,6 @@ Values: TypeAlias = Float[Tensor, "batch kv_heads tokens value_dim"]
 Importance: TypeAlias = Float[Tensor, "batch kv_heads tokens"]  # higher = keep
 LayerImportance: TypeAlias = Float[Tensor, "layers batch tokens"]  # higher = keep
 TokenCounts: TypeAlias = Int[Tensor, "layers batch"]
-Problem: TypeAlias = tuple[str | Callable[[], str], Bool[Tensor, ""]]  # what is wrong, and whether it is
 TokenIndex: TypeAlias = Int[Tensor, "batch sets slots"]  # number of tokens before; -1 marks an empty slot
 
 
@@ -161,8 +161,8 @@ class AllocationContext:
             tell how many.
         notes: figures for the report, written by the allocator (for instance the searched threshold). An allocator that
             gives image tokens a budget of their own notes it as "image_budget", int64 `[layers, batch]`.
-        problems: where checks of what is on the device go, to be read together by whoever gives the list; None for a
-            call that reads its own.
+        problems: where checks of what is on the device go, to be read together by whoever gives it; None for a call
+            that reads its own.
     """
 
     valid: Bool[Tensor, "layers batch tokens"] | None = None
@@ -170,7 +170,7 @@ class AllocationContext:
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     protected: Bool[Tensor, "layers batch tokens"] | None = None
     notes: dict[str, Tensor] = field(default_factory=dict)
-    problems: list[Problem] | None = None
+    problems: Problems | None = None
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class SelectionContext:
     importance: Float[Tensor, "batch kv_heads slots"] | None
     is_image: Bool[Tensor, "batch sets slots"] | None = None
     image_budget: Int[Tensor, " batch"] | None = None
-    problems: list[Problem] = field(default_factory=list)
+    problems: Problems = field(default_factory=Problems)
 
 
 @dataclass(frozen=True)

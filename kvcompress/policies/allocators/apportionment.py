@@ -67,8 +67,8 @@ def statistic(allocator: str, name: str, context: AllocationContext | None, like
     """A statistic that an allocator reads, float64 `[layers, batch]`.
 
     Raises:
-        PolicyError: if it is missing or misshapen. That it is negative or not finite is noted as a problem of the context;
-            the message names the layer.
+        PolicyError: if it is missing or misshapen. That it is negative or not finite is noted as a problem of the
+            context; the message names the layer.
     """
     known = {} if context is None else context.statistics
     if name not in known:
@@ -89,5 +89,5 @@ def statistic(allocator: str, name: str, context: AllocationContext | None, like
         return f"allocator {allocator}: layer {layer}: the statistic '{name}' must be finite and not negative"
 
     if context is not None and context.problems is not None:
-        context.problems.append((numbers, wrong.any()))
+        context.problems.note(numbers, wrong.any())
     return found

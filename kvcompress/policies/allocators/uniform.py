@@ -33,7 +33,7 @@ class Uniform(Allocator):
         capacity: TokenCounts,
         context: AllocationContext | None = None,
     ) -> TokenCounts:
-        """Finds the highest level at which a layer starts or stops to grow that the total allows, and goes on evenly."""
+        """Takes the highest level where a layer starts or stops to grow that the total allows, then goes on."""
         levels = torch.cat([floor, capacity]).long()
         spent = torch.minimum(torch.maximum(levels.unsqueeze(1), floor), capacity).sum(1)
         level = torch.where(spent <= total, levels, 0).amax(0)

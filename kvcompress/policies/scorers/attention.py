@@ -27,9 +27,10 @@ class Attention(Scorer):
 
     Args:
         queries: which queries count. "all"; "stride:n", every n-th counted back from a seeded random one of a row's
-            last n, scaled to estimate the same sum; "window:n", the last n of a forward (n = 32 if left out); "post_vision", those after a row's last
-            image token of this forward, so all of them where it brings no image, and its last one where nothing follows
-            the image. The scores of the last two replace earlier ones instead of adding to them.
+            last n, scaled to estimate the same sum; "window:n", the last n of a forward (n = 32 if left out);
+            "post_vision", those after a row's last image token of this forward, so all of them where it brings no
+            image, and its last one where nothing follows the image. The scores of the last two replace earlier ones
+            instead of adding to them.
         window: short for `queries="window:n"`.
         reduce: "sum" as in the papers, which favours early tokens since more queries see them, or "mean" over the
             queries that saw the token.

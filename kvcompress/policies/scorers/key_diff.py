@@ -20,7 +20,7 @@ class KeyDiff(Scorer):
     """
 
     def score(self, layer: LayerContext) -> Importance:
-        """Needs no attention, and two passes over the keys; how many a mean is over does not matter for its direction."""
+        """Needs no attention, and two passes over the keys; empty slots only make the mean shorter."""
         unit = F.normalize(layer.keys.float(), dim=-1)
         if layer.valid is not None:
             unit = torch.where(layer.valid.unsqueeze(-1), unit, 0.0)

@@ -21,16 +21,17 @@ class LagKV(Scorer):
 
     Source: LagKV (arXiv 2504.04704).
 
-    After the sinks, tokens in their order form partitions of `lag`. A partition is scaled by the minimum and maximum of each channel in
-    the next one; a slot's score is the standard deviation over the scaled channels as a softmax within its partition,
-    of its key plus of its value. Sinks, the last whole partition and what follows it have no score of their own.
+    After the sinks, tokens in their order form partitions of `lag`. A partition is scaled by the minimum and maximum of
+    each channel in the next one; a token's score is the standard deviation over the scaled channels as a softmax within
+    its partition, of its key plus of its value. Sinks, the last whole partition and what follows it have no score of
+    their own.
 
-    *Deviates:* the paper keeps as many slots of each partition; here partitions compete. Slots without a score rank
+    *Deviates:* the paper keeps as many tokens of each partition; here partitions compete. Tokens without a score rank
     before all others, sinks first and then the later ones, but only the last `lag` tokens are protected.
 
     Args:
-        lag: size of a partition in slots, and number of last tokens that are protected.
-        sink: first slots that belong to no partition.
+        lag: size of a partition in tokens, and number of last tokens that are protected.
+        sink: first tokens that belong to no partition.
     """
 
     lag: int = Field(default=128, ge=1)
