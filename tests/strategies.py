@@ -371,16 +371,16 @@ def selection_contexts(draw: st.DrawFn, modality: bool | None = None) -> Selecti
     g = generator(draw(seeds))
     count = torch.tensor([draw(st.integers(1, slots)) for _ in range(batch)])[:, None, None]
     sinks, recents = draw(st.integers(0, 4)), draw(st.integers(0, 6))
-    # Any order of columns: decode steps overwrite freed slots.
+    # Any order of tokens: decode steps overwrite freed slots.
     position = torch.rand(batch, sets, slots, generator=g).argsort(-1)
     valid = position < count
     gaps = torch.randint(1, 4, (batch, sets, slots), generator=g).cumsum(-1)
-    columns = gaps.gather(-1, position).masked_fill(~valid, -1).int()
+    index = gaps.gather(-1, position).masked_fill(~valid, -1).int()
     protected = valid & ((position < sinks) | (position >= count - recents))
     least = protected.sum(-1).amax(-1)
     budget = [draw(st.integers(low, high)) for low, high in zip(least.tolist(), count.flatten().tolist(), strict=True)]
     score = MASSES[draw(st.sampled_from(["random", "ties", "equal", "zeros"]))]((batch, heads, slots), g)
-    context = SelectionContext(torch.tensor(budget), valid, protected, columns, score)
+    context = SelectionContext(torch.tensor(budget), valid, protected, index, score)
     if not (draw(st.booleans()) if modality is None else modality):
         return context
     # The same tokens are images in every set, wherever they are stored.

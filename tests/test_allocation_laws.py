@@ -16,8 +16,10 @@ from kvcompress.config import CompressionConfig
 from kvcompress.errors import CacheStateError, PolicyError
 from kvcompress.policies.base import Allocator
 from kvcompress.policies.context import AllocationContext
+from kvcompress.policies.problems import Problems
 from kvcompress.policies.statistics import STATISTICS
 from tests import oracles, strategies, tiny
+from tests.operations import Operations
 from tests.strategies import MASSES, AllocationInput, allocation_inputs
 
 every_allocator = pytest.mark.parametrize("allocator", strategies.allocators(), ids=strategies.label)
@@ -176,6 +178,34 @@ def test_what_is_no_mass_is_refused(allocator: Allocator, value: float, layer: i
     """An allocator of mass refuses negative and infinite importance, naming the layer."""
     with pytest.raises(PolicyError, match=f"layer {layer}"):
         allocator.allocate(**{**valid_input(), "importance": poisoned(value, layer)})
+
+
+@every_allocator
+def test_an_allocation_reads_the_device_once(allocator: Allocator) -> None:
+    """All checks together, those of allocators within it included; none where the caller reads them."""
+    given = valid_input()
+    given["context"] = replace(given["context"], is_image=torch.rand(3, 2, 5) < 0.5)
+    with Operations() as operations:
+        budget = allocator.allocate(**given)
+    assert operations.syncs == 1
+    given["context"] = replace(given["context"], problems=Problems())
+    with Operations() as operations:
+        assert torch.equal(allocator.allocate(**given), budget)
+    assert operations.syncs == 0
+    given["context"].problems.refuse()
+
+
+@every_allocator
+def test_how_much_an_allocation_does_does_not_depend_on_sizes(allocator: Allocator) -> None:
+    """As many operations for 32 layers and 300 tokens as for 3 and 5."""
+    numbers = []
+    for layers, tokens in ((3, 5), (32, 300)):
+        own, counts = strategies.for_layers(allocator, layers), torch.full((layers, 2), tokens)
+        context = AllocationContext(statistics=known(layers), is_image=torch.rand(layers, 2, tokens) < 0.5)
+        with Operations() as operations:
+            own.allocate(torch.rand(layers, 2, tokens), counts.sum(0) // 2, counts * 0, counts, context)
+        numbers.append(operations.number)
+    assert numbers[0] == numbers[1]
 
 
 # -- the prefix allocator ----------------------------------------------------------------------------------------------

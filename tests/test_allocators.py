@@ -597,7 +597,7 @@ def test_what_policies_of_policies_read_is_what_their_parts_read() -> None:
 def test_heads_that_hold_different_tokens_are_compared_rank_by_rank(layer: SelectionContext) -> None:
     """The best image token of every head count as one, at the place of the first head's, and so on; text likewise."""
     heads = layer.importance.shape[1]
-    columns = layer.columns.expand(-1, heads, -1)
+    columns = layer.index.expand(-1, heads, -1)
     images = (layer.is_image & layer.valid).expand(-1, heads, -1)
     found = _rank_by_rank(layer.importance, columns, images)[:, 0]
     for row in range(len(found)):
@@ -649,8 +649,8 @@ def test_chunks_are_kept_by_their_sum(granularity: str, layer: SelectionContext,
         for one in range(mask.shape[1]):
             own = one if layer.valid.shape[1] > 1 else 0
             scores = score[row, one if score.shape[1] > 1 else 0].tolist()
-            columns = layer.columns[row, own].tolist()
-            slots = sorted((s for s in range(len(columns)) if columns[s] >= 0), key=lambda s: columns[s])
+            index = layer.index[row, own].tolist()
+            slots = sorted((s for s in range(len(index)) if index[s] >= 0), key=lambda s: index[s])
             runs = [slots[start : start + length] for start in range(0, len(slots), length)]
             runs.sort(key=lambda run: -sum(scores[s] for s in run))
             ranked = [slot for run in runs for slot in sorted(run, key=lambda s: -scores[s])]

@@ -18,11 +18,19 @@ from kvcompress.kernels import attention_with_lse
 from kvcompress.policies.base import Scorer
 from kvcompress.policies.context import LayerContext, LayerWeights
 from kvcompress.policies.scorers import Attention, Blend, SnapKV
+from kvcompress.policies.statistics import STATISTICS
 from tests import strategies, tiny
+from tests.operations import Operations
 from tests.reference import Reference
 from tests.strategies import generator
 
 DIM, HIDDEN = 8, 24
+
+
+def score_label(given: Any) -> str:
+    return strategies.label(given) if isinstance(given, Scorer) else given.__name__
+
+
 every_scorer = pytest.mark.parametrize("scorer", strategies.scorers(), ids=strategies.label)
 
 
@@ -55,7 +63,7 @@ def context(
         lse=lse.float(),
         scaling=scaling,
         index=index,
-        seen=int(index[0, 0, -1]) + 1,
+        seen=index[:, 0, -1] + 1,
         is_image=torch.rand(batch, 1, tokens, generator=g) < 0.3 if images else None,
         weights=LayerWeights(
             torch.randn(HIDDEN, heads * DIM, generator=g).to(dtype),
@@ -88,6 +96,71 @@ def rotation(seed: int) -> Tensor:
     return torch.linalg.qr(torch.randn(DIM, DIM, generator=generator(seed))).Q
 
 
+@dataclasses.dataclass(frozen=True)
+class Padded:
+    """Rows of different lengths as one batch, and alone.
+
+    Attributes:
+        batch: all rows, with padding among the forward's tokens and empty slots after the older ones.
+        alone: each row without them.
+        slots: where in the batch each row's slots are.
+    """
+
+    batch: LayerContext
+    alone: list[LayerContext]
+    slots: list[list[int]]
+
+    def of_row(self, score: Tensor, row: int) -> Tensor:
+        """What the batch's scores say of a row's own slots."""
+        return score[row : row + 1, :, self.slots[row]]
+
+
+def padded(seed: int, rows: list[tuple[int, int]], kv_heads: int, group: int, images: bool, rotary: bool) -> Padded:
+    """Rows of so many older slots, in any order, and so many queries; whatever stands where no token is."""
+    g, layer = generator(seed), seed % 7
+    past, queries = (max(column) for column in zip(*rows, strict=True))
+    weights = context(seed, kv_heads=kv_heads, group=group, rotary=rotary).weights
+    alone, slots = [], []
+    for number, (own_past, own_queries) in enumerate(rows):
+        row = context(seed + number, 1, kv_heads, group, own_queries, own_past, images, rotary)
+        order = torch.cat([torch.randperm(own_past, generator=g), torch.arange(own_past, own_past + own_queries)])
+        moved = {name: getattr(row, name)[:, :, order] for name in ("keys", "values", "index")}
+        if images:
+            moved["is_image"] = row.is_image[:, :, order]
+        alone.append(dataclasses.replace(row, layer=layer, weights=weights, **moved))
+        slots.append([*range(own_past), *range(past + queries - own_queries, past + queries)])
+    shape, tokens = (len(rows), kv_heads), past + queries
+    filled = {
+        "query": torch.randn(len(rows), kv_heads * group, queries, DIM, generator=g) * 9,
+        "keys": torch.randn(*shape, tokens, DIM, generator=g) * 9,
+        "values": torch.randn(*shape, tokens, DIM, generator=g) * 9,
+        "lse": torch.full((len(rows), kv_heads * group, queries), -torch.inf),
+        "index": torch.full((len(rows), 1, tokens), -1),
+        "valid": torch.zeros(len(rows), 1, tokens, dtype=torch.bool),
+    }
+    if images:
+        filled["is_image"] = torch.zeros(len(rows), 1, tokens, dtype=torch.bool)
+    for number, row in enumerate(alone):
+        for name, tensor in filled.items():
+            if name in ("query", "lse"):
+                tensor[number, :, queries - row.query.shape[2] :] = getattr(row, name)[0]
+            else:
+                tensor[number, :, slots[number]] = True if name == "valid" else getattr(row, name)[0]
+    seen = torch.cat([row.seen for row in alone])
+    batch = dataclasses.replace(alone[0], **filled, seen=seen)
+    return Padded(batch, alone, slots)
+
+
+padded_batches = st.builds(
+    padded,
+    seed=strategies.seeds,
+    rows=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 14)), min_size=1, max_size=4),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    images=st.booleans(),
+    rotary=st.booleans(),
+)
+
 contexts = st.builds(
     context,
     seed=strategies.seeds,
@@ -117,13 +190,38 @@ def test_scores_are_finite_and_mass_is_not_negative(scorer: Scorer, layer: Layer
 
 
 @every_scorer
-@given(layer=contexts)
-def test_a_row_scores_as_alone(scorer: Scorer, layer: LayerContext) -> None:
-    """Rows of other lengths beside it, with images in other places, change nothing."""
-    alone = []
-    for row in layer.rows():
-        alone.append(scorer.score(dataclasses.replace(row, seen=int(row.index[0, 0, -1]) + 1)))
-    close(scorer.score(layer), torch.cat(alone), 1e-5)
+@given(given_rows=padded_batches)
+def test_a_row_of_a_padded_batch_scores_as_it_would_alone(scorer: Scorer, given_rows: Padded) -> None:
+    """Rows of other lengths beside it, with images in other places, and what stands in empty slots change nothing."""
+    score = scorer.score(given_rows.batch)
+    assert score.shape == given_rows.batch.keys.shape[:3]
+    assert score.isfinite().all()
+    for row, alone in enumerate(given_rows.alone):
+        close(given_rows.of_row(score, row), scorer.score(alone), 1e-5)
+
+
+@pytest.mark.parametrize("name", STATISTICS)
+@given(given_rows=padded_batches)
+def test_a_row_of_a_padded_batch_has_the_statistics_that_it_has_alone(name: str, given_rows: Padded) -> None:
+    """Over its own queries and slots."""
+    found = STATISTICS[name](given_rows.batch)
+    close(found, torch.cat([STATISTICS[name](alone) for alone in given_rows.alone]), 1e-5)
+
+
+@pytest.mark.parametrize("scores", [*strategies.scorers(), *STATISTICS.values()], ids=score_label)
+@pytest.mark.parametrize("rows", [[(0, 9), (0, 9)], [(4, 9), (4, 9)], [(0, 9), (0, 2)], [(4, 1), (2, 9)]], ids=str)
+def test_scoring_never_waits_for_the_device(scores: Any, rows: list[tuple[int, int]]) -> None:
+    """Padded or not, nothing that only the device knows is asked for, and how much is done does not grow with rows."""
+    numbers = []
+    for batch in (rows, rows * 3):
+        layer = padded(3, batch, 2, 2, images=True, rotary=True).batch
+        if layer.valid.all():
+            layer = dataclasses.replace(layer, valid=None)
+        with Operations() as operations:
+            scores.score(layer) if isinstance(scores, Scorer) else scores(layer)
+        assert operations.syncs == 0
+        numbers.append(operations.number)
+    assert numbers[0] == numbers[1] <= 90
 
 
 @every_scorer

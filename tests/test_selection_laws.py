@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import chain
 from typing import Any
 
@@ -14,11 +15,12 @@ from torch import Tensor
 from kvcompress import EVICTORS, Budget, CompressedCache, CompressionConfig
 from kvcompress.errors import ConfigError, PolicyError
 from kvcompress.policies.base import Evictor
-from kvcompress.policies.context import SelectionContext
+from kvcompress.policies.context import DecodeContext, SelectionContext
 from kvcompress.policies.evictors import TopK
 from tests import oracles, strategies, tiny
+from tests.operations import Operations
 from tests.reference import Reference, held
-from tests.strategies import Scripted, examples, selection_contexts
+from tests.strategies import Scripted, examples, generator, selection_contexts
 
 every_evictor = pytest.mark.parametrize("evictor", strategies.evictors(), ids=strategies.label)
 # The evictors whose rules the plain lists know.
@@ -77,7 +79,7 @@ def test_a_selection_is_the_budget_the_protected_and_no_empty_slot(evictor: Evic
 @given(layer=selection_contexts())
 def test_a_selection_changes_nothing_it_was_shown(evictor: Evictor, layer: SelectionContext) -> None:
     """An evictor writes to no tensor of its context."""
-    before = {name: tensor.clone() for name, tensor in vars(layer).items() if tensor is not None}
+    before = {name: tensor.clone() for name, tensor in vars(layer).items() if isinstance(tensor, Tensor)}
     evictor.select(layer)
     assert all(torch.equal(getattr(layer, name), tensor) for name, tensor in before.items())
 
@@ -97,19 +99,75 @@ def test_image_tokens_get_their_own_budget(evictor: Evictor, layer: SelectionCon
 @pytest.mark.parametrize(("image_budget", "kind"), [(1, "image"), (4, "text")])
 def test_a_budget_below_the_protected_of_a_modality_is_refused(evictor: Evictor, image_budget: int, kind: str) -> None:
     """Two protected image tokens and two of text need two slots each."""
-    columns = torch.arange(8, dtype=torch.int32).view(1, 1, 8)
-    is_image = columns < 4
+    index = torch.arange(8, dtype=torch.int32).view(1, 1, 8)
+    is_image = index < 4
     layer = SelectionContext(
         budget=torch.tensor([5]),
-        valid=columns >= 0,
-        protected=(columns >= 2) & (columns < 6),
-        columns=columns,
+        valid=index >= 0,
+        protected=(index >= 2) & (index < 6),
+        index=index,
         importance=torch.rand(1, 2, 8),
         is_image=is_image,
         image_budget=torch.tensor([image_budget]),
     )
-    with pytest.raises(PolicyError, match=f"evictor {evictor.name}: row 0: 2 {kind} slots are protected"):
+    evictor.select(layer)
+    with pytest.raises(PolicyError, match=f"evictor {evictor.name}: more {kind} slots are protected"):
+        layer.problems.refuse()
+
+
+@every_evictor
+@pytest.mark.parametrize("modality", [False, True])
+@given(data=st.data())
+def test_a_selection_never_waits_for_the_device(evictor: Evictor, modality: bool, data: st.DataObject) -> None:
+    """Nothing that only the device knows is asked for, and a layer is sorted once, by runs for each key."""
+    layer = data.draw(selection_contexts(modality=modality))
+    with Operations() as operations:
         evictor.select(layer)
+    assert operations.syncs == 0
+    assert operations.counts["argsort"] + operations.counts["sort"] <= (4 if evictor.name == "chunk" else 1)
+    assert modality or evictor.name == "chunk" or operations.number <= 10
+
+
+@pytest.mark.parametrize("evictor", [e for e in strategies.evictors() if e.frees == "chosen"], ids=strategies.label)
+@given(layer=selection_contexts(modality=False), unscored=st.sampled_from([0.0, 0.3, 1.0]), seed=strategies.seeds)
+def test_a_decode_step_frees_the_lowest_score_or_the_oldest_without_one(
+    evictor: Evictor, layer: SelectionContext, unscored: float, seed: int
+) -> None:
+    """Slots without a score are safe while one with a score may go; asks the device nothing."""
+    assume(bool((layer.valid & ~layer.protected).any(-1).all()))
+    nameless = torch.rand(layer.importance.shape[0], 1, layer.importance.shape[2], generator=generator(seed)) < unscored
+    importance = layer.importance.masked_fill(nameless, torch.nan)
+    with Operations() as operations:
+        victims = evictor.victim(DecodeContext(layer.index, layer.protected, importance))
+    assert operations.syncs == 0 and operations.number <= 10
+    score = importance if evictor.granularity == "head" else importance.mean(1, keepdim=True)
+    for row, sets in enumerate(victims.tolist()):
+        for one, victim in enumerate(sets):
+            own = one if layer.valid.shape[1] > 1 else 0
+            scores, index = score[row, one if score.shape[1] > 1 else 0].tolist(), layer.index[row, own].tolist()
+            free = [s for s in range(len(index)) if index[s] >= 0 and not layer.protected[row, own, s]]
+            scored = [s for s in free if not math.isnan(scores[s])]
+            expected = min(scored, key=lambda s: scores[s]) if scored else min(free, key=lambda s: index[s])
+            assert victim == expected
+
+
+@every_evictor
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), min_size=1, max_size=4), recents=st.integers(0, 40)
+)
+def test_what_is_pinned_is_known_for_all_rows_at_once(
+    evictor: Evictor, rows: list[tuple[int, int]], recents: int
+) -> None:
+    """Each row as it would be alone, never more than it keeps; the paper's fixed point, or the sinks."""
+    kept, sinks = (torch.tensor(column) for column in zip(*rows, strict=True))
+    pinned = evictor.pinned(kept, sinks, recents)
+    assert pinned.shape == kept.shape
+    for (own_kept, own_sinks), found in zip(rows, pinned.tolist(), strict=True):
+        expected = own_sinks
+        if getattr(evictor, "decode", None) == "fixed_point":
+            distance = max(25, recents)
+            expected = own_kept - distance if own_kept > distance else min(own_kept // 2, max(0, own_kept - recents))
+        assert found == expected
 
 
 @pytest.mark.parametrize("granularity", ["layer", "head"])
@@ -130,11 +188,11 @@ def test_topk_keeps_the_highest_scores(granularity: str, layer: SelectionContext
 
 @given(layer=selection_contexts(modality=False))
 def test_streaming_keeps_the_latest(layer: SelectionContext) -> None:
-    """Beyond the protected, columns that stay come after all that go."""
+    """Beyond the protected, tokens that stay come after all that go."""
     mask = EVICTORS.create("streaming").select(layer)
     free = layer.valid & ~layer.protected
-    gone = layer.columns.masked_fill(~(free & ~mask), -1).amax(-1)
-    stay = layer.columns.masked_fill(~(free & mask), 10**6).amin(-1)
+    gone = layer.index.masked_fill(~(free & ~mask), -1).amax(-1)
+    stay = layer.index.masked_fill(~(free & mask), 10**6).amin(-1)
     assert (gone < stay).all()
 
 
@@ -163,7 +221,8 @@ def test_the_fixed_point_lies_before_all_recents(recent: int) -> None:
     """It is 25 slots before the end as in the paper's code, or further where more recents are protected."""
     evictor = TopK()
     CompressionConfig(budget=Budget(fraction=0.5, recent=recent), scorer="attention", evictor=evictor)
-    assert evictor.pinned(1000, 1, recent) == 1000 - max(25, recent)
+    pinned = evictor.pinned(torch.tensor([1000]), torch.tensor([1]), recent)
+    assert pinned.tolist() == [1000 - max(25, recent)]
 
 
 # -- a running cache ---------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -261,7 +262,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                     layer.pack()
             elif step.local is None:
                 self._compress_all(step)
-            step.check()
+            step.problems.refuse()
             self._make_table()
         elif self._recording:
             self._waiting = Phase.DECODE
@@ -273,8 +274,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """Allocates over all layers, then lets each keep what it may."""
         ranked = [layer.ranked() for layer in self.layers]
         importance, context = gather_importance(self.layers, self.config, self._sequence, ranked)
-        held = np.stack([layer.held for layer in self.layers])
-        step.check()
+        held, context = np.stack([layer.held for layer in self.layers]), replace(context, problems=step.problems)
         self._allocation = self._allocate(held, importance.device, importance, context)
         step.room = self._room_for(self._allocation)
         for layer, known in zip(self.layers, ranked, strict=True):
@@ -649,7 +649,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 self._evict_waiting()
             for layer in self.layers:
                 layer.pack()
-            step.check()
+            step.problems.refuse()
             self._make_table()
         self._step = None
 

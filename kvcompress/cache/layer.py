@@ -136,10 +136,10 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 importance=importance,
                 is_image=step.once("images", index, lambda: self.sequence.images_at(index)),
                 image_budget=None if images is None else images[self.number].to(index.device),
+                problems=step.problems,
             )
             mask, wrong = checked_selection(evictor, self.number, context)
-            step.problems.append((lambda: selection_message(evictor, self.number, mask, context), wrong))
-            step.problems += context.problems
+            step.problems.note(lambda: selection_message(evictor, self.number, mask, context), wrong)
             self.heads_part = self.heads_part or mask.shape[1] > 1
             own = self.heads.own(mask)
             if self.config.merger is not None:
@@ -227,9 +227,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         label = f"scorer {scorer.name}: layer {number}: must return finite scores of the shape {expected}"
         if tuple(scores.shape) != expected:
             raise PolicyError(f"{label} [batch, kv_heads, tokens]; got the shape {tuple(scores.shape)}")
-        step.problems.append(
-            (lambda: f"{label} [batch, kv_heads, tokens]; got NaN or infinite scores", ~scores.isfinite().all())
-        )
+        step.problems.note(f"{label} [batch, kv_heads, tokens]; got NaN or infinite scores", ~scores.isfinite().all())
         scores = scores.to(torch.float32)
         if scorer.accumulates and self.scores is not None:
             known, unscored = self.scores, self.sequence.unscored_before(index[..., : self.scores.shape[2]])

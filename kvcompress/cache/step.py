@@ -15,8 +15,7 @@ from torch import Tensor
 from kvcompress.cache.allocation import Allocation
 from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.sequence import Counts
-from kvcompress.errors import PolicyError
-from kvcompress.policies.context import Problem
+from kvcompress.policies.problems import Problems
 
 
 class Phase(enum.Enum):
@@ -47,7 +46,7 @@ class Step:
         over: decode: which rows hold more than their limit, for evictors that choose, `[layers, batch, sets]`.
         merges: decode: whether what is freed is merged.
         reduction: what a reducer does to its images; None if there are none.
-        problems: what may be wrong with a policy's answers: (message, flag on the device), all read at once.
+        problems: what may be wrong with policies' answers, all read at once.
         next_layer: layer that attends next.
         row_seen: tokens of each row, this step included.
     """
@@ -66,7 +65,7 @@ class Step:
     over: Tensor | None = None
     merges: bool = False
     reduction: Reduction | None = None
-    problems: list[Problem] = field(default_factory=list)
+    problems: Problems = field(default_factory=Problems)
     next_layer: int = 0
     row_seen: Counts = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     _known: dict[str, tuple[Tensor, Any]] = field(default_factory=dict)
@@ -89,19 +88,6 @@ class Step:
     def restored(self, tensor: Tensor) -> Tensor:
         """The output of attention in the model's own columns."""
         return tensor if self.order is None else _rows(tensor, self.order.argsort(dim=1))
-
-    def check(self) -> None:
-        """Reads at once whether anything was wrong with what policies answered; waits for the device.
-
-        Raises:
-            PolicyError: with the first message whose flag is set.
-        """
-        problems, self.problems = self.problems, []
-        if problems:
-            flags = torch.stack([flag.to(problems[0][1].device) for _, flag in problems]).tolist()
-            for (message, _), wrong in zip(problems, flags, strict=True):
-                if wrong:
-                    raise PolicyError(message if isinstance(message, str) else message())
 
 
 def _rows(tensor: Tensor, order: Tensor) -> Tensor:

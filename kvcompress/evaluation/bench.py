@@ -173,7 +173,8 @@ def scorer_costs(rounds: int, tokens: int = 4000) -> dict[str, float]:
     _, lse = attention_with_lse(query, keys, values, 0.125, causal=True)
     weights = LayerWeights(torch.randn(576, 576, generator=g).bfloat16(), 10000.0 ** (-torch.arange(32) / 32))
     index = torch.arange(tokens, dtype=torch.int32).view(1, 1, tokens)
-    context = LayerContext(0, query, keys, values, lse, 0.125, index, tokens, None, weights)
+    seen = torch.tensor([tokens], dtype=torch.int64)
+    context = LayerContext(0, query, keys, values, lse, 0.125, index, seen, weights=weights)
     runs: dict[str, Callable[[], float]] = {
         "attention": partial(timed, attention_with_lse, query, keys, values, 0.125, True)
     }

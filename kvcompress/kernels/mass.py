@@ -70,7 +70,7 @@ def _in_tiles(
     (batch, heads, queries, head_dim), (kv_heads, tokens) = query.shape, keys.shape[1:3]
     past, group, rows = tokens - queries, heads // kv_heads, batch * kv_heads
     query, lse, last_key = _counted(query, lse, valid, first, stride, start, past)
-    counted, alike = query.shape[2], last_key.shape[0] == 1
+    counted, alike = query.shape[2], first is None or stride == 1
     tile_queries, tile_keys = _tile(rows * group, query.device)
     grouped = (
         query.reshape(batch, kv_heads, group, counted, head_dim).transpose(2, 3).float().reshape(rows, -1, head_dim)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -17,6 +17,7 @@ from torch import Tensor
 from kvcompress.kernels import attention_mass, attention_probabilities
 from kvcompress.parallel import ALONE, HeadGroup
 from kvcompress.policies.images import ImageGrid
+from kvcompress.policies.problems import Problems
 
 Queries: TypeAlias = Float[Tensor, "batch heads queries head_dim"]
 Keys: TypeAlias = Float[Tensor, "batch kv_heads tokens head_dim"]
@@ -24,7 +25,6 @@ Values: TypeAlias = Float[Tensor, "batch kv_heads tokens value_dim"]
 Importance: TypeAlias = Float[Tensor, "batch kv_heads tokens"]  # higher = keep
 LayerImportance: TypeAlias = Float[Tensor, "layers batch tokens"]  # higher = keep
 TokenCounts: TypeAlias = Int[Tensor, "layers batch"]
-Problem: TypeAlias = tuple[str | Callable[[], str], Bool[Tensor, ""]]  # what is wrong, and whether it is
 TokenIndex: TypeAlias = Int[Tensor, "batch sets slots"]  # number of tokens before; -1 marks an empty slot
 
 
@@ -111,10 +111,11 @@ class LayerContext:
         Raises:
             RuntimeError: if the scorer did not declare `reads_attention`.
         """
-        valid, group = self._valid_slots(), self.query.shape[1] // self.keys.shape[1]
-        given: dict[str, Any] = {"start": first} if isinstance(first, int) else {"first": first}
-        mass = attention_mass(self.query, self.keys, self._lse(), self.scaling, valid=valid, stride=step, **given)
-        return mass.div_(group)
+        rows, start = (first, 0) if isinstance(first, Tensor) else (None, first)
+        valid, group = self._valid_tokens, self.query.shape[1] // self.keys.shape[1]
+        return attention_mass(
+            self.query, self.keys, self._lse(), self.scaling, valid=valid, first=rows, stride=step, start=start
+        ).div_(group)
 
     def attention_probabilities(self, last: int) -> Float[Tensor, "batch heads queries tokens"]:
         """Attention probabilities of the last queries of this forward, float32; for small windows.
@@ -127,9 +128,22 @@ class LayerContext:
         Raises:
             RuntimeError: if the scorer did not declare `reads_attention`.
         """
-        return attention_probabilities(self.query, self.keys, self._lse(), self.scaling, last, self._valid_slots())
+        return attention_probabilities(self.query, self.keys, self._lse(), self.scaling, last, self._valid_tokens)
 
-    def _valid_slots(self) -> Tensor | None:
+    def in_order(self) -> Int[Tensor, "batch sets tokens"] | None:
+        """Slots in the order of their tokens, those without a token first; None where they lie so already."""
+        if self.query.shape[2] == self.keys.shape[2]:
+            return None
+        return self.index.argsort(dim=-1, stable=True)
+
+    def at_tokens(
+        self, score: Float[Tensor, "batch kv_heads tokens"], otherwise: float = 0.0
+    ) -> Float[Tensor, "batch kv_heads tokens"]:
+        """What is given for slots that hold a token, and something else for all others."""
+        return score if self.valid is None else torch.where(self.valid, score, otherwise)
+
+    @property
+    def _valid_tokens(self) -> Bool[Tensor, "batch tokens"] | None:
         return None if self.valid is None else self.valid[:, 0]
 
     def _lse(self) -> Tensor:
@@ -150,6 +164,8 @@ class AllocationContext:
             tell how many.
         notes: figures for the report, written by the allocator (for instance the searched threshold). An allocator that
             gives image tokens a budget of their own notes it as "image_budget", int64 `[layers, batch]`.
+        problems: where checks of what is on the device go, to be read together by whoever gives it; None for a call
+            that reads its own.
     """
 
     valid: Bool[Tensor, "layers batch tokens"] | None = None
@@ -157,6 +173,7 @@ class AllocationContext:
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     protected: Bool[Tensor, "layers batch tokens"] | None = None
     notes: dict[str, Tensor] = field(default_factory=dict)
+    problems: Problems | None = None
 
 
 @dataclass(frozen=True)
@@ -171,6 +188,7 @@ class SelectionContext:
         importance: importance of each slot; None without a scorer.
         is_image: which slots hold image tokens; None for text-only sequences.
         image_budget: how many of the budget are for image tokens; None unless the allocator splits it by modality.
+        problems: where the evictor puts checks of what is on the device, which are read for all layers together.
     """
 
     budget: Int[Tensor, " batch"]
@@ -180,7 +198,7 @@ class SelectionContext:
     importance: Float[Tensor, "batch kv_heads slots"] | None
     is_image: Bool[Tensor, "batch sets slots"] | None = None
     image_budget: Int[Tensor, " batch"] | None = None
-    problems: list[Problem] = field(default_factory=list)
+    problems: Problems = field(default_factory=Problems)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvcompress.policies.context import LayerContext
@@ -36,10 +36,12 @@ def attention_sparsity(layer: LayerContext) -> Float[Tensor, " batch"]:
     queries, tokens = probability.shape[2:]
     device = probability.device
     visible = torch.ones(queries, tokens, dtype=torch.bool, device=device).tril(tokens - queries)
-    negligible = visible & (probability < _NEGLIGIBLE * probability.amax(-1, keepdim=True))
-    counts = torch.arange(queries, 0, -1, device=device) <= _queries_after_image(layer)[:, None]  # [batch, queries]
-    entries = (counts * visible.sum(-1)).sum(-1) * probability.shape[1]
-    return (negligible.sum((1, 3)) * counts).sum(-1).float() / entries
+    counted = torch.arange(queries, 0, -1, device=device) <= _queries_after_image(layer)[:, None]  # [batch, queries]
+    if layer.valid is not None:
+        visible, counted = visible & layer.valid, counted & layer.valid[:, 0, -queries:]
+    negligible = visible.unsqueeze(-3) & (probability < _NEGLIGIBLE * probability.amax(-1, keepdim=True))
+    entries = (counted * visible.sum(-1)).sum(-1) * probability.shape[1]
+    return (negligible.sum((1, 3)) * counted).sum(-1).float() / entries.clamp(min=1)
 
 
 def attention_entropy(layer: LayerContext) -> Float[Tensor, " batch"]:
@@ -50,9 +52,9 @@ def attention_entropy(layer: LayerContext) -> Float[Tensor, " batch"]:
 
     Source: CAKE (arXiv 2503.12491, its spatial attention dispersion).
     """
-    probability = _window(layer)
-    entropy: Tensor = torch.special.entr(probability).sum(-1)
-    return entropy.mean((1, 2))
+    probability, counted = _window(layer)
+    entropy: Tensor = torch.special.entr(probability).sum((1, 2, 3))
+    return entropy / (probability.shape[1] * counted.sum(-1).clamp(min=1))
 
 
 def attention_variance(layer: LayerContext) -> Float[Tensor, " batch"]:
@@ -63,7 +65,11 @@ def attention_variance(layer: LayerContext) -> Float[Tensor, " batch"]:
 
     Source: CAKE (arXiv 2503.12491, its temporal attention shift).
     """
-    return _window(layer).var(dim=2, correction=0).sum(-1).mean(1)
+    probability, counted = _window(layer)
+    count, is_counted = counted.sum(-1).clamp(min=1)[:, None, None], counted[:, None, :, None]
+    mean = probability.sum(2) / count
+    shift = torch.where(is_counted, probability - mean.unsqueeze(2), 0.0).square().sum(2) / count
+    return shift.sum(-1).mean(1)
 
 
 STATISTICS: dict[str, Statistic] = {
@@ -73,18 +79,29 @@ STATISTICS: dict[str, Statistic] = {
 }
 
 
-def _window(layer: LayerContext) -> Float[Tensor, "batch heads queries tokens"]:
-    """Attention of the last queries to the tokens before them, or to all where there are none before."""
+def _window(
+    layer: LayerContext,
+) -> tuple[Float[Tensor, "batch heads queries tokens"], Bool[Tensor, "batch queries"]]:
+    """Attention of a row's last queries to the tokens before them, or to all where there are none before.
+
+    Returns:
+        Probabilities, zero for all else; and which queries are no padding.
+    """
     probability = layer.attention_probabilities(_WINDOW)
-    queries, tokens = probability.shape[2:]
-    return probability[..., : tokens - queries] if tokens > queries else probability
+    (batch, _, queries, tokens), device = probability.shape, probability.device
+    if layer.valid is None:
+        counted = torch.ones(batch, queries, dtype=torch.bool, device=device)
+        return (probability[..., : tokens - queries] if tokens > queries else probability), counted
+    counted = layer.valid[:, 0, -queries:]
+    alone = layer.row_tokens == counted.sum(-1)  # a row that has its window only
+    before = (torch.arange(tokens, device=device) < tokens - queries) | alone[:, None]
+    return torch.where(before[:, None, None], probability, 0.0), counted
 
 
-def _queries_after_image(layer: LayerContext) -> Tensor:
+def _queries_after_image(layer: LayerContext) -> Int[Tensor, " batch"]:
     """Number of tokens of each row after its last image token; all of them where there is none after, or no image."""
-    batch = layer.query.shape[0]
     if layer.is_image is None:
-        return torch.full((batch,), layer.seen, device=layer.query.device)
+        return layer.seen
     last = layer.index.masked_fill(~layer.is_image, -1).flatten(1).amax(1)
     after = layer.seen - 1 - last
     return torch.where(after > 0, after, layer.seen)

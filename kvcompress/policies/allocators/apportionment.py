@@ -10,9 +10,7 @@ from kvcompress.errors import PolicyError
 from kvcompress.policies.context import AllocationContext, TokenCounts
 
 _LEAST = 2.0**-40  # layers of no weight count as this part of the largest: they fill up once all others are full
-_MOST = 2.0**80  # with this multiplier every layer is at its capacity
 _SAME = 2.0**30  # remainders that differ by less than one in so many are the same
-_STEPS = 63  # bits of a non-negative float64: after as many halvings the multiplier is exact
 
 
 def apportion(
@@ -20,7 +18,8 @@ def apportion(
 ) -> TokenCounts:
     """Gives every layer its weight times one common multiplier, within its floor and capacity, in whole slots.
 
-    The multiplier of each row is searched until these quotas add up to the total (water-filling). What is left once
+    The multiplier of each row is the one with which these quotas add up to the total (water-filling): they grow in a
+    straight line between the multipliers at which a layer reaches its floor or capacity. What is left once
     they are rounded down goes to the largest remainders, ties to earlier layers, so that no layer is a slot or more off
     its quota, and a larger weight takes nothing from its own layer.
 
@@ -37,18 +36,16 @@ def apportion(
     weight, floor, capacity = weight.double(), floor.long(), capacity.long()
     highest = weight.amax(0)
     scaled = torch.where(highest > 0, weight / highest, 1.0).clamp(min=_LEAST)
-
-    def quotas(multiplier_bits: Tensor) -> Tensor:
-        return torch.minimum(torch.maximum(scaled * multiplier_bits.view(torch.float64), floor), capacity)
-
-    low = torch.zeros_like(total, dtype=torch.int64)  # bits of non-negative floats are ordered as the floats are
-    high = torch.full_like(low, int(torch.tensor(_MOST, dtype=torch.float64).view(torch.int64)))
-    for _ in range(_STEPS):
-        middle = high - (high - low) // 2
-        # A running sum, since it adds up each row in the same order whatever the batch.
-        fits = quotas(middle).cumsum(0)[-1] <= total
-        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle - 1)
-    quota = quotas(low)
+    starts, stops = floor / scaled, capacity / scaled  # multipliers between which a layer's quota grows
+    steps = torch.cat([starts, stops])
+    # Running sums, since they add up each row in the same order whatever the batch.
+    spent = torch.minimum(torch.maximum(scaled * steps.unsqueeze(1), floor), capacity).cumsum(1)[:, -1]
+    step = torch.where(spent <= total, steps, 0.0).amax(0)  # the highest of them that the total allows
+    grows = (starts <= step) & (step < stops)
+    still = torch.where(starts > step, floor, capacity).masked_fill(grows, 0).sum(0)
+    growth = (scaled * grows).cumsum(0)[-1]
+    multiplier = torch.where(growth > 0, (total - still) / growth, step)
+    quota = torch.minimum(torch.maximum(scaled * multiplier, floor), capacity)
     budget = quota.floor().long()
     remainder = ((quota - budget) * _SAME).round()  # in steps far above rounding, so that equal ones tie
     rank = remainder.argsort(dim=0, descending=True, stable=True).argsort(dim=0)
@@ -70,7 +67,8 @@ def statistic(allocator: str, name: str, context: AllocationContext | None, like
     """A statistic that an allocator reads, float64 `[layers, batch]`.
 
     Raises:
-        PolicyError: if it is missing, misshapen, negative or not finite; the message names the layer.
+        PolicyError: if it is missing or misshapen. That it is negative or not finite is noted as a problem of the
+            context; the message names the layer.
     """
     known = {} if context is None else context.statistics
     if name not in known:
@@ -84,10 +82,12 @@ def statistic(allocator: str, name: str, context: AllocationContext | None, like
             f"allocator {allocator}: the statistic '{name}' must be [layers, batch] = {tuple(like.shape)}, got "
             f"{tuple(found.shape)}"
         )
-    wrong = ~(found.isfinite() & (found >= 0))
-    if wrong.any():
+    wrong = ~((found >= 0) & (found < torch.inf))
+
+    def numbers() -> str:
         layer = int(wrong.any(1).nonzero()[0])
-        raise PolicyError(
-            f"allocator {allocator}: layer {layer}: the statistic '{name}' must be finite and not negative"
-        )
+        return f"allocator {allocator}: layer {layer}: the statistic '{name}' must be finite and not negative"
+
+    if context is not None and context.problems is not None:
+        context.problems.note(numbers, wrong.any())
     return found

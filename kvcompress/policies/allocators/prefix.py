@@ -12,8 +12,6 @@ from kvcompress.policies.base import Allocator
 from kvcompress.policies.context import AllocationContext, LayerImportance, TokenCounts
 from kvcompress.policies.registry import ALLOCATORS
 
-_STEPS = 63  # bits of a non-negative float64: after as many halvings the threshold is exact
-
 
 @ALLOCATORS.register("prefix")
 class Prefix(Allocator):
@@ -22,12 +20,12 @@ class Prefix(Allocator):
     Source: PrefixKV (arXiv 2412.03409, section 3.2 and algorithm 1).
 
     Every layer's tokens are ranked by importance and their masses normalised. A rank is kept if the mass ranked before
-    it is below p; p is found by binary search so that all layers together keep the total. This maximises the smallest
+    it is below p, the one p with which all layers together keep the total. This maximises the smallest
     retained mass of any layer.
 
-    *Deviates:* the paper stops within a few tokens of the total and rescales. Here the search runs over the 63 bits of
-    a float64, so its end is exact, and ranks tied at p are given out by layer, then rank, until the total is met to the
-    token. A layer without any mass counts as uniform. The threshold is noted as "threshold" for the report.
+    *Deviates:* the paper searches p, stops within a few tokens of the total and rescales. Here p is read off the sorted
+    masses of all layers, so it is exact, and ranks tied at p are given out by layer, then rank, until the total is met
+    to the token. A layer without any mass counts as uniform. The threshold is noted as "threshold" for the report.
     """
 
     reads_mass: ClassVar[bool] = True
@@ -40,30 +38,24 @@ class Prefix(Allocator):
         capacity: TokenCounts,
         context: AllocationContext | None = None,
     ) -> TokenCounts:
-        """Searches p on the device of `importance`; cost: one sort, then 63 lookups per layer."""
+        """Finds p on the device of `importance`; cost: a sort of each layer, and one of all together."""
         if importance.shape[-1] == 0:
             return capacity.clone()
         if context is not None and context.valid is not None:
             importance = importance.masked_fill(~context.valid, 0.0)
         before = _mass_before(importance, capacity)
-
-        def kept(threshold_bits: Tensor, right: bool) -> Tensor:
-            threshold = threshold_bits.view(torch.float64).expand(before.shape[:2]).unsqueeze(-1).contiguous()
-            ranks = torch.searchsorted(before, threshold, right=right).squeeze(-1)
-            return torch.minimum(torch.maximum(ranks, floor), capacity)
-
-        low = torch.zeros_like(total)  # bits of non-negative floats are ordered as the floats are
-        high = torch.full_like(total, torch.iinfo(torch.int64).max)
-        for _ in range(_STEPS):
-            middle = low + (high - low) // 2
-            enough = kept(middle, right=True).sum(0) >= total
-            low, high = torch.where(enough, low, middle + 1), torch.where(enough, middle, high)
-        budget, most = kept(low, right=False), kept(low, right=True)
-        tied = most - budget
-        rest = total - budget.sum(0) - (tied.cumsum(0) - tied)  # left for a layer once those before it took theirs
+        ranks = torch.arange(before.shape[-1], device=before.device)
+        loose = (ranks >= floor.unsqueeze(-1)) & (ranks < capacity.unsqueeze(-1))  # what floors do not give already
+        before = torch.where(loose, before, torch.inf)
+        wanted = total - floor.sum(0)
+        ordered = before.transpose(0, 1).flatten(1).sort(dim=-1).values  # a row's ranks of all layers
+        threshold = ordered.gather(-1, (wanted - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        below, upto = (compared.sum(-1) for compared in (before < threshold[:, None], before <= threshold[:, None]))
+        tied = upto - below
+        rest = wanted - below.sum(0) - (tied.cumsum(0) - tied)  # left for a layer once those before it took theirs
         if context is not None:
-            context.notes["threshold"] = low.view(torch.float64).clamp(max=1.0)
-        return budget + torch.minimum(tied, rest.clamp(min=0))
+            context.notes["threshold"] = torch.where(wanted > 0, threshold, 0.0).clamp(max=1.0)
+        return floor + below + torch.minimum(tied, rest.clamp(min=0))
 
 
 def _mass_before(importance: Tensor, capacity: Tensor) -> Tensor:

@@ -33,14 +33,11 @@ class Uniform(Allocator):
         capacity: TokenCounts,
         context: AllocationContext | None = None,
     ) -> TokenCounts:
-        """Finds the water level that spends the total, by binary search."""
-        low, high = torch.zeros_like(total), total  # the highest level that does not overspend lies in [low, high]
-        for _ in range(32):
-            middle = (low + high + 1) // 2
-            spent = torch.minimum(torch.maximum(middle.expand_as(floor), floor), capacity).sum(0)
-            low, high = torch.where(spent <= total, middle, low), torch.where(spent <= total, high, middle - 1)
-            high = torch.maximum(low, high)
-        budget = torch.minimum(torch.maximum(low.expand_as(floor), floor), capacity)
-        can_grow = (budget <= low) & (budget < capacity)
-        rest = total - budget.sum(0)
-        return budget + (can_grow & (can_grow.cumsum(0) <= rest)).long()
+        """Takes the highest level where a layer starts or stops to grow that the total allows, then goes on."""
+        levels = torch.cat([floor, capacity]).long()
+        spent = torch.minimum(torch.maximum(levels.unsqueeze(1), floor), capacity).sum(1)
+        level = torch.where(spent <= total, levels, 0).amax(0)
+        budget = torch.minimum(torch.maximum(level, floor), capacity)
+        grows = (floor <= level) & (level < capacity)
+        growing, rest = grows.sum(0).clamp(min=1), total - budget.sum(0)
+        return budget + grows * (rest // growing + (grows.cumsum(0) <= rest % growing))

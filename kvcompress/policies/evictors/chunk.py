@@ -40,7 +40,7 @@ class Chunk(TopK):
     def preference(
         self, score: Float[Tensor, "batch sets slots"], layer: SelectionContext
     ) -> Int[Tensor, "batch sets slots"]:
-        """Slots by the rank of their run, then by score, ties to earlier tokens; the protected first, empty ones last."""
+        """Slots by the rank of their run, then by score, ties to earlier tokens; protected first, empty ones last."""
         slots, sets = score.shape[-1], score.shape[:2]
         latest = torch.iinfo(layer.index.dtype).max
         in_order = torch.where(layer.valid, layer.index, latest).argsort(dim=-1, stable=True).expand_as(score)

@@ -35,12 +35,10 @@ def keep_first(
     wanted = torch.zeros_like(order, dtype=torch.bool)
     for kind, slots, quota in (("image", images, image_budget), ("text", texts, budget - image_budget)):
         too_many = ((layer.protected & slots).sum(-1, keepdim=True) > quota).any()
-        layer.problems.append(
-            (
-                f"evictor {evictor}: more {kind} slots are protected than the allocator gave {kind} tokens; its floors "
-                "must count the protected of each modality",
-                too_many,
-            )
+        layer.problems.note(
+            f"evictor {evictor}: more {kind} slots are protected than the allocator gave {kind} tokens; its floors "
+            "must count the protected of each modality",
+            too_many,
         )
         ordered = slots.expand_as(order).gather(-1, order)
         wanted |= ordered & (ordered.cumsum(-1) <= quota)

@@ -80,9 +80,7 @@ class TopK(Evictor):
         score = torch.where(layer.valid, torch.where(layer.protected, torch.inf, score), -torch.inf)
         return score.argsort(dim=-1, descending=True, stable=True)
 
-    def pinned(
-        self, kept: Int[Tensor, " batch"], sinks: Int[Tensor, " batch"], recents: int
-    ) -> Int[Tensor, " batch"]:
+    def pinned(self, kept: Int[Tensor, " batch"], sinks: Int[Tensor, " batch"], recents: int) -> Int[Tensor, " batch"]:
         """Everything before the fixed point, or the sinks."""
         if self.decode != "fixed_point":
             return sinks

@@ -26,10 +26,11 @@ class Attention(Scorer):
     `window` are cheaper than the papers' sum over all queries.
 
     Args:
-        queries: which queries count. "all"; "stride:n", every n-th from a seeded random offset, scaled to estimate the
-            same sum; "window:n", the last n of a forward (n = 32 if left out); "post_vision", those after a row's last
-            image token of this forward, so all of them where it brings no image, and its last one where nothing follows
-            the image. The scores of the last two replace earlier ones instead of adding to them.
+        queries: which queries count. "all"; "stride:n", every n-th counted back from a seeded random one of a row's
+            last n, scaled to estimate the same sum; "window:n", the last n of a forward (n = 32 if left out);
+            "post_vision", those after a row's last image token of this forward, so all of them where it brings no
+            image, and its last one where nothing follows the image. The scores of the last two replace earlier ones
+            instead of adding to them.
         window: short for `queries="window:n"`.
         reduce: "sum" as in the papers, which favours early tokens since more queries see them, or "mean" over the
             queries that saw the token.
@@ -69,11 +70,13 @@ class Attention(Scorer):
 
     def score(self, layer: LayerContext) -> Importance:
         """Sums the attention mass over the chosen queries, in float32, and weighs it by modality."""
-        starts = self._starts(layer)
-        if min(starts) == max(starts):
-            mass = self._mass(layer, starts[0])
+        kind, _, count = self.queries.partition(":")
+        if kind == "stride":
+            mass = self._strided(layer, int(count))
+        elif kind == "post_vision":
+            mass = self._after_image(layer)
         else:
-            mass = torch.cat([self._mass(row, start) for row, start in zip(layer.rows(), starts, strict=True)])
+            mass = layer.attention_mass(max(0, layer.query.shape[2] - int(count)) if kind == "window" else 0)
         if self.image_weight == self.text_weight == 1:
             return mass
         if layer.is_image is None:
@@ -87,22 +90,25 @@ class Attention(Scorer):
             return score
         return score / (queries.clamp(max=int(count)) if kind == "window" else queries)
 
-    def _starts(self, layer: LayerContext) -> list[int]:
-        """The first query of this forward that counts, per row."""
-        (batch, _, queries, _), (kind, _, count) = layer.query.shape, self.queries.partition(":")
-        if kind == "stride":
-            keys = [f"{self.seed} {layer.layer} {last + 1}" for last in layer.index[:, 0, -1].tolist()]
-            return [random.Random(key).randrange(min(int(count), queries)) for key in keys]
-        if kind == "post_vision" and layer.is_image is not None:
-            order = torch.arange(1, queries + 1, device=layer.query.device)
-            after = (layer.is_image[:, 0, -queries:] * order).amax(-1)  # this forward's tokens are the last in any set
-            return after.clamp(max=queries - 1).tolist()
-        return [max(0, queries - int(count)) if kind == "window" else 0] * batch
+    def _strided(self, layer: LayerContext, stride: int) -> Importance:
+        """Counts back from the last query, so that rows of any length count the same ones; at least one of each."""
+        queries = layer.query.shape[2]
+        step, draw = min(stride, queries), random.Random(f"{self.seed} {layer.layer} {stride}").getrandbits(32)
+        if layer.valid is None:
+            return layer.attention_mass((queries - 1 - draw % step) % step, step) * step
+        steps = layer.row_queries.clamp(1, stride)
+        return layer.attention_mass((queries - 1 - draw % steps) % step, step) * steps[:, None, None]
 
-    def _mass(self, layer: LayerContext, start: int) -> Importance:
-        (queries, tokens), (kind, _, count) = (layer.query.shape[2], layer.keys.shape[2]), self.queries.partition(":")
-        step = min(int(count), queries) if kind == "stride" else 1
-        mass = layer.attention_mass(start, step) * step
-        if self.reduce == "sum" or kind != "post_vision":
+    def _after_image(self, layer: LayerContext) -> Importance:
+        """Counts from the first query after a row's last image token of this forward on."""
+        queries, tokens, device = layer.query.shape[2], layer.keys.shape[2], layer.query.device
+        first: Tensor | int = 0
+        if layer.is_image is not None:
+            order = torch.arange(1, queries + 1, device=device)
+            after = (layer.is_image[:, 0, -queries:] * order).amax(-1)  # this forward's tokens are the last in any set
+            first = after.clamp(max=queries - 1)
+        mass = layer.attention_mass(first)
+        if self.reduce == "sum":
             return mass
-        return mass / torch.arange(tokens, 0, -1, device=mass.device).clamp(max=queries - start)
+        counted = torch.minimum(layer.row_queries, queries - torch.as_tensor(first, device=device)).clamp(min=1)
+        return mass / torch.minimum(torch.arange(tokens, 0, -1, device=device), counted[:, None, None])

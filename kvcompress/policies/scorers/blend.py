@@ -57,32 +57,44 @@ class Blend(Scorer):
 
     def score(self, layer: LayerContext) -> Importance:
         """Adds up the parts in float32."""
-        (queries, tokens), device = (layer.query.shape[2], layer.keys.shape[2]), layer.keys.device
-        saw = torch.arange(tokens, 0, -1, device=device).clamp(max=queries).expand(layer.index.shape)
-        total = torch.zeros(layer.keys.shape[:3], device=device)
+        tokens, device = layer.keys.shape[2], layer.keys.device
+        queries = layer.row_queries.clamp(min=1)[:, None, None]
+        saw = torch.minimum(torch.arange(tokens, 0, -1, device=device), queries).expand(layer.index.shape)
+        total = torch.zeros(layer.keys.shape[:3], dtype=torch.float32, device=device)
         for scorer, weight in zip(self.scorers, self.weights or [1.0] * len(self.scorers), strict=True):
             score = scorer.importance(scorer.score(layer), saw).float()
             if self.normalise == "rank":
-                total += weight * _ranks(score)
+                total += weight * _ranks(score, layer)
             else:
-                total += weight * _shares(score if scorer.mass else _softmax(score))
+                total += weight * _shares(score if scorer.mass else _softmax(score, layer), layer)
         return total
 
 
-def _ranks(score: Float[Tensor, "*rows tokens"]) -> Float[Tensor, "*rows tokens"]:
-    """Share of slots that score as much or less, in (0, 1]; equal scores rank alike."""
-    ranked = score.sort(dim=-1).values
-    return torch.searchsorted(ranked, score.contiguous(), right=True) / score.shape[-1]
+def _ranks(score: Importance, layer: LayerContext) -> Importance:
+    """Share of the row's slots that score as much or less, in (0, 1]; equal scores rank alike."""
+    score = layer.at_tokens(score.contiguous(), otherwise=torch.inf)
+    at_most = torch.searchsorted(score.sort(dim=-1).values, score, right=True)
+    return layer.at_tokens(at_most.float() / _count(layer))
 
 
-def _shares(score: Float[Tensor, "*rows tokens"]) -> Float[Tensor, "*rows tokens"]:
-    """Shares of the sum; equal ones where there is none."""
+def _shares(score: Importance, layer: LayerContext) -> Importance:
+    """Shares of the row's sum; equal ones where there is none."""
+    score = layer.at_tokens(score)
     total = score.sum(-1, keepdim=True)
-    return torch.where(total > 0, score / total.clamp(min=torch.finfo(score.dtype).tiny), 1 / score.shape[-1])
+    share = torch.where(total > 0, score / total.clamp(min=torch.finfo(score.dtype).tiny), 1 / _count(layer))
+    return layer.at_tokens(share)
 
 
-def _softmax(score: Float[Tensor, "*rows tokens"]) -> Float[Tensor, "*rows tokens"]:
-    """Softmax of the standardised scores, so that their unit does not matter."""
+def _softmax(score: Importance, layer: LayerContext) -> Importance:
+    """Softmax of the row's standardised scores, so that their unit does not matter."""
+    score, count = layer.at_tokens(score), _count(layer)
     # Equal scores differ by rounding alone, which is not to be blown up.
     rounding = 1e-4 * score.abs().amax(-1, keepdim=True) + torch.finfo(score.dtype).tiny
-    return ((score - score.mean(-1, keepdim=True)) / (score.std(-1, correction=0, keepdim=True) + rounding)).softmax(-1)
+    centred = layer.at_tokens(score - score.sum(-1, keepdim=True) / count)
+    deviation = (centred.square().sum(-1, keepdim=True) / count).sqrt()
+    return layer.at_tokens(centred / (deviation + rounding), otherwise=torch.finfo(score.dtype).min).softmax(-1)
+
+
+def _count(layer: LayerContext) -> Float[Tensor, "batch one one"]:
+    """Slots of each row that hold a token."""
+    return layer.row_tokens.clamp(min=1).float()[:, None, None]

@@ -13,6 +13,8 @@ from kvcompress.policies.base import Scorer
 from kvcompress.policies.context import Importance, LayerContext
 from kvcompress.policies.registry import SCORERS
 
+_LEAST = torch.finfo(torch.float32).min  # a logit that gets nothing
+
 
 @SCORERS.register("expected_attention")
 class ExpectedAttention(Scorer):
@@ -42,15 +44,23 @@ class ExpectedAttention(Scorer):
         """Reads no attention probabilities; costs tokens x head_dim^2, in float32."""
         (batch, heads, count, width), kv_heads = layer.query.shape, layer.keys.shape[1]
         query = self._moved(layer).view(batch, kv_heads, heads // kv_heads, count, width)
-        mean = query.mean(3)
-        query -= mean.unsqueeze(3)
-        half_covariance = query.transpose(3, 4) @ query * (layer.scaling**2 / 2 / count)
+        if layer.valid is None:
+            mean = query.mean(3)
+            query -= mean.unsqueeze(3)
+            half_covariance = query.transpose(3, 4) @ query * (layer.scaling**2 / 2 / count)
+        else:
+            is_query = layer.valid[:, :, None, -count:, None]
+            own_count = layer.row_queries.clamp(min=1)[:, None, None, None]
+            mean = torch.where(is_query, query, 0.0).sum(3) / own_count
+            query = torch.where(is_query, query - mean.unsqueeze(3), 0.0)
+            half_covariance = query.transpose(3, 4) @ query * (layer.scaling**2 / 2 / own_count.unsqueeze(-1))
         keys, share = layer.keys.float(), torch.zeros((), device=query.device)
         for head in range(query.shape[2]):
             form = (keys @ half_covariance[:, :, head]).add_(mean[:, :, head, None] * layer.scaling)
-            share = share + torch.linalg.vecdot(form, keys).softmax(-1)
+            logits = layer.at_tokens(torch.linalg.vecdot(form, keys), otherwise=_LEAST)
+            share = share + logits.softmax(-1)
         norm: Tensor = torch.linalg.vector_norm(layer.values, dim=-1, dtype=torch.float32)
-        return (share / query.shape[2] + self.epsilon) * norm
+        return layer.at_tokens((share / query.shape[2] + self.epsilon) * norm)
 
     def _moved(self, layer: LayerContext) -> Float[Tensor, "batch heads queries head_dim"]:
         """Each query of this forward as if it stood, on average, at the next positions; a copy in float32.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 
 from kvcompress.policies.base import Scorer
@@ -19,7 +20,9 @@ class KeyDiff(Scorer):
     """
 
     def score(self, layer: LayerContext) -> Importance:
-        """Needs no attention, and two passes over the keys."""
+        """Needs no attention, and two passes over the keys; empty slots only make the mean shorter."""
         unit = F.normalize(layer.keys.float(), dim=-1)
+        if layer.valid is not None:
+            unit = torch.where(layer.valid.unsqueeze(-1), unit, 0.0)
         mean = F.normalize(unit.mean(2, keepdim=True), dim=-1)
         return -(unit @ mean.transpose(2, 3)).squeeze(-1)

@@ -22,4 +22,4 @@ class KeyNorm(Scorer):
     def score(self, layer: LayerContext) -> Importance:
         """Needs no attention, and one pass over the keys."""
         norm: Tensor = torch.linalg.vector_norm(layer.keys, dim=-1, dtype=torch.float32)
-        return -norm
+        return layer.at_tokens(-norm)

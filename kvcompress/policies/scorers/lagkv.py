@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
@@ -20,16 +21,17 @@ class LagKV(Scorer):
 
     Source: LagKV (arXiv 2504.04704).
 
-    After the sinks, slots form partitions of `lag`. A partition is scaled by the minimum and maximum of each channel in
-    the next one; a slot's score is the standard deviation over the scaled channels as a softmax within its partition,
-    of its key plus of its value. Sinks, the last whole partition and what follows it have no score of their own.
+    After the sinks, tokens in their order form partitions of `lag`. A partition is scaled by the minimum and maximum of
+    each channel in the next one; a token's score is the standard deviation over the scaled channels as a softmax within
+    its partition, of its key plus of its value. Sinks, the last whole partition and what follows it have no score of
+    their own.
 
-    *Deviates:* the paper keeps as many slots of each partition; here partitions compete. Slots without a score rank
+    *Deviates:* the paper keeps as many tokens of each partition; here partitions compete. Tokens without a score rank
     before all others, sinks first and then the later ones, but only the last `lag` tokens are protected.
 
     Args:
-        lag: size of a partition in slots, and number of last tokens that are protected.
-        sink: first slots that belong to no partition.
+        lag: size of a partition in tokens, and number of last tokens that are protected.
+        sink: first tokens that belong to no partition.
     """
 
     lag: int = Field(default=128, ge=1)
@@ -42,23 +44,54 @@ class LagKV(Scorer):
 
     def score(self, layer: LayerContext) -> Importance:
         """Needs no attention; scores lie in (0, 2], those of slots without one above."""
-        batch, kv_heads, tokens, _ = layer.keys.shape
-        unscored = 2 + torch.arange(1, tokens + 1, device=layer.keys.device, dtype=torch.float32) / tokens
-        unscored[: self.sink] = 4
-        scores = unscored.repeat(batch, kv_heads, 1)
+        tokens, shape = layer.keys.shape[2], layer.keys.shape[:3]
+        rank = torch.arange(tokens, device=layer.keys.device)  # of a token in its row
+        count = tokens if layer.valid is None else layer.row_tokens.clamp(min=1)[:, None, None]
+        by_rank = torch.where(rank < self.sink, 4.0, 2 + (rank + 1).float() / count)
+        slots, ranks = _slots_and_ranks(layer, tokens - count)
         partitions = (tokens - self.sink) // self.lag
         if partitions > 1:
             end = self.sink + (partitions - 1) * self.lag
-            scores[..., self.sink : end] = self._spread(layer.keys, end) + self._spread(layer.values, end)
-        return scores
+            spread = self._spread(layer.keys, slots, end) + self._spread(layer.values, slots, end)
+            scored = (rank >= self.sink) & (rank < self.sink + ((count - self.sink) // self.lag - 1) * self.lag)
+            by_rank = torch.where(scored, F.pad(spread, (self.sink, tokens - end)), by_rank)
+        return by_rank.expand(shape) if ranks is None else by_rank.expand(shape).gather(-1, ranks.expand(shape))
 
     def _spread(
-        self, states: Float[Tensor, "batch kv_heads tokens channels"], end: int
+        self,
+        states: Float[Tensor, "batch kv_heads tokens channels"],
+        slots: Int[Tensor, "batch sets tokens"] | None,
+        end: int,
     ) -> Float[Tensor, "batch kv_heads scored"]:
-        """Scores of the slots from the sinks to `end`; one partition more is there to scale by."""
+        """Scores of the tokens from the sinks to `end`; one partition more is there to scale by."""
         batch, kv_heads, _, channels = states.shape
-        blocks = states[:, :, self.sink : end + self.lag].float().reshape(batch, kv_heads, -1, self.lag, channels)
+        wanted = slice(self.sink, end + self.lag)
+        if slots is None:
+            states = states[:, :, wanted]
+        else:
+            rows, heads = (torch.arange(count, device=states.device) for count in (batch, kv_heads))
+            states = states[rows[:, None, None], heads[:, None], slots[..., wanted]]
+        blocks = states.float().reshape(batch, kv_heads, -1, self.lag, channels)
         low, high = blocks[:, :, 1:].aminmax(dim=3, keepdim=True)
         scaled = (blocks[:, :, :-1] - low) / (high - low).clamp(min=_LEAST_RANGE)
         spread: Tensor = scaled.std(-1)
         return spread.softmax(-1).flatten(2)
+
+
+def _slots_and_ranks(layer: LayerContext, empty: Tensor | int) -> tuple[Tensor | None, Tensor | None]:
+    """The slot of each token of a row, and the number of tokens before each slot's; None where the two are the same.
+
+    Args:
+        layer: the slots.
+        empty: slots of each row without a token, `[batch, 1, 1]`.
+    """
+    order = layer.in_order()
+    if order is None and layer.valid is None:
+        return None, None
+    last = layer.keys.shape[2] - 1
+    place = torch.arange(last + 1, device=layer.keys.device)
+    slots, ranks = (place + empty).clamp(max=last), place - empty
+    if order is None:
+        return slots, ranks.clamp(min=0)
+    ranks = torch.empty_like(order).scatter_(-1, order, place.expand(order.shape)) - empty
+    return order.gather(-1, slots.expand(order.shape)), ranks.clamp(min=0)

@@ -20,7 +20,7 @@ class SnapKV(Scorer):
     Source: SnapKV (arXiv 2404.14469, section 4 and listing 1).
 
     *Deviates:* the query heads of a group are averaged before pooling, since they share a key/value head. After an
-    eviction, neighbours are the slots that are left. Every later turn votes anew, with as many queries as it has, and
+    eviction, neighbours are the tokens that are left. Every later turn votes anew, with as many queries as it has, and
     its scores replace earlier ones.
 
     Args:
@@ -51,9 +51,21 @@ class SnapKV(Scorer):
     def score(self, layer: LayerContext) -> Importance:
         """Pools the mean over the window for all slots before it; those in it have their own mean."""
         queries, before = layer.query.shape[2], layer.keys.shape[2] - self.window
-        mean = layer.attention_mass(start=max(0, queries - self.window)) / min(queries, self.window)
+        mass = layer.attention_mass(first=max(0, queries - self.window))
+        if layer.valid is None:
+            mean = mass / min(queries, self.window)
+        else:
+            mean = mass / layer.row_queries.clamp(1, self.window)[:, None, None]
         if before <= 0 or self.kernel == 1:
             return mean
+        order = layer.in_order()
+        if order is None:  # what comes before a row's first token is zero, as beyond the end
+            return self._pooled(mean, before)
+        order = order.expand_as(mean)
+        return torch.empty_like(mean).scatter_(-1, order, self._pooled(mean.gather(-1, order), before))
+
+    def _pooled(self, mean: Importance, before: int) -> Importance:
+        """Pools so many first slots among themselves."""
         pool = F.avg_pool1d if self.pool == "avg" else F.max_pool1d
         pooled = pool(mean[..., :before], self.kernel, stride=1, padding=self.kernel // 2)
         return torch.cat([pooled, mean[..., before:]], dim=-1)

@@ -32,7 +32,7 @@ class ValueAware(Attention):
 
     def score(self, layer: LayerContext) -> Importance:
         """Attention as in `attention`, times the mean norm; costs tokens x value_dim^2 more, in float32."""
-        return super().score(layer) * _projected_norm(layer)
+        return super().score(layer) * layer.at_tokens(_projected_norm(layer))
 
 
 def _projected_norm(layer: LayerContext) -> Importance:
