@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from os import PathLike
@@ -183,12 +183,14 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     def _begin_prefill(self, query: Tensor, mask: Tensor | None) -> None:
         batch, _, queries, _ = query.shape
-        self._tidy()
+        self._catch_up_if_needed()
+        step = Step(Phase.PREFILL, evicts=not self._recording, row_new=np.full(batch, queries))
+        hidden, new_valid = self._read_mask(step, mask, queries)
         sequence, first = self._sequence, self._sequence.seen
-        step = Step(Phase.PREFILL, evicts=not self._recording)
-        new_valid = self._read_mask(step, mask, batch, queries)
-        self._step, self._reduced = step, None  # from here on an interrupt leaves a step that failed
-        step.row_new = np.full(batch, queries) if new_valid is None else step.row_new
+        self._step, self._reduced = step, None  # from here on, what is interrupted has failed
+        self._tidy()
+        if hidden is not None:
+            self._hide(hidden)
         sequence.extend(new_valid, queries, step.row_new)
         step.row_seen = sequence.row_seen
         index = sequence.index_of_columns(query.device)[:, first:]
@@ -206,22 +208,22 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 before = [np.broadcast_to(layer.held if len(layer.held) else 0, batch) for layer in self.layers]
                 step.local = partial(self._allocate_once, np.stack(before) + step.row_new, query.device)
 
-    def _read_mask(self, step: Step, mask: Tensor | None, batch: int, queries: int) -> Tensor | None:
-        """Which of the new columns hold a token; None if all do. Waits for the device once if there is a mask.
+    def _read_mask(self, step: Step, mask: Tensor | None, queries: int) -> tuple[Tensor | None, Tensor | None]:
+        """What a mask says: tokens that it hides from now on, and which new columns hold one; None where it is all or none.
+
+        Waits for the device once if there is a mask, and changes nothing but the step.
 
         Raises:
             CacheStateError: if the mask does not cover what was seen, or shows what was padding.
         """
         sequence = self._sequence
         if mask is None:
-            return None
+            return None, None
         columns = mask[:, 0, -1].to(torch.bool)
         past, new = columns[:, : sequence.seen], columns[:, sequence.seen :]
         known = sequence.known_valid(columns.device) if sequence.seen else past
-        flags = torch.stack(
-            [(known & ~past).any(), (past & ~known).any(), new.all(), (new[:, 1:] < new[:, :-1]).any(), new[:, -1].any()]
-        )
-        counts = torch.cat([flags.long(), new.sum(1)]).tolist()
+        flags = (known & ~past).any(), (past & ~known).any(), new.all(), (new[:, 1:] < new[:, :-1]).any(), new[:, -1].any()
+        counts = torch.cat([torch.stack(flags).long(), new.sum(1)]).tolist()
         hides, shows, whole, mixed, any_last = map(bool, counts[:5])
         if sequence.seen and not any_last:
             raise CacheStateError(
@@ -233,23 +235,18 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 "attention_mask: shows columns that were padding, or hidden, when the cache saw them, so it does not hold "
                 "them; pass the mask of the whole conversation, or call reset() and run it again"
             )
-        if hides:
-            self._hide(known & ~past)
-        if whole:
-            return None
-        step.row_new = np.asarray(counts[5:], dtype=np.int64)
-        if mixed:
-            step.order = step.first_order = new.to(torch.uint8).argsort(dim=1, stable=True)
-        return new
+        if not whole:
+            step.row_new = np.asarray(counts[5:], dtype=np.int64)
+            if mixed:
+                step.order = step.first_order = new.to(torch.uint8).argsort(dim=1, stable=True)
+        return known & ~past if hides else None, None if whole else new
 
     def _hide(self, hidden: Tensor) -> None:
         """Gives up tokens that an attention mask hides from now on, as if they had been padding."""
-        self._step = Step(Phase.PREFILL)  # an interrupt leaves a step that failed
         new_index = self._sequence.hide(hidden)
         with self._writable():
             for layer in self.layers:
                 layer.renumber(new_index)
-        self._step = None
 
     def _end(self, step: Step) -> None:
         """Compresses all layers where their sizes depend on each other, and makes the table for decoding."""
@@ -420,9 +417,11 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             self._make_table()
 
     def _has_padding(self) -> bool:
-        """Whether some row has no token in the one column of the step that begins."""
+        """Whether some row has no token in the one column of the step that begins; waits for a device if there is a mask."""
         new, self._new_valid = self._new_valid, None
-        return new is not None and not bool(new.all())
+        if new is None:
+            return False
+        return not (new.numpy().all() if new.device.type == "cpu" else bool(new.all()))
 
     def _dtype(self) -> torch.dtype:
         keys = self.layers[0].store.keys
@@ -537,6 +536,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     def reset(self) -> None:
         """Forgets everything, also after a forward that failed."""
+        self._step = Step(Phase.PREFILL)  # until everything is forgotten
         self._sequence = Sequence()
         for layer in self.layers:
             layer.forget(self._sequence)
@@ -582,12 +582,12 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if columns == sequence.seen:
             self.reset()
         elif columns:
-            self._tidy()
-            gone = sequence.tokens_after(sequence.seen - columns)
-            with self._writable():
+            with self._changing():
+                self._tidy()
+                gone = sequence.tokens_after(sequence.seen - columns)
                 for layer in self.layers:
                     layer.drop_from(sequence.row_seen - gone)
-            sequence.crop(sequence.seen - columns, gone)
+                sequence.crop(sequence.seen - columns, gone)
         self.compress()
 
     def activate_past_recording(self) -> None:
@@ -632,25 +632,32 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         To be called in every process where several share the heads.
         """
         self._check_ready()
-        waiting, self._waiting = self._waiting, None
-        if waiting is None:
-            if self._table is None and self._sequence.seen:
-                self._make_table()
+        waiting = self._waiting
+        if waiting is None and (self._table is not None or not self._sequence.seen):
             return
-        self._tidy()
-        step = self._step = Step(Phase.PREFILL, row_seen=self._sequence.row_seen)
-        with self._writable():
-            if self.config.evictor is None:
+        with self._changing() as step:
+            self._tidy()
+            step.row_seen, evictor = self._sequence.row_seen, self.config.evictor
+            if waiting is not None and evictor is None:
                 for layer in self.layers:
                     layer.close_ranks(room=0)
             elif waiting is Phase.PREFILL:
                 self._compress_all(step)
-            else:
+            elif waiting is Phase.DECODE:
                 self._evict_waiting()
-            for layer in self.layers:
-                layer.pack()
+            if waiting is not None:
+                for layer in self.layers:
+                    layer.pack()
             step.problems.refuse()
             self._make_table()
+            self._waiting = None
+
+    @contextmanager
+    def _changing(self) -> Iterator[Step]:
+        """A change of everything that the cache holds: if it does not come to its end, the cache is broken until `reset`."""
+        self._step = step = Step(Phase.PREFILL)
+        with self._writable():
+            yield step
         self._step = None
 
     def _evict_waiting(self) -> None:
@@ -734,10 +741,13 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     def _select_rows(self, index: Tensor) -> None:
         self._check_ready()
         self._catch_up_if_needed()
-        if not self._sequence.batch:
-            return
         rows, before = index.cpu().numpy(), self._sequence.batch
-        with self._writable():
+        if not before:
+            return
+        if not len(rows) or rows.min() < 0 or rows.max() >= before:
+            came = "none" if not len(rows) else rows.tolist()
+            raise CacheStateError(f"rows: must be numbers from 0 to {before - 1}, at least one; got {came}")
+        with self._changing():
             if self._allocation is not None:
                 self._allocation.select_rows(index, rows)
             self._sequence.select_rows(index, rows)

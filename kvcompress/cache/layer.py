@@ -569,6 +569,22 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """
         raise CacheStateError(f"layer {self.number}: call update() of the CompressedCache, not of one of its layers")
 
+    def reset(self) -> None:
+        """Refused: the layers of a cache belong together.
+
+        Raises:
+            CacheStateError: always.
+        """
+        raise CacheStateError(f"layer {self.number}: call reset() of the CompressedCache, not of one of its layers")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refused, likewise.
+
+        Raises:
+            CacheStateError: always.
+        """
+        raise CacheStateError(f"layer {self.number}: call reorder_cache() of the CompressedCache, not of its layers")
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Masks cover every column seen, whatever is kept."""
         return self.sequence.seen + query_length, 0
