@@ -1,0 +1,130 @@
+"""Attention mass in one Triton kernel: a program sums a block of keys over all queries of a group, without atomics."""
+
+from __future__ import annotations
+
+from typing import Any, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvcompress.kernels.device import launching, powers
+
+
+@triton.jit
+@no_type_check
+def _tile_mass(
+    k, Q, LSE, VALID, scale, q_stride, lse_stride, queries, past, begin, stride, counted, key,
+    D: tl.constexpr, HAS_VALID: tl.constexpr, MASKED: tl.constexpr, BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """What a block of keys receives from a block of counted queries, of which `counted` is the first."""
+    index = begin + (counted + tl.arange(0, BLOCK_Q)).to(tl.int64) * stride
+    dim = tl.arange(0, k.shape[1])
+    exists = index < queries
+    q = tl.load(Q + index[None, :] * q_stride + dim[:, None], mask=exists[None, :] & (dim < D)[:, None], other=0.0)
+    lse = tl.load(LSE + index * lse_stride, mask=exists, other=float("inf"))
+    lse = tl.where(lse == float("-inf"), float("inf"), lse)
+    if HAS_VALID:
+        lse = tl.where(tl.load(VALID + past + index, mask=exists, other=0) != 0, lse, float("inf"))
+    logits = tl.dot(k, q, input_precision=PRECISION) * scale - lse[None, :]
+    if MASKED:
+        logits = tl.where(index[None, :] + past >= key[:, None], logits, float("-inf"))
+    return tl.sum(tl.exp(logits), 1)
+
+
+@triton.jit(do_not_specialize=["queries", "tokens", "start", "stride"])
+@no_type_check
+def mass_kernel(
+    Q, K, LSE, VALID, FIRST, OUT, scale, q_row, q_head, q_stride, k_row, k_head, k_stride, lse_row, lse_head,
+    lse_stride, valid_row, queries, tokens, start, stride,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, HAS_VALID: tl.constexpr,
+    HAS_FIRST: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: one key/value head of one row, one block of keys. `HEADS` are key/value heads."""
+    pair = tl.program_id(0).to(tl.int64)
+    row, head = pair // HEADS, pair % HEADS
+    past = tokens - queries
+    begin = start
+    if HAS_FIRST:
+        begin = start + tl.load(FIRST + row)
+    left = tl.program_id(1) * BLOCK_K
+    key = left + tl.arange(0, BLOCK_K).to(tl.int64)
+    dim = tl.arange(0, DIMS)
+    k_mask = (key < tokens)[:, None] & (dim < D)[None, :]
+    k = tl.load(K + row * k_row + head * k_head + key[:, None] * k_stride + dim[None, :], mask=k_mask, other=0.0)
+    # Of the counted queries, those before `sees_one` see no key of the block, and those from `sees_all` on see all.
+    counted = tl.cdiv(tl.maximum(queries - begin, 0), stride)
+    last = tl.minimum(left + BLOCK_K, tokens) - 1
+    sees_one = tl.minimum(tl.cdiv(tl.maximum(left - past - begin, 0), stride), counted)
+    sees_all = tl.minimum(tl.cdiv(tl.maximum(last - past - begin, 0), stride), counted)
+    middle = sees_one + tl.cdiv(sees_all - sees_one, BLOCK_Q) * BLOCK_Q
+    valid = VALID + row * valid_row
+    mass = tl.zeros([BLOCK_K], tl.float32)
+    for member in range(GROUP):
+        q = Q + row * q_row + (head * GROUP + member) * q_head
+        lse = LSE + row * lse_row + (head * GROUP + member) * lse_head
+        for at in range(sees_one, middle, BLOCK_Q):
+            mass += _tile_mass(
+                k, q, lse, valid, scale, q_stride, lse_stride, queries, past, begin, stride, at, key,
+                D, HAS_VALID, True, BLOCK_Q, PRECISION,
+            )  # fmt: skip
+        for at in range(middle, counted, BLOCK_Q):
+            mass += _tile_mass(
+                k, q, lse, valid, scale, q_stride, lse_stride, queries, past, begin, stride, at, key,
+                D, HAS_VALID, False, BLOCK_Q, PRECISION,
+            )  # fmt: skip
+    if HAS_VALID:
+        mass = tl.where(tl.load(valid + key, mask=key < tokens, other=0) != 0, mass, 0.0)
+    tl.store(OUT + pair * tokens + key, mass, mask=key < tokens)
+
+
+def blocks(head_dim: int, itemsize: int) -> dict[str, int]:
+    """Keys and queries of a tile, warps and stages, so that a program's shared memory stays below 96 KiB."""
+    wide = powers(head_dim) * itemsize  # bytes of a row
+    if wide <= 256:
+        return {"BLOCK_K": 128, "BLOCK_Q": 64, "num_warps": 8, "num_stages": 3}
+    return {"BLOCK_K": 64, "BLOCK_Q": 32, "num_warps": 4, "num_stages": 2}
+
+
+def mass(
+    query: Tensor,
+    keys: Tensor,
+    lse: Tensor,
+    scaling: float,
+    valid: Tensor | None,
+    first: Tensor | None,
+    stride: int,
+    start: int,
+) -> Tensor:
+    """Attention mass as in `attention_mass`."""
+    (batch, heads, queries, head_dim), (kv_heads, tokens) = query.shape, keys.shape[1:3]
+    query, keys, lse = launching(query.to(keys.dtype)), launching(keys), lse.float()
+    out = torch.empty(batch, kv_heads, tokens, dtype=torch.float32, device=keys.device)
+    tile: dict[str, Any] = blocks(head_dim, keys.element_size())
+    mass_kernel[(batch * kv_heads, triton.cdiv(tokens, tile["BLOCK_K"]))](
+        query,
+        keys,
+        lse,
+        lse if valid is None else valid.contiguous().view(torch.uint8),
+        lse if first is None else first.long(),
+        out,
+        scaling,
+        *query.stride()[:3],
+        *keys.stride()[:3],
+        *lse.stride(),
+        0 if valid is None else tokens,
+        queries,
+        tokens,
+        start,
+        stride,
+        HEADS=kv_heads,
+        GROUP=heads // kv_heads,
+        D=head_dim,
+        DIMS=powers(head_dim),
+        HAS_VALID=valid is not None,
+        HAS_FIRST=first is not None,
+        PRECISION="tf32x3" if keys.dtype == torch.float32 else "ieee",
+        **tile,
+    )
+    return out

@@ -1,0 +1,93 @@
+"""Compiles every Triton kernel for GPUs that need not be there, and prints what each takes, as JSON lines.
+
+A process of its own, since Triton's interpreter and its compiler exclude each other.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kvcompress.kernels import triton_decode, triton_mass
+from kvcompress.kernels.device import powers
+
+_TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_CAPABILITIES = (80, 90)
+
+
+def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], tile: dict[str, int], target: int) -> Any:
+    """Resources of one kernel: bytes of shared memory, registers and bytes of local memory of a thread."""
+    options = {name: tile[name] for name in ("num_warps", "num_stages") if name in tile}
+    constants = {**constants, **{name: size for name, size in tile.items() if name not in options}}
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names} | dict.fromkeys(constants, "constexpr")
+    attributes = {
+        (position,): [["tt.divisibility", 16]]
+        for position, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*") or name.endswith(("_row", "_head", "_slot", "_stride"))
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", target, 32), options={**options, "enable_fp_fusion": True})
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        usage = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True).stdout
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    return {"shared": binary.metadata.shared, "registers": registers, "local": stack}
+
+
+def cases(dtype: torch.dtype, head_dim: int, group: int) -> dict[str, tuple[Any, dict[str, str], dict[str, Any], Any]]:
+    """Kernel, types, constants and tile by name."""
+    name, dims, itemsize = _TYPES[dtype], powers(head_dim), dtype.itemsize
+    precision = "tf32x3" if dtype == torch.float32 else "ieee"
+    mass = {"HEADS": 2, "GROUP": group, "D": head_dim, "DIMS": dims, "HAS_VALID": True, "HAS_FIRST": True}
+    mass_types = {"Q": f"*{name}", "K": f"*{name}", "LSE": "*fp32", "VALID": "*u8", "FIRST": "*i64", "OUT": "*fp32"}
+    decode = {"HEADS": 2, "GROUP": group, "GROUP_BLOCK": powers(group), "D": head_dim, "DIMS": dims, "VALUE_D": head_dim}
+    decode |= {"VALUE_DIMS": dims, "HAS_LENGTH": True, "PRECISION": precision}
+    decode_types = {"Q": f"*{name}", "K": f"*{name}", "V": f"*{name}", "LENGTH": "*i64", "OUT": "*fp32", "LSE": "*fp32"}
+    return {
+        "mass": (
+            triton_mass.mass_kernel,
+            {**mass_types, "scale": "fp32"},
+            {**mass, "PRECISION": precision},
+            triton_mass.blocks(head_dim, itemsize),
+        ),
+        "decode": (
+            triton_decode.decode_kernel,
+            {**decode_types, "scale": "fp32"},
+            decode,
+            triton_decode.blocks(head_dim, head_dim, itemsize),
+        ),
+        "merge": (
+            triton_decode.merge_kernel,
+            {"PARTS": "*fp32", "LSE": "*fp32", "OUT": f"*{name}"},
+            {"D": head_dim, "DIMS": min(64, dims), "SPLITS": 128},
+            {"num_warps": 4},
+        ),
+    }
+
+
+def main(arguments: list[str]) -> None:
+    """`DTYPE HEAD_DIM GROUP` each as one argument, such as `bfloat16:128:4`."""
+    for argument in arguments:
+        dtype, head_dim, group = argument.split(":")
+        for name, case in cases(getattr(torch, dtype), int(head_dim), int(group)).items():
+            for target in _CAPABILITIES:
+                print(json.dumps({"case": argument, "kernel": name, "target": target} | compiled(*case, target)), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
