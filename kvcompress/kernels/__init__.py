@@ -1,5 +1,6 @@
 """Attention over the slots of a cache, and what it tells about them; tensors in, tensors out."""
 
+from kvcompress.kernels.codes import decode_attention_codes
 from kvcompress.kernels.dense import (
     attention,
     attention_with_lse,
@@ -9,6 +10,7 @@ from kvcompress.kernels.dense import (
 )
 from kvcompress.kernels.mass import attention_mass
 from kvcompress.kernels.probabilities import attention_probabilities, attention_share
+from kvcompress.kernels.ragged import decode_attention
 
 __all__ = [
     "attention",
@@ -17,6 +19,8 @@ __all__ = [
     "attention_share",
     "attention_with_lse",
     "attention_with_mask",
+    "decode_attention",
+    "decode_attention_codes",
     "masked_attention_with_lse",
     "merge_attention",
 ]
