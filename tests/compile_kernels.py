@@ -21,11 +21,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvcompress.kernels import triton_decode, triton_mass
+from kvcompress.kernels import triton_codes, triton_decode, triton_mass
 from kvcompress.kernels.device import powers
 
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-_CAPABILITIES = (80, 90)
 
 
 def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], tile: dict[str, int], target: int) -> Any:
@@ -49,13 +48,22 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], tile
     return {"shared": binary.metadata.shared, "registers": registers, "local": stack}
 
 
-def cases(dtype: torch.dtype, head_dim: int, group: int) -> dict[str, tuple[Any, dict[str, str], dict[str, Any], Any]]:
+def cases(
+    dtype: torch.dtype, head_dim: int, group: int, target: int
+) -> dict[str, tuple[Any, dict[str, str], dict[str, Any], Any]]:
     """Kernel, types, constants and tile by name."""
     name, dims, itemsize = _TYPES[dtype], powers(head_dim), dtype.itemsize
     precision = "tf32x3" if dtype == torch.float32 else "ieee"
     mass = {"HEADS": 2, "GROUP": group, "D": head_dim, "DIMS": dims, "HAS_VALID": True, "HAS_FIRST": True}
     mass_types = {"Q": f"*{name}", "K": f"*{name}", "LSE": "*fp32", "VALID": "*u8", "FIRST": "*i64", "OUT": "*fp32"}
-    decode = {"HEADS": 2, "GROUP": group, "GROUP_BLOCK": powers(group), "D": head_dim, "DIMS": dims, "VALUE_D": head_dim}
+    decode = {
+        "HEADS": 2,
+        "GROUP": group,
+        "GROUP_BLOCK": powers(group),
+        "D": head_dim,
+        "DIMS": dims,
+        "VALUE_D": head_dim,
+    }
     decode |= {"VALUE_DIMS": dims, "HAS_LENGTH": True, "PRECISION": precision}
     decode_types = {"Q": f"*{name}", "K": f"*{name}", "V": f"*{name}", "LENGTH": "*i64", "OUT": "*fp32", "LSE": "*fp32"}
     return {
@@ -63,7 +71,7 @@ def cases(dtype: torch.dtype, head_dim: int, group: int) -> dict[str, tuple[Any,
             triton_mass.mass_kernel,
             {**mass_types, "scale": "fp32"},
             {**mass, "PRECISION": precision},
-            triton_mass.blocks(head_dim, itemsize),
+            triton_mass.blocks(head_dim, itemsize, target >= 90),
         ),
         "decode": (
             triton_decode.decode_kernel,
@@ -80,13 +88,34 @@ def cases(dtype: torch.dtype, head_dim: int, group: int) -> dict[str, tuple[Any,
     }
 
 
+def codes_case(
+    dtype: torch.dtype, head_dim: int, group: int, bits: int
+) -> tuple[Any, dict[str, str], dict[str, Any], Any]:
+    """The kernel over codes, with keys in groups of 64 tokens and values in runs of 64 dimensions."""
+    name, width = _TYPES[dtype], head_dim * bits // 8
+    pointers = {"K": "*u8", "V": "*u8", "K_ROWS": "*i32", "V_ROWS": "*i32", "LENGTH": "*i64", "OUT": "*fp32"}
+    pointers |= dict.fromkeys(("Q", "K_SCALE", "K_SHIFT", "V_SCALE", "V_SHIFT"), f"*{name}") | {"LSE": "*fp32"}
+    constants = {"HEADS": 2, "GROUP": group, "GROUP_BLOCK": powers(group), "D": head_dim, "WIDTH": width}
+    constants |= {"DIMS": powers(width), "BITS": bits, "FLOAT8": False, "HAS_SHIFT": True, "K_HAS_ROWS": False}
+    constants |= {"V_HAS_ROWS": False, "K_SLOTS": 64, "V_SLOTS": 1, "K_SHARED": 1, "V_SHARED": min(head_dim, 64)}
+    constants |= {"HAS_LENGTH": True, "PRECISION": "tf32x3" if dtype == torch.float32 else "ieee"}
+    return (
+        triton_codes.codes_kernel,
+        {**pointers, "scale": "fp32"},
+        constants,
+        triton_codes.blocks(width, dtype.itemsize),
+    )
+
+
 def main(arguments: list[str]) -> None:
-    """`DTYPE HEAD_DIM GROUP` each as one argument, such as `bfloat16:128:4`."""
+    """`DTYPE:HEAD_DIM:GROUP:CAPABILITY` each as one argument, such as `bfloat16:128:4:90`."""
     for argument in arguments:
-        dtype, head_dim, group = argument.split(":")
-        for name, case in cases(getattr(torch, dtype), int(head_dim), int(group)).items():
-            for target in _CAPABILITIES:
-                print(json.dumps({"case": argument, "kernel": name, "target": target} | compiled(*case, target)), flush=True)
+        dtype, head_dim, group, target = argument.split(":")
+        shape = (getattr(torch, dtype), int(head_dim), int(group))
+        kernels = cases(*shape, int(target)) | {f"codes{bits}": codes_case(*shape, bits) for bits in (2, 4, 8)}
+        for name, case in kernels.items():
+            resources = compiled(*case, int(target))
+            print(json.dumps({"case": argument, "kernel": name, **resources}), flush=True)
 
 
 if __name__ == "__main__":

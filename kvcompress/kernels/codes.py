@@ -7,8 +7,8 @@ Layout of codes, which are bytes `[batch, kv_heads, slots, width]`:
   dimension `width + j`. So a kernel that reads a run of bytes has two runs of neighbouring dimensions.
 - 2 bits: `width` is a quarter. Bits 2i and 2i + 1 of byte j are dimension `i * width + j`.
 
-A number is `code * scale - shift`; scales and shifts are `[batch, kv_heads, scale_rows, parts]` in the dtype of keys and
-values, with the same strides. A row of scales serves `slots / scale_rows` neighbouring slots, unless `rows` gives each
+A number is `code * scale - shift`; scales and shifts are `[batch, kv_heads, scale_rows, parts]` in the dtype of keys
+and values, with the same strides. A row of scales serves `slots / scale_rows` neighbouring slots, unless `rows` gives each
 slot's row; a part of it `head_dim / parts` neighbouring dimensions. A group of tokens with a scale per channel has
 `parts == head_dim`, a scale per token `scale_rows == slots`. Buffers may have more slots than are in use.
 """
@@ -45,7 +45,7 @@ def decode_attention_codes(
     """Attention of one query per row over coded slots and slots in full precision, as one softmax.
 
     On CUDA, a Triton kernel reads the codes of slots in use and decodes them in registers; elsewhere, blocks of slots
-    are decoded and joined. The layout of codes is described on top of this module. The arguments ask the device nothing.
+    are decoded and joined. The layout of codes is described on top of this module. The device is asked nothing.
 
     Args:
         query: one query per row, after rotary embedding.
@@ -91,7 +91,7 @@ def decoded(
         shift: what is subtracted; None for nothing.
         head_dim: dimensions of a slot.
     """
-    batch, heads, slots, width = codes.shape
+    batch, heads, slots = codes.shape[:3]
     rows, parts = scale.shape[2:]
     numbers = _unpacked(codes, head_dim, scale.dtype)
     blocks = numbers.reshape(batch, heads, rows, slots // rows, parts, head_dim // parts)

@@ -50,3 +50,8 @@ def multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device multiplies matrices as GPUs of compute capability 9.0 and later do."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

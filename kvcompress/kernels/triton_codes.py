@@ -46,14 +46,14 @@ def _decoded(
 
 @triton.jit(do_not_specialize=["slots", "splits"])
 @no_type_check
-def codes_kernel(
+def codes_kernel(  # noqa: C901  (most branches are of the compiler: constants decide them)
     Q, K, K_SCALE, K_SHIFT, K_ROWS, V, V_SCALE, V_SHIFT, V_ROWS, LENGTH, OUT, LSE, scale, slots, q_row, q_head,
     k_row, k_head, k_slot, ks_row, ks_head, ks_slot, kr_row, kr_head, v_row, v_head, v_slot, vs_row, vs_head, vs_slot,
     vr_row, vr_head, length_row, length_head, splits,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     DIMS: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, HAS_SHIFT: tl.constexpr, K_HAS_ROWS: tl.constexpr,
-    V_HAS_ROWS: tl.constexpr, K_SLOTS: tl.constexpr, V_SLOTS: tl.constexpr, K_SHARED: tl.constexpr, V_SHARED: tl.constexpr,
-    HAS_LENGTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    V_HAS_ROWS: tl.constexpr, K_SLOTS: tl.constexpr, V_SLOTS: tl.constexpr, K_SHARED: tl.constexpr,
+    V_SHARED: tl.constexpr, HAS_LENGTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one key/value head of one row (`HEADS` of them), one share of its coded slots in use.
 
@@ -155,8 +155,11 @@ def codes_kernel(
 
 
 def blocks(width: int, itemsize: int) -> dict[str, int]:
-    """Slots of a tile, warps and stages, for slots of so many bytes that decode to numbers of `itemsize` bytes."""
-    return {"BLOCK": 64 if powers(width) * itemsize <= 256 else 32, "num_warps": 4, "num_stages": 2}
+    """Slots of a tile, warps and stages, for slots of so many bytes that decode to numbers of `itemsize` bytes.
+
+    A thread decodes at most 16 bytes of a tile at a time, so that what it holds stays in registers.
+    """
+    return {"BLOCK": min(64, max(16, 8192 // (powers(width) * itemsize))), "num_warps": 8, "num_stages": 2}
 
 
 def _alike(scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -83,7 +83,9 @@ def blocks(head_dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
     wide = max(powers(head_dim), powers(value_dim)) * itemsize  # bytes of a row
     if wide <= 256:
         return {"BLOCK": 64, "num_warps": 4, "num_stages": 3}
-    return {"BLOCK": 32 if wide <= 512 else 16, "num_warps": 4, "num_stages": 2}
+    if wide <= 512:
+        return {"BLOCK": 32, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK": 16, "num_warps": 8, "num_stages": 1}
 
 
 def splits_of(rows: int, slots: int, block: int, device: torch.device) -> int:
