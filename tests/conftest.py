@@ -37,6 +37,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core; models this small
     torch.set_num_threads(1)
 
 
+if not torch.cuda.is_available():  # before anything imports Triton: its interpreter runs kernels on a CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `cuda` are skipped where there is no such device."""
     if torch.cuda.is_available():

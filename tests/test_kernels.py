@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcompress import kernels
-from kvcompress.kernels import dense, mass
+from kvcompress.kernels import codes, dense, mass
+from kvcompress.policies.registry import QUANTIZERS
 from tests.strategies import generator
 
 
@@ -38,6 +43,47 @@ def padding(batch: int, tokens: int, seed: int) -> Tensor:
     valid[0, : tokens // 2] = False
     valid[-1, tokens - tokens // 4 :] = False
     return valid
+
+
+def slots_attention(query: Tensor, keys: Tensor, values: Tensor, length: Any, first: int = 0) -> Tensor:
+    """Attention of one query over slots in use in float64; with two lengths, those from slot `first` on have the other."""
+    (batch, kv_heads, slots), heads, slot = (
+        keys.shape[:3],
+        query.shape[1],
+        torch.arange(keys.shape[2], device=keys.device),
+    )
+    used = torch.ones(batch, 1, slots, dtype=torch.bool, device=keys.device)
+    if isinstance(length, tuple):
+        used = torch.where(slot < first, slot < length[0].unsqueeze(-1), slot - first < length[1].unsqueeze(-1))
+    elif length is not None:
+        used = slot < length.unsqueeze(-1)
+    grouped = query.double().reshape(batch, kv_heads, -1, query.shape[3])
+    logits = grouped @ keys.double().transpose(2, 3) * query.shape[3] ** -0.5
+    weights = logits.masked_fill(~used.unsqueeze(2), -torch.inf).softmax(-1).nan_to_num()
+    return (weights @ values.double()).view(batch, heads, 1, -1)
+
+
+def quantized(
+    bits: int | str, shape: tuple[int, ...], group: int, parts: int, dtype: torch.dtype, seed: int
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor]:
+    """Codes drawn at random, with their scales and shifts, and the numbers they stand for in float64."""
+    g, (batch, heads, slots, dim) = generator(seed), shape
+    scale = (torch.rand(batch, heads, slots // group, parts, generator=g) * 0.2 + 0.1).to(dtype)
+    wide = scale.double().repeat_interleave(group, 2).repeat_interleave(dim // parts, 3)
+    if bits == "float8":
+        codes = torch.randn(shape, generator=g).to(torch.float8_e4m3fn)
+        return (codes, scale, None), codes.double() * wide
+    assert isinstance(bits, int)
+    numbers = torch.randint(0, 2**bits, shape, generator=g)
+    if bits == 8:
+        scale, wide = scale / 16, wide / 16
+    shift = torch.rand(scale.shape, generator=g).to(dtype)
+    width = -(-dim * bits // 8)
+    codes = torch.zeros(*shape[:3], width, dtype=torch.uint8)
+    for place in range(dim):
+        codes[..., place % width] |= (numbers[..., place] << bits * (place // width)).to(torch.uint8)
+    exact = numbers * wide - shift.double().repeat_interleave(group, 2).repeat_interleave(dim // parts, 3)
+    return (codes, scale, shift), exact
 
 
 SHAPES = {
@@ -211,11 +257,102 @@ def test_no_tile_is_larger_than_its_budget() -> None:
         assert queries == 16 or queries * keys * heads <= mass._TILE_LOGITS_CPU
 
 
+@given(
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    slots=st.integers(1, 40),
+    per_head=st.booleans(),
+    ragged=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_a_query_attends_over_the_slots_in_use(
+    batch: int, kv_heads: int, group: int, slots: int, per_head: bool, ragged: bool, seed: int
+) -> None:
+    query, keys, values = tensors(batch, kv_heads, group, 1, slots, seed)
+    sets = kv_heads if per_head else 1
+    length = torch.randint(0, slots + 1, (batch, sets), generator=generator(seed)) if ragged else None
+    found = kernels.decode_attention(query, keys, values, 0.25, length)
+    torch.testing.assert_close(found.double(), slots_attention(query, keys, values, length), atol=1e-5, rtol=1e-5)
+
+
+@given(
+    bits=st.sampled_from([2, 4, 8, "float8"]),
+    head_dim=st.sampled_from([8, 20]),
+    group=st.sampled_from([4, 16]),
+    groups=st.integers(1, 3),
+    full=st.integers(0, 5),
+    ragged=st.booleans(),
+    own_rows=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_codes_are_attended_as_what_they_stand_for(
+    bits: int | str, head_dim: int, group: int, groups: int, full: int, ragged: bool, own_rows: bool, seed: int
+) -> None:
+    g, slots = generator(seed), group * groups
+    keys, exact_keys = quantized(bits, (2, 2, slots, head_dim), group, head_dim, torch.float32, seed)
+    values, exact_values = quantized(bits, (2, 2, slots, head_dim), 1, 2, torch.float32, seed + 1)
+    query = torch.randn(2, 4, 1, head_dim, generator=g)
+    others = [torch.randn(2, 2, full, head_dim, generator=g) for _ in range(2)]
+    lengths = tuple(
+        torch.randint(0, size + 1, (2, 2), generator=g) if ragged else torch.full((2, 2), size)
+        for size in (slots, full)
+    )
+    rows = (torch.arange(slots) // group).expand(2, 2, -1) if own_rows else None
+    with pytest.MonkeyPatch.context() as patch:  # several blocks
+        patch.setattr(codes, "_BLOCK", 16)
+        found = kernels.decode_attention_codes(
+            query,
+            *keys,
+            *values,
+            *others,
+            head_dim**-0.5,
+            *(lengths if ragged else (None, None)),
+            key_rows=rows,
+        )
+    exact = torch.cat([exact_keys, others[0].double()], 2), torch.cat([exact_values, others[1].double()], 2)
+    expected = slots_attention(query, *exact, lengths, slots)
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["quanto2", "quanto4", "quanto8", "fp8"])
+def test_quantizers_write_the_layout_that_kernels_read(name: str) -> None:
+    quantizer, keys = QUANTIZERS.create(name, group=8), torch.randn(1, 2, 24, 16, generator=generator(0))
+    for written in (quantizer.encode_keys(keys), quantizer.encode_values(keys)):
+        data = written.data.view(torch.float8_e4m3fn) if name == "fp8" else written.data
+        read = codes.decoded(data, written.scale, written.shift, 16)
+        torch.testing.assert_close(read, quantizer.decode(written))
+
+
+def test_decoding_is_one_graph_for_all_lengths_and_its_operators_one_node() -> None:
+    """In a process of its own: the type checks that tests put on every function are none of the compiler's business."""
+    done = subprocess.run([sys.executable, "-m", "tests.traced_kernels"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_cuda_kernels_give_the_log_sum_exp(dtype: torch.dtype) -> None:
-    query, key, value = (tensor.to("cuda", dtype) for tensor in tensors(2, 2, 3, 77, 77, 0))
-    output, lse = kernels.attention_with_lse(query, key, value, 0.25, causal=True)
-    expected = dense._blockwise(query, key, value, 0.25, None, True)
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize(("past", "causal"), [(0, True), (21, True), (0, False)])
+def test_cuda_kernels_attend_as_blocks_do(dtype: torch.dtype, padded: bool, past: int, causal: bool) -> None:
+    query, key, value = (tensor.to("cuda", dtype) for tensor in tensors(2, 2, 3, 77, 77 + past, 0))
+    valid = padding(2, 77 + past, 0).cuda() if padded else None
+    output, lse = kernels.attention_with_mask(query, key, value, 0.25, valid, causal=causal)
+    expected = dense._blockwise(query, key, value, 0.25, valid, causal)
     torch.testing.assert_close(output, expected[0], atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(lse, expected[1], atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_cuda_graph_holds_decoding_while_lengths_change(dtype: torch.dtype) -> None:
+    query, keys, values = (tensor.to("cuda", dtype) for tensor in tensors(2, 2, 3, 1, 300, 0))
+    length = torch.tensor([[300, 7], [31, 128]], device="cuda")
+    kernels.decode_attention(query, keys, values, 0.25, length)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = kernels.decode_attention(query, keys, values, 0.25, length)
+    length.copy_(torch.tensor([[1, 300], [299, 0]]))
+    graph.replay()
+    expected = slots_attention(query, keys, values, length)
+    torch.testing.assert_close(found.double(), expected, atol=2e-2, rtol=2e-2)

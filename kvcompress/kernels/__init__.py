@@ -1,6 +1,7 @@
 """Attention over the slots of a cache, and what it tells about them; tensors in, tensors out."""
 
 from kvcompress.kernels.blocks import attend_blocks, decode_bias
+from kvcompress.kernels.codes import decode_attention_codes
 from kvcompress.kernels.dense import (
     attention,
     attention_with_lse,
@@ -12,6 +13,7 @@ from kvcompress.kernels.dense import (
 from kvcompress.kernels.mass import attention_mass
 from kvcompress.kernels.probabilities import attention_probabilities
 from kvcompress.kernels.share import attention_share
+from kvcompress.kernels.ragged import decode_attention
 
 __all__ = [
     "attend_blocks",
@@ -23,6 +25,8 @@ __all__ = [
     "attention_with_mask",
     "decode_bias",
     "in_one_dtype",
+    "decode_attention",
+    "decode_attention_codes",
     "masked_attention_with_lse",
     "merge_attention",
 ]

@@ -133,6 +133,28 @@ def masked_attention_with_lse(
     return (probabilities @ value.float()).to(query.dtype), lse
 
 
+def attention_with_slots(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    keys: Float[Tensor, "batch heads slots head_dim"],
+    values: Float[Tensor, "batch heads slots value_dim"],
+    scaling: float,
+    used: Bool[Tensor, "batch sets slots"] | None,
+) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
+    """Attention of a few queries over the slots in use, those of each row or of each head; all if `used` is None.
+
+    Returns:
+        The output in the dtype of `query`, and the log-sum-exp, as from `attention_with_mask`.
+    """
+    if used is None:
+        return attention_with_mask(query, keys, values, scaling, None, causal=False)
+    if query.device.type != "cpu" or keys.shape[3] != values.shape[3]:
+        return masked_attention_with_lse(query, keys, values, scaling, used)
+    bias = torch.zeros(used.shape, dtype=query.dtype, device=query.device).masked_fill_(~used, -torch.inf).unsqueeze(2)
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    output, lse = kernel(query, keys, values, 0.0, False, attn_mask=bias, scale=scaling)
+    return output, lse.masked_fill(~used.any(-1, keepdim=True), -torch.inf)
+
+
 def in_one_dtype(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values in autocast's dtype, or else in that of the queries: fused kernels take no other."""
     dtype, device = query.dtype, query.device.type

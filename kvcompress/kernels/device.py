@@ -6,6 +6,7 @@ import warnings
 from functools import cache
 
 import torch
+from torch import Tensor
 
 
 def runs_triton(device: torch.device) -> bool:
@@ -32,3 +33,25 @@ def _works(device: torch.device) -> bool:
         )
         return False
     return True
+
+
+def launching(tensor: Tensor) -> Tensor:
+    """A tensor as kernels read it: the numbers of its last axis next to each other."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def powers(number: int) -> int:
+    """The power of two, at least 16, that covers a number: the widths that a kernel's blocks can have."""
+    return max(16, 1 << (number - 1).bit_length())
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many of a kernel's programs a device runs side by side, at least."""
+    if device.type != "cuda":
+        return 4
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether a device multiplies matrices as GPUs of compute capability 9.0 and later do."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -1,7 +1,7 @@
 """The attention mass that every key received: the sum of its probabilities over queries and heads.
 
-With the log-sum-exp of a query, the probability of a key is `exp(q k - lse)`: one more pass over tiles of the logits gives
-exact attention mass, and no more than a tile of the `queries x keys` matrix exists at any time.
+With the log-sum-exp of a query, the probability of a key is `exp(q k - lse)`: one more pass over tiles of the logits
+gives exact attention mass, and no more than a tile of the `queries x keys` matrix exists at any time.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def _in_tiles(
     (batch, heads, queries, head_dim), (kv_heads, tokens) = query.shape, keys.shape[1:3]
     past, group, rows = tokens - queries, heads // kv_heads, batch * kv_heads
     query, lse, last_key = _counted(query, lse, valid, first, stride, start, past)
-    counted, alike = query.shape[2], first is None or stride == 1
+    counted, alike = query.shape[2], first is None or stride == 1  # whether all rows count the same queries
     tile_queries, tile_keys = _tile(rows * group, query.device)
     grouped = (
         query.reshape(batch, kv_heads, group, counted, head_dim).transpose(2, 3).float().reshape(rows, -1, head_dim)
@@ -111,7 +111,7 @@ def _counted(
         Queries `[batch, heads, counted, head_dim]`, their log-sum-exp, infinite for those that add nothing, and the
         last keys `[batch or 1, counted]`.
     """
-    batch, heads, queries, head_dim = query.shape
+    heads, queries, head_dim = query.shape[1:]
     index = torch.arange(start, queries, stride, device=query.device).unsqueeze(0)
     seen = None if valid is None else valid[:, past:]
     if first is None or stride == 1:

@@ -1,0 +1,75 @@
+"""Attention of one query per row over buffers of slots, of which each row, or head, uses as many as it holds."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from kvcompress.kernels.dense import in_one_dtype
+from kvcompress.kernels.device import runs_triton
+
+
+def decode_attention(
+    query: Float[Tensor, "batch heads one head_dim"],
+    keys: Float[Tensor, "batch kv_heads slots head_dim"],
+    values: Float[Tensor, "batch kv_heads slots value_dim"],
+    scaling: float,
+    length: Int[Tensor, "batch sets"] | None,
+) -> Float[Tensor, "batch heads one value_dim"]:
+    """Attention of one query per row over the slots in use.
+
+    On CUDA, a Triton kernel reads the slots in use alone, once for the heads of a group, split among as many programs
+    as the shapes ask for: it asks the device nothing, so that a CUDA graph can hold it. Elsewhere, attention with a
+    mask over all slots. Both are one node, or traceable without a break, for `torch.compile`.
+
+    Args:
+        query: one query per row, after rotary embedding.
+        keys: buffer of keys, after rotary embedding; may have more slots than are in use.
+        values: buffer of values.
+        scaling: factor on the logits.
+        length: slots in use, the first ones of each row (`sets` is 1) or of each row and key/value head; None if all
+            are. Whatever lies in other slots counts for nothing if it is finite.
+
+    Returns:
+        The attention output in the dtype of `query` (under autocast, in autocast's); 0 where no slot is in use.
+    """
+    query, keys, values = in_one_dtype(query, keys, values)
+    if query.device.type != "cuda":
+        return _in_torch(query, keys, values, scaling, length)
+    if torch.compiler.is_compiling():
+        return decode_op(query, keys, values, scaling, length)  # type: ignore[no-any-return]
+    return _on_cuda(query, keys, values, scaling, length)
+
+
+def _on_cuda(query: Tensor, keys: Tensor, values: Tensor, scaling: float, length: Tensor | None) -> Tensor:
+    if not runs_triton(query.device):
+        return _in_torch(query, keys, values, scaling, length).contiguous()
+    from kvcompress.kernels.triton_decode import decode
+
+    return decode(query, keys, values, scaling, length)
+
+
+decode_op = torch.library.custom_op(
+    "kvcompress::decode_attention",
+    _on_cuda,
+    mutates_args=(),
+    schema="(Tensor query, Tensor keys, Tensor values, float scaling, Tensor? length) -> Tensor",
+)
+
+
+@decode_op.register_fake
+def _shape(query: Tensor, keys: Tensor, values: Tensor, scaling: float, length: Tensor | None) -> Tensor:
+    return query.new_empty(*query.shape[:3], values.shape[3])
+
+
+def _in_torch(query: Tensor, keys: Tensor, values: Tensor, scaling: float, length: Tensor | None) -> Tensor:
+    """The heads of a group as queries of one head, so that keys and values are repeated nowhere."""
+    batch, heads, _, head_dim = query.shape
+    kv_heads, slots = keys.shape[1:3]
+    grouped, mask = query.reshape(batch, kv_heads, heads // kv_heads, head_dim), None
+    if length is not None:
+        mask = (torch.arange(slots, device=keys.device) < length.unsqueeze(-1)).unsqueeze(2)
+    output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
+    return output.reshape(batch, heads, 1, -1)

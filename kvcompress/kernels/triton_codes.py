@@ -1,0 +1,247 @@
+"""Attention of one query over quantized slots, in Triton: codes are decoded in registers, where they are needed."""
+
+from __future__ import annotations
+
+from typing import Any, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvcompress.kernels.device import launching, powers
+from kvcompress.kernels.triton_decode import attend_splits, merge_splits, splits_of, strides_over_heads
+from kvcompress.kernels.triton_decode import blocks as dense_blocks
+
+
+@triton.jit
+@no_type_check
+def _numbers(data, PART: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr):
+    """The codes of one part of a slot's dimensions as float32."""
+    bits = data.to(tl.int32)
+    if FLOAT8:  # sign, exponent and mantissa at their place in float32, and a factor for the other bias
+        moved = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
+        return moved.to(tl.float32, bitcast=True) * 1.329227995784916e36
+    code = (bits >> (PART * BITS)) & ((1 << BITS) - 1)
+    return (code | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0  # cheaper than converting
+
+
+@triton.jit
+@no_type_check
+def _decoded(
+    data, SCALE, SHIFT, row, row_stride, dim, PART: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr,
+    BITS: tl.constexpr, FLOAT8: tl.constexpr, HAS_SHIFT: tl.constexpr,
+):  # fmt: skip
+    """Keys or values of one part of the dimensions; `SHARED` neighbouring dimensions have one scale."""
+    number = _numbers(data, PART, BITS, FLOAT8)
+    if SHARED % WIDTH == 0:
+        at = row * row_stride + (PART * WIDTH) // SHARED
+    else:
+        at = row * row_stride + (PART * WIDTH + dim) // SHARED
+    number = number * tl.load(SCALE + at).to(tl.float32)
+    if HAS_SHIFT:
+        number = number - tl.load(SHIFT + at).to(tl.float32)
+    return number.to(SCALE.dtype.element_ty)
+
+
+@triton.jit(do_not_specialize=["slots", "splits"])
+@no_type_check
+def codes_kernel(  # noqa: C901  (most branches are of the compiler: constants decide them)
+    Q, K, K_SCALE, K_SHIFT, K_ROWS, V, V_SCALE, V_SHIFT, V_ROWS, LENGTH, OUT, LSE, scale, slots, q_row, q_head,
+    k_row, k_head, k_slot, ks_row, ks_head, ks_slot, kr_row, kr_head, v_row, v_head, v_slot, vs_row, vs_head, vs_slot,
+    vr_row, vr_head, length_row, length_head, splits,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    DIMS: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, HAS_SHIFT: tl.constexpr, K_HAS_ROWS: tl.constexpr,
+    V_HAS_ROWS: tl.constexpr, K_SLOTS: tl.constexpr, V_SLOTS: tl.constexpr, K_SHARED: tl.constexpr,
+    V_SHARED: tl.constexpr, HAS_LENGTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: one key/value head of one row (`HEADS` of them), one share of its coded slots in use.
+
+    A byte holds a number of each of `D / WIDTH` parts of a slot's dimensions; `DIMS` covers `WIDTH`. Without rows of
+    their own, `K_SLOTS` and `V_SLOTS` neighbouring slots have one row of scales. Reads outside of a share or a slot are
+    moved inside, where they are finite, and their results are left out.
+    """
+    pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, head = pair // HEADS, pair % HEADS
+    used = slots
+    if HAS_LENGTH:
+        used = tl.minimum(tl.load(LENGTH + row * length_row + head * length_head).to(tl.int32), slots)
+    share = tl.cdiv(tl.cdiv(used, splits), BLOCK) * BLOCK
+    start = split * share
+    end = tl.minimum(start + share, used)
+    member, place = tl.arange(0, GROUP_BLOCK), tl.arange(0, DIMS)
+    dim = tl.minimum(place, WIDTH - 1)
+    q_at = Q + row * q_row + (head * GROUP + member[:, None]) * q_head + place[None, :]
+    q_mask = (member < GROUP)[:, None] & (place < WIDTH)[None, :]
+    q_0 = tl.load(q_at, mask=q_mask, other=0.0)
+    if BITS <= 4:
+        q_1 = tl.load(q_at + WIDTH, mask=q_mask & (place + WIDTH < D)[None, :], other=0.0)
+    if BITS <= 2:
+        q_2 = tl.load(q_at + 2 * WIDTH, mask=q_mask & (place + 2 * WIDTH < D)[None, :], other=0.0)
+        q_3 = tl.load(q_at + 3 * WIDTH, mask=q_mask & (place + 3 * WIDTH < D)[None, :], other=0.0)
+    keys, values = K + row * k_row + head * k_head, V + row * v_row + head * v_head
+    k_scale, k_shift = K_SCALE + row * ks_row + head * ks_head, K_SHIFT + row * ks_row + head * ks_head
+    v_scale, v_shift = V_SCALE + row * vs_row + head * vs_head, V_SHIFT + row * vs_row + head * vs_head
+    top = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_BLOCK], tl.float32)
+    sum_0 = tl.zeros([GROUP_BLOCK, DIMS], tl.float32)
+    sum_1 = tl.zeros([GROUP_BLOCK, DIMS], tl.float32)
+    sum_2 = tl.zeros([GROUP_BLOCK, DIMS], tl.float32)
+    sum_3 = tl.zeros([GROUP_BLOCK, DIMS], tl.float32)
+    for first in range(start, end, BLOCK):
+        slot = first + tl.arange(0, BLOCK)
+        inside = slot < end
+        slot = tl.minimum(slot, end - 1).to(tl.int64)
+        if K_HAS_ROWS:
+            k_at = tl.load(K_ROWS + row * kr_row + head * kr_head + slot).to(tl.int64)[None, :]
+        elif K_SLOTS % BLOCK == 0:
+            k_at = first // K_SLOTS
+        else:
+            k_at = (slot // K_SLOTS)[None, :]
+        if V_HAS_ROWS:
+            v_at = tl.load(V_ROWS + row * vr_row + head * vr_head + slot).to(tl.int64)[:, None]
+        else:
+            v_at = (slot // V_SLOTS)[:, None]
+        data = tl.load(keys + slot[None, :] * k_slot + dim[:, None])
+        k = _decoded(data, k_scale, k_shift, k_at, ks_slot, dim[:, None], 0, WIDTH, K_SHARED, BITS, FLOAT8, HAS_SHIFT)
+        logits = tl.dot(q_0, k, input_precision=PRECISION)
+        if BITS <= 4:
+            k = _decoded(
+                data, k_scale, k_shift, k_at, ks_slot, dim[:, None], 1, WIDTH, K_SHARED, BITS, FLOAT8, HAS_SHIFT
+            )
+            logits = tl.dot(q_1, k, logits, input_precision=PRECISION)
+        if BITS <= 2:
+            k = _decoded(
+                data, k_scale, k_shift, k_at, ks_slot, dim[:, None], 2, WIDTH, K_SHARED, BITS, FLOAT8, HAS_SHIFT
+            )
+            logits = tl.dot(q_2, k, logits, input_precision=PRECISION)
+            k = _decoded(
+                data, k_scale, k_shift, k_at, ks_slot, dim[:, None], 3, WIDTH, K_SHARED, BITS, FLOAT8, HAS_SHIFT
+            )
+            logits = tl.dot(q_3, k, logits, input_precision=PRECISION)
+        logits = tl.where(inside[None, :], logits * scale, float("-inf"))
+        new = tl.maximum(top, tl.max(logits, 1))
+        p, keep = tl.exp(logits - new[:, None]), tl.exp(top - new)
+        total, top = total * keep + tl.sum(p, 1), new
+        p = p.to(V_SCALE.dtype.element_ty)
+        data = tl.load(values + slot[:, None] * v_slot + dim[None, :])
+        v = _decoded(data, v_scale, v_shift, v_at, vs_slot, dim[None, :], 0, WIDTH, V_SHARED, BITS, FLOAT8, HAS_SHIFT)
+        sum_0 = sum_0 * keep[:, None] + tl.dot(p, v, input_precision=PRECISION)
+        if BITS <= 4:
+            v = _decoded(
+                data, v_scale, v_shift, v_at, vs_slot, dim[None, :], 1, WIDTH, V_SHARED, BITS, FLOAT8, HAS_SHIFT
+            )
+            sum_1 = sum_1 * keep[:, None] + tl.dot(p, v, input_precision=PRECISION)
+        if BITS <= 2:
+            v = _decoded(
+                data, v_scale, v_shift, v_at, vs_slot, dim[None, :], 2, WIDTH, V_SHARED, BITS, FLOAT8, HAS_SHIFT
+            )
+            sum_2 = sum_2 * keep[:, None] + tl.dot(p, v, input_precision=PRECISION)
+            v = _decoded(
+                data, v_scale, v_shift, v_at, vs_slot, dim[None, :], 3, WIDTH, V_SHARED, BITS, FLOAT8, HAS_SHIFT
+            )
+            sum_3 = sum_3 * keep[:, None] + tl.dot(p, v, input_precision=PRECISION)
+    seen = total > 0
+    total = tl.where(seen, total, 1.0)
+    at = (split * tl.num_programs(0) + pair) * GROUP + member
+    out = OUT + at[:, None] * D + place[None, :]
+    tl.store(out, sum_0 / total[:, None], mask=q_mask)
+    if BITS <= 4:
+        tl.store(out + WIDTH, sum_1 / total[:, None], mask=q_mask & (place + WIDTH < D)[None, :])
+    if BITS <= 2:
+        tl.store(out + 2 * WIDTH, sum_2 / total[:, None], mask=q_mask & (place + 2 * WIDTH < D)[None, :])
+        tl.store(out + 3 * WIDTH, sum_3 / total[:, None], mask=q_mask & (place + 3 * WIDTH < D)[None, :])
+    tl.store(LSE + at, tl.where(seen, top + tl.log(total), float("-inf")), mask=member < GROUP)
+
+
+def blocks(width: int, itemsize: int) -> dict[str, int]:
+    """Slots of a tile, warps and stages, for slots of so many bytes that decode to numbers of `itemsize` bytes.
+
+    A thread decodes at most 16 bytes of a tile at a time, so that what it holds stays in registers.
+    """
+    return {"BLOCK": min(64, max(16, 8192 // (powers(width) * itemsize))), "num_warps": 8, "num_stages": 2}
+
+
+def _alike(scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Scales and shifts that one set of strides serves; stores keep them so."""
+    if scale.stride(3) == 1 and (shift is None or shift.stride() == scale.stride()):
+        return scale, shift
+    return scale.contiguous(), None if shift is None else shift.contiguous()
+
+
+def decode_codes(
+    query: Tensor,
+    key_codes: Tensor,
+    key_scale: Tensor,
+    key_shift: Tensor | None,
+    value_codes: Tensor,
+    value_scale: Tensor,
+    value_shift: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float,
+    coded: Tensor | None,
+    length: Tensor | None,
+    key_rows: Tensor | None,
+    value_rows: Tensor | None,
+) -> Tensor:
+    """Attention as in `decode_attention_codes`: shares of coded slots, shares of the others, and one merge."""
+    (batch, heads, _, head_dim), (kv_heads, slots, width) = query.shape, key_codes.shape[1:4]
+    query, device, group = launching(query), keys.device, heads // kv_heads
+    tile: dict[str, Any] = blocks(width, query.element_size())
+    dense_tile = dense_blocks(head_dim, head_dim, query.element_size())["BLOCK"]
+    of_codes = splits_of(batch * kv_heads, slots, tile["BLOCK"], device)
+    of_dense = splits_of(batch * kv_heads, keys.shape[2], dense_tile, device) if keys.shape[2] else 0
+    parts = torch.empty(of_codes + of_dense, batch * heads, head_dim, dtype=torch.float32, device=device)
+    lse = torch.empty(of_codes + of_dense, batch * heads, dtype=torch.float32, device=device)
+    float8 = key_codes.dtype == torch.float8_e4m3fn
+    key_data, value_data = (launching(codes.view(torch.uint8)) for codes in (key_codes, value_codes))
+    (key_scale, key_shift), (value_scale, value_shift) = _alike(key_scale, key_shift), _alike(value_scale, value_shift)
+    codes_kernel[(batch * kv_heads, of_codes)](
+        query,
+        key_data,
+        key_scale,
+        key_scale if key_shift is None else key_shift,
+        key_data if key_rows is None else key_rows,
+        value_data,
+        value_scale,
+        value_scale if value_shift is None else value_shift,
+        value_data if value_rows is None else value_rows,
+        lse if coded is None else coded,
+        parts,
+        lse,
+        scaling,
+        slots,
+        *query.stride()[:2],
+        *key_data.stride()[:3],
+        *key_scale.stride()[:3],
+        *((0, 0) if key_rows is None else key_rows.stride()[:2]),
+        *value_data.stride()[:3],
+        *value_scale.stride()[:3],
+        *((0, 0) if value_rows is None else value_rows.stride()[:2]),
+        *strides_over_heads(coded),
+        of_codes,
+        HEADS=kv_heads,
+        GROUP=group,
+        GROUP_BLOCK=powers(group),
+        D=head_dim,
+        WIDTH=width,
+        DIMS=powers(width),
+        BITS=8 // -(-head_dim // width),
+        FLOAT8=float8,
+        HAS_SHIFT=key_shift is not None,
+        K_HAS_ROWS=key_rows is not None,
+        V_HAS_ROWS=value_rows is not None,
+        K_SLOTS=1 if key_rows is not None else slots // key_scale.shape[2],
+        V_SLOTS=1 if value_rows is not None else slots // value_scale.shape[2],
+        K_SHARED=head_dim // key_scale.shape[3],
+        V_SHARED=head_dim // value_scale.shape[3],
+        HAS_LENGTH=coded is not None,
+        PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee",
+        **tile,
+    )
+    if of_dense:
+        attend_splits(query.squeeze(2), keys, values, scaling, length, of_dense, parts[of_codes:], lse[of_codes:])
+    out = torch.empty(batch, heads, 1, head_dim, dtype=query.dtype, device=device)
+    merge_splits(parts, lse, out.view(batch * heads, -1))
+    return out

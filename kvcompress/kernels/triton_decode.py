@@ -1,0 +1,179 @@
+"""Attention of one query over the slots in use, in Triton: each program takes a share of a head's slots (split-K)."""
+
+from __future__ import annotations
+
+from typing import Any, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvcompress.kernels.device import launching, multiprocessors, powers
+
+_MOST_SPLITS = 128
+
+
+@triton.jit(do_not_specialize=["slots", "splits"])
+@no_type_check
+def decode_kernel(
+    Q, K, V, LENGTH, OUT, LSE, scale, slots, q_row, q_head, k_row, k_head, k_slot, v_row, v_head, v_slot, length_row,
+    length_head, splits,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr,
+    VALUE_D: tl.constexpr, VALUE_DIMS: tl.constexpr, HAS_LENGTH: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: one key/value head of one row (`HEADS` of them), one share of its slots in use."""
+    pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    row, head = pair // HEADS, pair % HEADS
+    used = slots
+    if HAS_LENGTH:
+        used = tl.minimum(tl.load(LENGTH + row * length_row + head * length_head).to(tl.int32), slots)
+    share = tl.cdiv(tl.cdiv(used, splits), BLOCK) * BLOCK
+    start = split * share
+    end = tl.minimum(start + share, used)
+    member, dim, value_dim = tl.arange(0, GROUP_BLOCK), tl.arange(0, DIMS), tl.arange(0, VALUE_DIMS)
+    q_at = Q + row * q_row + (head * GROUP + member[:, None]) * q_head + dim[None, :]
+    q = tl.load(q_at, mask=(member < GROUP)[:, None] & (dim < D)[None, :], other=0.0)
+    keys, values = K + row * k_row + head * k_head, V + row * v_row + head * v_head
+    top = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_BLOCK], tl.float32)
+    summed = tl.zeros([GROUP_BLOCK, VALUE_DIMS], tl.float32)
+    for first in range(start, end, BLOCK):
+        slot = (first + tl.arange(0, BLOCK)).to(tl.int64)
+        inside = slot < end
+        k_mask = inside[None, :] & (dim < D)[:, None]
+        k = tl.load(keys + slot[None, :] * k_slot + dim[:, None], mask=k_mask, other=0.0)
+        logits = tl.dot(q, k, input_precision=PRECISION) * scale
+        logits = tl.where(inside[None, :], logits, float("-inf"))
+        new = tl.maximum(top, tl.max(logits, 1))
+        p, keep = tl.exp(logits - new[:, None]), tl.exp(top - new)
+        v_mask = inside[:, None] & (value_dim < VALUE_D)[None, :]
+        v = tl.load(values + slot[:, None] * v_slot + value_dim[None, :], mask=v_mask, other=0.0)
+        summed = summed * keep[:, None] + tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        total, top = total * keep + tl.sum(p, 1), new
+    seen = total > 0
+    total = tl.where(seen, total, 1.0)
+    at = (split * tl.num_programs(0) + pair) * GROUP + member
+    out_mask = (member < GROUP)[:, None] & (value_dim < VALUE_D)[None, :]
+    tl.store(OUT + at[:, None] * VALUE_D + value_dim[None, :], summed / total[:, None], mask=out_mask)
+    tl.store(LSE + at, tl.where(seen, top + tl.log(total), float("-inf")), mask=member < GROUP)
+
+
+@triton.jit(do_not_specialize=["heads", "splits"])
+@no_type_check
+def merge_kernel(
+    PARTS, LSE, OUT, heads, splits, D: tl.constexpr, DIMS: tl.constexpr, SPLITS: tl.constexpr
+):  # fmt: skip
+    """One program: one head of one row, some of its dimensions. `SPLITS` covers `splits`."""
+    head = tl.program_id(0).to(tl.int64)
+    dim, split = tl.program_id(1) * DIMS + tl.arange(0, DIMS), tl.arange(0, SPLITS)
+    lse = tl.load(LSE + split * heads + head, mask=split < splits, other=float("-inf"))
+    top = tl.max(lse, 0)
+    weight = tl.exp(lse - tl.where(top == float("-inf"), 0.0, top))
+    mask = (split < splits)[:, None] & (dim < D)[None, :]
+    parts = tl.load(PARTS + (split[:, None] * heads + head) * D + dim[None, :], mask=mask, other=0.0)
+    total = tl.sum(weight, 0)
+    out = tl.sum(parts * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+    tl.store(OUT + head * D + dim, out.to(OUT.dtype.element_ty), mask=dim < D)
+
+
+def blocks(head_dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
+    """Slots of a tile, warps and stages, so that a program's shared memory stays below 96 KiB."""
+    wide = max(powers(head_dim), powers(value_dim)) * itemsize  # bytes of a row
+    if wide <= 256:
+        return {"BLOCK": 64, "num_warps": 4, "num_stages": 3}
+    if wide <= 512:
+        return {"BLOCK": 32, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK": 16, "num_warps": 8, "num_stages": 1}
+
+
+def splits_of(rows: int, slots: int, block: int, device: torch.device) -> int:
+    """Shares of a head's slots: enough programs for the device, at least two tiles each; from shapes alone."""
+    return max(1, min(triton.cdiv(4 * multiprocessors(device), rows), slots // (2 * block), _MOST_SPLITS))
+
+
+def merge_splits(parts: Tensor, lse: Tensor, out: Tensor) -> Tensor:
+    """Joins the attention of the same queries over disjoint slots.
+
+    Args:
+        parts: output of each share, float32 `[splits, heads, value_dim]`; contiguous, as all of these.
+        lse: log-sum-exp of each share, `[splits, heads]`.
+        out: where the joined output goes, `[heads, value_dim]` in any dtype; 0 for a head that saw nothing.
+    """
+    splits, heads, value_dim = parts.shape
+    dims = min(64, powers(value_dim))
+    grid = (heads, triton.cdiv(value_dim, dims))
+    merge_kernel[grid](parts, lse, out, heads, splits, D=value_dim, DIMS=dims, SPLITS=powers(splits), num_warps=4)
+    return out
+
+
+def attend_splits(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float,
+    length: Tensor | None,
+    splits: int,
+    parts: Tensor,
+    lse: Tensor,
+) -> None:
+    """Attention of one query of each head over the slots in use, a share at a time.
+
+    Args:
+        query: `[batch, heads, head_dim]` in the dtype of keys and values.
+        keys: `[batch, kv_heads, slots, head_dim]`.
+        values: `[batch, kv_heads, slots, value_dim]`.
+        scaling: factor on the logits.
+        length: slots in use, `[batch, 1 or kv_heads]`; None if all are.
+        splits: shares.
+        parts: where the output of each share goes, float32 `[splits, batch * heads, value_dim]`.
+        lse: where its log-sum-exp goes, `[splits, batch * heads]`; minus infinity where a share is empty.
+    """
+    (batch, kv_heads, slots, head_dim), heads, value_dim = keys.shape, query.shape[1], values.shape[3]
+    group = heads // kv_heads
+    query, keys, values = launching(query), launching(keys), launching(values)
+    tile: dict[str, Any] = blocks(head_dim, value_dim, keys.element_size())
+    decode_kernel[(batch * kv_heads, splits)](
+        query,
+        keys,
+        values,
+        lse if length is None else length,
+        parts,
+        lse,
+        scaling,
+        slots,
+        *query.stride()[:2],
+        *keys.stride()[:3],
+        *values.stride()[:3],
+        *strides_over_heads(length),
+        splits,
+        HEADS=kv_heads,
+        GROUP=group,
+        GROUP_BLOCK=powers(group),
+        D=head_dim,
+        DIMS=powers(head_dim),
+        VALUE_D=value_dim,
+        VALUE_DIMS=powers(value_dim),
+        HAS_LENGTH=length is not None,
+        PRECISION="tf32x3" if keys.dtype == torch.float32 else "ieee",
+        **tile,
+    )
+
+
+def strides_over_heads(length: Tensor | None) -> tuple[int, int]:
+    """Steps from one row, and from one key/value head, to the next of `[batch, 1 or kv_heads]` numbers."""
+    return (0, 0) if length is None else (length.stride(0), length.stride(1) if length.shape[1] > 1 else 0)
+
+
+def decode(query: Tensor, keys: Tensor, values: Tensor, scaling: float, length: Tensor | None) -> Tensor:
+    """Attention as in `decode_attention`, over keys and values in the query's dtype."""
+    batch, heads, _, head_dim = query.shape
+    tile = blocks(head_dim, values.shape[3], keys.element_size())["BLOCK"]
+    splits = splits_of(batch * keys.shape[1], keys.shape[2], tile, keys.device)
+    parts = torch.empty(splits, batch * heads, values.shape[3], dtype=torch.float32, device=keys.device)
+    lse = torch.empty(splits, batch * heads, dtype=torch.float32, device=keys.device)
+    attend_splits(query.squeeze(2), keys, values, scaling, length, splits, parts, lse)
+    out = torch.empty(batch, heads, 1, values.shape[3], dtype=query.dtype, device=keys.device)
+    merge_splits(parts, lse, out.view(batch * heads, -1))
+    return out
