@@ -14,6 +14,7 @@ from kvcompress.cache import argument
 from kvcompress.errors import UnsupportedModeError
 from tests import tiny
 
+pytestmark = pytest.mark.quick
 NAMES = ("cache", "past_key_values")
 
 

@@ -13,6 +13,7 @@ from kvcompress import CompressedCache
 from kvcompress.errors import CacheStateError, UnsupportedModeError
 from tests import tiny
 
+pytestmark = pytest.mark.quick
 SEEN = 21  # of a prompt of 20, two tokens, the last of which was not read
 HOW: dict[str, Any] = {"max_new_tokens": 2, "do_sample": False}
 
@@ -26,7 +27,7 @@ def first_turn(rows: int = 1, **how: Any) -> tuple[Any, CompressedCache, Tensor]
 
 @pytest.mark.parametrize("how", [{}, {"prefill_chunk_size": 4}, {"num_beams": 2}], ids=str)
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("tokens", [1, 5, 12, SEEN - 1, SEEN, SEEN + 1, 2 * SEEN, 3 * SEEN])
+@pytest.mark.parametrize("tokens", [1, 12, SEEN, SEEN + 1, 2 * SEEN])
 def test_the_ids_of_a_new_turn_alone_are_refused(tokens: int, masked: bool, how: dict[str, Any]) -> None:
     model, cache, said = first_turn(**how)
     assert cache.get_seq_length() == SEEN
@@ -74,8 +75,8 @@ def test_other_ids_in_columns_of_padding_are_the_same_conversation() -> None:
         model.generate(said, attention_mask=mask, **tiny.with_cache(cache), **HOW)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 7, 20])
-@pytest.mark.parametrize("padding", [3, 4, 8, 19])
+@pytest.mark.parametrize("chunk", [1, 7])
+@pytest.mark.parametrize("padding", [4, 8, 19])
 def test_a_batch_padded_on_the_left_comes_in_chunks(chunk: int, padding: int) -> None:
     inputs = tiny.inputs("llama", 20, seed=1, batch=2)
     inputs["attention_mask"][1, :padding] = 0

@@ -132,7 +132,7 @@ class _Generate:
         cache = cache_among(kwargs)
         if isinstance(cache, ObservesInputs):
             cache.before_turn(kwargs if inputs is None else {**kwargs, "input_ids": inputs})
-        return type(model).generate(model, inputs, *args, **kwargs)  # type: ignore[attr-defined, union-attr]
+        return type(model).generate(model, inputs, *args, **kwargs)  # type: ignore[union-attr]
 
     def __reduce__(self) -> tuple[type[_Generate], tuple[PreTrainedModel | None]]:
         return type(self), (self.model(),)
