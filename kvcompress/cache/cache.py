@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +19,7 @@ from transformers.cache_utils import Cache
 
 from kvcompress.cache import attention, hooks
 from kvcompress.cache.allocation import Allocation, Rule, allocate
+from kvcompress.cache.calls import Calls
 from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.report import CacheReport
@@ -81,15 +83,19 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         layers = len(adapter.layers(model))
         if self.config.reducer is not None:
             self.config.reducer.acts_after(layers)  # complains before anything is touched
-        self._adapter, self._decoder = adapter, weakref.ref(adapter.decoder(model))
+        decoder = adapter.decoder(model)
+        self._adapter, self._decoder = adapter, weakref.ref(decoder)
+        # A bare decoder may be part of a model that sees images, which its adapter cannot know.
+        may_see_images, reduces = adapter.sees_images or decoder is model, self.config.reducer is not None
+        self._calls = Calls(reduces or (may_see_images and self.config.reads_modality), adapter.sees_images, reduces)
         self._heads, self._reserve = adapter.head_group(model), reserve
         self._sequence = Sequence()
         super().__init__(
             layers=[CompressedLayer(number, self.config, self._sequence, self._heads) for number in range(layers)]
         )
         self._forget()
-        attention.install(adapter.decoder(model), adapter.attention_modules(model))
-        hooks.observe(model, adapter)
+        attention.install(decoder, adapter.attention_modules(model))
+        hooks.observe(model, decoder, adapter)
         if self.config.reducer is not None:
             hooks.reduce_between(adapter.layers(model))
 
@@ -106,6 +112,24 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     def __repr__(self) -> str:
         return f"CompressedCache({self.config!r}, seen={self._sequence.seen})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuses to be pickled, since the model stays behind.
+
+        Raises:
+            UnsupportedModeError: naming the ways out.
+        """
+        raise UnsupportedModeError(
+            "cache: it belongs to a model of this process and cannot be pickled; within the process, take "
+            "copy.deepcopy(cache); for another one, write cache.config.dump(path), make a CompressedCache(model, path) "
+            "there and run the prompt again"
+        )
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -457,6 +481,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     def reduce(self, layer: int, hidden: Tensor) -> tuple[Tensor, Reduction] | None:
         """What goes into a decoder layer where a reducer acts; called by the hooks on the layers."""
+        if torch.compiler.is_compiling():
+            return None
+        self._calls.layer(layer)
         step = self._step
         if step is None or step.reduction is None or step.next_layer != layer or layer < step.reduction.points[0]:
             return None
@@ -482,12 +509,15 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """Takes the new tokens of a layer; the attention function stores them.
 
         Raises:
-            CacheStateError: if an earlier forward failed half-way, or the cache belongs to another model.
+            CacheStateError: if an earlier forward failed half-way, the cache belongs to another model, or the hooks did
+                not see the call.
             UnsupportedModeError: if the model trains or its attention was switched away.
         """
-        if layer_idx == 0 and not torch.compiler.is_compiling():
-            self._check_decoder()
-            self._check_ready()
+        if not torch.compiler.is_compiling():
+            if layer_idx == 0:
+                self._check_decoder()
+                self._check_ready()
+            self._calls.check(layer_idx)
         if layer_idx >= len(self.layers):
             raise CacheStateError(f"layer {layer_idx}: the cache was made for a model of {len(self.layers)} layers")
         return attention.attach(key_states, self, layer_idx), value_states
@@ -540,6 +570,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         self._sequence = Sequence()
         for layer in self.layers:
             layer.forget(self._sequence)
+        self._calls.crop(0)
         self._forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -588,6 +619,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 for layer in self.layers:
                     layer.drop_from(sequence.row_seen - gone)
                 sequence.crop(sequence.seen - columns, gone)
+                self._calls.crop(sequence.seen)
         self.compress()
 
     def activate_past_recording(self) -> None:
@@ -609,10 +641,11 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             UnsupportedModelError: if the places of image tokens in their images cannot be known, which a reducer needs.
             CacheStateError: for an attention mask that does not cover what was seen.
         """
-        hooks.check_inputs(inputs, self._sequence.seen)
-        self._layout = None
-        mask = inputs.get("attention_mask")
-        self._new_valid = mask[:, -1] if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if torch.compiler.is_compiling():  # a decode step
+            return
+        self._catch_up_if_needed()
+        self._calls.model(inputs, self._sequence.seen, self._recording)
+        self._forget_images()
         if is_image is not None:
             if self.config.reducer is not None and bool(is_image.any()):
                 if self._recording:
@@ -623,6 +656,45 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                     )
                 self._layout = layout()
             self._sequence.mark_images(is_image)
+
+    def before_decoder(self, decoder: nn.Module, inputs: dict[str, Any]) -> None:
+        """Looks at the decoder that is about to run and at its inputs; called by the hook on it.
+
+        Raises:
+            CacheStateError: if the cache was made for another model.
+            UnsupportedModeError: if the decoder was called by itself where a policy has to know what is an image.
+        """
+        if torch.compiler.is_compiling():
+            return
+        own = self._decoder()
+        if own is None:
+            raise CacheStateError("cache: the model it was made for no longer exists; make a new cache for this one")
+        if own is not decoder:
+            raise CacheStateError(
+                f"cache: it was made for another model than this {type(decoder).__name__}; make a CompressedCache for "
+                "each model, also for a copy of one"
+            )
+        self._catch_up_if_needed()
+        if self._calls.decoder(inputs, self._sequence.seen):
+            self._forget_images()
+        mask = inputs.get("attention_mask")
+        self._new_valid = mask[:, -1] if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    def before_turn(self, inputs: dict[str, Any]) -> None:
+        """Looks at what `generate` was given, before it cuts off what was seen.
+
+        Raises:
+            CacheStateError: if the ids do not begin with what the cache has seen, or the mask does not cover it.
+            UnsupportedModeError: for a row of padding alone.
+        """
+        self._catch_up_if_needed()
+        self._calls.turn(inputs, self._sequence.seen)
+
+    def _forget_images(self) -> None:
+        """Drops what an earlier call said of images that never came."""
+        self._layout, sequence = None, self._sequence
+        if sequence.is_image is not None and sequence.is_image.shape[1] > sequence.seen:
+            sequence.is_image = sequence.is_image[:, : sequence.seen]
 
     # -- kvcompress's own ----------------------------------------------------------------------------------------------
 
@@ -755,6 +827,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 layer.select_rows(index, rows)
             if self._table is not None:
                 self._table.select_rows(index, rows)
+            self._calls.select_rows(index)
         if (
             len(rows) != before
             and self.config.budget.bytes is not None
@@ -827,7 +900,7 @@ def restore(model: PreTrainedModel) -> None:
     """
     adapter = adapter_for(model)
     attention.uninstall(adapter.decoder(model), adapter.attention_modules(model))
-    for module in (model, *adapter.layers(model)):
+    for module in (model, adapter.decoder(model), *adapter.layers(model)):
         hooks.remove(module)
 
 

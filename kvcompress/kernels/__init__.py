@@ -12,8 +12,8 @@ from kvcompress.kernels.dense import (
 )
 from kvcompress.kernels.mass import attention_mass
 from kvcompress.kernels.probabilities import attention_probabilities
-from kvcompress.kernels.share import attention_share
 from kvcompress.kernels.ragged import decode_attention
+from kvcompress.kernels.share import attention_share
 
 __all__ = [
     "attend_blocks",
@@ -23,10 +23,10 @@ __all__ = [
     "attention_share",
     "attention_with_lse",
     "attention_with_mask",
-    "decode_bias",
-    "in_one_dtype",
     "decode_attention",
     "decode_attention_codes",
+    "decode_bias",
+    "in_one_dtype",
     "masked_attention_with_lse",
     "merge_attention",
 ]
