@@ -152,7 +152,7 @@ class Reduction:
         """
         takes = self._takes.to(tensor.device)
         if tensor.shape[0] == 1:
-            return tensor[0].index_select(0, takes.flatten()).unflatten(0, takes.shape)
+            return tensor[0].index_select(0, takes.flatten()).view(*takes.shape, *tensor.shape[2:])
         return _taken(tensor, takes)
 
     def spread(self, hidden: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch columns hidden"]:
@@ -230,8 +230,8 @@ def _starts(batch: int, columns: int, device: torch.device) -> Int[Tensor, "batc
 
 def _taken(tensor: Tensor, columns: Int[Tensor, "batch fewer"]) -> Tensor:
     """Some columns of each row of a tensor `[batch, columns, ...]`."""
-    places = columns + _starts(*tensor.shape[:2], tensor.device)
-    return tensor.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, columns.shape)
+    places = columns + _starts(tensor.shape[0], tensor.shape[1], tensor.device)
+    return tensor.flatten(0, 1).index_select(0, places.flatten()).view(*columns.shape, *tensor.shape[2:])
 
 
 def _blank(facts: Int[Tensor, "batch tokens facts"], valid: Bool[Tensor, "batch tokens"] | None) -> Tensor:

@@ -71,8 +71,8 @@ class Scorer(Policy):
             layer: the layer right after its attention.
 
         Returns:
-            One score per key/value head and slot, `[batch, kv_heads, tokens]`, floating point, finite; where a slot holds
-            no token it means nothing. A row scores as it would alone.
+            One score per key/value head and slot, `[batch, kv_heads, tokens]`, floating point, finite; where a slot
+            holds no token it means nothing. A row scores as it would alone.
         """
 
     def importance(self, score: Importance, queries: Int[Tensor, "batch sets tokens"]) -> Importance:
@@ -172,9 +172,7 @@ class Evictor(Policy):
         """Most recents that decode steps can protect; None if any number."""
         return None
 
-    def pinned(
-        self, kept: Int[Tensor, " batch"], sinks: Int[Tensor, " batch"], recents: int
-    ) -> Int[Tensor, " batch"]:
+    def pinned(self, kept: Int[Tensor, " batch"], sinks: Int[Tensor, " batch"], recents: int) -> Int[Tensor, " batch"]:
         """Number of slots of each row, in the order of their tokens, that never leave by age; the sinks never do.
 
         Args:

@@ -276,9 +276,9 @@ class DecodeContext:
 
 @dataclass(frozen=True)
 class ReductionContext:
-    """What a reducer sees between two decoder layers: the tokens of this forward that have come so far, all rows at once.
+    """What a reducer sees between two decoder layers: the tokens of this forward that have come so far, row by row.
 
-    Rows that have fewer tokens than others have their padding first.
+    All rows are shown at once. Rows that have fewer tokens than others have their padding first.
 
     Attributes:
         stage: number of the reduction, from 0.
