@@ -109,7 +109,7 @@ def _windows(layer: ReductionContext, across: Int[Tensor, "batch one"]) -> Int[T
     grids = layer.grid + 1
     counts = grids.new_zeros(len(grids), 1 + max(map(len, layer.grids)))
     tokens = counts.scatter_add(1, grids, torch.ones_like(grids)).gather(1, grids)
-    down, right = _band(layer.cell, layer.size, across.unsqueeze(-1)).unbind(-1)
+    down, right = _band(layer.cell, layer.size.clamp(min=0), across.unsqueeze(-1)).unbind(-1)
     window = layer.grid * across**2 + down * across + right
     return window.masked_fill((layer.grid < 0) | (tokens < _LEAST * across**2), -1)
 
