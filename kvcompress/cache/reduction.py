@@ -211,7 +211,8 @@ class Reduction:
 
     def _note(self, layer: int, into: Int[Tensor, "batch tokens"]) -> None:
         """Follows each column to the column that it is part of now."""
-        target = torch.where(into < 0, -1, self._columns.gather(1, into.clamp(min=0)))
+        inside = into.clamp(min=0, max=into.shape[1] - 1)  # of padding it may be anything
+        target = torch.where(into < 0, -1, self._columns.gather(1, inside))
         if self.valid is not None:
             target = torch.where(self.valid, target, self._columns)
         own = torch.arange(self._queries, device=into.device).repeat(len(into), 1)
