@@ -1,21 +1,66 @@
-"""How many slots each layer of each row may hold."""
+"""How many slots each layer may hold, and how that grows with the tokens seen."""
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from kvcompress.cache.sequence import Sequence
-from kvcompress.cache.store import DenseStore
+from kvcompress.cache.sequence import Counts
 from kvcompress.config import CompressionConfig
-from kvcompress.config.budget import Budget
 from kvcompress.errors import BudgetWarning
 from kvcompress.policies.context import AllocationContext
+
+_ROUNDING = 1e-6  # of a product of floats that means a whole number
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a budget says of the slots of one row over all layers.
+
+    Attributes:
+        fraction: of the tokens seen; None where the total is fixed.
+        fixed: slots over all layers, whatever was seen.
+        layers: decoder layers.
+        sinks: first tokens that every layer keeps.
+        recents: last tokens that every layer keeps.
+    """
+
+    fraction: float | None
+    fixed: int
+    layers: int
+    sinks: int
+    recents: int
+
+    @classmethod
+    def of(cls, config: CompressionConfig, layers: int, slots_within_bytes: float = 0.0) -> Rule:
+        """The rule of a configuration.
+
+        Args:
+            config: the policies and the budget.
+            layers: decoder layers.
+            slots_within_bytes: slots over all layers of one row that a budget in bytes has room for.
+        """
+        budget, (sinks, recents) = config.budget, protection(config)
+        fixed = 0
+        if budget.tokens is not None:
+            fixed = budget.tokens * layers
+        elif budget.bytes is not None:  # each layer has room for one slot more while it decodes
+            fixed = max(0, int(slots_within_bytes) - layers)
+        return cls(budget.fraction, fixed, layers, sinks, recents)
+
+    def totals(self, row_seen: Counts) -> Counts:
+        """Slots over all layers for rows that have seen so many tokens."""
+        if self.fraction is None:
+            return np.full(len(row_seen), self.fixed, dtype=np.int64)
+        return np.floor(self.fraction * row_seen * self.layers + _ROUNDING).astype(np.int64)
+
+    def least(self, row_seen: Counts) -> Counts:
+        """Protected tokens per row: sinks and recents, as far as the row has them."""
+        return np.minimum(row_seen, self.sinks + self.recents)
 
 
 @dataclass
@@ -23,71 +68,72 @@ class Allocation:
     """What the last allocation gave, and how it grows with the tokens seen.
 
     Attributes:
-        budgets: slots per layer and row.
+        budgets: slots per layer and row, `[layers, batch]`, on the host.
         spent: sum of `budgets` per row.
         notes: figures that the allocator noted per row (for instance "threshold").
-        image_budgets: how many of the slots are for image tokens, where the allocator splits them.
+        image_budgets: how many of the slots are for image tokens, where the allocator splits them; on the device.
     """
 
-    budgets: list[list[int]]
-    spent: list[int]
+    budgets: np.ndarray
+    spent: Counts
     notes: dict[str, Tensor] = field(default_factory=dict)
-    image_budgets: list[list[int]] | None = None
+    image_budgets: Tensor | None = None
 
-    @property
-    def rows_alike(self) -> bool:
-        """Whether every row has the same budgets."""
-        return all(count == layer[0] for layer in self.budgets for count in layer)
+    def limits(self, rule: Rule, row_seen: Counts) -> np.ndarray:
+        """Slots that each layer may hold once rows have seen so many tokens, `[layers, batch]`.
 
-    def select_rows(self, index: Tensor) -> None:
-        """Reorders, repeats or drops rows; waits for the device only where rows differ."""
-        if len(index) != len(self.spent) or not self.rows_alike:
-            rows = index.tolist()
-            self.budgets = [[layer[row] for row in rows] for layer in self.budgets]
-            self.image_budgets = self.image_budgets and [[layer[row] for row in rows] for layer in self.image_budgets]
-            self.spent = [self.spent[row] for row in rows]
+        Every layer has its share of what the budget gives for the tokens seen, and the protected tokens in any case.
+        """
+        totals = rule.totals(row_seen)
+        shares = np.where(self.spent > 0, self.budgets * totals // np.maximum(self.spent, 1), totals // rule.layers)
+        return np.maximum(shares, rule.least(row_seen))
+
+    def select_rows(self, index: Tensor, rows: Counts) -> None:
+        """Reorders, repeats or drops rows."""
+        self.budgets, self.spent = self.budgets[:, rows], self.spent[rows]
         self.notes = {name: values.index_select(0, index.to(values.device)) for name, values in self.notes.items()}
+        if self.image_budgets is not None:
+            self.image_budgets = self.image_budgets.index_select(1, index.to(self.image_budgets.device))
 
 
 def allocate(
     config: CompressionConfig,
-    sequence: Sequence,
-    stores: List[DenseStore],
-    held: List[List[int]],
-    importance: Tensor | None,
-    context: AllocationContext | None,
+    rule: Rule,
+    row_seen: Counts,
+    held: np.ndarray,
+    device: torch.device,
+    importance: Tensor | None = None,
+    context: AllocationContext | None = None,
 ) -> Allocation:
-    """Splits each row's total over the layers.
+    """Splits each row's total over the layers; waits for the device once for the answer.
 
     Args:
         config: the policies.
-        sequence: the tokens seen.
-        stores: the layers' buffers, for their sizes in bytes and device.
-        held: slots that each layer holds per row, `[layers][batch]`.
+        rule: what the budget says.
+        row_seen: tokens of each row.
+        held: slots that each layer holds per row, `[layers, batch]`.
+        device: where to compute.
         importance: `[layers, batch, tokens]`; None for allocators that read none.
         context: what else they may read.
     """
-    device = stores[0].device if importance is None else importance.device
-    layers, batch = len(held), len(held[0])
-    capacity = torch.tensor(held, device=device)
-    floor = torch.minimum(torch.tensor([floors(config, sequence)] * layers, device=device), capacity)
-    wanted = [row_total(config.budget, seen, stores, batch) for seen in sequence.row_seen]
-    total = torch.tensor(wanted, device=device)
-    _warn_if_below_floor(config, total, floor)
+    layers, batch = held.shape
+    floor = np.minimum(np.broadcast_to(rule.least(row_seen), held.shape), held)
+    total = rule.totals(row_seen)
+    _warn_if_below_floor(rule, total, floor)
     if importance is None:
-        importance = torch.zeros((), device=device).expand(layers, batch, int(capacity.max()))
+        importance = torch.zeros((), device=device, dtype=torch.float32).expand(layers, batch, int(held.max(initial=0)))
     context = context or AllocationContext()
-    budgets: list[list[int]] = config.allocator.allocate(importance, total, floor, capacity, context).tolist()
-    spent = [sum(layer[row] for layer in budgets) for row in range(batch)]
-    notes = dict(context.notes)
+    as_tensor = torch.as_tensor
+    answer = config.allocator.allocate(
+        importance,
+        as_tensor(total, device=device),
+        as_tensor(np.ascontiguousarray(floor), device=device),
+        as_tensor(held, device=device),
+        context,
+    )
+    budgets, notes = answer.cpu().numpy(), dict(context.notes)
     images = notes.pop("image_budget", None)
-    return Allocation(budgets, spent, notes, None if images is None else images.tolist())
-
-
-def floors(config: CompressionConfig, sequence: Sequence) -> list[int]:
-    """Protected tokens per row: sinks and recents, as far as the row has them."""
-    sinks, recents = protection(config)
-    return [min(seen, sinks + recents) for seen in sequence.row_seen]
+    return Allocation(budgets, budgets.sum(0), notes, images)
 
 
 def protection(config: CompressionConfig) -> tuple[int, int]:
@@ -96,26 +142,13 @@ def protection(config: CompressionConfig) -> tuple[int, int]:
     return config.budget.sink, recents
 
 
-def row_total(budget: Budget, row_seen: int, stores: List[DenseStore], batch: int) -> int:
-    """Slots that all layers of a row may hold together once it has seen so many tokens."""
-    layers = len(stores)
-    if budget.fraction is not None:
-        return math.floor(budget.fraction * row_seen * layers + 1e-6)
-    if budget.tokens is not None:
-        return budget.tokens * layers
-    shares = layers * batch * stores[0].heads.size  # processes that share the heads share the bytes
-    known = [store for store in stores if store.keys is not None]
-    slots = sum(store.slots_within((budget.bytes or 0) / shares) for store in known) * layers / len(known)
-    return max(0, int(slots) - layers)  # each layer has room for one slot more while it decodes
-
-
-def _warn_if_below_floor(config: CompressionConfig, total: Tensor, floor: Tensor) -> None:
-    protected, (sinks, recents) = floor.sum(0), protection(config)
+def _warn_if_below_floor(rule: Rule, total: Counts, floor: np.ndarray) -> None:
+    protected = floor.sum(0)
     if (total < protected).any():
-        row = int((total < protected).nonzero()[0])
+        row = int((total < protected).argmax())
         warnings.warn(
-            f"the budget of {int(total[row])} slots over all layers is below the {int(protected[row])} that its "
-            f"{sinks} sinks and {recents} recents need (row {row}); the protected tokens are kept",
+            f"the budget of {total[row]} slots over all layers is below the {protected[row]} that its {rule.sinks} sinks "
+            f"and {rule.recents} recents need (row {row}); the protected tokens are kept",
             BudgetWarning,
             stacklevel=2,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,25 +18,33 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvcompress.errors import UnsupportedModeError
+from kvcompress.kernels import in_one_dtype
 
 NAME = "kvcompress"
-_LAYER = "_kvcompress_layer"  # on the key tensor of a forward
+COMPRESSED = -(2**30)  # where the keys of a compressed cache begin, as it tells the mask function: nowhere
+_CALL = "_kvcompress_call"  # on the key tensor of a forward: the cache and the number of the layer
 _PREVIOUS = "_kvcompress_previous_attention"  # on attention modules
 
 
-@runtime_checkable
 class Attends(Protocol):
     """What `update` attaches to the keys it returns."""
 
     def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
+        self,
+        layer: int,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
     ) -> Tensor:
         """Attends over the stored slots and the new tokens; returns `[batch, heads, queries, head_dim]`."""
 
 
-def attach(key: Tensor, layer: Attends) -> Tensor:
-    """Marks keys as belonging to a cache layer, for the attention function that gets them next."""
-    setattr(key, _LAYER, layer)
+def attach(key: Tensor, cache: Attends, layer: int) -> Tensor:
+    """Marks keys as belonging to a layer of a cache, for the attention function that gets them next."""
+    setattr(key, _CALL, (cache, layer))
     return key
 
 
@@ -65,25 +73,44 @@ def compressed_attention(
     Returns:
         Output `[batch, queries, heads, head_dim]`, and no attention weights unless the former attention gives some.
     """
-    layer: Attends | None = getattr(key, _LAYER, None)
-    if layer is None:
+    call: tuple[Attends, int] | None = getattr(key, _CALL, None)
+    if call is None:
         return _former_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    cache, layer = call
     scaling = scaling or query.shape[-1] ** -0.5
+    query, key, value = in_one_dtype(query, key, value)
     if not torch.is_grad_enabled():
-        output = layer.attend(module, query, key, value, attention_mask, scaling)
+        output = cache.attend(layer, module, query, key, value, attention_mask, scaling)
     else:
         with torch.no_grad():
-            output = layer.attend(module, query, key, value, attention_mask, scaling)
+            output = cache.attend(layer, module, query, key, value, attention_mask, scaling)
         if query.requires_grad:
             output = _InferenceOnly.apply(output, query)  # type: ignore[no-untyped-call]
     return output.transpose(1, 2).contiguous(), None
+
+
+def padding_mask(
+    *args: Any,
+    q_length: int | None = None,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask that transformers makes for this attention: of padding alone, `[batch, 1, 1, columns]`, in prefill steps.
+
+    A compressed cache, told by its offset, needs to know which columns are padding; causality is its own, and decode
+    steps need no mask at all, so that it keeps one shape when they are compiled. Any other cache gets the mask of sdpa.
+    """
+    if kv_offset == COMPRESSED:
+        return None if q_length == 1 or attention_mask is None else attention_mask[:, None, None].to(torch.bool)
+    return sdpa_mask(*args, q_length=q_length, kv_offset=kv_offset, attention_mask=attention_mask, **kwargs)  # type: ignore[arg-type]
 
 
 def install(decoder: PreTrainedModel, attention_modules: list[nn.Module]) -> None:
     """Makes "kvcompress" the attention of a decoder and remembers what it had before."""
     if not is_installed(decoder):
         AttentionInterface.register(NAME, compressed_attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
+        AttentionMaskInterface.register(NAME, padding_mask)
         for module in attention_modules:
             setattr(module, _PREVIOUS, decoder.config._attn_implementation)
         decoder.set_attn_implementation(NAME)

@@ -1,113 +1,53 @@
-"""The cache object that `generate()` and plain forwards take as `past_key_values`."""
+"""The cache object that `generate()` and plain forwards take as `cache`."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from os import PathLike
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from kvcompress.cache import attention, hooks
-from kvcompress.cache.engine import Engine
+from kvcompress.cache.allocation import Allocation, Rule, allocate
+from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.report import CacheReport
-from kvcompress.cache.reporting import report_on
+from kvcompress.cache.selection import Ranked, gather_importance, importance_of
+from kvcompress.cache.sequence import Counts, Sequence
+from kvcompress.cache.slots import SlotTable
+from kvcompress.cache.step import Phase, Step
 from kvcompress.config import CompressionConfig
 from kvcompress.config.profile import LayerProfile, check_profiles, profile_override
 from kvcompress.errors import CacheStateError, UnsupportedModeError
-from kvcompress.integrations import Adapter, adapter_for
+from kvcompress.integrations import adapter_for
+from kvcompress.kernels import decode_bias
+from kvcompress.parallel import ALONE
+from kvcompress.policies.context import AllocationContext
 from kvcompress.policies.images import ImageLayout
 
-
-class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One decoder layer's part of a `CompressedCache`, in the shape transformers asks for."""
-
-    is_sliding = False
-    supports_early_init = False
-
-    def __init__(
-        self, engine: Engine, index: int, adapter: Adapter, decoder: weakref.ReferenceType[PreTrainedModel]
-    ) -> None:
-        self.engine = engine
-        self.index = index
-        self._adapter = adapter
-        self._decoder = decoder
-
-    @property
-    def is_initialized(self) -> bool:  # type: ignore[override]
-        """Whether the layer holds anything."""
-        return self.engine.stores[self.index].keys is not None
-
-    @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
-        """Whether the last token can be taken back."""
-        return self.engine.recording or self.engine.config.evictor is None or self.engine.can_drop(1)
-
-    @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
-        """Keys of the slots in use, `[batch, kv_heads, slots, head_dim]`."""
-        return self.engine.stores[self.index].slots()[0] if self.is_initialized else None
-
-    @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
-        """Values of the slots in use."""
-        return self.engine.stores[self.index].slots()[1] if self.is_initialized else None
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to do: the first tokens bring their buffers along."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Hands the new tokens on to the attention function, which stores them and attends."""
-        return attention.attach(key_states, self), value_states
-
-    def attend(
-        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
-    ) -> Tensor:
-        """Attends over the stored slots and the new tokens."""
-        decoder = self._decoder()
-        assert decoder is not None
-        weights = partial(self._adapter.layer_weights, decoder, module)
-        with self.engine.writable():
-            output = self.engine.attend(self.index, query, key, value, mask, scaling, weights)
-        return _usable(output)
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Masks cover every column seen, whatever is kept."""
-        return self.engine.sequence.seen + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Columns seen, so that rotary positions go on after eviction."""
-        return self.engine.sequence.seen
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    def offload(self) -> None:
-        """Moves the layer's buffers to CPU memory."""
-        self.engine.stores[self.index].to(torch.device("cpu"))
-
-    def prefetch(self) -> None:
-        """Brings the layer's buffers back to their device."""
-        store = self.engine.stores[self.index]
-        if store.device is not None:
-            store.to(store.device)
+_BLOCK = 16  # slots by which a buffer grows at least, unless `reserve` says more
 
 
 class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
-    """A key-value cache that stays within a budget; pass it to a model as `past_key_values`.
+    """A key-value cache that stays within a budget; pass it to a model as `cache`.
+
+    Releases of transformers before 5.24 call that argument `past_key_values`.
 
     Args:
         model: the model that will use it; its decoder gets the attention "kvcompress", which behaves as before with
             any other cache (`kvcompress.restore(model)` takes it off again).
         config: a preset's name, a `CompressionConfig`, a dict, or the path of a .yaml or .json file.
         profile: a `LayerProfile` or its file, in place of the allocator.
+        reserve: tokens that are about to be generated: buffers get room for so many at once where they grow, in place
+            of a little at a time. To be given where decoding is compiled by hand.
         **overrides: fields of the configuration to replace, for instance `budget=0.2`.
 
     Raises:
@@ -117,10 +57,12 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     Example:
         >>> cache = CompressedCache(model, "prefixkv", budget=0.5)
-        >>> output = model.generate(**inputs, past_key_values=cache, max_new_tokens=4)
+        >>> output = model.generate(**inputs, cache=cache, max_new_tokens=4)
         >>> cache.report().retention <= 0.5
         True
     """
+
+    layers: list[CompressedLayer]  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -128,6 +70,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         config: str | PathLike[str] | dict[str, Any] | CompressionConfig = "prefixkv",
         *,
         profile: LayerProfile | str | PathLike[str] | None = None,
+        reserve: int = 0,
         **overrides: Any,
     ) -> None:
         self.config = CompressionConfig.read(config, **profile_override(profile, overrides))
@@ -136,18 +79,366 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         layers = len(adapter.layers(model))
         if self.config.reducer is not None:
             self.config.reducer.acts_after(layers)  # complains before anything is touched
-        self._engine = Engine(self.config, layers, adapter.head_group(model))
-        self._decoder = weakref.ref(adapter.decoder(model))
+        self._adapter, self._decoder = adapter, weakref.ref(adapter.decoder(model))
+        self._heads, self._reserve = adapter.head_group(model), reserve
+        self._sequence = Sequence()
         super().__init__(
-            layers=[CompressedLayer(self._engine, index, adapter, self._decoder) for index in range(layers)]
+            layers=[CompressedLayer(number, self.config, self._sequence, self._heads) for number in range(layers)]
         )
+        self._forget()
         attention.install(adapter.decoder(model), adapter.attention_modules(model))
         hooks.observe(model, adapter)
         if self.config.reducer is not None:
             hooks.reduce_between(adapter.layers(model))
 
+    def _forget(self) -> None:
+        self._allocation: Allocation | None = None
+        self._rule = Rule.of(self.config, len(self.layers))
+        self._table: SlotTable | None = None
+        self._step: Step | None = None
+        self._recording = False
+        self._waiting: Phase | None = None  # kind of the step whose eviction waits
+        self._layout: ImageLayout | None = None  # of the images of the step about to begin
+        self._new_valid: Tensor | None = None  # which columns of the step about to begin hold a token, if the hook saw
+        self._reduced: Reduction | None = None  # of a step whose last layer has attended
+
     def __repr__(self) -> str:
-        return f"CompressedCache({self.config!r}, seen={self.get_seq_length()})"
+        return f"CompressedCache({self.config!r}, seen={self._sequence.seen})"
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    def attend(
+        self,
+        layer: int,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+    ) -> Tensor:
+        """Takes a layer through the step in progress, which the first layer begins and the last ends."""
+        if layer == 0:
+            self._begin(query, mask)
+        step = self._step
+        if step is None or step.next_layer != layer:
+            raise self._broken()
+        with self._writable():
+            if self._table is not None:
+                self._make_room(layer, step)
+            weights = partial(self._adapter.layer_weights, self._decoder(), module)  # type: ignore[arg-type]
+            output = self.layers[layer].attend(step, self._table, query, key, value, scaling, weights)
+            step.next_layer += 1
+            if step.next_layer == len(self.layers):
+                self._end(step)
+        return _usable(output)
+
+    def _begin(self, query: Tensor, mask: Tensor | None) -> None:
+        """Makes the step of a forward, and takes note of its tokens."""
+        self._check_ready()
+        batch, _, queries, _ = query.shape
+        sequence = self._sequence
+        if sequence.batch not in (0, batch):
+            raise CacheStateError(
+                f"batch: the cache holds {sequence.batch} rows, this forward has {batch}; call reset() for another "
+                "batch, or batch_repeat_interleave / batch_select_indices to change the rows"
+            )
+        if self._waiting is not None:
+            self._recording = False  # nobody cropped after the last forward, so nobody is rolling back
+            self.compress()
+        if queries == 1 and sequence.seen and not self._has_padding():
+            self._begin_decode()
+        else:
+            self._begin_prefill(query, mask)
+
+    def _begin_decode(self) -> None:
+        sequence, table = self._sequence, self._table
+        if table is None:
+            table = self._make_table()
+        evicts = not self._recording
+        step = self._step = Step(Phase.DECODE, evicts=evicts)
+        alike = False
+        if torch.compiler.is_compiling():
+            table.exact = False
+        else:
+            sequence.extend(None, 1, np.ones(sequence.batch, dtype=np.int64), scored=False)
+            table.count(sequence.row_seen, evicts)
+            if table.exact:
+                step.widths = table.extent.max(1).tolist()
+                alike = bool((table.extent == table.extent[:, :1]).all())
+        with self._writable():
+            self._make_room_in_table(step)
+            table.advance(evicts)
+        if not alike:
+            step.bias = decode_bias(table.length, table.capacity, self._dtype())
+        evictor = self.config.evictor
+        if evicts and evictor is not None and evictor.frees == "chosen" and self._allocation is not None:
+            step.over = table.over()
+        merger = self.config.merger
+        step.merges = evicts and merger is not None and merger.merges_decoding
+
+    def _begin_prefill(self, query: Tensor, mask: Tensor | None) -> None:
+        batch, _, queries, _ = query.shape
+        self._tidy()
+        sequence, first = self._sequence, self._sequence.seen
+        step = Step(Phase.PREFILL, evicts=not self._recording)
+        new_valid = self._read_mask(step, mask, batch, queries)
+        self._step, self._reduced = step, None  # from here on an interrupt leaves a step that failed
+        step.row_new = np.full(batch, queries) if new_valid is None else step.row_new
+        sequence.extend(new_valid, queries, step.row_new)
+        step.row_seen = sequence.row_seen
+        index = sequence.index_of_columns(query.device)[:, first:]
+        if step.order is not None:
+            index = index.gather(1, step.order)
+            new_valid = index >= 0
+        step.index, step.valid = index.expand(batch, -1).to(torch.int32).unsqueeze(1), new_valid
+        layout, self._layout = self._layout, None
+        if layout is not None and self.config.reducer is not None:
+            points = self.config.reducer.acts_after(len(self.layers))
+            if points:
+                step.reduction = self._reduction(step, layout, points)
+        if not (self.config.evictor is None or self._recording or step.reduction is not None):
+            if not self.config.allocator.reads_importance:
+                before = [np.broadcast_to(layer.held if len(layer.held) else 0, batch) for layer in self.layers]
+                step.local = partial(self._allocate_once, np.stack(before) + step.row_new, query.device)
+
+    def _read_mask(self, step: Step, mask: Tensor | None, batch: int, queries: int) -> Tensor | None:
+        """Which of the new columns hold a token; None if all do. Waits for the device once if there is a mask.
+
+        Raises:
+            CacheStateError: if the mask does not cover what was seen, or shows what was padding.
+        """
+        sequence = self._sequence
+        if mask is None:
+            return None
+        columns = mask[:, 0, -1].to(torch.bool)
+        past, new = columns[:, : sequence.seen], columns[:, sequence.seen :]
+        known = sequence.known_valid(columns.device)
+        flags = torch.stack(
+            [(known & ~past).any(), (past & ~known).any(), new.all(), (new[:, 1:] < new[:, :-1]).any(), new[:, -1].any()]
+        )
+        counts = torch.cat([flags.long(), new.sum(1)]).tolist()
+        hides, shows, whole, mixed, any_last = map(bool, counts[:5])
+        if sequence.seen and not any_last:
+            raise CacheStateError(
+                f"attention_mask: hides the last of the {queries} new tokens in every row; it must cover the "
+                f"{sequence.seen} tokens seen and the new ones. For a new conversation call reset()"
+            )
+        if shows:
+            raise CacheStateError(
+                "attention_mask: shows columns that were padding, or hidden, when the cache saw them, so it does not hold "
+                "them; pass the mask of the whole conversation, or call reset() and run it again"
+            )
+        if hides:
+            self._hide(known & ~past)
+        if whole:
+            return None
+        step.row_new = np.asarray(counts[5:], dtype=np.int64)
+        if mixed:
+            step.order = step.first_order = new.to(torch.uint8).argsort(dim=1, stable=True)
+        return new
+
+    def _hide(self, hidden: Tensor) -> None:
+        """Gives up tokens that an attention mask hides from now on, as if they had been padding."""
+        self._step = Step(Phase.PREFILL)  # an interrupt leaves a step that failed
+        new_index = self._sequence.hide(hidden)
+        with self._writable():
+            for layer in self.layers:
+                layer.renumber(new_index)
+        self._step = None
+
+    def _end(self, step: Step) -> None:
+        """Compresses all layers where their sizes depend on each other, and makes the table for decoding."""
+        if step.phase is Phase.PREFILL:
+            if self._recording:
+                self._waiting = Phase.PREFILL
+            elif self.config.evictor is None:
+                for layer in self.layers:
+                    layer.close_ranks(room=0)
+                    layer.pack()
+            elif step.local is None:
+                self._compress_all(step)
+            step.check()
+            self._make_table()
+        elif self._recording:
+            self._waiting = Phase.DECODE
+        elif self.config.quantizer is not None:
+            self._pack()
+        self._step, self._reduced = None, step.reduction
+
+    def _compress_all(self, step: Step) -> None:
+        """Allocates over all layers, then lets each keep what it may."""
+        ranked = [layer.ranked() for layer in self.layers]
+        importance, context = gather_importance(self.layers, self.config, self._sequence, ranked)
+        held = np.stack([layer.held for layer in self.layers])
+        step.check()
+        self._allocation = self._allocate(held, importance.device, importance, context)
+        for layer, known in zip(self.layers, ranked, strict=True):
+            layer.compress(step, self._allocation, known)
+
+    def _allocate_once(self, held: np.ndarray, device: torch.device) -> Allocation:
+        """The budgets of a step whose allocator reads no scores; found when the first layer has its tokens."""
+        step = self._step
+        assert step is not None
+        if step.next_layer == 0:
+            self._allocation = self._allocate(held, device)
+        assert self._allocation is not None
+        return self._allocation
+
+    def _allocate(
+        self,
+        held: np.ndarray,
+        device: torch.device,
+        importance: Tensor | None = None,
+        context: AllocationContext | None = None,
+    ) -> Allocation:
+        self._rule = self._budget_rule()
+        return allocate(self.config, self._rule, self._sequence.row_seen, held, device, importance, context)
+
+    def _budget_rule(self) -> Rule:
+        """What the budget says of a row; bytes are shared by all rows, layers and processes."""
+        budget, layers = self.config.budget, len(self.layers)
+        if budget.bytes is None:
+            return Rule.of(self.config, layers)
+        shares = layers * self._sequence.batch * self._heads.size
+        known = [layer.store for layer in self.layers if layer.store.capacity]
+        slots = sum(store.slots_within(budget.bytes / shares) for store in known) * layers / len(known)
+        return Rule.of(self.config, layers, slots)
+
+    # -- decoding ------------------------------------------------------------------------------------------------------
+
+    def _make_table(self) -> SlotTable:
+        """The table for the decode steps to come, from what the layers hold now."""
+        layers, sequence, evictor = self.layers, self._sequence, self.config.evictor
+        packed = np.stack([layer.packed_rows for layer in layers])
+        held = np.stack([layer.held for layer in layers])
+        pinned = np.stack([layer.pinned if len(layer.pinned) else layer.held * 0 for layer in layers])
+        frees = "nothing" if evictor is None else evictor.frees
+        self._table = SlotTable(
+            [layer.index[..., layer.store.packed :] for layer in layers],  # type: ignore[index]
+            held - packed,
+            np.maximum(0, np.maximum(pinned, packed) - packed),
+            [layer.store.capacity for layer in layers],
+            sequence.row_seen,
+            sequence.seen,
+            None if frees == "nothing" else self._allocation,
+            self._rule,
+            by_age=frees == "oldest",
+            scored_end=sequence.scored.end,
+            packed=packed if packed.any() else None,
+        )
+        if frees == "chosen":
+            for layer in layers:
+                layer.rank_slots(self._table.capacity)
+        return self._table
+
+    def _make_room_in_table(self, step: Step) -> None:
+        """Lets the table's index grow to the buffers that this step needs."""
+        table = self._table
+        assert table is not None
+        if step.widths is not None and max(step.widths) > table.capacity:
+            with self._writable():
+                table.grow(max(step.widths) + self._block(max(step.widths)))
+
+    def _make_room(self, layer: int, step: Step) -> None:
+        """Lets a layer's buffers grow to what this step needs, and a block more where they may need more later."""
+        if step.phase is not Phase.DECODE or step.widths is None:
+            return
+        table, store = self._table, self.layers[layer].store
+        assert table is not None
+        width = step.widths[layer]
+        if width > store.capacity:
+            most = int(table.bound(self._block(width))[layer])
+            self.layers[layer].grow(max(width, min(most, table.capacity)))
+
+    def _block(self, slots: int) -> int:
+        """Slots by which buffers grow: what is reserved, or 1 % and at least a few."""
+        return self._reserve or max(_BLOCK - 1, slots // 100)
+
+    def _tidy(self) -> None:
+        """Brings the tokens of every layer in order again after decode steps."""
+        table, self._table = self._table, None
+        if table is None:
+            return
+        if not table.exact:
+            self._catch_up(table)
+        if table.steps:
+            with self._writable():
+                for layer in self.layers:
+                    layer.tidy(table)
+
+    def _catch_up(self, table: SlotTable) -> None:
+        """Learns from the device how far it has come; waits for it."""
+        more = table.settle() - self._sequence.seen
+        table.steps = max(table.steps, more)
+        if more:
+            self._sequence.extend(None, more, np.full(self._sequence.batch, more), scored=False)
+
+    def _pack(self) -> None:
+        """Quantizes what has become old enough, once some layer has a group of it."""
+        table, quantizer = self._table, self.config.quantizer
+        assert table is not None and quantizer is not None
+        if ((table.extent - table.hole).max() - quantizer.residual) >= quantizer.group:
+            self._tidy()
+            for layer in self.layers:
+                layer.pack()
+            self._make_table()
+
+    def _has_padding(self) -> bool:
+        """Whether some row has no token in the one column of the step that begins."""
+        new, self._new_valid = self._new_valid, None
+        return new is not None and not bool(new.all())
+
+    def _dtype(self) -> torch.dtype:
+        keys = self.layers[0].store.keys
+        assert keys is not None
+        return keys.dtype
+
+    def _writable(self) -> AbstractContextManager[Any]:
+        """Lets buffers that were made in inference mode be written to, also by a caller who has left it."""
+        if torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+            return nullcontext()
+        keys = self.layers[0].store.keys
+        table = self._table
+        made_in_it = (keys is not None and keys.is_inference()) or (table is not None and table.index.is_inference())
+        return torch.inference_mode() if made_in_it else nullcontext()
+
+    # -- reducing ------------------------------------------------------------------------------------------------------
+
+    def _reduction(self, step: Step, layout: ImageLayout, points: tuple[int, ...]) -> Reduction:
+        """A reducer at work in a step whose images are known."""
+        assert self.config.reducer is not None and step.index is not None
+        index, images = step.index[:, 0], self._sequence.images_at(step.index)
+        assert images is not None
+        order = step.order
+        return Reduction(
+            self.config.reducer,
+            points,
+            layout if order is None else layout.aligned(order),
+            index=index,
+            valid=step.valid,
+            is_image=images[:, 0],
+            order=order,
+        )
+
+    def reduce(self, layer: int, hidden: Tensor) -> tuple[Tensor, Reduction] | None:
+        """What goes into a decoder layer where a reducer acts; called by the hooks on the layers."""
+        step = self._step
+        if step is None or step.reduction is None or step.next_layer != layer or layer < step.reduction.points[0]:
+            return None
+        reduction = step.reduction
+        if layer in reduction.points:
+            with self._writable():
+                hidden = reduction.reduce(layer, hidden)
+                self._sequence.reduce(layer, _in_all_columns(reduction.into[layer], step, self._sequence.seen))
+                step.index, step.valid = reduction.index.to(torch.int32).unsqueeze(1), reduction.valid
+                step.row_new, step.order = np.asarray(reduction.row_tokens), None
+        return _usable(hidden), reduction
+
+    def spread(self, hidden: Tensor) -> Tensor | None:
+        """What comes out of the last layer, zero for tokens that a reducer took away; called by the hook on it."""
+        reduction, self._reduced = self._reduced, None
+        return None if reduction is None else reduction.spread(hidden)
 
     # -- transformers' contract ----------------------------------------------------------------------------------------
 
@@ -160,22 +451,40 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             CacheStateError: if an earlier forward failed half-way, or the cache belongs to another model.
             UnsupportedModeError: if the model trains or its attention was switched away.
         """
-        if layer_idx == 0:
+        if layer_idx == 0 and not torch.compiler.is_compiling():
             self._check_decoder()
-            self._engine.check_ready()
+            self._check_ready()
         if layer_idx >= len(self.layers):
             raise CacheStateError(f"layer {layer_idx}: the cache was made for a model of {len(self.layers)} layers")
-        return self.layers[layer_idx].update(key_states, value_states)  # type: ignore[union-attr]
+        return attention.attach(key_states, self, layer_idx), value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:  # type: ignore[override]
+        """Columns seen; a tensor once decoding is compiled, when the host no longer counts along."""
+        table = self._table
+        if table is not None and (torch.compiler.is_compiling() or not table.exact):
+            return table.columns
+        return self._sequence.seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """Masks cover every column seen, whatever is kept; the offset marks them as a compressed cache's."""
+        return self._sequence.seen + query_length, attention.COMPRESSED
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether decode steps can be compiled: not while the past is recorded, freed slots merged, or some packed."""
+        merger = self.config.merger
+        merges = merger is not None and merger.merges_decoding
+        return not (self._recording or merges or self.config.quantizer is not None or self._heads is not ALONE)
 
     @property
     def batch_size(self) -> int:
         """Rows that the cache holds; -1 before the first forward."""
-        return self._engine.sequence.batch or -1
+        return self._sequence.batch or -1
 
     @property
     def is_initialized(self) -> bool:
         """Whether the cache holds anything."""
-        return all(store.keys is not None for store in self._engine.stores)
+        return all(layer.is_initialized for layer in self.layers)
 
     @property
     def is_croppable(self) -> bool:
@@ -183,11 +492,14 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
         To be asked in every process where several share the heads.
         """
-        return all(layer.is_croppable for layer in self.layers)
+        return self._recording or self.config.evictor is None or self._can_drop(1)
 
     def reset(self) -> None:
         """Forgets everything, also after a forward that failed."""
-        self._engine.reset()
+        self._sequence = Sequence()
+        for layer in self.layers:
+            layer.forget(self._sequence)
+        self._forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders rows for beam search."""
@@ -195,16 +507,16 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row."""
-        rows = torch.arange(self._engine.sequence.batch)
+        rows = torch.arange(self._sequence.batch)
         self._select_rows(rows.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some rows."""
-        rows = torch.arange(self._engine.sequence.batch)
+        rows = torch.arange(self._sequence.batch)
         self._select_rows(rows[indices.cpu()])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes the last tokens back.
+        """Takes the last tokens back, then lets the evictions that waited happen.
 
         Args:
             tokens_to_remove: zero or minus the number of tokens, as in transformers.
@@ -216,16 +528,34 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             raise CacheStateError(
                 f"crop: takes minus the number of tokens to remove, as transformers does; got {tokens_to_remove}"
             )
-        with self._engine.writable():
-            self._engine.crop(-tokens_to_remove)
+        self._check_ready()
+        self._catch_up_if_needed()
+        sequence, columns = self._sequence, -tokens_to_remove
+        if columns > sequence.seen:
+            raise CacheStateError(f"crop: cannot remove {columns} tokens, only {sequence.seen} were seen")
+        if columns and not self._can_drop(columns):
+            raise CacheStateError(
+                f"crop: some layer has already evicted one of the last {columns} tokens, so it cannot go back; call "
+                "activate_past_recording() before a forward that may be undone, or take copy.deepcopy(cache) before it"
+            )
+        if columns == sequence.seen:
+            self.reset()
+        elif columns:
+            self._tidy()
+            gone = sequence.tokens_after(sequence.seen - columns)
+            with self._writable():
+                for layer in self.layers:
+                    layer.drop_from(sequence.row_seen - gone)
+            sequence.crop(sequence.seen - columns, gone)
+        self.compress()
 
     def activate_past_recording(self) -> None:
         """Lets eviction wait for `crop` after each forward, as assisted decoding needs it."""
-        self._engine.recording = True
+        self._recording = True
 
     def is_recording_past(self, layer_idx: int) -> bool:
         """Whether eviction waits for `crop`."""
-        return self._engine.recording
+        return self._recording
 
     def before_forward(
         self, inputs: dict[str, Any], is_image: Tensor | None, layout: Callable[[], ImageLayout | None]
@@ -238,29 +568,20 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             UnsupportedModelError: if the places of image tokens in their images cannot be known, which a reducer needs.
             CacheStateError: for an attention mask that does not cover what was seen.
         """
-        hooks.check_inputs(inputs, self.get_seq_length())
-        engine = self._engine
-        engine.layout = None
+        hooks.check_inputs(inputs, self._sequence.seen)
+        self._layout = None
+        mask = inputs.get("attention_mask")
+        self._new_valid = mask[:, -1] if isinstance(mask, Tensor) and mask.ndim == 2 else None
         if is_image is not None:
             if self.config.reducer is not None and bool(is_image.any()):
-                if engine.recording:
+                if self._recording:
                     raise UnsupportedModeError(
                         "reducer: an image cannot be reduced in a forward that may be undone (assisted decoding), "
                         "since tokens that are not accepted would have a say; generate without an assistant and prompt "
                         "lookup, or read the image in a forward of its own before activate_past_recording()"
                     )
-                engine.layout = layout()
-            engine.sequence.mark_images(is_image)
-
-    def reduce(self, layer: int, hidden: Tensor) -> tuple[Tensor, Reduction] | None:
-        """What goes into a decoder layer where a reducer acts; called by the hooks on the layers."""
-        with self._engine.writable():
-            found = self._engine.reduce(layer, hidden)
-        return None if found is None else (_usable(found[0]), found[1])
-
-    def spread(self, hidden: Tensor) -> Tensor | None:
-        """What comes out of the last layer, zero for tokens that a reducer took away; called by the hook on it."""
-        return self._engine.spread(hidden)
+                self._layout = layout()
+            self._sequence.mark_images(is_image)
 
     # -- kvcompress's own ----------------------------------------------------------------------------------------------
 
@@ -269,16 +590,169 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
         To be called in every process where several share the heads.
         """
-        with self._engine.writable():
-            self._engine.compress()
+        self._check_ready()
+        waiting, self._waiting = self._waiting, None
+        if waiting is None:
+            if self._table is None and self._sequence.seen:
+                self._make_table()
+            return
+        self._tidy()
+        step = self._step = Step(Phase.PREFILL, row_seen=self._sequence.row_seen)
+        with self._writable():
+            if self.config.evictor is None:
+                for layer in self.layers:
+                    layer.close_ranks(room=0)
+            elif waiting is Phase.PREFILL:
+                self._compress_all(step)
+            else:
+                self._evict_waiting()
+            for layer in self.layers:
+                layer.pack()
+            step.check()
+            self._make_table()
+        self._step = None
+
+    def _evict_waiting(self) -> None:
+        """Lets the decode rule free as many slots as decode steps did not while the past was recorded."""
+        evictor = self.config.evictor
+        if evictor is None or evictor.frees == "nothing" or self._allocation is None:
+            return
+        table = self._make_table()
+        limits = self._allocation.limits(self._rule, self._sequence.row_seen)
+        while True:
+            held = np.stack([layer.held for layer in self.layers])
+            if (held <= limits).all():
+                return
+            table.free_now()
+            for layer in self.layers:
+                step = Step(Phase.DECODE, over=table.over() if evictor.frees == "chosen" else None)
+                layer.free(step, table)
+            table.learn_holes()
+            if not table.hole.any():
+                return
+            for layer in self.layers:
+                layer.tidy(table)
+            table = self._make_table()
 
     def report(self) -> CacheReport:
-        """What the cache holds now, in tokens and bytes; waits for the device once."""
-        return report_on(self._engine)
+        """What the cache holds now, in tokens and bytes; waits for the device."""
+        self._catch_up_if_needed()
+        sequence, table, numbers = self._sequence, self._table, range(len(self.layers))
+        held = np.stack([layer.held for layer in self.layers])
+        if table is not None and table.steps:
+            held = table.extent - table.hole + np.stack([layer.packed_rows for layer in self.layers])
+        limits = self.limits()
+        threshold = None if self._allocation is None else self._allocation.notes.get("threshold")
+        slot_nbytes = sum(layer.store.slot_nbytes for layer in self.layers)
+        return CacheReport(
+            tokens_seen=sequence.seen,
+            row_tokens_seen=sequence.row_seen.tolist(),
+            layer_tokens=[sequence.given(number).tolist() for number in numbers],
+            image_tokens=[sequence.images_given(number).tolist() for number in numbers],
+            layer_lengths=held.tolist(),
+            layer_budgets=None if limits is None else limits.tolist(),
+            held_columns=[self._held_columns(layer) for layer in self.layers],
+            kv_bytes=sum(layer.store.nbytes for layer in self.layers),
+            index_bytes=sum(layer.index_nbytes for layer in self.layers) + (0 if table is None else table.nbytes),
+            full_kv_bytes=slot_nbytes * sequence.seen * sequence.batch,
+            went_into={layers: into.tolist() for layers, into in sequence.went_into.items()},
+            threshold=None if threshold is None else threshold.tolist(),
+            notes=self._notes(),
+        )
+
+    def _held_columns(self, layer: CompressedLayer) -> list[list[list[int]]]:
+        """Columns of the tokens that a layer holds, ascending, per row and set."""
+        if layer.index is None:
+            return []
+        columns = self._sequence.columns_of(self.index_of(layer)).tolist()
+        return [[sorted(column for column in held if column >= 0) for held in row] for row in columns]
+
+    def _notes(self) -> list[str]:
+        evictor, notes = self.config.evictor, []
+        if evictor is not None and evictor.frees == "nothing":
+            notes.append("decode rule 'none': layers grow by every generated token, past their budget")
+        if self._recording:
+            notes.append("past recording: eviction waits for crop")
+        return notes
+
+    def limits(self) -> np.ndarray | None:
+        """Slots that each layer may hold now, `[layers, batch]`; None if nothing is ever evicted while decoding."""
+        evictor = self.config.evictor
+        if evictor is None or evictor.frees == "nothing" or self._allocation is None:
+            return None
+        return self._allocation.limits(self._rule, self._sequence.row_seen)
+
+    def ranked(self) -> list[Ranked]:
+        """Token index and importance of every layer's slots, over all heads."""
+        self._catch_up_if_needed()
+        self._tidy()
+        return [layer.ranked() for layer in self.layers]
+
+    # -- rows ----------------------------------------------------------------------------------------------------------
 
     def _select_rows(self, index: Tensor) -> None:
-        with self._engine.writable():
-            self._engine.select_rows(index)
+        self._check_ready()
+        self._catch_up_if_needed()
+        if not self._sequence.batch:
+            return
+        rows, before = index.cpu().numpy(), self._sequence.batch
+        with self._writable():
+            if self._allocation is not None:
+                self._allocation.select_rows(index, rows)
+            self._sequence.select_rows(index, rows)
+            for layer in self.layers:
+                layer.select_rows(index, rows)
+            if self._table is not None:
+                self._table.select_rows(index, rows)
+        if (
+            len(rows) != before
+            and self.config.budget.bytes is not None
+            and self._allocation is not None
+            and not self._recording
+        ):  # bytes are shared by all rows, so each one's share has changed
+            self._waiting = Phase.PREFILL
+            self.compress()
+
+    def _can_drop(self, columns: int) -> bool:
+        """Whether every layer still holds all the tokens of the last columns."""
+        wanted = self._sequence.tokens_after(self._sequence.seen - columns)
+        first = self._sequence.row_seen - wanted
+        return all((self._holds_from(layer, first) == wanted).all() for layer in self.layers)
+
+    def _holds_from(self, layer: CompressedLayer, first: Counts) -> Counts:
+        """Tokens per row, in the set that has fewest, from a token index on."""
+        index = self.index_of(layer)
+        held = (index >= torch.as_tensor(first, device=index.device)[:, None, None]).sum(-1)
+        held = self._heads.gather(held) if layer.heads_part else held
+        return held.amin(1).cpu().numpy()
+
+    def index_of(self, layer: CompressedLayer) -> Tensor:
+        """Token index of a layer's slots, wherever it is kept now; -1 where a slot is empty."""
+        assert layer.index is not None
+        table = self._table
+        if table is None or not (table.steps or not table.exact):
+            return layer.index
+        index = table.index[layer.number]
+        slots = torch.arange(index.shape[-1], device=index.device)
+        index = index.masked_fill(slots == table.free[layer.number].unsqueeze(-1), -1)
+        packed = layer.index[..., : layer.store.packed].to(index.device).expand(-1, index.shape[1], -1)
+        return torch.cat([packed, index], 2)
+
+    def _catch_up_if_needed(self) -> None:
+        if self._table is not None and not self._table.exact:
+            self._catch_up(self._table)
+
+    # -- checks --------------------------------------------------------------------------------------------------------
+
+    def _check_ready(self) -> None:
+        if self._step is not None:
+            raise self._broken()
+
+    def _broken(self) -> CacheStateError:
+        return CacheStateError(
+            "cache: an earlier forward failed half-way, so its layers no longer agree; call reset() and run the prompt "
+            "again"
+        )
 
     def _check_decoder(self) -> None:
         decoder = self._decoder()
@@ -309,3 +783,14 @@ def restore(model: PreTrainedModel) -> None:
 def _usable(tensor: Tensor) -> Tensor:
     """A tensor that the caller may use, also where it was made in an inference mode that the caller is not in."""
     return tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+
+
+def _in_all_columns(into: Tensor, step: Step, seen: int) -> Tensor:
+    """What became of a step's columns, in the numbers of all columns seen; older ones are their own."""
+    first = seen - into.shape[1]
+    every = torch.arange(seen, device=into.device).repeat(len(into), 1)
+    if step.first_order is not None:  # from columns with padding first to the model's
+        into = torch.where(into < 0, -1, step.first_order.gather(1, into.clamp(min=0)))
+        into = torch.empty_like(into).scatter_(1, step.first_order, into)
+    every[:, first:] = torch.where(into < 0, -1, into + first)
+    return every

@@ -1,23 +1,47 @@
-"""What the model has seen so far, row by row: how many columns, which are padding, which are images."""
+"""What the model has seen so far, row by row: how many tokens, which columns are padding, which are images."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+Counts = np.ndarray  # int64, a number per row; kept on the host
+
+
+@dataclass
+class Scored:
+    """The last step that scored.
+
+    Attributes:
+        end: tokens of each row that have a score: those seen by then.
+        queries: tokens of each row in the last such step that had any of it.
+        first: token index of the first of them.
+    """
+
+    end: Counts
+    queries: Counts
+    first: Counts
+
 
 class Sequence:
-    """The columns of a batch of sequences.
+    """The tokens of a batch of sequences.
+
+    A column is a place in the batch as the model saw it, padding included; a token index counts a row's own tokens
+    alone. Everything is known on the host but which columns are padding and images, which the device holds.
 
     Attributes:
         seen: columns so far, padding included; what transformers calls the sequence length.
         row_seen: tokens of each row so far, padding left out.
-        valid: which columns hold a token of the row; None while no row has padding.
+        valid: which of the first columns hold a token of the row, later ones do all; None while no row has padding.
         is_image: which of the first columns hold image tokens; None for text alone.
-        decoded: columns of decode steps, whose queries scored nothing, as ranges `[first, end)`.
-        last_scored: tokens of each row in the last scoring forward that had any of it.
+        scored: the last step that scored.
+        decoded: for each run of decode steps, whose queries scored nothing, the token index of its first token and of
+            the first after it, per row.
         went_into: for the layers after which a reducer acts, by number, the column that each column's token is part of
             from the next layer on: its own if it stays, -1 if it was dropped. Columns beyond the last stay.
     """
@@ -25,85 +49,109 @@ class Sequence:
     def __init__(self) -> None:
         """Starts with nothing seen."""
         self.seen = 0
-        self.row_seen: list[int] = []
+        self.row_seen: Counts = np.zeros(0, dtype=np.int64)
         self.valid: Bool[Tensor, "batch columns"] | None = None
         self.is_image: Bool[Tensor, "batch columns"] | None = None
-        self.decoded: list[tuple[int, int]] = []
-        self.last_scored: list[int] = []
+        self.scored = Scored(*(np.zeros(0, dtype=np.int64) for _ in range(3)))
+        self.decoded: list[tuple[Counts, Counts]] = []
         self.went_into: dict[int, Int[Tensor, "batch columns"]] = {}
-        self._last_from: list[int] = []  # first column of the forward that last_scored counts
+        self._unscored_before = (self.scored.end, self.scored.end)  # tokens without a score when the last such step began
 
     @property
     def batch(self) -> int:
-        """Number of rows; 0 before the first forward."""
+        """Number of rows; 0 before the first step."""
         return len(self.row_seen)
 
     @property
     def rows_alike(self) -> bool:
         """Whether every row has as many tokens."""
-        return all(count == self.row_seen[0] for count in self.row_seen)
+        return bool((self.row_seen == self.row_seen[:1]).all())
+
+    # -- what comes ----------------------------------------------------------------------------------------------------
 
     def extend(
-        self, batch: int, columns: int, new_valid: Bool[Tensor, "batch columns"] | None, scored: bool = True
+        self, new_valid: Bool[Tensor, "batch columns"] | None, columns: int, row_new: Counts, scored: bool = True
     ) -> None:
         """Takes note of new columns.
 
         Args:
-            batch: number of rows.
-            columns: number of new columns.
             new_valid: which of them hold a token; None if all do.
-            scored: whether their queries score; if not, this is a decode step, and all rows have a token.
+            columns: how many there are.
+            row_new: tokens of each row among them.
+            scored: whether their queries score; if not, this is a decode step.
         """
-        if not self.row_seen:
-            self.row_seen = self.last_scored = self._last_from = [0] * batch
+        if not self.batch:
+            self.row_seen = np.zeros(len(row_new), dtype=np.int64)
+            self.scored = Scored(*(np.zeros(len(row_new), dtype=np.int64) for _ in range(3)))
         before = self.row_seen
-        if new_valid is None and self.valid is None:
-            self.row_seen = [count + columns for count in self.row_seen]
-        else:
+        if new_valid is not None or (self.valid is not None and scored):
             device = new_valid.device if new_valid is not None else self.valid.device  # type: ignore[union-attr]
-            if self.valid is None:
-                self.valid = torch.ones(batch, self.seen, dtype=torch.bool, device=device)
             if new_valid is None:
-                new_valid = torch.ones(batch, columns, dtype=torch.bool, device=device)
-                self.row_seen = [count + columns for count in self.row_seen]
-            else:
-                added = new_valid.sum(1).tolist()
-                self.row_seen = [count + more for count, more in zip(self.row_seen, added, strict=True)]
-            self.valid = torch.cat([self.valid, new_valid], dim=1)
+                new_valid = torch.ones(self.batch, columns, dtype=torch.bool, device=device)
+            self.valid = torch.cat([self.known_valid(device), new_valid], dim=1)
+        self.row_seen = before + row_new
         if scored:
-            new = [count - old for count, old in zip(self.row_seen, before, strict=True)]
-            self.last_scored = [count or last for count, last in zip(new, self.last_scored, strict=True)]
-            self._last_from = [self.seen if n else first for n, first in zip(new, self._last_from, strict=True)]
-        elif self.decoded and self.decoded[-1][1] == self.seen:
-            self.decoded[-1] = (self.decoded[-1][0], self.seen + columns)
+            some = row_new > 0
+            queries = np.where(some, row_new, self.scored.queries)
+            self._unscored_before = (self.scored.end, before)
+            self.scored = Scored(self.row_seen, queries, np.where(some, before, self.scored.first))
+        elif self.decoded and (self.decoded[-1][1] == before).all():
+            self.decoded[-1] = (self.decoded[-1][0], self.row_seen)
         else:
-            self.decoded.append((self.seen, self.seen + columns))
+            self.decoded.append((before, self.row_seen))
         self.seen += columns
 
     def mark_images(self, is_image: Bool[Tensor, "batch columns"]) -> None:
         """Takes note of which of the columns about to come hold image tokens."""
-        if self.is_image is None:
-            if not is_image.any():
-                return
-            self.is_image = torch.zeros(is_image.shape[0], self.seen, dtype=torch.bool, device=is_image.device)
-        earlier = F.pad(self.is_image, (0, max(0, self.seen - self.is_image.shape[1])))[:, : self.seen]
-        self.is_image = torch.cat([earlier, is_image.to(earlier.device)], dim=1)
-
-    def index_of(self, columns: Int[Tensor, "batch sets slots"], rows: slice = slice(None)) -> Tensor:
-        """Number of tokens of the row before each column; meaningless for empty slots."""
-        if self.valid is None:
-            return columns
-        before = self.valid[rows].cumsum(1).to(columns.device) - 1
-        flat = columns.clamp(min=0).long().flatten(1)
-        return before.gather(1, flat).view(columns.shape)
+        if self.is_image is None and not bool(is_image.any()):
+            return
+        earlier = is_image[:, :0] if self.is_image is None else self.is_image[:, : self.seen].to(is_image.device)
+        self.is_image = torch.cat([F.pad(earlier, (0, self.seen - earlier.shape[1])), is_image], dim=1)
 
     def reduce(self, layers: int, went_into: Int[Tensor, "batch columns"]) -> None:
         """Takes note of what a reducer did to the columns seen, after so many layers."""
         earlier = self.went_into.get(layers)
-        if earlier is not None:  # what earlier forwards lost stays lost
+        if earlier is not None:  # what earlier steps lost stays lost
             went_into = went_into.clone()
             went_into[:, : earlier.shape[1]] = earlier
         self.went_into[layers] = went_into
+
+    # -- columns and token indices -------------------------------------------------------------------------------------
+
+    def known_valid(self, device: torch.device) -> Tensor:
+        """Which of all columns seen hold a token."""
+        if self.valid is None:
+            return torch.ones(self.batch, self.seen, dtype=torch.bool, device=device)
+        return F.pad(self.valid, (0, self.seen - self.valid.shape[1]), value=True)
+
+    def by_index(self, of_columns: Tensor, fill: bool | int = False) -> Tensor:
+        """A tensor over columns, `[batch, columns]`, in the order of the rows' tokens, padding left out.
+
+        Columns that it does not reach, and places beyond a row's tokens, are filled.
+        """
+        of_columns = F.pad(of_columns, (0, max(0, self.seen - of_columns.shape[1])), value=fill)[:, : self.seen]
+        if self.valid is None:
+            return of_columns
+        valid = self.known_valid(of_columns.device)
+        index = torch.where(valid, valid.cumsum(1) - 1, self.seen)
+        target = torch.full((self.batch, self.seen + 1), fill, dtype=of_columns.dtype, device=of_columns.device)
+        return target.scatter_(1, index, of_columns)[:, : self.seen]
+
+    def columns_of(self, index: Int[Tensor, "batch sets slots"]) -> Int[Tensor, "batch sets slots"]:
+        """Columns of tokens from their indices; -1 where the index is -1."""
+        if self.valid is None:
+            return index
+        known = torch.arange(self.seen, device=index.device, dtype=index.dtype).expand(self.batch, -1)
+        return taken(self.by_index(known, fill=-1), index, fill=-1)
+
+    def index_of_columns(self, device: torch.device) -> Int[Tensor, "batch columns"]:
+        """Token index of every column seen, -1 for padding."""
+        if self.valid is None:
+            return torch.arange(self.seen, device=device).expand(self.batch, -1)
+        valid = self.known_valid(device)
+        return torch.where(valid, valid.cumsum(1) - 1, -1)
+
+    # -- what layers got -----------------------------------------------------------------------------------------------
 
     def missing(self, layer: int) -> Bool[Tensor, "batch columns"] | None:
         """Columns seen whose tokens a layer never got, since a reducer acted before it; None if it got all."""
@@ -112,82 +160,86 @@ class Sequence:
             return None
         into = self.went_into[max(before)]
         gone = into != torch.arange(into.shape[1], device=into.device)
-        return F.pad(gone, (0, self.seen - into.shape[1]))
+        return F.pad(gone, (0, self.seen - into.shape[1]))[:, : self.seen]
 
-    def given(self, layer: int) -> list[int]:
-        """Tokens of each row that a layer got so far."""
+    def given(self, layer: int) -> Counts:
+        """Tokens of each row that a layer got so far; waits for the device where a reducer acted."""
         missing = self.missing(layer)
-        if missing is None:
-            return list(self.row_seen)
-        return [seen - gone for seen, gone in zip(self.row_seen, missing.sum(1).tolist(), strict=True)]
+        return self.row_seen if missing is None else self.row_seen - missing.sum(1).cpu().numpy()
 
-    def images_given(self, layer: int) -> list[int]:
-        """Image tokens of each row that a layer got so far."""
+    def images_given(self, layer: int) -> Counts:
+        """Image tokens of each row that a layer got so far; waits for the device where there are images."""
         if self.is_image is None:
-            return [0] * self.batch
-        images, missing = (
-            self.is_image[:, : self.seen],
-            self.missing(layer),
-        )  # a forward that failed may have marked more
+            return np.zeros(self.batch, dtype=np.int64)
+        images, missing = self.is_image[:, : self.seen], self.missing(layer)
         if missing is not None:
             images = images & ~missing[:, : images.shape[1]].to(images.device)
-        return images.sum(1).tolist()
+        return images.sum(1).cpu().numpy()
 
-    def first_given(self, layer: int, count: int) -> list[int]:
-        """How many of the first `count` tokens of each row a layer got."""
-        seen, missing = [min(tokens, count) for tokens in self.row_seen], self.missing(layer)
+    def first_given(self, layer: int, count: int) -> Counts:
+        """How many of the first `count` tokens of each row a layer got; waits for the device where a reducer acted."""
+        seen, missing = np.minimum(self.row_seen, count), self.missing(layer)
         if missing is None or not count:
             return seen
-        index = self.index_of(torch.arange(self.seen, device=missing.device).expand(self.batch, 1, -1)).squeeze(1)
-        gone = (missing & (index < count)).sum(1).tolist()
-        return [tokens - lost for tokens, lost in zip(seen, gone, strict=True)]
+        return seen - self.by_index(missing)[:, :count].sum(1).cpu().numpy()
 
-    def queries_on(self, columns: Int[Tensor, "batch sets slots"], last: bool, layer: int = 0) -> Tensor:
-        """Number of queries that scored each column's token, at least 1.
+    # -- what slots hold, by the index of their tokens -----------------------------------------------------------------
+
+    def queries_on(self, index: Int[Tensor, "batch sets slots"], last: bool, layer: int = 0) -> Tensor:
+        """Number of queries that scored each token, at least 1.
 
         Args:
-            columns: columns of the slots; the number is meaningless for empty ones.
-            last: whether only the last scoring forward counts, since its scores replaced earlier ones.
+            index: token indices; the number is meaningless for empty slots.
+            last: whether only the last scoring step counts, since its scores replaced earlier ones.
             layer: index of the decoder layer; only where a reducer acts do layers differ.
         """
-        ends = torch.tensor(self.row_seen, device=columns.device)[:, None, None]
-        queries = ends - self.index_of(columns)
+        queries = self._rows(self.row_seen, index) - index
         for first, end in self.decoded:
-            queries = queries - (end - columns.clamp(first, end))
-        scored, missing = torch.tensor(self.last_scored, device=columns.device)[:, None, None], self.missing(layer)
+            first, end = self._rows(first, index), self._rows(end, index)
+            queries = queries - (end - index.clamp(first, end))
+        scored, missing = self._rows(self.scored.queries, index), self.missing(layer)
         if missing is not None:
-            missing = missing.to(columns.device)
-            until = F.pad(missing.cumsum(1), (1, 0))  # missing columns before each one, and all of them
-            rows = torch.arange(self.batch, device=columns.device)
-            before = until[rows[:, None], columns.clamp(min=0).long().flatten(1)].view(columns.shape)
-            queries = queries - (until[:, -1, None, None] - before)
-            start = torch.tensor(self._last_from, device=columns.device).clamp(max=self.seen)
-            scored = scored - (until[:, -1] - until[rows, start])[:, None, None]
+            until = F.pad(self.by_index(missing.to(index.device)).cumsum(1), (1, 0))  # missing before each, and all
+            whole = until[:, -1:, None]
+            queries = queries - (whole - taken(until, index))
+            scored = scored - (whole - taken(until, self._rows(self.scored.first, index)))
         return (queries.minimum(scored) if last else queries).clamp(min=1)
 
-    def images_at(self, columns: Int[Tensor, "batch sets slots"], rows: slice = slice(None)) -> Tensor | None:
-        """Which slots hold image tokens, from the columns of their tokens."""
-        if self.is_image is None:
-            return None
-        known = self.is_image[rows].to(columns.device)
-        flat = columns.clamp(min=0).long().flatten(1)
-        known = F.pad(known, (0, max(0, self.seen - known.shape[1])))
-        return known.gather(1, flat).view(columns.shape) & (columns >= 0)
+    def unscored(self, index: Int[Tensor, "batch sets slots"]) -> Bool[Tensor, "batch sets slots"]:
+        """Which tokens came after the last step that scored."""
+        return index >= self._rows(self.scored.end, index)
 
-    def protected(self, columns: Int[Tensor, "batch sets slots"], sinks: int, recents: int) -> Tensor:
+    def unscored_before(self, index: Int[Tensor, "batch sets slots"]) -> Bool[Tensor, "batch sets slots"] | None:
+        """Which tokens had no score when the step in progress, which scores, began; None if all older ones had."""
+        first, end = self._unscored_before
+        return None if (first == end).all() else index >= self._rows(first, index)
+
+    def images_at(self, index: Int[Tensor, "batch sets slots"]) -> Tensor | None:
+        """Which slots hold image tokens, from the indices of their tokens."""
+        return None if self.is_image is None else taken(self.by_index(self.is_image.to(index.device)), index)
+
+    def protected(self, index: Int[Tensor, "batch sets slots"], sinks: int, recents: int) -> Tensor:
         """Which slots hold one of a row's first `sinks` or last `recents` tokens."""
-        index = self.index_of(columns)
-        ends = torch.tensor(self.row_seen, device=columns.device)[:, None, None]
-        return (columns >= 0) & ((index < sinks) | (index >= ends - recents))
+        return (index >= 0) & ((index < sinks) | (index >= self._rows(self.row_seen - recents, index)))
 
-    def select_rows(self, index: Int[Tensor, " rows"]) -> None:
-        """Reorders, repeats or drops rows."""
-        alike = self.rows_alike and len(set(self.last_scored)) == len(set(self._last_from)) == 1
-        if not alike or len(index) != self.batch:
-            rows = index.tolist()
-            self.row_seen = [self.row_seen[row] for row in rows]
-            self.last_scored = [self.last_scored[row] for row in rows]
-            self._last_from = [self._last_from[row] for row in rows]
+    def _rows(self, counts: Counts, like: Tensor) -> Tensor:
+        """Numbers per row, to be compared with indices."""
+        if (counts == counts[0]).all():  # no copy to the device, then
+            return torch.full((1, 1, 1), int(counts[0]), dtype=like.dtype, device=like.device)
+        return torch.as_tensor(counts, dtype=like.dtype, device=like.device)[:, None, None]
+
+    # -- rows and rollback ---------------------------------------------------------------------------------------------
+
+    def select_rows(self, index: Int[Tensor, " rows"], rows: Counts) -> None:
+        """Reorders, repeats or drops rows.
+
+        Args:
+            index: rows to take, in order, on any device.
+            rows: the same on the host.
+        """
+        self.row_seen = self.row_seen[rows]
+        self.scored = Scored(*(counts[rows] for counts in vars(self.scored).values()))
+        self.decoded = [(first[rows], end[rows]) for first, end in self.decoded]
         if self.valid is not None:
             self.valid = self.valid.index_select(0, index.to(self.valid.device))
         if self.is_image is not None:
@@ -195,16 +247,52 @@ class Sequence:
         for layers, into in self.went_into.items():
             self.went_into[layers] = into.index_select(0, index.to(into.device))
 
-    def crop(self, columns: int) -> None:
-        """Forgets all but the first `columns` columns."""
-        removed = self.seen - columns
+    def tokens_after(self, columns: int) -> Counts:
+        """Tokens of each row that stand after the first `columns` columns; waits for the device if there is padding."""
+        if self.valid is None or columns >= self.valid.shape[1]:
+            return np.full(self.batch, self.seen - columns)
+        return self.known_valid(self.valid.device)[:, columns:].sum(1).cpu().numpy()
+
+    def crop(self, columns: int, gone: Counts) -> None:
+        """Forgets all but the first `columns` columns, and so many tokens of each row."""
+        self.row_seen = left = self.row_seen - gone
         if self.valid is not None:
             self.valid = self.valid[:, :columns]
-            self.row_seen = self.valid.sum(1).tolist()
-        else:
-            self.row_seen = [count - removed for count in self.row_seen]
         if self.is_image is not None:
             self.is_image = self.is_image[:, :columns]
         self.went_into = {layers: into[:, :columns] for layers, into in self.went_into.items()}
-        self.decoded = [(first, min(end, columns)) for first, end in self.decoded if first < columns]
+        self.decoded = [(first, np.minimum(end, left)) for first, end in self.decoded if (first < left).any()]
+        self.scored.end = np.minimum(self.scored.end, left)
         self.seen = columns
+
+    def hide(self, hidden: Bool[Tensor, "batch columns"]) -> Int[Tensor, "batch tokens"]:
+        """Makes padding of tokens that were seen, since an attention mask hides them from now on.
+
+        Waits for the device.
+
+        Returns:
+            For every token index before, the one after; -1 for tokens that are hidden now.
+        """
+        before = self.known_valid(hidden.device)
+        kept = self.by_index(before & ~hidden)
+        self.valid = before & ~hidden
+        new_index = torch.where(kept, kept.cumsum(1) - 1, -1)
+        until = F.pad(kept.cumsum(1), (1, 0)).cpu().numpy()
+        rows = np.arange(self.batch)
+
+        def left(counts: Counts) -> Counts:
+            return until[rows, np.clip(counts, 0, until.shape[1] - 1)]
+
+        first, end = self.scored.first, self.scored.first + self.scored.queries
+        self.scored = Scored(left(self.scored.end), np.maximum(left(end) - left(first), 1), left(first))
+        self.decoded = [(left(first), left(end)) for first, end in self.decoded]
+        self.row_seen = left(self.row_seen)
+        return new_index
+
+
+def taken(of_tokens: Tensor, index: Int[Tensor, "batch sets slots"], fill: bool | int = False) -> Tensor:
+    """Entries of a tensor over token indices, `[batch, tokens]`, for the tokens in slots; filled for empty ones."""
+    if not of_tokens.shape[1]:
+        return torch.full(index.shape, fill, dtype=of_tokens.dtype, device=index.device)
+    flat = index.flatten(1).clamp(min=0, max=of_tokens.shape[1] - 1).long()
+    return of_tokens.gather(1, flat).view(index.shape).masked_fill(index < 0, fill)

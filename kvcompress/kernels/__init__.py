@@ -1,21 +1,28 @@
 """Attention over the slots of a cache, and what it tells about them; tensors in, tensors out."""
 
+from kvcompress.kernels.blocks import attend_blocks, decode_bias
 from kvcompress.kernels.dense import (
     attention,
-    attention_mass,
-    attention_probabilities,
     attention_with_lse,
+    attention_with_mask,
+    in_one_dtype,
     masked_attention_with_lse,
     merge_attention,
 )
+from kvcompress.kernels.mass import attention_mass
+from kvcompress.kernels.probabilities import attention_probabilities
 from kvcompress.kernels.share import attention_share
 
 __all__ = [
+    "attend_blocks",
     "attention",
     "attention_mass",
     "attention_probabilities",
     "attention_share",
     "attention_with_lse",
+    "attention_with_mask",
+    "decode_bias",
+    "in_one_dtype",
     "masked_attention_with_lse",
     "merge_attention",
 ]

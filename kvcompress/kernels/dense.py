@@ -1,8 +1,7 @@
-"""The hot path: attention with its log-sum-exp, and the attention mass that every key received.
+"""Attention that tells the log-sum-exp of every query's logits, over padded and unpadded rows.
 
-Flash kernels compute the log-sum-exp of every query's logits and throw the probabilities away. With it, the probability
-of a key is `exp(q k - lse)`: one more pass over tiles of the logits gives exact attention mass, and no more than a tile
-of the `queries x keys` matrix exists at any time.
+Flash kernels compute the log-sum-exp and throw the probabilities away. With it, the probability of a key is
+`exp(q k - lse)`, and attention over two sets of keys can be joined.
 """
 
 from __future__ import annotations
@@ -12,9 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-_TILE_KEYS = 512
-_TILE_LOGITS_CPU = 256 * 9 * _TILE_KEYS  # stays in the last-level cache
-_TILE_LOGITS_GPU = 64 * 1024 * 1024  # large enough to hide the launch of a kernel
+_BLOCK_QUERIES = 128  # queries whose logits are written out at a time
+_BIAS_ALIGNMENT = 16  # elements; what the memory-efficient kernel wants of a bias, and more
 
 
 def attention(
@@ -47,29 +45,58 @@ def attention_with_lse(
     scaling: float,
     causal: bool,
 ) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
-    """Attention as in `attention`, together with the log-sum-exp of every query's scaled logits.
+    """Attention as in `attention_with_mask`, over rows without padding."""
+    return attention_with_mask(query, key, value, scaling, None, causal=causal)
 
-    Uses the flash kernel of the device where there is one that returns it (CPU; CUDA in half precision, the
-    memory-efficient kernel in float32) and a blockwise computation elsewhere.
+
+def attention_with_mask(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    keys: Float[Tensor, "batch kv_heads tokens head_dim"],
+    values: Float[Tensor, "batch kv_heads tokens value_dim"],
+    scaling: float,
+    valid: Bool[Tensor, "batch tokens"] | None,
+    *,
+    causal: bool = True,
+) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
+    """Attention over rows that may hold padding, with the log-sum-exp of every query's scaled logits.
+
+    Uses the fused kernel of the device where one returns both (CPU; on CUDA flash attention in half precision without
+    padding, else the memory-efficient one) and blocks of written-out logits elsewhere. Keys are not repeated over the
+    heads of a group, and padding costs a bias of one number per token.
+
+    Args:
+        query: queries, after rotary embedding.
+        keys: keys, after rotary embedding; with `causal`, at least as many as queries.
+        values: values.
+        scaling: factor on the logits, usually `head_dim ** -0.5`.
+        valid: which tokens are no padding; None if none is. Padding gets no attention.
+        causal: whether the last `queries` tokens are the queries' own, of which each sees itself and those before; if
+            not, every query sees every token.
 
     Returns:
-        The output in the dtype of `query`, and the log-sum-exp (natural logarithm, float32 or wider).
+        The output in the dtype of `query` (under autocast, in autocast's), and the log-sum-exp (natural logarithm,
+        float32 or wider). A query that sees nothing has the output 0 and the log-sum-exp minus infinity.
     """
-    queries, same_dim = query.shape[2], key.shape[3] == value.shape[3]
-    if query.device.type == "cpu" and same_dim:
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        return kernel(query, key, value, 0.0, causal, scale=scaling)  # type: ignore[no-any-return]
-    if query.device.type == "cuda" and same_dim:
-        group = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        if query.dtype in (torch.float16, torch.bfloat16) and query.shape[3] <= 256 and query.shape[3] % 8 == 0:
-            flash = torch.ops.aten._scaled_dot_product_flash_attention
-            output, lse, *_ = flash(query, key, value, 0.0, causal, False, scale=scaling)
-        else:
-            efficient = torch.ops.aten._scaled_dot_product_efficient_attention
-            output, lse, *_ = efficient(query, key, value, None, True, 0.0, causal, scale=scaling)
-        return output, lse[:, :, :queries]
-    return _blockwise_attention(query, key, value, scaling, causal)
+    query, keys, values = in_one_dtype(query, keys, values)
+    causal = causal and query.shape[2] > 1  # one query sees every token in either case
+    device, same_dim = query.device.type, keys.shape[3] == values.shape[3]
+    if device == "cpu" and same_dim:
+        past = keys.shape[2] - query.shape[2] if causal else 0
+        if past:  # the kernel's own causal mask begins with the first key
+            split = (keys[:, :, :past], values[:, :, :past], scaling, None if valid is None else valid[:, :past])
+            older = _on_cpu(query, *split, causal=False)
+            keys, values, valid = keys[:, :, past:], values[:, :, past:], None if valid is None else valid[:, past:]
+            return merge_attention(*_on_cpu(query, keys, values, scaling, valid, causal=True), *older)
+        return _on_cpu(query, keys, values, scaling, valid, causal=causal)
+    if device == "cuda" and query.shape[3] % 8 == values.shape[3] % 8 == 0:
+        half = query.dtype in (torch.float16, torch.bfloat16)
+        if valid is None and half and same_dim and query.shape[3] <= 256:
+            flash = torch.ops.aten._scaled_dot_product_flash_attention  # aligns its causal mask with the last key
+            output, lse, *_ = flash(query, keys, values, 0.0, causal, False, scale=scaling)
+            return output, lse[:, :, : query.shape[2]]
+        if half or query.dtype == torch.float32:
+            return _memory_efficient(query, keys, values, scaling, valid, causal)
+    return _blockwise(query, keys, values, scaling, valid, causal)
 
 
 def merge_attention(
@@ -81,10 +108,11 @@ def merge_attention(
     """Joins the attention of the same queries over two disjoint sets of keys (Online softmax, arXiv 1805.02867).
 
     Returns:
-        Output and log-sum-exp as if one softmax had run over both sets.
+        Output and log-sum-exp as if one softmax had run over both sets; 0 and minus infinity if both are empty.
     """
     total = torch.logaddexp(lse, other_lse)
-    weight, other_weight = (lse - total).exp().unsqueeze(-1), (other_lse - total).exp().unsqueeze(-1)
+    finite = total.clamp(min=torch.finfo(total.dtype).min)  # minus infinity from itself is no number
+    weight, other_weight = (lse - finite).exp().unsqueeze(-1), (other_lse - finite).exp().unsqueeze(-1)
     return (output * weight + other_output * other_weight).to(output.dtype), total
 
 
@@ -95,138 +123,106 @@ def masked_attention_with_lse(
     scaling: float,
     mask: Bool[Tensor, "batch sets tokens"],
 ) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
-    """Attention over the slots that a mask marks, at least one per row, for a few queries; written out in float32.
+    """Attention over the slots that a mask marks, for a few queries; written out in float32.
 
     Returns:
-        The output in the dtype of `query`, and the log-sum-exp, as from `attention_with_lse`.
+        The output in the dtype of `query`, and the log-sum-exp, as from `attention_with_mask`.
     """
     logits = (query.float() @ key.float().transpose(2, 3) * scaling).masked_fill_(~mask.unsqueeze(2), -torch.inf)
-    lse = logits.logsumexp(-1)
-    return (logits.sub_(lse.unsqueeze(-1)).exp_() @ value.float()).to(query.dtype), lse
+    probabilities, lse = _softmax(logits)
+    return (probabilities @ value.float()).to(query.dtype), lse
 
 
-def attention_mass(
-    query: Float[Tensor, "batch heads queries head_dim"],
-    key: Float[Tensor, "batch kv_heads tokens head_dim"],
-    lse: Float[Tensor, "batch heads queries"],
-    scaling: float,
-    start: int = 0,
-    step: int = 1,
-) -> Float[Tensor, "batch kv_heads tokens"]:
-    """Attention probability that each key received, summed over queries and averaged over each group of heads.
-
-    The queries are the last ones of the sequence: query i sees the first `tokens - queries + i + 1` keys. The
-    log-sum-exp is subtracted inside the product, as further dimensions of query and key, so that a half-precision
-    logit is rounded when it is already the logarithm of a probability: the larger the probability, the smaller the
-    error. Probabilities are in the dtype of `query`, their sums in float32.
-
-    Args:
-        query: queries, after rotary embedding.
-        key: every key the queries may see; the last `queries` of them belong to the queries' own tokens.
-        lse: log-sum-exp of every query's scaled logits, from `attention_with_lse`.
-        scaling: factor on the logits.
-        start: first query that counts.
-        step: count every `step`-th query from `start` on.
-
-    Returns:
-        Mass per key, float32; with every query counted, a head's masses add up to the number of queries.
-    """
-    batch, heads, queries, _ = query.shape
-    kv_heads, tokens = key.shape[1], key.shape[2]
-    past, group, rows = tokens - queries, heads // kv_heads, batch * kv_heads
-    query, lse = query[:, :, start::step], lse[:, :, start::step]
-    counted, width = query.shape[2], query.shape[3] + 2
-    columns = torch.arange(tokens, device=query.device)
-    last_key = columns[past + start :: step]  # the query's own token is the last that it sees
-    mass = torch.zeros(rows, tokens, dtype=torch.float32, device=query.device)
-    tile_queries, tile_keys = _tile(rows * group, query.device)
-    tiles = [
-        F.pad(key[:, :, left : left + tile_keys], (0, 2), value=1.0).view(rows, -1, width).transpose(1, 2)
-        for left in range(0, tokens, tile_keys)
-    ]
-    ones = torch.ones(rows, 1, group * min(tile_queries, counted), device=query.device)
-    for first in range(0, counted, tile_queries):
-        end = min(first + tile_queries, counted)
-        block = _with_lse(query[:, :, first:end], lse[:, :, first:end], scaling, kv_heads)
-        seen_by_all, seen = past + start + first * step + 1, past + start + (end - 1) * step + 1
-        for left, tile in zip(range(0, seen, tile_keys), tiles, strict=False):
-            right = min(left + tile_keys, seen)
-            logits = torch.bmm(block, tile[:, :, : right - left])
-            if right <= seen_by_all:
-                probability = logits.exp_().float()
-            else:  # towards the end of the tile some queries see nothing, where their logits mean nothing
-                edge = max(left, seen_by_all)
-                visible = (columns[edge:right] <= last_key[first:end, None]).float().unsqueeze(1)
-                logits[..., edge - left :].clamp_(max=0.0)
-                probability = logits.exp_().float()
-                probability.view(rows, end - first, group, -1)[..., edge - left :].mul_(visible)
-            mass[:, left:right] += torch.bmm(ones[:, :, : block.shape[1]], probability).squeeze(1)  # a sum, but faster
-    return mass.div_(group).view(batch, kv_heads, tokens)
+def in_one_dtype(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values in autocast's dtype, or else in that of the queries: fused kernels take no other."""
+    dtype, device = query.dtype, query.device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    if query.dtype == keys.dtype == values.dtype == dtype:
+        return query, keys, values
+    return query.to(dtype), keys.to(dtype), values.to(dtype)
 
 
-def attention_probabilities(
-    query: Float[Tensor, "batch heads queries head_dim"],
-    key: Float[Tensor, "batch kv_heads tokens head_dim"],
-    lse: Float[Tensor, "batch heads queries"],
-    scaling: float,
-    last: int,
-) -> Float[Tensor, "batch heads last tokens"]:
-    """Attention probabilities of the last queries, written out; the arguments are those of `attention_mass`.
-
-    Args:
-        query: queries, after rotary embedding.
-        key: every key the queries may see; the last `queries` of them belong to the queries' own tokens.
-        lse: log-sum-exp of every query's scaled logits.
-        scaling: factor on the logits.
-        last: number of last queries; all of them where there are fewer.
-
-    Returns:
-        Probabilities, float32; zero for keys after the query's own.
-    """
-    query, lse = query[:, :, -last:].float() * scaling, lse[:, :, -last:].float()
-    (batch, heads, queries, head_dim), (kv_heads, tokens) = query.shape, key.shape[1:3]
-    grouped = query.reshape(batch, kv_heads, -1, head_dim)
-    logits = torch.matmul(grouped, key.float().transpose(2, 3)).view(batch, heads, queries, tokens)
-    visible = torch.ones(queries, tokens, dtype=torch.bool, device=query.device).tril(tokens - queries)
-    return (logits - lse.unsqueeze(-1)).clamp_(max=0.0).exp_().mul_(visible)
-
-
-def _with_lse(query: Tensor, lse: Tensor, scaling: float, kv_heads: int) -> Tensor:
-    """Scaled queries with minus their log-sum-exp as two more dimensions: as rounded, and what rounding left over.
-
-    Returns:
-        `[batch * kv_heads, queries * group, head_dim + 2]`.
-    """
-    batch, heads, queries, head_dim = query.shape
-    query = query.view(batch, kv_heads, heads // kv_heads, queries, head_dim).transpose(2, 3)
-    negative = lse.view(batch, kv_heads, heads // kv_heads, queries, 1).transpose(2, 3).neg()
-    rounded = negative.to(query.dtype)
-    return (
-        torch.cat([query * scaling, rounded, (negative - rounded).to(query.dtype)], dim=-1).flatten(2, 3).flatten(0, 1)
-    )
-
-
-def _tile(head_rows: int, device: torch.device) -> tuple[int, int]:
-    """Queries and keys of a tile, so that the logits of all heads together suit the device."""
-    keys, logits = (_TILE_KEYS, _TILE_LOGITS_CPU) if device.type == "cpu" else (4 * _TILE_KEYS, _TILE_LOGITS_GPU)
-    queries = max(16, logits // (head_rows * keys))
-    return min(1 << (queries.bit_length() - 1), 1024), keys
-
-
-def _blockwise_attention(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float, causal: bool
+def _on_cpu(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, valid: Tensor | None, *, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """Attention and log-sum-exp in blocks of query rows, for devices and shapes without a kernel that returns both."""
-    group, queries = query.shape[1] // key.shape[1], query.shape[2]
-    key, value = key.repeat_interleave(group, 1).float(), value.repeat_interleave(group, 1).float()
-    columns = torch.arange(key.shape[2], device=query.device)
+    """Flash attention of the CPU; `causal` needs as many keys as queries."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    if valid is None:
+        return kernel(query, keys, values, 0.0, causal, scale=scaling)  # type: ignore[no-any-return]
+    bias = torch.zeros(valid.shape, dtype=query.dtype, device=query.device).masked_fill_(~valid, -torch.inf)
+    output, lse = kernel(query, keys, values, 0.0, causal, attn_mask=bias[:, None, None], scale=scaling)
+    return output, lse.masked_fill(_blind(valid, query.shape[2], causal), -torch.inf)  # its output is 0 there
+
+
+def _memory_efficient(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, valid: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """The memory-efficient kernel of CUDA, which wants as many key heads as query heads.
+
+    A group is its heads and a key/value head a row of the batch, so that keys are expanded instead of repeated.
+    """
+    (batch, heads, queries, head_dim), (kv_heads, tokens) = query.shape, keys.shape[1:3]
+    group, rows, bias = heads // kv_heads, batch * kv_heads, None
+    if valid is not None:
+        width = -(-tokens // _BIAS_ALIGNMENT) * _BIAS_ALIGNMENT
+        bias = torch.zeros(batch, kv_heads, width, dtype=query.dtype, device=query.device)
+        bias[:, :, :tokens].masked_fill_(~valid.unsqueeze(1), -torch.inf)
+        bias = bias.view(rows, 1, 1, width).expand(rows, group, queries, width)[..., :tokens]
+    output, lse, *_ = torch.ops.aten._efficient_attention_forward(
+        query.reshape(rows, group, queries, head_dim).transpose(1, 2),
+        keys.reshape(rows, tokens, 1, -1).expand(-1, -1, group, -1),
+        values.reshape(rows, tokens, 1, -1).expand(-1, -1, group, -1),
+        bias,
+        None,
+        None,
+        None,
+        None,
+        0.0,
+        2 if causal else 0,  # the causal mask aligned with the last key
+        True,
+        scale=scaling,
+    )
+    lse = lse[..., :queries].reshape(batch, heads, queries)
+    output = output.view(batch, kv_heads, queries, group, -1).transpose(1, 2).reshape(batch, queries, heads, -1)
+    output = output.transpose(1, 2)
+    if valid is None:
+        return output, lse
+    blind = _blind(valid, queries, causal)
+    return output.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, -torch.inf)
+
+
+def _blockwise(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, valid: Tensor | None, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention and log-sum-exp in blocks of queries, for devices and shapes without a kernel that returns both."""
+    (batch, heads, queries, head_dim), (kv_heads, tokens) = query.shape, keys.shape[1:3]
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, queries, head_dim)
+    keys, values = keys.to(wide).transpose(2, 3), values.to(wide)
+    columns = torch.arange(tokens, device=query.device)
     outputs, sums = [], []
-    for first in range(0, queries, 128):
-        block = query[:, :, first : first + 128].float()
-        logits = block @ key.transpose(2, 3) * scaling
+    for first in range(0, queries, _BLOCK_QUERIES):
+        block = grouped[:, :, :, first : first + _BLOCK_QUERIES].to(wide)
+        logits = (block.flatten(2, 3) @ keys * scaling).view(*block.shape[:4], tokens)
         if causal:
-            logits.masked_fill_(columns > columns[first : first + block.shape[2], None], -torch.inf)
-        lse = logits.logsumexp(-1)
-        outputs.append(logits.sub_(lse.unsqueeze(-1)).exp_() @ value)
-        sums.append(lse)
+            last_key = columns[tokens - queries + first :][: block.shape[3], None]
+            logits.masked_fill_(columns > last_key, -torch.inf)
+        if valid is not None:
+            logits.masked_fill_(~valid[:, None, None, None], -torch.inf)
+        probabilities, lse = _softmax(logits)
+        outputs.append((probabilities.flatten(2, 3) @ values).view(batch, heads, block.shape[3], -1))
+        sums.append(lse.view(batch, heads, -1))
     return torch.cat(outputs, 2).to(query.dtype), torch.cat(sums, 2)
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities, in place of the logits, and their log-sum-exp; 0 and minus infinity where every logit is that."""
+    lse = logits.logsumexp(-1)
+    return logits.sub_(lse.clamp(min=torch.finfo(lse.dtype).min).unsqueeze(-1)).exp_(), lse
+
+
+def _blind(valid: Tensor, queries: int, causal: bool) -> Tensor:
+    """Queries that see no token, `[batch, 1, queries or 1]`."""
+    seen = valid.cumsum(-1)[:, -queries:] > 0 if causal else valid.any(-1, keepdim=True)
+    return ~seen.unsqueeze(1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -110,7 +110,10 @@ class LayerContext:
         Raises:
             RuntimeError: if the scorer did not declare `reads_attention`.
         """
-        return attention_mass(self.query, self.keys, self._lse(), self.scaling, first, step, self.valid)
+        valid, group = self._valid_slots(), self.query.shape[1] // self.keys.shape[1]
+        given: dict[str, Any] = {"start": first} if isinstance(first, int) else {"first": first}
+        mass = attention_mass(self.query, self.keys, self._lse(), self.scaling, valid=valid, stride=step, **given)
+        return mass.div_(group)
 
     def attention_probabilities(self, last: int) -> Float[Tensor, "batch heads queries tokens"]:
         """Attention probabilities of the last queries of this forward, float32; for small windows.
@@ -123,7 +126,10 @@ class LayerContext:
         Raises:
             RuntimeError: if the scorer did not declare `reads_attention`.
         """
-        return attention_probabilities(self.query, self.keys, self._lse(), self.scaling, last, self.valid)
+        return attention_probabilities(self.query, self.keys, self._lse(), self.scaling, last, self._valid_slots())
+
+    def _valid_slots(self) -> Tensor | None:
+        return None if self.valid is None else self.valid[:, 0]
 
     def _lse(self) -> Tensor:
         if self.lse is None:

@@ -1,0 +1,252 @@
+"""Where the tokens of every layer lie while a model decodes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from kvcompress.cache.allocation import Allocation, Rule
+from kvcompress.cache.sequence import Counts
+
+_LATEST = 2**31 - 1  # as a token index: never the oldest
+
+
+class SlotTable:
+    """Which slot each layer, row and head set writes next, how many are in use, and which leaves next.
+
+    Slots `[0, length)` are in use. A layer over its limit after a step has one slot to `free`: its token is attended in
+    that step, and the next step's token takes its place. So no slot in use is ever empty while a step attends. The
+    first `pinned` slots never leave by age.
+
+    All of this is tensors on the device, which the table advances once a step for all layers; no decode step reads
+    them back. The host counts along as long as it runs every step itself (`exact`), and else knows bounds from what was
+    seen. Once a table is made, its tensors keep their addresses until a buffer grows or rows change in number.
+
+    Attributes:
+        length: slots in use, `[layers, batch, sets]`.
+        free: the slot that the last step freed; -1 if none.
+        write: the slot that this step's token goes to.
+        index: number of tokens of the row before each slot's token; -1 where a slot was never used.
+        seen: tokens of each row.
+        columns: columns seen, padding included.
+        scored_end: tokens of each row that have a score, `[batch, 1, 1]`.
+        extent: `length` as far as the host knows, `[layers, batch]`.
+        hole: whether a slot is free, as far as the host knows.
+        exact: whether what the host knows is exact; if not, `extent` is an upper bound.
+        steps: steps that the table has advanced, or at least so many where the host does not run them.
+    """
+
+    def __init__(
+        self,
+        index: list[Tensor],
+        lengths: np.ndarray,
+        pinned: np.ndarray,
+        capacities: list[int],
+        row_seen: Counts,
+        columns: int,
+        allocation: Allocation | None,
+        rule: Rule,
+        by_age: bool,
+        packed: np.ndarray | None = None,
+        scored_end: Counts | None = None,
+    ) -> None:
+        """Starts after a prefill step, whose tokens lie in order in the first slots.
+
+        Args:
+            index: token index of each layer's slots, `[batch, sets, slots]`, -1 beyond its tokens.
+            lengths: slots in use per layer and row.
+            pinned: slots per layer and row that never leave by age.
+            capacities: slots that each layer has.
+            row_seen: tokens of each row.
+            columns: columns seen.
+            allocation: the budgets; None if nothing is ever evicted.
+            rule: how budgets grow with the tokens seen.
+            by_age: whether a layer over its limit loses its oldest loose token.
+            scored_end: tokens of each row that have a score.
+            packed: tokens per layer and row that lie elsewhere and count as held; None if none.
+        """
+        device, sets = index[0].device, max(held.shape[1] for held in index)
+        shape = (*lengths.shape, sets)
+        self.index = torch.full((*shape, max(capacities)), -1, dtype=torch.int32, device=device)
+        for layer, held in enumerate(index):
+            self.index[layer, :, :, : held.shape[2]] = held.to(device)
+        self.length = torch.as_tensor(lengths, device=device).unsqueeze(-1).repeat(1, 1, sets)
+        self.free = torch.full_like(self.length, -1)
+        self.write = torch.zeros_like(self.length)
+        self.seen = torch.as_tensor(row_seen, dtype=torch.int32, device=device).clone()
+        ends = row_seen if scored_end is None else scored_end
+        self.scored_end = torch.as_tensor(ends, dtype=torch.int32, device=device)[:, None, None]
+        self.columns = torch.tensor(columns, dtype=torch.int64, device=device)
+        self.extent, self.hole = lengths.copy(), np.zeros(lengths.shape, dtype=bool)
+        self.exact, self.steps = True, 0
+        self._start = (lengths, row_seen)
+        self._allocation, self._rule = allocation, rule
+        self._pinned = torch.as_tensor(pinned, device=device).unsqueeze(-1).repeat(1, 1, sets)
+        self._pinned_rows = pinned
+        self._by_age = by_age
+        self._packed_rows = np.zeros_like(lengths) if packed is None else packed
+        self._packed = None if packed is None else torch.as_tensor(packed, device=device).unsqueeze(-1)
+        self._age: Tensor | None = None
+        if allocation is not None:
+            budgets, spent = allocation.budgets, allocation.spent
+            if rule.fraction is None:
+                self._share = torch.as_tensor(allocation.limits(rule, row_seen * 0), device=device).unsqueeze(-1)
+            else:  # a row that was given nothing gets an even share of what comes
+                self._share = torch.as_tensor(np.where(spent > 0, budgets, 1), device=device).unsqueeze(-1)
+                self._spent = torch.as_tensor(np.where(spent > 0, spent, rule.layers), device=device).unsqueeze(-1)
+        self._derive()
+
+    def _derive(self) -> None:
+        """Makes what follows from the index, and fixes addresses."""
+        slots = torch.arange(self.index.shape[-1], device=self.index.device)
+        if self._by_age and self._allocation is not None:
+            loose = (self.index >= 0) & (slots >= self._pinned.unsqueeze(-1))
+            self._age = self.index.masked_fill(~loose, _LATEST)
+        self._slots = slots
+        if not torch.is_inference_mode_enabled():
+            for tensor in vars(self).values():
+                if isinstance(tensor, Tensor):
+                    torch._dynamo.mark_static_address(tensor)
+
+    @property
+    def capacity(self) -> int:
+        """Slots that the index has room for."""
+        return self.index.shape[-1]
+
+    @property
+    def sets(self) -> int:
+        """1 where all heads of a layer hold the same tokens, else one for each key/value head."""
+        return self.index.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for tensor in vars(self).values() if isinstance(tensor, Tensor))
+
+    # -- a step, on the device -----------------------------------------------------------------------------------------
+
+    def advance(self, evicts: bool) -> None:
+        """Finds the slot for each layer's new token, and by age the slot that leaves after this step.
+
+        Args:
+            evicts: whether layers over their limit free a slot; not while the past is recorded.
+        """
+        hole = self.free >= 0
+        torch.where(hole, self.free, self.length, out=self.write)
+        self.length.add_(hole.logical_not())
+        at, token = self.write.unsqueeze(-1), self.seen[None, :, None, None].expand(*self.write.shape, 1)
+        self.index.scatter_(-1, at, token)
+        if self._age is not None:
+            pinned = at < self._pinned.unsqueeze(-1)
+            self._age.scatter_(-1, at, torch.where(pinned, _LATEST, token))
+        self.seen.add_(1)
+        self.columns.add_(1)
+        if not evicts or self._allocation is None:
+            self.free.fill_(-1)
+        elif self._age is not None:
+            over = self._over() & (self.length > self._pinned)
+            torch.where(over, self._age.argmin(-1), -1, out=self.free)
+        else:
+            self.free.fill_(-1)  # until the layers have chosen
+
+    def over(self) -> Tensor:
+        """Which layers, rows and head sets hold more than their limit, bool `[layers, batch, sets]`."""
+        return self._over()
+
+    def _over(self) -> Tensor:
+        least = self.seen.clamp(max=self._rule.sinks + self._rule.recents)[:, None]
+        share = self._share
+        if self._rule.fraction is not None:
+            total = self.seen.to(torch.float64).mul(self._rule.fraction * self._rule.layers).add(1e-6).long()
+            share = (share * total[:, None]).div(self._spent, rounding_mode="floor")
+        held = self.length if self._packed is None else self.length + self._packed
+        return held > torch.maximum(share, least)
+
+    def protected(self, index: Tensor) -> Tensor:
+        """Which slots hold one of a row's first or last protected tokens, from the indices of their tokens."""
+        first = self.seen[:, None, None] - self._rule.recents
+        return (index >= 0) & ((index < self._rule.sinks) | (index >= first))
+
+    def free_now(self) -> None:
+        """Frees the oldest loose slot of every layer over its limit, as a step would have."""
+        if self._age is not None:
+            over = self._over() & (self.length > self._pinned)
+            self.free = torch.where(over, self._age.argmin(-1), -1)
+
+    def learn_holes(self) -> None:
+        """Reads which layers and rows have a free slot; waits for the device."""
+        self.hole = (self.free >= 0).any(-1).cpu().numpy()
+
+    def choose(self, layer: int, over: Tensor, victims: Int[Tensor, "batch sets"]) -> None:
+        """Frees the slots of a layer that its evictor names, in rows that are over their limit."""
+        self.free[layer] = torch.where(over, victims, -1)
+
+    # -- a step, as the host knows it ----------------------------------------------------------------------------------
+
+    def count(self, row_seen: Counts, evicts: bool) -> None:
+        """Advances what the host knows; `row_seen` counts this step's tokens."""
+        self.steps += 1
+        self.extent = np.where(self.hole, self.extent, self.extent + 1)
+        if evicts and self._allocation is not None:
+            over = self.extent + self._packed_rows > self._allocation.limits(self._rule, row_seen)
+            self.hole = over & (self.extent > self._pinned_rows) if self._by_age else over
+        else:
+            self.hole = np.zeros_like(self.hole)
+
+    def bound(self, steps: int) -> np.ndarray:
+        """At most the slots that each layer has in use after so many steps more than now, `[layers]`."""
+        lengths, row_seen = self._start
+        taken = self.steps + steps
+        grown = lengths + taken
+        if self._allocation is not None:
+            limits = self._allocation.limits(self._rule, row_seen + taken) - self._packed_rows
+            limits = np.maximum(limits, self._pinned_rows) if self._by_age else limits
+            grown = np.minimum(grown, np.maximum(lengths, limits) + 1)
+        return np.maximum(grown, self.extent).max(1)
+
+    # -- between steps -------------------------------------------------------------------------------------------------
+
+    def settle(self) -> int:
+        """Reads how far the device has come where the host did not run its steps; returns the columns seen."""
+        columns, self.exact = int(self.columns), True
+        self.extent, self.hole = self.length[:, :, 0].cpu().numpy().copy(), (self.free[:, :, 0] >= 0).cpu().numpy()
+        return columns
+
+    def grow(self, capacity: int) -> None:
+        """Makes room for more slots in the index."""
+        more = capacity - self.capacity
+        if more > 0:
+            self.index = torch.nn.functional.pad(self.index, (0, more), value=-1)
+            self._derive()
+
+    def split_heads(self, heads: int) -> None:
+        """Lets heads hold different tokens from now on."""
+        if self.sets == 1 and heads > 1:
+            for name in ("index", "length", "free", "write", "_pinned"):
+                tensor = getattr(self, name)
+                shape = (-1, -1, heads, *([-1] * (tensor.ndim - 3)))
+                setattr(self, name, tensor.expand(shape).contiguous())
+            self._derive()
+
+    def select_rows(self, index: Tensor, rows: Counts) -> None:
+        """Reorders, repeats or drops rows; in place where their number stays."""
+        lengths, row_seen = self._start
+        self._start = (lengths[:, rows], row_seen[rows])
+        self.extent, self.hole, self._pinned_rows = self.extent[:, rows], self.hole[:, rows], self._pinned_rows[:, rows]
+        self._packed_rows = self._packed_rows[:, rows]
+        index, alike = index.to(self.index.device), len(rows) == self.seen.shape[0]
+        for name, axis in (
+            ("seen", 0), ("scored_end", 0), ("index", 1), ("length", 1), ("free", 1), ("write", 1), ("_pinned", 1), ("_share", 1),
+            ("_spent", 0), ("_age", 1), ("_packed", 1),
+        ):
+            tensor = getattr(self, name, None)
+            if tensor is not None:
+                picked = tensor.index_select(axis, index)
+                if alike:
+                    tensor.copy_(picked)
+                else:
+                    setattr(self, name, picked)
+        if not alike:
+            self._derive()

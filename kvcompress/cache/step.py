@@ -1,0 +1,106 @@
+"""One forward of the model in progress."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from kvcompress.cache.allocation import Allocation
+from kvcompress.cache.reduction import Reduction
+from kvcompress.cache.sequence import Counts
+from kvcompress.errors import PolicyError
+
+
+class Phase(enum.Enum):
+    """What a step does."""
+
+    PREFILL = "several tokens, or some of them padding: stores, attends, scores, and compresses"
+    DECODE = "one token of every row: writes into a slot, attends over all, and frees one"
+
+
+@dataclass
+class Step:
+    """A forward of the model in progress.
+
+    Attributes:
+        phase: what it does.
+        index: prefill: number of tokens of the row before each of this step's, `[1 or batch, tokens]`; -1 for padding,
+            which comes first in each row.
+        valid: prefill: which of them are tokens; None if all are.
+        row_new: prefill: tokens of each row.
+        order: prefill: where each of these columns was in the model's; None if they are where they were.
+        first_order: prefill: the same before a reducer acted.
+        local: prefill: gives the budgets, where they need no scores, so that a layer is compressed as soon as it ran.
+        evicts: whether layers over their budget give tokens up in this step.
+        widths: decode: slots that attention reads per layer; None to read all that are allocated.
+        bias: decode: what is added to the logits of each layer, `[layers, batch, sets, 1, slots]`; None while all slots
+            read are in use.
+        over: decode: which rows hold more than their limit, for evictors that choose, `[layers, batch, sets]`.
+        merges: decode: whether what is freed is merged.
+        reduction: what a reducer does to its images; None if there are none.
+        problems: what may be wrong with a policy's answers: (message, flag on the device), all read at once.
+        next_layer: layer that attends next.
+        row_seen: tokens of each row, this step included.
+    """
+
+    phase: Phase
+    index: Int[Tensor, "rows tokens"] | None = None
+    valid: Bool[Tensor, "batch tokens"] | None = None
+    row_new: Counts = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    order: Int[Tensor, "batch tokens"] | None = None
+    first_order: Int[Tensor, "batch tokens"] | None = None
+    local: Callable[[], Allocation] | None = None
+    evicts: bool = True
+    widths: list[int] | None = None
+    bias: Tensor | None = None
+    over: Tensor | None = None
+    merges: bool = False
+    reduction: Reduction | None = None
+    problems: list[tuple[Callable[[], str], Tensor]] = field(default_factory=list)
+    next_layer: int = 0
+    row_seen: Counts = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    _known: dict[str, tuple[Tensor, Any]] = field(default_factory=dict)
+
+    def seen_on(self, device: torch.device) -> Int[Tensor, " batch"]:
+        """Tokens of each row, this step included."""
+        return torch.as_tensor(self.row_seen, device=device)
+
+    def once(self, name: str, index: Tensor, compute: Callable[[], Any]) -> Any:
+        """What follows from a layer's token indices, computed once for all layers that share them."""
+        known = self._known.get(name)
+        if known is None or known[0] is not index:
+            known = self._known[name] = (index, compute())
+        return known[1]
+
+    def aligned(self, tensor: Tensor) -> Tensor:
+        """Queries, keys or values with each row's padding first."""
+        return tensor if self.order is None else _rows(tensor, self.order)
+
+    def restored(self, tensor: Tensor) -> Tensor:
+        """The output of attention in the model's own columns."""
+        return tensor if self.order is None else _rows(tensor, self.order.argsort(dim=1))
+
+    def check(self) -> None:
+        """Reads at once whether anything was wrong with what policies answered; waits for the device.
+
+        Raises:
+            PolicyError: with the first message whose flag is set.
+        """
+        problems, self.problems = self.problems, []
+        if problems:
+            flags = torch.stack([flag.to(problems[0][1].device) for _, flag in problems]).tolist()
+            for (message, _), wrong in zip(problems, flags, strict=True):
+                if wrong:
+                    raise PolicyError(message())
+
+
+def _rows(tensor: Tensor, order: Tensor) -> Tensor:
+    index = order.to(tensor.device)[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3])
+    return tensor.gather(2, index)

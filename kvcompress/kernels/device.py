@@ -1,0 +1,34 @@
+"""Whether Triton kernels run on a device."""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Whether a device is one that Triton compiles for here: an NVIDIA GPU from compute capability 8.0 on."""
+    return device.type == "cuda" and _works(device)
+
+
+@cache
+def _works(device: torch.device) -> bool:
+    """Tries it once, since Triton wants a C compiler on the machine too, and says what stands in its way."""
+    if torch.version.cuda is None or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        from kvcompress.kernels.triton_decode import merge_splits
+
+        parts = torch.zeros(2, 1, 16, dtype=torch.float32, device=device)
+        merge_splits(parts, parts[..., 0], parts.new_empty(1, 16))
+    except Exception as error:
+        warnings.warn(
+            f"Triton kernels do not run on {torch.cuda.get_device_name(device)}, so that attention over a compressed "
+            f"cache runs in plain torch, which is slower: {type(error).__name__}: {error}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return False
+    return True

@@ -1,0 +1,137 @@
+"""The attention mass that every key received: the sum of its probabilities over queries and heads.
+
+With the log-sum-exp of a query, the probability of a key is `exp(q k - lse)`: one more pass over tiles of the logits gives
+exact attention mass, and no more than a tile of the `queries x keys` matrix exists at any time.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from kvcompress.kernels.device import runs_triton
+
+_TILE_KEYS = 512
+_TILE_LOGITS_CPU = 64 * 9 * _TILE_KEYS  # about what the second-level cache holds
+_TILE_LOGITS_GPU = 64 * 1024 * 1024  # large enough to hide the launch of a kernel
+
+
+def attention_mass(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    keys: Float[Tensor, "batch kv_heads tokens head_dim"],
+    lse: Float[Tensor, "batch heads queries"],
+    scaling: float,
+    *,
+    valid: Bool[Tensor, "batch tokens"] | None = None,
+    first: Int[Tensor, " batch"] | None = None,
+    stride: int = 1,
+    start: int = 0,
+) -> Float[Tensor, "batch kv_heads tokens"]:
+    """Attention probability that each key received, summed over the counted queries and the heads of its group.
+
+    The queries are those of the last `queries` tokens: each sees the tokens up to its own. In row b, the queries
+    `first[b] + start`, `first[b] + start + stride`, ... count, as far as there are any. Logits are products of the
+    numbers as they are, summed, scaled and exponentiated in float32, in half precision too.
+
+    Args:
+        query: queries, after rotary embedding.
+        keys: every key the queries may see, after rotary embedding; the last `queries` are of the queries' own tokens.
+        lse: log-sum-exp of every query's scaled logits, from `attention_with_mask`; a query with minus infinity, which
+            sees nothing, adds nothing.
+        scaling: factor on the logits.
+        valid: which tokens are no padding; None if none is. The keys of padding get 0, its queries add nothing.
+        first: a row's first query that may count, at least 0; None for 0 in all rows.
+        stride: count every `stride`-th query, at least 1.
+        start: queries to leave out before the first that counts, at least 0.
+
+    Returns:
+        Mass per key, float32. The masses of a key/value head add up to the number of counted queries that see anything,
+        times the heads of a group.
+    """
+    if runs_triton(query.device):
+        from kvcompress.kernels.triton_mass import mass
+
+        return mass(query, keys, lse, scaling, valid, first, stride, start)
+    return _in_tiles(query, keys, lse, scaling, valid, first, stride, start)
+
+
+def _in_tiles(
+    query: Tensor,
+    keys: Tensor,
+    lse: Tensor,
+    scaling: float,
+    valid: Tensor | None,
+    first: Tensor | None,
+    stride: int,
+    start: int,
+) -> Tensor:
+    """Attention mass by matrix products of tiles, to which minus the log-sum-exp is added."""
+    (batch, heads, queries, head_dim), (kv_heads, tokens) = query.shape, keys.shape[1:3]
+    past, group, rows = tokens - queries, heads // kv_heads, batch * kv_heads
+    query, lse, last_key = _counted(query, lse, valid, first, stride, start, past)
+    counted, alike = query.shape[2], last_key.shape[0] == 1
+    tile_queries, tile_keys = _tile(rows * group, query.device)
+    grouped = (
+        query.reshape(batch, kv_heads, group, counted, head_dim).transpose(2, 3).float().reshape(rows, -1, head_dim)
+    )
+    negative = lse.reshape(batch, kv_heads, group, counted).transpose(2, 3).reshape(rows, -1, 1).neg()
+    columns = torch.arange(tokens, device=query.device)
+    ones = torch.ones(rows, 1, group * min(tile_queries, counted), dtype=torch.float32, device=query.device)
+    mass = torch.zeros(rows, tokens, dtype=torch.float32, device=query.device)
+    for left in range(0, tokens, tile_keys):
+        tile = keys[:, :, left : left + tile_keys].float().reshape(rows, -1, head_dim).transpose(1, 2)
+        unseeing = max(0, -(-(left - past - start) // stride)) if alike else 0  # queries before the tile's first key
+        for begin in range(unseeing // tile_queries * tile_queries, counted, tile_queries):
+            end = min(begin + tile_queries, counted)
+            seen_by_all = past + start + begin * stride + 1
+            seen = past + start + (end - 1) * stride + 1 if alike else tokens
+            right = min(left + tile.shape[2], seen)
+            block = slice(begin * group, end * group)
+            logits = torch.baddbmm(negative[:, block], grouped[:, block], tile[:, :, : right - left], alpha=scaling)
+            if right <= seen_by_all:
+                probability = logits.exp_()
+            else:  # towards the end of the tile some queries see nothing, where their logits mean nothing
+                edge = max(left, seen_by_all)
+                visible = (columns[edge:right] <= last_key[:, begin:end, None]).float()[:, None, :, None]
+                logits[..., edge - left :].clamp_(max=0.0)
+                probability = logits.exp_()
+                probability.view(batch, kv_heads, end - begin, group, -1)[..., edge - left :].mul_(visible)
+            mass[:, left:right] += torch.bmm(ones[:, :, : probability.shape[1]], probability).squeeze(1)
+    mass = mass.view(batch, kv_heads, tokens)
+    return mass if valid is None else mass.masked_fill_(~valid.unsqueeze(1), 0.0)
+
+
+def _counted(
+    query: Tensor, lse: Tensor, valid: Tensor | None, first: Tensor | None, stride: int, start: int, past: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries that count in some row, and the last key that each sees.
+
+    Returns:
+        Queries `[batch, heads, counted, head_dim]`, their log-sum-exp, infinite for those that add nothing, and the
+        last keys `[batch or 1, counted]`.
+    """
+    batch, heads, queries, head_dim = query.shape
+    index = torch.arange(start, queries, stride, device=query.device).unsqueeze(0)
+    seen = None if valid is None else valid[:, past:]
+    if first is None or stride == 1:
+        query, lse = query[:, :, start::stride], lse[:, :, start::stride]
+        seen = seen if seen is None else seen[:, start::stride]
+        if first is not None:
+            late = index >= (first + start).unsqueeze(1)
+            seen = late if seen is None else seen & late
+    else:
+        index = index + first.unsqueeze(1)
+        at, exists = index.clamp(max=queries - 1), index < queries
+        seen = exists if seen is None else seen.gather(1, at) & exists
+        lse = lse.gather(2, at.unsqueeze(1).expand(-1, heads, -1))
+        query = query.gather(2, at[:, None, :, None].expand(-1, heads, -1, head_dim))
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    return query, lse if seen is None else lse.masked_fill_(~seen.unsqueeze(1), torch.inf), index + past
+
+
+def _tile(head_rows: int, device: torch.device) -> tuple[int, int]:
+    """Queries and keys of a tile, so that the logits of all heads together suit the device."""
+    keys, logits = (_TILE_KEYS, _TILE_LOGITS_CPU) if device.type == "cpu" else (4 * _TILE_KEYS, _TILE_LOGITS_GPU)
+    queries = max(16, logits // (head_rows * keys))
+    return min(1 << (queries.bit_length() - 1), 1024), keys

@@ -1,0 +1,41 @@
+"""Attention probabilities written out, for a few queries, and the share of them that some keys get."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+_BLOCK_LOGITS = 256 * 9 * 512  # stays in the last-level cache
+
+
+def attention_probabilities(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    key: Float[Tensor, "batch kv_heads tokens head_dim"],
+    lse: Float[Tensor, "batch heads queries"],
+    scaling: float,
+    last: int,
+    valid: Bool[Tensor, "batch tokens"] | None = None,
+) -> Float[Tensor, "batch heads last tokens"]:
+    """Attention probabilities of the last queries, written out; the arguments are those of `attention_mass`.
+
+    Args:
+        query: queries, after rotary embedding.
+        key: every key the queries may see; the last `queries` of them belong to the queries' own tokens.
+        lse: log-sum-exp of every query's scaled logits.
+        scaling: factor on the logits.
+        last: number of last queries; all of them where there are fewer.
+        valid: which tokens are no padding; None if none is.
+
+    Returns:
+        Probabilities, float32; zero for keys after the query's own, and for the keys and the queries of padding.
+    """
+    query, lse = query[:, :, -last:].float() * scaling, lse[:, :, -last:].float()
+    (batch, heads, queries, head_dim), (kv_heads, tokens) = query.shape, key.shape[1:3]
+    grouped = query.reshape(batch, kv_heads, -1, head_dim)
+    logits = torch.matmul(grouped, key.float().transpose(2, 3)).view(batch, heads, queries, tokens)
+    visible = torch.ones(queries, tokens, dtype=torch.bool, device=query.device).tril(tokens - queries)
+    if valid is not None:
+        visible = (visible & valid.unsqueeze(1) & valid[:, -queries:].unsqueeze(2)).unsqueeze(1)
+        lse = lse.masked_fill(lse == -torch.inf, 0.0)
+    return (logits - lse.unsqueeze(-1)).clamp_(max=0.0).exp_().mul_(visible)
