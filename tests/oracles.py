@@ -67,7 +67,7 @@ def feasible(total: int, floor: Sequence[int], capacity: Sequence[int]) -> Itera
 def smallest_retained(
     masses: Sequence[Sequence[float]], budget: Sequence[int], floor: Sequence[int], capacity: Sequence[int]
 ) -> Fraction:
-    """The smallest share of its mass that any layer retains in what it keeps beyond `floor`, or all of if it is full."""
+    """The smallest share of its mass that any layer retains in what it keeps beyond `floor`; a full one retains all."""
     before = [mass_before(layer, most) for layer, most in zip(masses, capacity, strict=True)]
     layers = zip(before, budget, floor, capacity, strict=True)
     return min(layer[kept if kept == most else kept - least] for layer, kept, least, most in layers)

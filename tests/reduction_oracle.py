@@ -78,7 +78,7 @@ def guidance(query: Tensor, keys: Tensor, is_image: Sequence[bool], scale: float
         keys: `[kv_heads, tokens, head_dim]` of all tokens.
         is_image: which tokens are images.
         scale: factor on the logits.
-        over: what the softmax runs over, keys or (image) queries.
+        over: what the softmax runs over, keys or all queries.
     """
     (heads, queries, _), (kv_heads, tokens) = query.shape, keys.shape[:2]
     first, found = tokens - queries, [0.0] * queries
@@ -89,7 +89,7 @@ def guidance(query: Tensor, keys: Tensor, is_image: Sequence[bool], scale: float
             if is_image[token]:
                 continue
             for asked in asking:
-                others = logits[asked] if over == "keys" else logits[asking, token]
+                others = logits[asked] if over == "keys" else logits[:, token]
                 found[asked] += float((logits[asked, token] - others.logsumexp(0)).exp())
     return found
 

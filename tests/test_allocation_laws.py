@@ -182,6 +182,7 @@ def test_what_is_no_mass_is_refused(allocator: Allocator, value: float, layer: i
 
 # -- the prefix allocator ----------------------------------------------------------------------------------------------
 
+
 def on_top_of(prefix: Allocator, floor: list[int]) -> list[int]:
     """Slots of each layer that it keeps beside its prefix."""
     return floor if prefix.protected == "on_top" else [0] * len(floor)
@@ -196,9 +197,7 @@ def test_prefix_keeps_the_ranks_with_least_mass_before_them(prefix: Allocator, g
     """With exact shares, budgets are those of brute force over all ranks, ties by layer, then rank."""
     budget = prefix.allocate(given.importance, given.total, given.floor, given.capacity)
     for row, (masses, total, floor, capacity) in enumerate(rows_of(given)):
-        assert budget[:, row].tolist() == oracles.prefix_budgets(
-            masses, total, floor, capacity, prefix.protected
-        )
+        assert budget[:, row].tolist() == oracles.prefix_budgets(masses, total, floor, capacity, prefix.protected)
 
 
 @every_prefix
@@ -299,7 +298,9 @@ def test_prefix_notes_the_threshold_that_splits_kept_from_dropped(prefix: Alloca
     share=st.floats(0.2, 0.8),
     seed=strategies.seeds,
 )
-def test_prefix_reads_no_importance_of_empty_slots(prefix: Allocator, given: AllocationInput, share: float, seed: int) -> None:
+def test_prefix_reads_no_importance_of_empty_slots(
+    prefix: Allocator, given: AllocationInput, share: float, seed: int
+) -> None:
     """Whatever stands in slots that are not valid, budgets are as if it were zero."""
     layers, batch, tokens = given.importance.shape
     source = strategies.generator(seed)

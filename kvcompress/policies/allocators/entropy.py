@@ -31,8 +31,8 @@ class Entropy(Allocator):
 
     Args:
         protected: what the protected tokens (the floor of a layer) are to its share. "floor", a part of it: budgets are
-            in proportion, but none is below its floor. "on_top", as in the released code, where a layer keeps its window
-            and a share of what the windows leave.
+            in proportion, but none is below its floor. "on_top", as in the released code: a layer keeps its window and
+            a share of what the windows leave.
         tau1: temperature of the entropy; the larger, the less it matters.
         tau2: temperature of the variance, likewise.
     """

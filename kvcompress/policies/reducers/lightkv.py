@@ -31,8 +31,9 @@ class LightKV(Bipartite):
     image).
 
     *Deviates:* a survivor keeps its cell, so windows stay spatial at later reductions; the released code lays what is
-    left out as a square anew. The released code's softmax over queries is `softmax="queries"`, and its renumbering is
-    `positions="contiguous"`.
+    left out as a square anew. It acts after the layers of *index* 12, 18 and 24, which are 13, 19 and 25 layers
+    (`after=[13, 19, 25]`), where the paper and this reducer count 12, 18 and 24. Its softmax over queries is
+    `softmax="queries"`, and its renumbering is `positions="contiguous"`.
 
     Args:
         after: layers that have run at each reduction: numbers, or fractions of the depth. None for the paper's: 12, 18,
@@ -43,7 +44,8 @@ class LightKV(Bipartite):
         rho: share of a window's tokens that is merged into others each time, at most a half.
         vision_retention: instead of `after`, image tokens per layer / image tokens, mean over layers; the closest that
             three reductions come to it. `CacheReport.vision_retention` tells what was reached.
-        softmax: what the attention adds up to 1 over: "keys", or "queries" (the image tokens) as in the released code.
+        softmax: what the attention adds up to 1 over: "keys"; or "queries", all tokens of the forward that came as far,
+            text too, as in the released code.
         positions: "original", each token keeps its rotary position; "contiguous", those of a layer are numbered anew,
             without gaps. Decoding goes on from the length of the whole prompt in either case.
 
@@ -74,10 +76,12 @@ class LightKV(Bipartite):
         """Attention from each image token to all text, summed over heads; zero for text."""
         queries = layer.query.shape[2]
         assert layer.is_image is not None
-        asking = layer.is_image[0, 0, -queries:].nonzero().flatten()  # heads may differ in what came before
-        share = attention_share(
-            layer.query[:, :, asking], layer.keys, ~layer.is_image, layer.scaling, over=self.softmax
-        )
+        image = layer.is_image[0, 0, -queries:]  # heads may differ in what came before
+        if self.softmax == "queries":
+            share = attention_share(layer.query, layer.keys, ~layer.is_image, layer.scaling, over="queries")
+            return share[0].masked_fill(~image, 0.0)
+        asking = image.nonzero().flatten()
+        share = attention_share(layer.query[:, :, asking], layer.keys, ~layer.is_image, layer.scaling)
         return share.new_zeros(queries).index_copy(0, asking, share[0])
 
     def reduce(self, row: ReductionContext) -> Reduced:
