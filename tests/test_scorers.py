@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcompress import SCORERS, CompressedCache, CompressionConfig, KVCompressError
+from kvcompress.errors import UnsupportedModelError
 from kvcompress.kernels import attention_with_lse
 from kvcompress.policies.base import Scorer
 from kvcompress.policies.context import LayerContext, LayerWeights
@@ -502,6 +503,104 @@ def test_value_aware_takes_the_values_own_norm_where_there_is_no_projection(outp
     expected = group_mean(dense(layer).sum(2), layer) * layer.values.double().norm(dim=-1)
     close(SCORERS.create("value_aware").score(layer), expected)
     close(SCORERS.create("value_aware", norm="own_l2").score(context(5)), expected)
+
+
+class LoRALinear(torch.nn.Module):
+    """A linear layer with low-rank adapters, laid out as PEFT's."""
+
+    def __init__(self, base: torch.nn.Linear, names: list[str], seed: int = 0) -> None:
+        super().__init__()
+        self.base_layer, self.active_adapters, self.merged, self.disable_adapters = base, names, False, False
+        self.scaling = {name: 0.5 + number for number, name in enumerate(names)}
+        g = generator(seed)
+
+        def matrix(out: int, into: int) -> torch.nn.Linear:
+            made = torch.nn.Linear(into, out, bias=False)
+            made.weight.data = torch.randn(out, into, generator=g)
+            return made
+
+        out, into = base.weight.shape
+        self.lora_A = torch.nn.ModuleDict({name: matrix(3, into) for name in names})
+        self.lora_B = torch.nn.ModuleDict({name: matrix(out, 3) for name in names})
+
+    @property
+    def weight(self) -> Tensor:
+        """That of the base layer, as PEFT has it."""
+        return self.base_layer.weight
+
+    def used(self) -> list[str]:
+        return [] if self.merged or self.disable_adapters else [n for n in self.active_adapters if n in self.scaling]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        more = [self.lora_B[name](self.lora_A[name](hidden)) * self.scaling[name] for name in self.used()]
+        return self.base_layer(hidden) + sum(more)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"active_adapters": ["b"]},
+        {"active_adapters": ["b", "elsewhere"]},
+        {"active_adapters": []},
+        {"merged": True},
+        {"disable_adapters": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("norm", ["projected_l2", "projected_l1"])
+@torch.no_grad()
+def test_value_aware_reads_what_a_lora_on_the_output_projection_does(norm: str, state: dict[str, Any]) -> None:
+    """Scores are those of a model whose weight is the effective one: that of the layer applied to the identity."""
+    adapted, plain, inputs = tiny.build("llama"), tiny.build("llama"), tiny.inputs("llama", 20, seed=7)
+    for number, (layer, other) in enumerate(zip(adapted.model.layers, plain.model.layers, strict=True)):
+        layer.self_attn.o_proj = LoRALinear(layer.self_attn.o_proj, ["a", "b"], seed=number)
+        for name, value in state.items():
+            setattr(layer.self_attn.o_proj, name, value)
+        into = other.self_attn.o_proj.weight.shape[1]
+        other.self_attn.o_proj.weight.copy_(layer.self_attn.o_proj(torch.eye(into)).T)
+    scorer = {"name": "value_aware", "norm": norm}
+    caches = [CompressedCache(model, "prefixkv", scorer=scorer, budget=1.0) for model in (adapted, plain)]
+    for model, cache in zip((adapted, plain), caches, strict=True):
+        model(**inputs, **tiny.with_cache(cache))
+    for layer in range(3):
+        close(scores_of(caches[0], layer), scores_of(caches[1], layer))
+
+
+class Stranger(torch.nn.Module):
+    """An adapter whose effect is not a weight that anybody knows."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.gain = base, torch.nn.Parameter(torch.rand(base.weight.shape[0]))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.base_layer(hidden) * self.gain
+
+
+class Decomposed(LoRALinear):
+    """A LoRA that PEFT would compute in another way (DoRA)."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__(base, ["a"])
+        self.use_dora = {"a": True}
+
+
+@pytest.mark.parametrize("adapter", [Stranger, Decomposed])
+@torch.no_grad()
+def test_an_adapter_whose_weight_is_unknown_is_refused_by_the_scorer_that_reads_it(adapter: Any) -> None:
+    """And by no other."""
+    model, inputs = tiny.build("llama"), tiny.inputs("llama", 12, seed=8)
+    model.model.layers[1].self_attn.o_proj = adapter(model.model.layers[1].self_attn.o_proj)
+    cache = CompressedCache(model, "prefixkv", scorer="value_aware")
+    with pytest.raises(UnsupportedModelError, match=r"layer 1: the output projection .*merge_and_unload.*own_l2"):
+        model(**inputs, **tiny.with_cache(cache))
+    for scorer in ({"name": "value_aware", "norm": "own_l2"}, "attention"):
+        model(**inputs, **tiny.with_cache(CompressedCache(model, "prefixkv", scorer=scorer)))
 
 
 # -- random, position --------------------------------------------------------------------------------------------------
