@@ -107,6 +107,7 @@ class PlainLightKV:
         sizes: height and width of every grid.
         plan: windows along a side, by the number of layers that ran before.
         contiguous: whether the tokens of a layer are numbered anew.
+        per_layer: whether decode steps go on from the number of tokens that each layer got.
         columns: columns that each layer got in the prompt.
     """
 
@@ -117,6 +118,7 @@ class PlainLightKV:
     plan: dict[int, int]
     rho: float = 0.5
     contiguous: bool = False
+    per_layer: bool = False
     over: str = "keys"
     columns: list[list[int]] = field(default_factory=list)
     cache: DynamicCache = field(default_factory=DynamicCache)
@@ -140,8 +142,9 @@ class PlainLightKV:
         decoder, position = self.model.get_decoder(), torch.tensor([len(self.is_image)])
         hidden = decoder.embed_tokens(torch.tensor([[token]]))
         self.is_image.append(False)
-        for layer in decoder.layers:
-            hidden = self._layer(layer, hidden, position, None)
+        for index, layer in enumerate(decoder.layers):
+            own = torch.tensor([self.cache.get_seq_length(index)]) if self.per_layer else position
+            hidden = self._layer(layer, hidden, own, None)
         return self.model.lm_head(decoder.norm(hidden))[0, -1]
 
     def _layer(self, layer: torch.nn.Module, hidden: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:

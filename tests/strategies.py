@@ -164,7 +164,7 @@ def configs() -> Iterator[Any]:
     """Presets, and one configuration around every other policy; each with a test id."""
     for name in PRESETS:
         yield pytest.param(CompressionConfig.preset(name), id=f"preset-{name}")
-    positions = itertools.cycle(("original", "contiguous"))
+    positions = itertools.cycle(("original", "contiguous", "per_layer"))
     fewer = [policy(REDUCERS, name, positions=next(positions)) for name in REDUCERS.names()]  # each runs an image model
     for given in (*scorers(), *allocators(), *evictors(), *mergers(), *quantizers(), *fewer):
         yield pytest.param(config_with(given), id=f"{given.stage}-{label(given)}")

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from kvcompress.cache import attention, hooks
 from kvcompress.cache.engine import Engine
 from kvcompress.cache.reduction import Reduction
+from kvcompress.cache.renumbering import moved_back
 from kvcompress.cache.report import CacheReport
 from kvcompress.cache.reporting import report_on
 from kvcompress.config import CompressionConfig
@@ -259,6 +260,14 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         with self._engine.writable():
             found = self._engine.reduce(layer, hidden)
         return None if found is None else (_usable(found[0]), found[1])
+
+    def renumber(self, layer: int, positions: dict[str, Any]) -> dict[str, Any]:
+        """Positions that count a layer's own tokens, for reducers that have such; called by the hooks on the layers."""
+        lost = self._engine.lost_before(layer)
+        if lost is None:
+            return {}
+        rotary = getattr(self._decoder(), "rotary_emb", None)
+        return moved_back(positions, lost, getattr(rotary, "inv_freq", None))
 
     def spread(self, hidden: Tensor) -> Tensor | None:
         """What comes out of the last layer, zero for tokens that a reducer took away; called by the hook on it."""

@@ -126,6 +126,19 @@ class Engine:
             forward.columns, forward.spans = reduction.columns, reduction.spans
         return hidden, reduction
 
+    def lost_before(self, layer: int) -> Tensor | None:
+        """Tokens of each row that a layer never got of earlier forwards, where its positions count its own alone.
+
+        None where they do not, or nothing was lost; on the device, without waiting for it.
+        """
+        reducer, forward = self.config.reducer, self._forward
+        if reducer is None or reducer.positions != "per_layer" or forward is None or forward.next_layer != layer:
+            return None
+        missing = self.sequence.missing(layer)
+        tokens = forward.columns.shape[1] if forward.reduction is None else forward.reduction.queries
+        earlier = self.sequence.seen - tokens
+        return None if missing is None or not earlier else missing[:, :earlier].sum(1)
+
     def spread(self, hidden: Tensor) -> Tensor | None:
         """What the last layer gave, in the columns that went into the first, once; None if nothing was reduced."""
         reduction, self._reduced = self._reduced, None

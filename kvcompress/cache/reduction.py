@@ -115,7 +115,7 @@ class Reduction:
         lengths = [len(mine) for mine in offsets]
         self.spans = None if min(lengths) == most else [torch.arange(most - length, most) for length in lengths]
         self.offsets = torch.stack([_padded(mine, most) for mine in offsets])
-        contiguous = self.reducer.positions == "contiguous"
+        contiguous = self.reducer.positions != "original"
         took = [every[: len(mine)] if contiguous else mine for every, mine in zip(self._all, offsets, strict=True)]
         self._took = torch.stack([_padded(mine, most) for mine in took])
         return torch.stack([_padded(state, most) for state in states])

@@ -118,8 +118,9 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         {"budget": 1.0, "evictor": None, "reducer": "fastv"},
     ),
     "pyramiddrop": (
-        "PyramidDrop (arXiv 2410.17247): half of the image tokens dropped after each quarter of the depth.",
-        {"budget": 1.0, "evictor": None, "reducer": "pyramiddrop"},
+        "PyramidDrop (arXiv 2410.17247): half of the image tokens dropped after each quarter of the depth, the others "
+        "numbered anew in every layer.",
+        {"budget": 1.0, "evictor": None, "reducer": {"name": "pyramiddrop", "positions": "per_layer"}},
     ),
     "prefixkv+lightkv": (
         "PrefixKV (arXiv 2412.03409) on image tokens that LightKV (arXiv 2605.00789) merged; a combination of ours.",

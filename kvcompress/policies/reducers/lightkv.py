@@ -47,7 +47,8 @@ class LightKV(Bipartite):
         softmax: what the attention adds up to 1 over: "keys"; or "queries", all tokens of the forward that came as far,
             text too, as in the released code.
         positions: "original", each token keeps its rotary position; "contiguous", those of a layer are numbered anew,
-            without gaps. Decoding goes on from the length of the whole prompt in either case.
+            without gaps, and decoding goes on from the length of the whole prompt; "per_layer", likewise, and decoding
+            goes on from the number of tokens that the layer got.
 
     Example:
         >>> from kvcompress import REDUCERS
