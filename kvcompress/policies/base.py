@@ -256,12 +256,17 @@ class Reducer(Policy):
 
     Class attributes:
         reads_attention: whether `guidance` is called at the layers after which it acts.
+
+    Args:
+        positions: "original", each token keeps its rotary position; "contiguous", the tokens of a layer are numbered
+            anew, without gaps, and later forwards go on from the length of the whole sequence in every layer;
+            "per_layer", the same, and later forwards go on from the number of tokens that each layer got.
     """
 
     stage = "reducer"
     reads_attention: ClassVar[bool] = False
 
-    positions: Literal["original", "contiguous"] = "original"
+    positions: Literal["original", "contiguous", "per_layer"] = "original"
 
     @abstractmethod
     def acts_after(self, layers: int) -> tuple[int, ...]:

@@ -33,13 +33,17 @@ class LayerWeights:
 
     Attributes:
         output: weight of the output projection, `[hidden, heads * value_dim]`; None if the model has none. The columns
-            of this process's heads, where several share them.
+            of this process's heads, where several share them. What the layer really does: the sum of the base weight
+            and of what a LoRA that is in use adds to it.
         inverse_frequencies: angles per position of the rotary embedding, for the pairs of dimensions
             (i, i + head_dim / 2); None if the model turns none.
+        output_unknown: why `output` does not tell what the layer does, for the message of a scorer that reads it; empty
+            where it does.
     """
 
     output: Float[Tensor, "hidden heads_value_dim"] | None = None
     inverse_frequencies: Float[Tensor, " half_dim"] | None = None
+    output_unknown: str = ""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Int
@@ -23,14 +23,22 @@ class Prefix(Allocator):
 
     Every layer's tokens are ranked by importance and their masses normalised. A rank is kept if the mass ranked before
     it is below p; p is found by binary search so that all layers together keep the total. This maximises the smallest
-    retained mass of any layer.
+    retained mass of any layer, the protected apart.
 
     *Deviates:* the paper stops within a few tokens of the total and rescales. Here the search runs over the 63 bits of
     a float64, so its end is exact, and ranks tied at p are given out by layer, then rank, until the total is met to the
-    token. A layer without any mass counts as uniform. The threshold is noted as "threshold" for the report.
+    token. A layer without any mass counts as uniform. The threshold is noted as "threshold" for the report. The
+    released code keeps the protected tokens on top of the prefix, as the presets do.
+
+    Args:
+        protected: what the protected tokens (the floor of a layer) are to its prefix. "floor", a part of it: a layer
+            keeps its prefix, or as many slots as are protected where that is more. "on_top", as in the released code:
+            it keeps its prefix and as many slots again as are protected.
     """
 
     reads_mass: ClassVar[bool] = True
+
+    protected: Literal["floor", "on_top"] = "floor"
 
     def allocate(
         self,
@@ -50,7 +58,8 @@ class Prefix(Allocator):
         def kept(threshold_bits: Tensor, right: bool) -> Tensor:
             threshold = threshold_bits.view(torch.float64).expand(before.shape[:2]).unsqueeze(-1).contiguous()
             ranks = torch.searchsorted(before, threshold, right=right).squeeze(-1)
-            return torch.minimum(torch.maximum(ranks, floor), capacity)
+            least = torch.maximum(ranks, floor) if self.protected == "floor" else ranks + floor
+            return torch.minimum(least, capacity)
 
         low = torch.zeros_like(total)  # bits of non-negative floats are ordered as the floats are
         high = torch.full_like(total, torch.iinfo(torch.int64).max)
