@@ -160,21 +160,21 @@ class Own(Reducer):
     def acts_after(self, layers: int) -> tuple[int, ...]:
         return (1,)
 
-    def reduce(self, row: ReductionContext) -> Reduced:
-        own, images = torch.arange(len(row.hidden)), row.is_image.nonzero().flatten()
-        text, hidden = (~row.is_image).nonzero().flatten(), row.hidden
+    def reduce(self, layer: ReductionContext) -> Reduced:
+        own, hidden = torch.arange(layer.index.shape[1]).repeat(len(layer.index), 1), layer.hidden
+        images, text = layer.is_image[0].nonzero().flatten(), (~layer.is_image[0]).nonzero().flatten()
         if self.kind == "changes":
             return Reduced(own, hidden + 1.0)
         if self.kind == "changes text":
-            return Reduced(own, torch.where(row.is_image[:, None], hidden, hidden + 1.0))
+            return Reduced(own, torch.where(layer.is_image[..., None], hidden, hidden + 1.0))
         if self.kind == "drops text":
-            own[text[0]] = -1
+            own[0, text[0]] = -1
         if self.kind == "into removed":
-            own[images[0]], own[images[1]] = images[1], -1
+            own[0, images[0]], own[0, images[1]] = images[1], -1
         if self.kind == "outside":
-            own[images[0]] = len(own)
+            own[0, images[0]] = own.shape[1]
         if self.kind == "short":
-            return Reduced(own[:-1], hidden[:-1])
+            return Reduced(own[:, :-1], hidden[:, :-1])
         if self.kind == "dtype":
             return Reduced(own, hidden.half())
         if self.kind == "raises":
@@ -228,7 +228,7 @@ def test_a_reducer_cannot_change_text(model: Any) -> None:
         ("outside", r"can only become part of one that stays"),
         (
             "short",
-            r"must return hidden states as torch.float32 \(45, 32\) .*; got torch.float32 \(44, 32\) and \(44,\)",
+            r"must return .* torch.float32 \(1, 45, 32\) .*; got torch.float32 \(1, 44, 32\) and \(1, 44\)",
         ),
         ("dtype", r"must return hidden states as torch.float32 .* got torch.float16"),
     ],
