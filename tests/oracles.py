@@ -24,14 +24,22 @@ def mass_before(masses: Sequence[float], capacity: int) -> list[Fraction]:
 
 
 def prefix_budgets(
-    masses: Sequence[Sequence[float]], total: int, floor: Sequence[int], capacity: Sequence[int]
+    masses: Sequence[Sequence[float]],
+    total: int,
+    floor: Sequence[int],
+    capacity: Sequence[int],
+    protected: str = "floor",
 ) -> list[int]:
-    """Floors first, then the ranks with the smallest mass before them, ties by layer, then rank."""
+    """Floors first, then the ranks with the smallest mass before them, ties by layer, then rank.
+
+    The floor stands for a layer's first ranks, or comes on top of them.
+    """
     before = [mass_before(layer, most) for layer, most in zip(masses, capacity, strict=True)]
+    given = floor if protected == "floor" else [0] * len(floor)
     loose = sorted(
         (before[layer][rank], layer, rank)
         for layer in range(len(masses))
-        for rank in range(floor[layer], capacity[layer])
+        for rank in range(given[layer], given[layer] + capacity[layer] - floor[layer])
     )
     budget = list(floor)
     for _, layer, _ in loose[: max(0, total - sum(floor))]:
@@ -56,10 +64,13 @@ def feasible(total: int, floor: Sequence[int], capacity: Sequence[int]) -> Itera
             yield budget
 
 
-def smallest_retained(masses: Sequence[Sequence[float]], budget: Sequence[int], capacity: Sequence[int]) -> Fraction:
-    """The smallest share of its mass that any layer retains."""
+def smallest_retained(
+    masses: Sequence[Sequence[float]], budget: Sequence[int], floor: Sequence[int], capacity: Sequence[int]
+) -> Fraction:
+    """The smallest share of its mass that any layer retains in what it keeps beyond `floor`; a full one retains all."""
     before = [mass_before(layer, most) for layer, most in zip(masses, capacity, strict=True)]
-    return min(layer[kept] for layer, kept in zip(before, budget, strict=True))
+    layers = zip(before, budget, floor, capacity, strict=True)
+    return min(layer[kept if kept == most else kept - least] for layer, kept, least, most in layers)
 
 
 # -- a cache as plain lists --------------------------------------------------------------------------------------------
@@ -164,7 +175,7 @@ class PlainRow:
                 [self.importance(index, None, column) for column in layer.held[0]]
                 for index, layer in enumerate(self.layers)
             ]
-            budgets = prefix_budgets(masses, self.total(), floor, capacity)
+            budgets = prefix_budgets(masses, self.total(), floor, capacity, self.config.allocator.protected)
         else:
             budgets = uniform_budgets(self.total(), floor, capacity)
         self.spent = sum(budgets)

@@ -80,7 +80,7 @@ def guidance(query: Tensor, keys: Tensor, is_image: Sequence[bool], scale: float
         keys: `[kv_heads, tokens, head_dim]` of all tokens.
         is_image: which tokens are images.
         scale: factor on the logits.
-        over: what the softmax runs over, keys or (image) queries.
+        over: what the softmax runs over, keys or all queries.
     """
     (heads, queries, _), (kv_heads, tokens) = query.shape, keys.shape[:2]
     first, found = tokens - queries, [0.0] * queries
@@ -91,7 +91,7 @@ def guidance(query: Tensor, keys: Tensor, is_image: Sequence[bool], scale: float
             if is_image[token]:
                 continue
             for asked in asking:
-                others = logits[asked] if over == "keys" else logits[asking, token]
+                others = logits[asked] if over == "keys" else logits[:, token]
                 found[asked] += float((logits[asked, token] - others.logsumexp(0)).exp())
     return found
 
@@ -107,6 +107,7 @@ class PlainLightKV:
         sizes: height and width of every grid.
         plan: windows along a side, by the number of layers that ran before.
         contiguous: whether the tokens of a layer are numbered anew.
+        per_layer: whether decode steps go on from the number of tokens that each layer got.
         columns: columns that each layer got in the prompt.
     """
 
@@ -117,6 +118,7 @@ class PlainLightKV:
     plan: dict[int, int]
     rho: float = 0.5
     contiguous: bool = False
+    per_layer: bool = False
     over: str = "keys"
     columns: list[list[int]] = field(default_factory=list)
     cache: DynamicCache = field(default_factory=DynamicCache)
@@ -140,8 +142,9 @@ class PlainLightKV:
         decoder, position = self.model.get_decoder(), torch.tensor([len(self.is_image)])
         hidden = decoder.embed_tokens(torch.tensor([[token]]))
         self.is_image.append(False)
-        for layer in decoder.layers:
-            hidden = self._layer(layer, hidden, position, None)
+        for index, layer in enumerate(decoder.layers):
+            own = torch.tensor([self.cache.get_seq_length(index)]) if self.per_layer else position
+            hidden = self._layer(layer, hidden, own, None)
         return self.model.lm_head(decoder.norm(hidden))[0, -1]
 
     def _layer(self, layer: torch.nn.Module, hidden: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:

@@ -51,17 +51,22 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
         {"scorers": [{"name": "snapkv", "window": 3}, "random"], "weights": [1, 0.25], "normalise": "mass"},
         {"scorers": [{"name": "blend", "scorers": ["attention", "key_diff"]}, "value_aware"], "normalise": "mass"},
     ],
-    ("scorer", "expected_attention"): [{"future": 3, "epsilon": 0.02}],
+    ("scorer", "expected_attention"): [{"future": 3, "epsilon": 0.02}, {"sink": 0}],
     ("scorer", "lagkv"): [{"lag": 4, "sink": 2}],
     ("scorer", "snapkv"): [{"window": 3, "kernel": 3, "pool": "max"}, {"window": 1}],
-    ("scorer", "value_aware"): [{"queries": "window:4"}],
+    ("scorer", "value_aware"): [
+        {"queries": "window:4", "reduce": "mean", "norm": "projected_l1", "epsilon": 1e-4},
+        {"queries": "window:4", "norm": "largest_l1"},
+    ],
     ("allocator", "blend"): [{"share": 0.5, "first": "pyramid", "second": "sparsity"}],
     ("allocator", "modality"): [{"image": "uniform", "text": "entropy", "image_share": 0.7}],
     ("allocator", "profile"): [{"retention": None, "retentions": [[0.6, 0.2, 0.7], [0.3, 0, 0.3]]}],
     ("evictor", "chunk"): [{"length": 3}],
     ("merger", "average"): [{"within_modality": False}],
     ("merger", "cam"): [{"reach": 3, "seed": 1}],
+    ("merger", "pivotal"): [{"within_modality": False}],
     ("merger", "threshold"): [{"beta": 0.25, "decoding": False}],
+    ("merger", "weighted"): [{"within_modality": False}],
 }
 
 
@@ -159,7 +164,7 @@ def configs() -> Iterator[Any]:
     """Presets, and one configuration around every other policy; each with a test id."""
     for name in PRESETS:
         yield pytest.param(CompressionConfig.preset(name), id=f"preset-{name}")
-    positions = itertools.cycle(("original", "contiguous"))
+    positions = itertools.cycle(("original", "contiguous", "per_layer"))
     fewer = [policy(REDUCERS, name, positions=next(positions)) for name in REDUCERS.names()]  # each runs an image model
     for given in (*scorers(), *allocators(), *evictors(), *mergers(), *quantizers(), *fewer):
         yield pytest.param(config_with(given), id=f"{given.stage}-{label(given)}")

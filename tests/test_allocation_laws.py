@@ -26,7 +26,9 @@ every_allocator = pytest.mark.parametrize("allocator", strategies.allocators(), 
 mass_readers = pytest.mark.parametrize(
     "allocator", [a for a in strategies.allocators() if a.reads_mass], ids=strategies.label
 )
-prefix = ALLOCATORS.create("prefix")
+every_prefix = pytest.mark.parametrize(
+    "prefix", [ALLOCATORS.create("prefix", protected=mode) for mode in ("floor", "on_top")], ids=lambda a: a.protected
+)
 
 
 def clamped(total: int, floor: Tensor, capacity: Tensor) -> int:
@@ -210,44 +212,56 @@ def test_how_much_an_allocation_does_does_not_depend_on_sizes(allocator: Allocat
 
 # -- the prefix allocator ----------------------------------------------------------------------------------------------
 
+
+def on_top_of(prefix: Allocator, floor: list[int]) -> list[int]:
+    """Slots of each layer that it keeps beside its prefix."""
+    return floor if prefix.protected == "on_top" else [0] * len(floor)
+
+
 dyadic = allocation_inputs(kinds=st.just("dyadic"), max_tokens=24)
 
 
+@every_prefix
 @given(given=dyadic)
-def test_prefix_keeps_the_ranks_with_least_mass_before_them(given: AllocationInput) -> None:
+def test_prefix_keeps_the_ranks_with_least_mass_before_them(prefix: Allocator, given: AllocationInput) -> None:
     """With exact shares, budgets are those of brute force over all ranks, ties by layer, then rank."""
     budget = prefix.allocate(given.importance, given.total, given.floor, given.capacity)
     for row, (masses, total, floor, capacity) in enumerate(rows_of(given)):
-        assert budget[:, row].tolist() == oracles.prefix_budgets(masses, total, floor, capacity)
+        assert budget[:, row].tolist() == oracles.prefix_budgets(masses, total, floor, capacity, prefix.protected)
 
 
+@every_prefix
 @given(given=allocation_inputs(kinds=st.sampled_from(sorted(MASSES))))
-def test_prefix_keeps_no_rank_above_one_it_drops(given: AllocationInput) -> None:
+def test_prefix_keeps_no_rank_above_one_it_drops(prefix: Allocator, given: AllocationInput) -> None:
     """On any masses, the mass before a kept rank never exceeds, but for rounding, that before a dropped one."""
     budget = prefix.allocate(given.importance, given.total, given.floor, given.capacity)
     for row, (masses, _, floor, capacity) in enumerate(rows_of(given)):
         before = [oracles.mass_before(layer, most) for layer, most in zip(masses, capacity, strict=True)]
         kept = budget[:, row].tolist()
-        layers = range(len(masses))
-        last_kept = max((before[i][kept[i] - 1] for i in layers if kept[i] > floor[i]), default=0)
-        first_dropped = min((before[i][kept[i]] for i in layers if kept[i] < capacity[i]), default=2)
+        layers, on_top = range(len(masses)), on_top_of(prefix, floor)
+        last_kept = max((before[i][kept[i] - on_top[i] - 1] for i in layers if kept[i] > floor[i]), default=0)
+        first_dropped = min((before[i][kept[i] - on_top[i]] for i in layers if kept[i] < capacity[i]), default=2)
         assert last_kept <= first_dropped + 1e-12
 
 
+@every_prefix
 @given(given=allocation_inputs(kinds=st.just("dyadic"), max_layers=3, max_batch=2, max_tokens=5))
-def test_prefix_is_max_min_optimal(given: AllocationInput) -> None:
+def test_prefix_is_max_min_optimal(prefix: Allocator, given: AllocationInput) -> None:
     """No feasible allocation has a larger minimum, over the layers, of retained mass."""
     budget = prefix.allocate(given.importance, given.total, given.floor, given.capacity)
     for row, (masses, total, floor, capacity) in enumerate(rows_of(given)):
-        reached = oracles.smallest_retained(masses, budget[:, row].tolist(), capacity)
+        on_top = on_top_of(prefix, floor)
+        reached = oracles.smallest_retained(masses, budget[:, row].tolist(), on_top, capacity)
         best = max(
-            oracles.smallest_retained(masses, other, capacity) for other in oracles.feasible(total, floor, capacity)
+            oracles.smallest_retained(masses, other, on_top, capacity)
+            for other in oracles.feasible(total, floor, capacity)
         )
         assert reached == best
 
 
+@every_prefix
 @given(given=allocation_inputs(), more=st.integers(1, 20))
-def test_prefix_budgets_grow_with_the_total(given: AllocationInput, more: int) -> None:
+def test_prefix_budgets_grow_with_the_total(prefix: Allocator, given: AllocationInput, more: int) -> None:
     """A larger total takes no slot from any layer."""
     total = given.total.clamp(max=1000)
     smaller = prefix.allocate(given.importance, total, given.floor, given.capacity)
@@ -255,8 +269,9 @@ def test_prefix_budgets_grow_with_the_total(given: AllocationInput, more: int) -
     assert (larger >= smaller).all()
 
 
+@every_prefix
 @given(given=dyadic, seed=strategies.seeds)
-def test_prefix_ignores_the_order_of_tokens(given: AllocationInput, seed: int) -> None:
+def test_prefix_ignores_the_order_of_tokens(prefix: Allocator, given: AllocationInput, seed: int) -> None:
     """Permuting the tokens of a layer changes no budget."""
     shuffled = torch.rand(given.importance.shape, generator=strategies.generator(seed)).argsort(-1)
     permuted = given.importance.gather(-1, shuffled)
@@ -264,8 +279,9 @@ def test_prefix_ignores_the_order_of_tokens(given: AllocationInput, seed: int) -
     assert budgets[0].tolist() == budgets[1].tolist()
 
 
+@every_prefix
 @given(given=allocation_inputs(kinds=st.just("random"), min_tokens=2), seed=strategies.seeds)
-def test_prefix_permutes_with_the_layers(given: AllocationInput, seed: int) -> None:
+def test_prefix_permutes_with_the_layers(prefix: Allocator, given: AllocationInput, seed: int) -> None:
     """Without ties, permuting layers permutes their budgets."""
     layers = given.importance.shape[0]
     # Rank 0 ties in all layers, since no mass is before it; a floor of one decides that tie.
@@ -277,8 +293,9 @@ def test_prefix_permutes_with_the_layers(given: AllocationInput, seed: int) -> N
     assert permuted.tolist() == budget[order].tolist()
 
 
+@every_prefix
 @given(given=dyadic, scale=st.integers(-20, 20))
-def test_prefix_reads_shares_not_sizes(given: AllocationInput, scale: int) -> None:
+def test_prefix_reads_shares_not_sizes(prefix: Allocator, given: AllocationInput, scale: int) -> None:
     """Scaling the masses of one layer changes no budget."""
     scaled = given.importance.clone()
     scaled[0] *= 2.0**scale
@@ -286,8 +303,9 @@ def test_prefix_reads_shares_not_sizes(given: AllocationInput, scale: int) -> No
     assert budgets[0].tolist() == budgets[1].tolist()
 
 
+@every_prefix
 @given(given=dyadic)
-def test_prefix_notes_the_threshold_that_splits_kept_from_dropped(given: AllocationInput) -> None:
+def test_prefix_notes_the_threshold_that_splits_kept_from_dropped(prefix: Allocator, given: AllocationInput) -> None:
     """Beyond floors, no kept rank has more mass before it than the threshold, and no dropped rank has less."""
     context = AllocationContext()
     budget = prefix.allocate(given.importance, given.total, given.floor, given.capacity, context)
@@ -299,17 +317,20 @@ def test_prefix_notes_the_threshold_that_splits_kept_from_dropped(given: Allocat
             continue  # floors or capacities decide alone
         for layer, (mass, most) in enumerate(zip(masses, capacity, strict=True)):
             before, kept = oracles.mass_before(mass, most), int(budget[layer, row])
-            p = float(threshold[row]) + 1e-12
-            assert kept == floor[layer] or before[kept - 1] <= p
-            assert kept == most or before[kept] >= p - 2e-12
+            p, ranks = float(threshold[row]) + 1e-12, kept - on_top_of(prefix, floor)[layer]
+            assert kept == floor[layer] or before[ranks - 1] <= p
+            assert kept == most or before[ranks] >= p - 2e-12
 
 
+@every_prefix
 @given(
     given=allocation_inputs(kinds=st.just("dyadic"), min_tokens=8),
     share=st.floats(0.2, 0.8),
     seed=strategies.seeds,
 )
-def test_prefix_reads_no_importance_of_empty_slots(given: AllocationInput, share: float, seed: int) -> None:
+def test_prefix_reads_no_importance_of_empty_slots(
+    prefix: Allocator, given: AllocationInput, share: float, seed: int
+) -> None:
     """Whatever stands in slots that are not valid, budgets are as if it were zero."""
     layers, batch, tokens = given.importance.shape
     source = strategies.generator(seed)

@@ -165,6 +165,84 @@ def test_a_profile_of_another_model_is_refused_by_its_layers() -> None:
         model(**tiny.inputs("llama", 20, seed=0), **tiny.with_cache(cache))
 
 
+# -- the protected beside a prefix or a share -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("protected", "wanted"), [("on_top", [5, 4]), ("floor", [7, 2])])
+def test_prefix_counts_the_protected_as_told(protected: str, wanted: list[int]) -> None:
+    """On top of the prefix, as the released code of PrefixKV does with its two, or as a part of it."""
+    importance = torch.tensor(
+        [
+            [0.535, 0.199, 0.659, 0.657, 0.233, 0.425, 0.207, 0.63],
+            [0.002, 0.381, 0.391, 0.028, 0.001, 0.0, 0.008, 0.002],
+        ]
+    ).unsqueeze(1)
+    floor, capacity = torch.full((2, 1), 2), torch.full((2, 1), 8)
+    prefix = ALLOCATORS.create("prefix", protected=protected)
+    assert prefix.allocate(importance, torch.tensor([9]), floor, capacity)[:, 0].tolist() == wanted
+
+
+@given(
+    tokens=st.integers(8, 60),
+    layers=st.integers(1, 6),
+    forgotten=st.floats(0.0, 0.9),
+    protected=st.integers(0, 4),
+    seed=strategies.seeds,
+)
+def test_prefix_on_top_is_the_released_search(
+    tokens: int, layers: int, forgotten: float, protected: int, seed: int
+) -> None:
+    """For any threshold of the released code, what it forgets leaves the same layer sizes, without its tolerance."""
+    mass = torch.rand(layers, tokens, generator=strategies.generator(seed), dtype=torch.float64).square()
+    kept = []
+    for layer in mass.tolist():
+        ranked = sorted(layer, reverse=True)
+        held, ranks = 0.0, 0
+        while held < (1 - forgotten) * sum(layer) and ranks < tokens:  # the shortest prefix that holds so much
+            held += ranked[ranks]
+            ranks += 1
+        kept.append(tokens - max(0, tokens - ranks - protected))
+    floor, capacity = torch.full((layers, 1), protected), torch.full((layers, 1), tokens)
+    prefix = ALLOCATORS.create("prefix", protected="on_top")
+    budget = prefix.allocate(mass.unsqueeze(1), torch.tensor([sum(kept)]), floor, capacity)
+    assert budget[:, 0].tolist() == kept
+
+
+@given(given=allocation_inputs(), tau=st.sampled_from([0.5, 1.0, 2.0]))
+def test_entropy_on_top_shares_out_what_the_protected_leave(given: AllocationInput, tau: float) -> None:
+    """Each layer has its window, and of the rest what is in proportion to its preference, as far as it has slots."""
+    budget = given.by(ALLOCATORS.create("entropy", tau1=tau, protected="on_top"))
+    spread, shift = (given.statistics[f"attention_{name}"].tolist() for name in ("entropy", "variance"))
+    for row, total in enumerate(given.total.tolist()):
+        preference = [h[row] ** (1 / tau) * v[row] for h, v in zip(spread, shift, strict=True)]
+        floor, capacity = given.floor[:, row].tolist(), given.capacity[:, row].tolist()
+        room = [most - least for least, most in zip(floor, capacity, strict=True)]
+        rest = max(0, min(total, sum(capacity)) - sum(floor))
+        above = largest_remainders(preference, rest, [0] * len(floor), room)
+        assert budget[:, row].tolist() == [least + more for least, more in zip(floor, above, strict=True)]
+
+
+@given(tokens=st.integers(80, 4000), preference=st.lists(st.floats(0.1, 1.0), min_size=2, max_size=20))
+def test_entropy_on_top_is_near_the_real_numbers_of_the_released_code(tokens: int, preference: list[float]) -> None:
+    """With room in every layer: the window of 32, and preference / sum of preferences of what all windows leave."""
+    layers, window = len(preference), 32
+    mean = window + (tokens - window) // (12 * layers)
+    statistics = {
+        "attention_entropy": torch.tensor(preference, dtype=torch.float64).unsqueeze(1),
+        "attention_variance": torch.ones(layers, 1, dtype=torch.float64),
+    }
+    allocate = ALLOCATORS.create("entropy", protected="on_top").allocate
+    budget = allocate(
+        torch.zeros(layers, 1, tokens),
+        torch.tensor([mean * layers]),
+        torch.full((layers, 1), window),
+        torch.full((layers, 1), tokens),
+        AllocationContext(statistics=statistics),
+    )
+    wanted = [window + one / sum(preference) * (mean - window) * layers for one in preference]
+    assert all(abs(found - real) < 1 + 1e-3 for found, real in zip(budget[:, 0].tolist(), wanted, strict=True))
+
+
 # -- pyramid -----------------------------------------------------------------------------------------------------------
 
 

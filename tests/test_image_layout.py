@@ -128,6 +128,88 @@ def test_llava_has_one_square_grid_an_image_and_maybe_a_class_token(images: int,
     assert [layer[0] for layer in cache.report().image_tokens] == [images * (n + extra) for n in (36, 18, 9)]
 
 
+BREAK, END = 90, 91  # tokens that Pixtral's processor puts after each row of an image, and after the last
+
+
+def written(sizes: list[tuple[int, int]], breaks: bool = True) -> Tensor:
+    """Ids of images of so many rows and columns between text, as Pixtral's processor writes them."""
+    ids = [5]
+    for height, width in sizes:
+        row = [tiny.IMAGE_TOKEN] * width + [BREAK] * breaks
+        ids += [*(row * height)[: -1 if breaks else None], END, 7]
+    return torch.tensor([ids])
+
+
+def pixels(sizes: list[tuple[int, int]]) -> dict[str, Tensor]:
+    """Random pixels of images of so many patches down and across, padded to the largest, and their sizes."""
+    largest = [4 * max(side) for side in zip(*sizes, strict=True)]
+    values = torch.randn(len(sizes), 3, *largest, generator=torch.Generator().manual_seed(6))
+    return {"pixel_values": values, "image_sizes": torch.tensor(sizes) * 4}
+
+
+def cells(sizes: list[tuple[int, int]]) -> list[list[int]]:
+    """Number of the image, row and column of every image token."""
+    places = [(number, *size) for number, size in enumerate(sizes)]
+    return [[number, row, column] for number, high, wide in places for row in range(high) for column in range(wide)]
+
+
+@examples(25)
+@given(sizes=st.lists(st.tuples(st.integers(2, 9), st.integers(1, 9)), min_size=1, max_size=3))
+def test_images_of_any_shape_have_their_own_grids(sizes: list[tuple[int, int]]) -> None:
+    """From the images' sizes, and from the tokens between their rows where only the features are known."""
+    model, ids = tiny.model("llava_pixtral"), written(sizes)
+    features = SimpleNamespace(pooler_output=[torch.zeros(high * wide, 32) for high, wide in sizes])
+    for inputs in (pixels(sizes), {"mm_encoder_outputs": {"image": features}}):
+        layout = adapter_for(model).image_layout(model, ids, inputs)
+        grids = [(grid.image, grid.height, grid.width) for grid in layout.grids[0]]
+        assert grids == [(number, *size) for number, size in enumerate(sizes)]
+        columns = (ids[0] == tiny.IMAGE_TOKEN).nonzero().flatten()
+        found = torch.cat([layout.grid[0, columns, None], layout.cell[0, columns]], 1)
+        assert found.tolist() == cells(sizes)
+
+
+@torch.no_grad()
+def test_generate_and_a_plain_call_reduce_images_of_any_shape_the_same() -> None:
+    """Two images in two rows of a batch that are not square, of which `generate` hands on the features alone."""
+    model, sizes = tiny.model("llava_pixtral"), [(4, 6), (2, 12)]
+    rows = [written([size])[0] for size in sizes]
+    longest = max(map(len, rows))
+    ids = torch.stack([torch.nn.functional.pad(row, (longest - len(row), 0)) for row in rows])
+    inputs = {"input_ids": ids, "attention_mask": (ids > 0).long(), **pixels(sizes)}
+    plain, generated = (
+        CompressedCache(model, "full", reducer={"name": "lightkv", "windows": [1], "after": [1]}) for _ in range(2)
+    )
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    model(**inputs, position_ids=positions, **tiny.with_cache(plain))
+    model.generate(**inputs, **tiny.with_cache(generated), max_new_tokens=1, do_sample=False)
+    assert plain.report() == generated.report()
+    assert plain.report().image_tokens == [[24, 24], [12, 12], [12, 12]]
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_images_whose_shape_nothing_tells_are_refused(breaks: bool) -> None:
+    """Rows without an end between them, and two images whose features came as one."""
+    model, sizes = tiny.model("llava_pixtral"), [(2, 6), (2, 6)]
+    ids = written(sizes, breaks)
+    counts = [24] if breaks else [12, 12]
+    features = SimpleNamespace(pooler_output=[torch.zeros(count, 32) for count in counts])
+    with pytest.raises(
+        UnsupportedModelError, match=rf"image 0 has {counts[0]} features.*model\(\*\*inputs, cache=cache"
+    ):
+        adapter_for(model).image_layout(model, ids, {"mm_encoder_outputs": {"image": features}})
+    assert adapter_for(model).image_layout(model, ids, pixels(sizes)) is not None
+
+
+@torch.no_grad()
+def test_a_tower_of_one_size_that_is_not_square_has_its_own_grid() -> None:
+    """Its configuration gives height and width apart."""
+    model = tiny.build("llava_36")
+    model.config.vision_config.image_size, model.config.vision_config.patch_size = [16, 36], [4, 4]
+    ids = torch.tensor([[5, *[tiny.IMAGE_TOKEN] * 36, 7]])
+    layout = adapter_for(model).image_layout(model, ids, {})
+    assert [(grid.height, grid.width) for grid in layout.grids[0]] == [(4, 9)]
+
+
 @pytest.mark.parametrize(("name", "tokens"), [("llava_36", 35), ("llava_36", 37), ("llava_next_36", 191)])
 def test_tokens_that_fit_no_grid_are_refused(name: str, tokens: int) -> None:
     ids = torch.full((1, tokens), tiny.IMAGE_TOKEN)

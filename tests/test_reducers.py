@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,102 +14,17 @@ from hypothesis import strategies as st
 
 from kvcompress import CompressionConfig
 from kvcompress.errors import ConfigError
-from kvcompress.policies.context import LayerContext, LayerWeights, Reduced, ReductionContext
+from kvcompress.policies.context import LayerContext, Reduced, ReductionContext
 from kvcompress.policies.images import ImageGrid
 from kvcompress.policies.reducers import FastV, LightKV, PyramidDrop, RandomReducer, ToMe, UniformGrid
 from tests import reduction_oracle, strategies
+from tests.image_rows import Row, reduced_by, rows
 from tests.strategies import examples
 
 
-@dataclass
-class Row:
-    """A row of text and images between two layers, and the attention of the first of them."""
-
-    grids: list[tuple[int, int, int]]  # number of the image, height, width
-    grid: list[int]
-    cell: list[tuple[int, int]]
-    image: list[bool]
-    past: list[bool]  # which tokens of earlier turns were images
-    kv_heads: int
-    gone: int  # image tokens that there were once
-    seed: int
-
-    @cached_property
-    def row(self) -> ReductionContext:
-        tokens = len(self.grid)
-        return ReductionContext(
-            stage=0,
-            layer=1,
-            hidden=torch.randn(tokens, 6, generator=strategies.generator(self.seed)),
-            index=torch.arange(len(self.past), len(self.past) + tokens),
-            is_image=torch.tensor(self.image),
-            grids=[ImageGrid(*grid) for grid in self.grids],
-            grid=torch.tensor(self.grid),
-            cell=torch.tensor(self.cell),
-            image_tokens=sum(self.image) + self.gone,
-        )
-
-    @cached_property
-    def layer(self) -> LayerContext:
-        new, tokens, g = len(self.grid), len(self.past) + len(self.grid), strategies.generator(self.seed + 1)
-        keys = torch.randn(1, self.kv_heads, tokens, 4, generator=g) * 2
-        return LayerContext(
-            layer=1,
-            query=torch.randn(1, 4, new, 4, generator=g),
-            keys=keys,
-            values=keys,
-            lse=None,
-            scaling=0.5,
-            index=torch.arange(tokens)[None, None],
-            seen=tokens,
-            is_image=torch.tensor([*self.past, *self.image])[None, None],
-            weights=LayerWeights(),
-        )
-
-    @property
-    def places(self) -> list[reduction_oracle.Place]:
-        cells, grid = self.row.cell.tolist(), self.row.grid.tolist()
-        return [None if number < 0 else (number, *cell) for number, cell in zip(grid, cells, strict=True)]
-
-    @property
-    def sizes(self) -> list[tuple[int, int]]:
-        return [(grid.height, grid.width) for grid in self.row.grids]
-
-    def by(self, reducer: Any) -> Reduced:
-        """What a reducer makes of it, guided by the layer."""
-        weights = reducer.guidance(self.layer) if reducer.reads_attention else None
-        return reducer.reduce(replace(self.row, guidance=weights))
-
-
-@st.composite
-def rows(draw: st.DrawFn, largest: int = 10) -> Row:
-    """Text, grids of any size with tokens of no grid between them, some of which have gone already."""
-    seed = draw(strategies.seeds)
-    g = strategies.generator(seed + 2)
-    sizes = draw(st.lists(st.tuples(st.integers(1, largest), st.integers(1, largest)), min_size=1, max_size=3))
-    left = draw(st.sampled_from([1.0, 0.7, 0.3]))
-    found = Row([], [], [], [], draw(st.lists(st.booleans(), max_size=3)), draw(st.sampled_from([1, 2, 4])), 0, seed)
-
-    def add(grid: int, cell: tuple[int, int], image: bool, count: int = 1) -> None:
-        found.grid.extend([grid] * count)
-        found.cell.extend([cell] * count)
-        found.image.extend([image] * count)
-
-    number = 0
-    for index, (height, width) in enumerate(sizes):
-        number += index > 0 and draw(st.booleans())
-        found.grids.append((number, height, width))
-        add(-1, (-1, -1), False, draw(st.integers(0, 3)) + (index == 0))
-        for place in itertools.product(range(height), range(width)):
-            if float(torch.rand((), generator=g)) < left:
-                add(index, place, True)
-        add(-1, (-1, -1), True, draw(st.integers(0, 1)) or not any(found.image))
-    found.gone = draw(st.integers(0, 20))
-    return found
-
-
 def survivors(reduced: Reduced) -> list[int]:
-    return [token for token, into in enumerate(reduced.into.tolist()) if into == token]
+    (row,) = reduced.into.tolist()
+    return [token for token, into in enumerate(row) if into == token]
 
 
 # -- merging -----------------------------------------------------------------------------------------------------------
@@ -123,13 +37,13 @@ rhos = st.one_of(st.sampled_from([0.0, 0.1, 0.29, 0.35, 0.5, 0.7, 1.0]), st.floa
 def test_lightkv_is_the_plain_loop(drawn: Row, across: int, rho: float, softmax: Any) -> None:
     """Windows with a remainder, divergence, several tokens that go into one, guidance: steps 1 to 5 by hand."""
     reducer = LightKV(windows=(across,), after=(1,), rho=rho, softmax=softmax)
-    weights = reducer.guidance(drawn.layer)
+    weights = reducer.guidance(drawn.layer)[0]
     is_image = drawn.layer.is_image[0, 0].tolist()
     query, keys = drawn.layer.query[0], drawn.layer.keys[0]
     wanted = reduction_oracle.guidance(query, keys, is_image, drawn.layer.scaling, softmax)
     torch.testing.assert_close(weights.double(), torch.tensor(wanted).double(), rtol=1e-4, atol=1e-6)
     windows = reduction_oracle.windows_of(drawn.places, drawn.sizes, across)
-    into, states = reduction_oracle.merge(drawn.row.hidden, windows, rho, wanted)
+    into, states = reduction_oracle.merge(drawn.hidden, windows, rho, wanted)
     _assert_merged(drawn.by(reducer), into, states)
 
 
@@ -137,14 +51,14 @@ def test_lightkv_is_the_plain_loop(drawn: Row, across: int, rho: float, softmax:
 @given(drawn=rows(), rho=rhos)
 def test_tome_is_the_plain_loop_with_equal_weights_and_without_windows(drawn: Row, rho: float) -> None:
     windows = reduction_oracle.windows_of(drawn.places, drawn.sizes, None)
-    into, states = reduction_oracle.merge(drawn.row.hidden, windows, rho, [1.0] * len(drawn.places))
+    into, states = reduction_oracle.merge(drawn.hidden, windows, rho, [1.0] * len(drawn.places))
     _assert_merged(drawn.by(ToMe(rho=rho)), into, states)
 
 
 def _assert_merged(found: Reduced, into: dict[int, int], states: list[list[float]]) -> None:
-    assert found.into.tolist() == [into.get(token, token) for token in range(len(states))]
+    assert found.into.tolist() == [[into.get(token, token) for token in range(len(states))]]
     stay = survivors(found)
-    torch.testing.assert_close(found.hidden[stay], torch.tensor(states)[stay], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.hidden[0, stay], torch.tensor(states)[stay], rtol=1e-4, atol=1e-5)
 
 
 @examples(80)
@@ -157,21 +71,17 @@ def test_every_window_loses_as_many_as_the_formula_says(drawn: Row, across: int,
     for window in windows:
         gone = min(math.floor(rho * len(window) + 1e-6), len(window) // 2)
         assert len(stay.intersection(window)) == len(window) - gone
-        assert all(reduced.into[token] in window for token in window)
+        assert all(reduced.into[0, token] in window for token in window)
     outside = set(range(len(drawn.places))).difference(*windows)
     assert outside <= stay
-    assert torch.equal(reduced.hidden[sorted(outside)], drawn.row.hidden[sorted(outside)])
+    assert torch.equal(reduced.hidden[0, sorted(outside)], drawn.hidden[sorted(outside)])
 
 
 @pytest.mark.parametrize("count", [100, 576, 2880])
 def test_a_share_that_comes_to_a_whole_number_is_that_number(count: int) -> None:
     """However its product is rounded."""
-    hidden = torch.randn(count, 2, generator=strategies.generator(count))
+    row = _square(count, 1)
     for wanted in range(0, count // 2 + 1, max(1, count // 40)):
-        grid = torch.zeros(count, dtype=torch.long)
-        row = ReductionContext(
-            0, 0, hidden, grid, grid == 0, [ImageGrid(0, 1, count)], grid, torch.zeros(count, 2).long(), count
-        )
         assert len(survivors(ToMe(rho=wanted / count).reduce(row))) == count - wanted
 
 
@@ -181,11 +91,11 @@ def test_a_merged_state_is_a_convex_mean_of_its_sources(drawn: Row, across: int,
     """Its weights, recovered from the states, are non-negative and add up to 1; without guidance they are equal."""
     wide = torch.randn(len(drawn.places), 64, generator=strategies.generator(len(drawn.places)))
     weights = torch.rand(len(wide), generator=strategies.generator(1)) if guided else torch.zeros(len(wide))
-    row = replace(drawn.row, hidden=wide, guidance=weights)
+    row = replace(drawn.row, hidden=wide[None], guidance=weights[None])
     reduced = LightKV(windows=(across,), after=(1,)).reduce(row)
     for token in survivors(reduced):
-        sources = (reduced.into == token).nonzero().flatten()
-        state = reduced.hidden[token]
+        sources = (reduced.into[0] == token).nonzero().flatten()
+        state = reduced.hidden[0, token]
         if len(sources) == 1:
             assert torch.equal(state, wide[token])
             continue
@@ -198,13 +108,13 @@ def test_a_merged_state_is_a_convex_mean_of_its_sources(drawn: Row, across: int,
 @examples(30)
 @given(drawn=rows(), dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
 def test_states_keep_their_dtype_and_text_its_bits(drawn: Row, dtype: torch.dtype) -> None:
-    row = replace(drawn.row, hidden=drawn.row.hidden.to(dtype), guidance=torch.rand(len(drawn.places)))
+    row = replace(drawn.row, hidden=drawn.row.hidden.to(dtype), guidance=torch.rand(1, len(drawn.places)))
     for reducer in (LightKV(windows=(1,), after=(1,)), ToMe(), FastV(), PyramidDrop(), RandomReducer(), UniformGrid()):
         reduced = reducer.reduce(row)
         text = ~row.is_image
         assert reduced.hidden.dtype == dtype
         assert torch.equal(reduced.hidden[text], row.hidden[text])
-        assert set(text.nonzero().flatten().tolist()) <= set(survivors(reduced))
+        assert set(text[0].nonzero().flatten().tolist()) <= set(survivors(reduced))
 
 
 def test_text_of_earlier_turns_guides_whatever_each_head_holds_of_it() -> None:
@@ -214,7 +124,7 @@ def test_text_of_earlier_turns_guides_whatever_each_head_holds_of_it() -> None:
     new = [True] * 5 + [False]
     is_image = torch.tensor([[[True, True, False, True, *new], [False, True, False, False, *new]]])
     context = LayerContext(
-        0, query, keys, keys, None, 0.5, torch.arange(10).expand(1, 2, -1), 20, is_image, LayerWeights()
+        0, query, keys, keys, None, 0.5, torch.arange(10).expand(1, 2, -1), torch.tensor([20]), None, is_image
     )
     for over in ("keys", "queries"):
         heads = [
@@ -224,7 +134,33 @@ def test_text_of_earlier_turns_guides_whatever_each_head_holds_of_it() -> None:
             for h in range(2)
         ]
         found = LightKV(softmax=over).guidance(context)
-        torch.testing.assert_close(found, torch.tensor(heads).sum(0), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found[0], torch.tensor(heads).sum(0), rtol=1e-4, atol=1e-6)
+
+
+def dropping(share: float) -> list[Any]:
+    once = {"after": (1,), "keep_shares": (share,)}
+    return [FastV(layer=1, drop=1 - share), PyramidDrop(**once), RandomReducer(**once), UniformGrid(**once)]
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reducer", [*strategies.reducers(), *dropping(0.3), LightKV(after=(1,), windows=(1,))], ids=str
+)
+@examples(20)
+@given(drawn=st.lists(rows(), min_size=1, max_size=4), kv_heads=st.sampled_from([1, 2, 4]))
+def test_a_row_is_reduced_as_it_would_be_alone(reducer: Any, drawn: list[Row], kv_heads: int) -> None:
+    """Beside rows with more or fewer tokens, grids and earlier turns, whatever stands in their padding."""
+    drawn = [replace(row, kv_heads=kv_heads) for row in drawn]
+    together = reduced_by(reducer, drawn)
+    assert bool(together.hidden.isfinite().all())
+    for number, row in enumerate(drawn):
+        alone, padding = row.by(reducer), together.into.shape[1] - len(row.grid)
+        into = together.into[number, padding:]
+        assert torch.equal(torch.where(into < 0, into, into - padding), alone.into[0])
+        stay = survivors(alone)
+        torch.testing.assert_close(together.hidden[number, padding:][stay], alone.hidden[0, stay], rtol=0, atol=1e-5)
 
 
 # -- the published numbers ---------------------------------------------------------------------------------------------
@@ -244,14 +180,15 @@ def cells_of(reducer: LightKV, grids: list[ImageGrid], layers: int) -> list[list
         row = ReductionContext(
             stage=stage,
             layer=0,
-            hidden=torch.randn(count, 4, generator=strategies.generator(stage)),
-            index=torch.arange(count),
-            is_image=torch.ones(count, dtype=torch.bool),
-            grids=grids,
-            grid=table[:, 0],
-            cell=table[:, 1:],
-            image_tokens=count,
-            guidance=torch.ones(count),
+            hidden=torch.randn(1, count, 4, generator=strategies.generator(stage)),
+            index=torch.arange(count)[None],
+            is_image=torch.ones(1, count, dtype=torch.bool),
+            grids=[grids],
+            grid=table[None, :, 0],
+            cell=table[None, :, 1:],
+            size=torch.tensor([(grid.height, grid.width) for grid in grids])[table[None, :, 0]],
+            image_tokens=[count],
+            guidance=torch.ones(1, count),
         )
         cells = [cells[token] for token in survivors(reducer.reduce(row))]
         found.append(cells)
@@ -318,22 +255,17 @@ def test_vision_retention_picks_the_nearest_plan(reducer: Any, layers: int, rho:
 # -- dropping ----------------------------------------------------------------------------------------------------------
 
 
-def dropping(share: float) -> list[Any]:
-    once = {"after": (1,), "keep_shares": (share,)}
-    return [FastV(layer=1, drop=1 - share), PyramidDrop(**once), RandomReducer(**once), UniformGrid(**once)]
-
-
 @examples(40)
 @given(drawn=rows(), share=st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.7, 1.0]))
 def test_a_share_of_the_first_image_tokens_stays(drawn: Row, share: float) -> None:
     """Floor(share x image tokens there were at first), never more than there are; states do not change."""
-    wanted = min(int(drawn.row.is_image.sum()), math.floor(share * drawn.row.image_tokens + 1e-6))
+    wanted = min(int(drawn.row.is_image.sum()), math.floor(share * drawn.row.image_tokens[0] + 1e-6))
     for reducer in dropping(share):
         reduced = drawn.by(reducer)
         stay = survivors(reduced)
-        assert int(drawn.row.is_image[stay].sum()) == wanted
-        assert all(into in (-1, token) for token, into in enumerate(reduced.into.tolist()))
-        assert torch.equal(reduced.hidden[stay], drawn.row.hidden[stay])
+        assert sum(drawn.image[token] for token in stay) == wanted
+        assert all(into in (-1, token) for token, into in enumerate(reduced.into[0].tolist()))
+        assert torch.equal(reduced.hidden[0, stay], drawn.hidden[stay])
 
 
 @examples(40)
@@ -346,9 +278,9 @@ def test_fastv_and_pyramiddrop_keep_what_the_last_token_attends_to_most(drawn: R
         logits = [float(key @ drawn.layer.query[0, head, -1].double()) * drawn.layer.scaling for key in keys]
         mean += torch.tensor([math.exp(x) for x in logits]).double() / sum(math.exp(x) for x in logits) / heads
     mean = mean[len(drawn.past) :]
-    images = drawn.row.is_image.nonzero().flatten().tolist()
+    images = [token for token, image in enumerate(drawn.image) if image]
     for reducer in dropping(share)[:2]:
-        torch.testing.assert_close(reducer.guidance(drawn.layer).double(), mean, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(reducer.guidance(drawn.layer)[0].double(), mean, rtol=1e-4, atol=1e-6)
         stay = set(survivors(drawn.by(reducer)))
         wanted = sorted(images, key=lambda token: (-mean[token], token))[: len(stay.intersection(images))]
         assert stay.intersection(images) == set(wanted)
@@ -361,7 +293,7 @@ def test_random_depends_on_seed_and_place_alone_and_later_reductions_drop_more()
     assert kept[0] > kept[1] > kept[2]
     other = set(survivors(RandomReducer(after=(1,), keep_shares=(0.5,), seed=1).reduce(drawn)))
     assert other != kept[1]
-    shifted = replace(drawn, hidden=drawn.hidden.flip(0))
+    shifted = replace(drawn, hidden=drawn.hidden.flip(1))
     assert set(survivors(RandomReducer(after=(1,), keep_shares=(0.5,)).reduce(shifted))) == kept[1]
 
 
@@ -390,13 +322,16 @@ def test_uniform_grid_keeps_the_same_share_of_every_grid_and_of_what_has_none(sh
             cells += [(line, column) for column in range(grid.width)] + [(line, grid.width)] * index
     row = replace(
         _square(1),
-        hidden=torch.zeros(len(number) + 2, 4),
-        index=torch.arange(len(number) + 2),
-        is_image=torch.tensor([False] * 3 + [True] * (len(number) - 3) + [False] * 2),
-        grids=grids,
-        grid=torch.tensor([*number, -1, -1]),
-        cell=torch.tensor([*cells, (-1, -1), (-1, -1)]),
-        image_tokens=len(number) - 3,
+        hidden=torch.zeros(1, len(number) + 2, 4),
+        index=torch.arange(len(number) + 2)[None],
+        is_image=torch.tensor([[False] * 3 + [True] * (len(number) - 3) + [False] * 2]),
+        grids=[grids],
+        grid=torch.tensor([[*number, -1, -1]]),
+        cell=torch.tensor([[*cells, (-1, -1), (-1, -1)]]),
+        size=torch.tensor([(-1, -1), *((grid.height, grid.width) for grid in grids)])[
+            torch.tensor([[*number, -1, -1]]) + 1
+        ],
+        image_tokens=[len(number) - 3],
     )
     stay = set(survivors(UniformGrid(after=(1,), keep_shares=(share,)).reduce(row)))
     for index in (-1, 0, 1):
@@ -404,19 +339,21 @@ def test_uniform_grid_keeps_the_same_share_of_every_grid_and_of_what_has_none(sh
         assert abs(len(stay & own) - share * len(own)) <= 1
 
 
-def _square(side: int) -> ReductionContext:
-    count = side * side
+def _square(height: int, width: int | None = None) -> ReductionContext:
+    width = width or height
+    count = height * width
     token = torch.arange(count)
     return ReductionContext(
         stage=0,
         layer=0,
-        hidden=torch.randn(count, 4, generator=strategies.generator(side)),
-        index=token,
-        is_image=torch.ones(count, dtype=torch.bool),
-        grids=[ImageGrid(0, side, side)],
-        grid=torch.zeros(count, dtype=torch.long),
-        cell=torch.stack([token // side, token % side], 1),
-        image_tokens=count,
+        hidden=torch.randn(1, count, 4, generator=strategies.generator(count)),
+        index=token[None],
+        is_image=torch.ones(1, count, dtype=torch.bool),
+        grids=[[ImageGrid(0, height, width)]],
+        grid=torch.zeros(1, count, dtype=torch.long),
+        cell=torch.stack([token // width, token % width], 1)[None],
+        size=torch.tensor([[height, width]]).expand(count, -1)[None],
+        image_tokens=[count],
     )
 
 

@@ -66,6 +66,7 @@ def layout(name: str, ids: Tensor) -> tuple[list[Place], list[tuple[int, int]]]:
         ("llava_next_36", [3, 0, 4], {"positions": "contiguous"}),
         ("llava_deep", [2, 0, 9], {"after": [1, 3, 4], "windows": [2, 2, 1]}),
         ("llava_deep", [5, 0, 1, 0, 6], {"after": [2, 3, 5], "windows": [1, 2, 1], "positions": "contiguous"}),
+        ("llava_deep", [4, 0, 6], {"after": [1, 3, 4], "windows": [2, 2, 1], "positions": "per_layer"}),
         ("llava_deep", [7, 0, 4], {"rho": 0.3, "windows": [2, 1, 1], "after": [1, 2, 5]}),
     ],
     ids=str,
@@ -86,8 +87,9 @@ def test_a_model_with_lightkv_is_the_decoder_run_by_hand(name: str, parts: list[
         sizes,
         dict(zip(points, policy.windows, strict=True)),
         policy.rho,
-        policy.positions == "contiguous",
-        policy.softmax,
+        policy.positions != "original",
+        policy.positions == "per_layer",
+        over=policy.softmax,
     )
     found = model(**inputs, **tiny.with_cache(cache)).logits[0]
     columns, wanted = plain.prefill(embedded(name, inputs))
@@ -158,21 +160,21 @@ class Own(Reducer):
     def acts_after(self, layers: int) -> tuple[int, ...]:
         return (1,)
 
-    def reduce(self, row: ReductionContext) -> Reduced:
-        own, images = torch.arange(len(row.hidden)), row.is_image.nonzero().flatten()
-        text, hidden = (~row.is_image).nonzero().flatten(), row.hidden
+    def reduce(self, layer: ReductionContext) -> Reduced:
+        own, hidden = torch.arange(layer.index.shape[1]).repeat(len(layer.index), 1), layer.hidden
+        images, text = layer.is_image[0].nonzero().flatten(), (~layer.is_image[0]).nonzero().flatten()
         if self.kind == "changes":
             return Reduced(own, hidden + 1.0)
         if self.kind == "changes text":
-            return Reduced(own, torch.where(row.is_image[:, None], hidden, hidden + 1.0))
+            return Reduced(own, torch.where(layer.is_image[..., None], hidden, hidden + 1.0))
         if self.kind == "drops text":
-            own[text[0]] = -1
+            own[0, text[0]] = -1
         if self.kind == "into removed":
-            own[images[0]], own[images[1]] = images[1], -1
+            own[0, images[0]], own[0, images[1]] = images[1], -1
         if self.kind == "outside":
-            own[images[0]] = len(own)
+            own[0, images[0]] = own.shape[1]
         if self.kind == "short":
-            return Reduced(own[:-1], hidden[:-1])
+            return Reduced(own[:, :-1], hidden[:, :-1])
         if self.kind == "dtype":
             return Reduced(own, hidden.half())
         if self.kind == "raises":
@@ -226,7 +228,7 @@ def test_a_reducer_cannot_change_text(model: Any) -> None:
         ("outside", r"can only become part of one that stays"),
         (
             "short",
-            r"must return hidden states as torch.float32 \(45, 32\) .*; got torch.float32 \(44, 32\) and \(44,\)",
+            r"must return .* torch.float32 \(1, 45, 32\) .*; got torch.float32 \(1, 44, 32\) and \(1, 44\)",
         ),
         ("dtype", r"must return hidden states as torch.float32 .* got torch.float16"),
     ],
@@ -458,7 +460,7 @@ def test_a_second_turn_is_guided_by_the_text_of_both_and_keeps_its_positions() -
     """With nothing to reduce in the first turn, two turns are one prompt, but for text that comes later."""
     name, reducer = "llava_36", {**LIGHT, "after": [1], "windows": [1]}
     model, whole = tiny.model(name), tiny.prompt(name, [12, 0, 4], seed=10)
-    for positions in ("original", "contiguous"):
+    for positions in ("original", "contiguous", "per_layer"):
         one, two = (CompressedCache(model, "full", reducer={**reducer, "positions": positions}) for _ in range(2))
         wanted = model(**whole, **tiny.with_cache(one)).logits
         ids = whole["input_ids"]
@@ -466,6 +468,46 @@ def test_a_second_turn_is_guided_by_the_text_of_both_and_keeps_its_positions() -
         found = model(ids[:, 7:], pixel_values=whole["pixel_values"], **tiny.with_cache(two)).logits
         torch.testing.assert_close(found, wanted[:, 7:], rtol=0, atol=1e-4)
         assert one.report().held_columns == two.report().held_columns
+
+
+@torch.no_grad()
+def test_layers_that_count_their_own_tokens_do_so_in_every_later_forward() -> None:
+    """In a turn of several tokens as in as many decode steps, and in a row beside others as alone."""
+    model, reducer = tiny.model("llava_deep"), {**LIGHT, "positions": "per_layer"}
+    whole, text, more = tiny.prompt("llava_deep", [4, 0, 5], 3), tiny.token_ids(1, 20, 4), tiny.token_ids(1, 4, 5)
+    logits = []
+    for ids in (whole["input_ids"], text):
+        cache = CompressedCache(model, "full", reducer=reducer)
+        images = {"pixel_values": whole["pixel_values"]} if ids is not text else {}
+        model(ids, **images, **tiny.with_cache(cache))
+        stepwise = copy.deepcopy(cache)
+        logits.append(model(more, **tiny.with_cache(cache)).logits)
+        steps = [model(more[:, i : i + 1], **tiny.with_cache(stepwise)).logits for i in range(4)]
+        torch.testing.assert_close(torch.cat(steps, 1), logits[-1], rtol=0, atol=1e-4)
+    padding = whole["input_ids"].shape[1] - text.shape[1]
+    ids = torch.cat([whole["input_ids"], torch.nn.functional.pad(text, (padding, 0))])
+    mask = (torch.arange(ids.shape[1] + 4) >= torch.tensor([[0], [padding]])).long()
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, first = CompressedCache(model, "full", reducer=reducer), slice(ids.shape[1])
+    together = {"attention_mask": mask[:, first], "position_ids": positions[:, first], **tiny.with_cache(cache)}
+    model(ids, pixel_values=whole["pixel_values"], **together)
+    later = {"attention_mask": mask, "position_ids": positions[:, -4:], **tiny.with_cache(cache)}
+    found = model(more.expand(2, -1), **later).logits
+    torch.testing.assert_close(found, torch.cat(logits), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def test_positions_of_a_layer_are_refused_where_the_rotation_is_unknown() -> None:
+    """Of one layer or of all is for the user to choose; a wrong rotation is not."""
+    model = tiny.build("llava_36")
+    cache = CompressedCache(model, "full", reducer={**LIGHT, "positions": "per_layer"})
+    model(**tiny.prompt("llava_36", [4, 0, 5], 3), **tiny.with_cache(cache))
+    rotary = model.get_decoder().rotary_emb
+    known = rotary(torch.zeros(1), torch.zeros(1, 1))
+    rotary.forward = lambda *args, **kwargs: known
+    rotary.inv_freq = None
+    with pytest.raises(UnsupportedModelError, match=r"positions='per_layer' .* choose positions='original'"):
+        model(torch.tensor([[5]]), **tiny.with_cache(cache))
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcompress import SCORERS, CompressedCache, CompressionConfig, KVCompressError
+from kvcompress.errors import UnsupportedModelError
 from kvcompress.kernels import attention_with_lse
 from kvcompress.policies.base import Scorer
 from kvcompress.policies.context import LayerContext, LayerWeights
@@ -455,10 +456,17 @@ def turn(angle: Tensor) -> Tensor:
     return matrix
 
 
-def gaussian(layer: LayerContext, row: int, head: int) -> tuple[Tensor, Tensor]:
-    """Mean and covariance of a head's queries, turned back by their positions."""
+def beyond_sinks(places: list[int], sink: int) -> list[int]:
+    """Which of the tokens at these places are no sinks, or all where none is."""
+    return [number for number, place in enumerate(places) if place >= sink] or list(range(len(places)))
+
+
+def gaussian(layer: LayerContext, row: int, head: int, sink: int) -> tuple[Tensor, Tensor]:
+    """Mean and covariance of a head's queries, turned back by their positions, without those of sinks."""
     queries = layer.query[row, head].double()
     positions = layer.index[row, 0, -len(queries) :].tolist()
+    asking = beyond_sinks(positions, sink)
+    queries, positions = queries[asking], [positions[number] for number in asking]
     frequencies = layer.weights.inverse_frequencies
     if frequencies is not None:
         queries = torch.stack([turn(-p * frequencies) @ q for p, q in zip(positions, queries, strict=True)])
@@ -466,33 +474,39 @@ def gaussian(layer: LayerContext, row: int, head: int) -> tuple[Tensor, Tensor]:
     return mean, sum(torch.outer(q - mean, q - mean) for q in queries) / len(queries)
 
 
-@given(layer=contexts, future=st.integers(1, 5), epsilon=st.sampled_from([0.0, 0.02]))
-def test_expected_attention_is_its_formula(layer: LayerContext, future: int, epsilon: float) -> None:
-    """With rotations as matrices, averaged over the next positions, a query head and a key at a time."""
-    score = SCORERS.create("expected_attention", future=future, epsilon=epsilon).score(layer)
+@given(layer=contexts, future=st.integers(1, 5), epsilon=st.sampled_from([0.0, 0.02]), sink=st.integers(0, 6))
+def test_expected_attention_is_its_formula(layer: LayerContext, future: int, epsilon: float, sink: int) -> None:
+    """With rotations as matrices, averaged over the next positions, a query head and a key at a time.
+
+    Sinks are left out of statistics and shares, and score what the highest other slot of their head does.
+    """
+    score = SCORERS.create("expected_attention", future=future, epsilon=epsilon, sink=sink).score(layer)
     frequencies, s = layer.weights.inverse_frequencies, layer.scaling
     (batch, heads, _, _), kv_heads = layer.query.shape, layer.keys.shape[1]
     for row in range(batch):
-        end = int(layer.index[row, 0, -1]) + 1
+        end, counted = int(layer.index[row, 0, -1]) + 1, beyond_sinks(layer.index[row, 0].tolist(), sink)
         ahead = torch.eye(DIM, dtype=torch.double)
         if frequencies is not None:
             ahead = sum(turn((end + step) * frequencies) for step in range(future)) / future
         shares = torch.zeros(kv_heads, layer.keys.shape[2], dtype=torch.double)
         for head in range(heads):
-            mean, covariance = gaussian(layer, row, head)
+            mean, covariance = gaussian(layer, row, head, sink)
             mean, covariance = ahead @ mean, ahead @ covariance @ ahead.T
-            keys = layer.keys[row, head * kv_heads // heads].double()
+            keys = layer.keys[row, head * kv_heads // heads, counted].double()
             expected = torch.stack([(mean @ k * s + k @ covariance @ k * s * s / 2).exp() for k in keys])
-            shares[head * kv_heads // heads] += expected / expected.sum() / (heads // kv_heads)
-        close(score[row], (shares + epsilon) * layer.values[row].double().norm(dim=-1), 1e-3)
+            shares[head * kv_heads // heads, counted] += expected / expected.sum() / (heads // kv_heads)
+        expected = (shares + epsilon) * layer.values[row].double().norm(dim=-1)
+        left_out = [slot for slot in range(layer.keys.shape[2]) if slot not in counted]
+        expected[:, left_out] = expected[:, counted].amax(-1, keepdim=True)
+        close(score[row], expected, 1e-3)
 
 
 def test_expected_attention_is_the_mean_over_sampled_queries() -> None:
     """Gaussian queries drawn at the next position give, on average, the same weights."""
     layer = context(3, batch=1, kv_heads=1, group=1, queries=12, past=4)
     layer = dataclasses.replace(layer, scaling=0.15, values=torch.ones_like(layer.values))
-    score = SCORERS.create("expected_attention", future=1).score(layer)[0, 0].double() / DIM**0.5
-    mean, covariance = gaussian(layer, 0, 0)
+    score = SCORERS.create("expected_attention", future=1, sink=0).score(layer)[0, 0].double() / DIM**0.5
+    mean, covariance = gaussian(layer, 0, 0, 0)
     g = generator(4)
     noise = torch.randn(400_000, DIM, generator=g, dtype=torch.double)
     drawn = mean + noise @ torch.linalg.cholesky(covariance + 1e-9 * torch.eye(DIM)).T
@@ -509,26 +523,71 @@ def test_expected_attention_looks_at_relative_positions(seed: int, shift: int) -
     later = dataclasses.replace(
         layer, index=layer.index + shift, query=layer.query @ matrix, keys=layer.keys @ matrix, seen=layer.seen + shift
     )
-    scorer = SCORERS.create("expected_attention", future=7)
+    scorer = SCORERS.create("expected_attention", future=7, sink=0)
     close(scorer.score(later), scorer.score(layer), 1e-3)
 
 
 # -- value aware -------------------------------------------------------------------------------------------------------
 
 
+def lengths(layer: LayerContext, order: int, output: Tensor | None) -> Tensor:
+    """Norm of each value after its head's part of the projection, `[batch, heads, tokens]`, or of the value itself."""
+    heads, kv_heads = layer.query.shape[1], layer.keys.shape[1]
+    found = torch.zeros(layer.values.shape[0], heads, layer.values.shape[2], dtype=torch.double)
+    for head in range(heads):
+        values = layer.values[:, head * kv_heads // heads].double()
+        if output is not None:
+            values = values @ output[:, head * DIM : (head + 1) * DIM].double().T
+        found[:, head] = values.norm(p=order, dim=-1)
+    return found
+
+
+@pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @given(layer=contexts)
-def test_value_aware_is_attention_times_the_projected_value(dtype: torch.dtype, layer: LayerContext) -> None:
+def test_value_aware_is_attention_times_the_projected_value(
+    order: int, dtype: torch.dtype, layer: LayerContext
+) -> None:
     """Each head's part of the projection applied to each value, the norms averaged over the group."""
     output = layer.weights.output.to(dtype)
     layer = dataclasses.replace(layer, weights=LayerWeights(output))
-    heads, kv_heads = layer.query.shape[1], layer.keys.shape[1]
-    norms = torch.zeros(layer.values.shape[0], heads, layer.values.shape[2], dtype=torch.double)
-    for head in range(heads):
-        part = output[:, head * DIM : (head + 1) * DIM].double()
-        norms[:, head] = (layer.values[:, head * kv_heads // heads].double() @ part.T).norm(dim=-1)
-    expected = group_mean(dense(layer).sum(2), layer) * group_mean(norms, layer)
-    close(SCORERS.create("value_aware").score(layer), expected, 1e-3)
+    expected = group_mean(dense(layer).sum(2), layer) * group_mean(lengths(layer, order, output), layer)
+    close(SCORERS.create("value_aware", norm=f"projected_l{order}").score(layer), expected, 1e-3)
+
+
+@given(
+    layer=contexts,
+    window=st.integers(1, 9),
+    epsilon=st.sampled_from([0.0, 1e-4, 0.5]),
+    reduce=st.sampled_from(["sum", "mean"]),
+)
+def test_value_aware_is_the_second_stage_of_criticalkv(
+    layer: LayerContext, window: int, epsilon: float, reduce: str
+) -> None:
+    """(A + epsilon) |W v| in L1, where A is the mean attention of the last queries; or a sum of it over them."""
+    scorer = SCORERS.create(
+        "value_aware", queries=f"window:{window}", reduce=reduce, norm="projected_l1", epsilon=epsilon
+    )
+    tokens, counted = layer.keys.shape[2], min(window, layer.query.shape[2])
+    saw = torch.arange(tokens, 0, -1).clamp(max=layer.query.shape[2]).expand(layer.index.shape)
+    score = scorer.importance(scorer.score(layer), saw)
+    attention = group_mean(dense(layer)[:, :, -counted:].sum(2), layer)
+    queries = torch.arange(tokens, 0, -1).clamp(max=counted)  # that see the slot; those in the window fewer
+    expected = attention / queries + epsilon if reduce == "mean" else attention + epsilon * queries
+    close(score, expected * group_mean(lengths(layer, 1, layer.weights.output), layer), 1e-3)
+
+
+@given(layer=contexts, window=st.integers(1, 20))
+def test_value_aware_by_the_largest_value_weighs_heads_as_lava_does(layer: LayerContext, window: int) -> None:
+    """Attention of the window times the largest L1 norm of the head's values before it, or of all if none is before."""
+    score = SCORERS.create("value_aware", queries=f"window:{window}", norm="largest_l1").score(layer)
+    counted = min(window, layer.query.shape[2])
+    attention = group_mean(dense(layer)[:, :, -counted:].sum(2), layer)
+    for row, head in torch.cartesian_prod(*map(torch.arange, attention.shape[:2])).view(-1, 2).tolist():
+        values = layer.values[row, head].double().tolist()
+        before = values[: len(values) - counted] or values
+        largest = max(sum(abs(number) for number in value) for value in before)
+        close(score[row, head], attention[row, head] * largest, 1e-3)
 
 
 @pytest.mark.parametrize(
@@ -541,6 +600,105 @@ def test_value_aware_takes_the_values_own_norm_where_there_is_no_projection(outp
     layer = dataclasses.replace(context(5), weights=LayerWeights(output))
     expected = group_mean(dense(layer).sum(2), layer) * layer.values.double().norm(dim=-1)
     close(SCORERS.create("value_aware").score(layer), expected)
+    close(SCORERS.create("value_aware", norm="own_l2").score(context(5)), expected)
+
+
+class LoRALinear(torch.nn.Module):
+    """A linear layer with low-rank adapters, laid out as PEFT's."""
+
+    def __init__(self, base: torch.nn.Linear, names: list[str], seed: int = 0) -> None:
+        super().__init__()
+        self.base_layer, self.active_adapters, self.merged, self.disable_adapters = base, names, False, False
+        self.scaling = {name: 0.5 + number for number, name in enumerate(names)}
+        g = generator(seed)
+
+        def matrix(out: int, into: int) -> torch.nn.Linear:
+            made = torch.nn.Linear(into, out, bias=False)
+            made.weight.data = torch.randn(out, into, generator=g)
+            return made
+
+        out, into = base.weight.shape
+        self.lora_A = torch.nn.ModuleDict({name: matrix(3, into) for name in names})
+        self.lora_B = torch.nn.ModuleDict({name: matrix(out, 3) for name in names})
+
+    @property
+    def weight(self) -> Tensor:
+        """That of the base layer, as PEFT has it."""
+        return self.base_layer.weight
+
+    def used(self) -> list[str]:
+        return [] if self.merged or self.disable_adapters else [n for n in self.active_adapters if n in self.scaling]
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        more = [self.lora_B[name](self.lora_A[name](hidden)) * self.scaling[name] for name in self.used()]
+        return self.base_layer(hidden) + sum(more)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"active_adapters": ["b"]},
+        {"active_adapters": ["b", "elsewhere"]},
+        {"active_adapters": []},
+        {"merged": True},
+        {"disable_adapters": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("norm", ["projected_l2", "projected_l1"])
+@torch.no_grad()
+def test_value_aware_reads_what_a_lora_on_the_output_projection_does(norm: str, state: dict[str, Any]) -> None:
+    """Scores are those of a model whose weight is the effective one: that of the layer applied to the identity."""
+    adapted, plain, inputs = tiny.build("llama"), tiny.build("llama"), tiny.inputs("llama", 20, seed=7)
+    for number, (layer, other) in enumerate(zip(adapted.model.layers, plain.model.layers, strict=True)):
+        layer.self_attn.o_proj = LoRALinear(layer.self_attn.o_proj, ["a", "b"], seed=number)
+        for name, value in state.items():
+            setattr(layer.self_attn.o_proj, name, value)
+        into = other.self_attn.o_proj.weight.shape[1]
+        other.self_attn.o_proj.weight.copy_(layer.self_attn.o_proj(torch.eye(into)).T)
+    scorer = {"name": "value_aware", "norm": norm}
+    caches = [CompressedCache(model, "prefixkv", scorer=scorer, budget=1.0) for model in (adapted, plain)]
+    for model, cache in zip((adapted, plain), caches, strict=True):
+        model(**inputs, **tiny.with_cache(cache))
+    for layer in range(3):
+        close(scores_of(caches[0], layer), scores_of(caches[1], layer))
+
+
+class Stranger(torch.nn.Module):
+    """An adapter whose effect is not a weight that anybody knows."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__()
+        self.base_layer, self.gain = base, torch.nn.Parameter(torch.rand(base.weight.shape[0]))
+
+    @property
+    def weight(self) -> Tensor:
+        return self.base_layer.weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.base_layer(hidden) * self.gain
+
+
+class Decomposed(LoRALinear):
+    """A LoRA that PEFT would compute in another way (DoRA)."""
+
+    def __init__(self, base: torch.nn.Linear) -> None:
+        super().__init__(base, ["a"])
+        self.use_dora = {"a": True}
+
+
+@pytest.mark.parametrize("adapter", [Stranger, Decomposed])
+@torch.no_grad()
+def test_an_adapter_whose_weight_is_unknown_is_refused_by_the_scorer_that_reads_it(adapter: Any) -> None:
+    """And by no other."""
+    model, inputs = tiny.build("llama"), tiny.inputs("llama", 12, seed=8)
+    model.model.layers[1].self_attn.o_proj = adapter(model.model.layers[1].self_attn.o_proj)
+    cache = CompressedCache(model, "prefixkv", scorer="value_aware")
+    with pytest.raises(UnsupportedModelError, match=r"layer 1: the output projection .*merge_and_unload.*own_l2"):
+        model(**inputs, **tiny.with_cache(cache))
+    for scorer in ({"name": "value_aware", "norm": "own_l2"}, "attention"):
+        model(**inputs, **tiny.with_cache(CompressedCache(model, "prefixkv", scorer=scorer)))
 
 
 # -- random, position --------------------------------------------------------------------------------------------------

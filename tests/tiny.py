@@ -77,6 +77,20 @@ def _llava(image_size: int = 8, layers: int = 3) -> PreTrainedModel:
     return transformers.LlavaForConditionalGeneration(config)
 
 
+def _llava_pixtral() -> PreTrainedModel:
+    """A LLaVA whose tower takes images of any size; its processor ends each row of an image with a token."""
+    tower = {**_VISION, "image_size": 64, "intermediate_size": 24}
+    del tower["projection_dim"]
+    config = transformers.LlavaConfig(
+        vision_config=transformers.PixtralVisionConfig(**tower),
+        text_config=transformers.LlamaConfig(**_TEXT),
+        image_token_id=IMAGE_TOKEN,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
 def _llava_next(image_size: int = 8, layers: int = 3) -> PreTrainedModel:
     config = transformers.LlavaNextConfig(
         vision_config=transformers.CLIPVisionConfig(**{**_VISION, "image_size": image_size}),
@@ -96,6 +110,7 @@ _BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3": _qwen3,
     "llava": _llava,
     "llava_next": _llava_next,
+    "llava_pixtral": _llava_pixtral,
     "llava_36": functools.partial(_llava, 24),
     "llava_next_36": functools.partial(_llava_next, 24),
     "llava_deep": functools.partial(_llava, 24, 6),

@@ -22,6 +22,7 @@ from kvcompress.cache.allocation import Allocation, Rule, allocate
 from kvcompress.cache.calls import Calls
 from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.reduction import Reduction
+from kvcompress.cache.renumbering import moved_back
 from kvcompress.cache.report import CacheReport
 from kvcompress.cache.selection import Ranked, gather_importance, importance_of
 from kvcompress.cache.sequence import Counts, Sequence
@@ -495,6 +496,27 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 step.index, step.valid = reduction.index.to(torch.int32).unsqueeze(1), reduction.valid
                 step.row_new, step.order = np.asarray(reduction.row_tokens), None
         return _usable(hidden), reduction
+
+    def renumber(self, layer: int, positions: dict[str, Any]) -> dict[str, Any]:
+        """Positions that count a layer's own tokens, for reducers that have such; called by the hooks on the layers."""
+        lost = self._lost_before(layer)
+        if lost is None:
+            return {}
+        rotary = getattr(self._decoder(), "rotary_emb", None)
+        return moved_back(positions, lost, getattr(rotary, "inv_freq", None))
+
+    def _lost_before(self, layer: int) -> Tensor | None:
+        """Tokens of each row that a layer never got of earlier forwards, where its positions count its own alone.
+
+        None where they do not, or nothing was lost; on the device, without waiting for it.
+        """
+        reducer, step = self.config.reducer, self._step
+        if reducer is None or reducer.positions != "per_layer" or step is None or step.next_layer != layer:
+            return None
+        tokens = 1 if step.index is None else step.index.shape[-1]
+        earlier = self._sequence.seen - (tokens if step.reduction is None else step.reduction.queries)
+        missing = self._sequence.missing(layer)
+        return None if missing is None or not earlier else missing[:, :earlier].sum(1)
 
     def spread(self, hidden: Tensor) -> Tensor | None:
         """What comes out of the last layer, zero for tokens that a reducer took away; called by the hook on it."""

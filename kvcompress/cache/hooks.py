@@ -55,6 +55,10 @@ class ReducesTokens(ABC):
         """What goes into a layer instead of these hidden states; None for themselves."""
 
     @abstractmethod
+    def renumber(self, layer: int, positions: dict[str, Any]) -> dict[str, Any]:
+        """Position ids and rotary embeddings that go into a layer instead of these; empty for themselves."""
+
+    @abstractmethod
     def spread(self, hidden: Tensor) -> Tensor | None:
         """What comes out of the last layer, in the columns that went into the first; None if nothing was reduced."""
 
@@ -161,18 +165,18 @@ def _reduce(
     index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     cache = cache_among(kwargs)
-    found = cache.reduce(index, args[0]) if isinstance(cache, ReducesTokens) else None
-    if found is None:
+    if not isinstance(cache, ReducesTokens):
         return None
-    hidden, reduction = found
-    changed = {**kwargs, "attention_mask": None}
-    for name in ("position_ids", "position_embeddings"):
-        given = kwargs.get(name)
-        if isinstance(given, tuple):
-            changed[name] = tuple(map(reduction.of_the_tokens, given))
-        elif given is not None:
-            changed[name] = reduction.of_the_tokens(given)
-    return (hidden, *args[1:]), changed
+    positions = {name: kwargs[name] for name in ("position_ids", "position_embeddings") if kwargs.get(name) is not None}
+    found, changed, hidden = cache.reduce(index, args[0]), {}, args[0]
+    if found is not None:
+        hidden, reduction = found
+        for name, given in positions.items():
+            several = isinstance(given, tuple)
+            changed[name] = tuple(map(reduction.of_the_tokens, given)) if several else reduction.of_the_tokens(given)
+        changed["attention_mask"] = None
+    changed |= cache.renumber(index, positions | changed)
+    return ((hidden, *args[1:]), {**kwargs, **changed}) if changed else None
 
 
 def _spread(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

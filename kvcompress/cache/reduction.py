@@ -25,6 +25,7 @@ class Reduction:
         index: number of tokens of the row that came before each token that goes on, `[batch, tokens]`; -1 for padding.
         valid: which of them are no padding; None if none is.
         row_tokens: how many tokens of each row go on; None before the first reduction.
+        queries: columns of the forward.
         into: for each reduction so far, by the number of layers before it: for each of the forward's columns the column
             that its token is part of from there on, -1 if it was dropped; padding is its own.
     """
@@ -35,7 +36,7 @@ class Reduction:
         points: tuple[int, ...],
         layout: ImageLayout,
         *,
-        index: Int[Tensor, "batch queries"],
+        index: Int[Tensor, "#batch queries"],
         valid: Bool[Tensor, "batch queries"] | None,
         is_image: Bool[Tensor, "batch queries"],
         order: Int[Tensor, "batch queries"] | None = None,
@@ -46,21 +47,21 @@ class Reduction:
             reducer: what decides.
             points: numbers of layers after which it acts, ascending.
             layout: where the images are, in the same columns.
-            index: number of tokens of the row that came before each token; -1 for padding.
+            index: number of tokens of the row that came before each token, -1 for padding; one row where all agree.
             valid: which columns hold a token; None if all do.
             is_image: which columns hold image tokens.
             order: for each column, the one that the model has its token in, where its padding is not first.
         """
         self.reducer = reducer
         self.points = points
-        self.index: Int[Tensor, "batch tokens"] = index.long()
+        self.index: Int[Tensor, "batch tokens"] = index.long().expand_as(is_image)
         self.valid: Bool[Tensor, "batch tokens"] | None = valid
         self.row_tokens: list[int] | None = None
         self.into: dict[int, Int[Tensor, "batch queries"]] = {}
         self._layout = layout
         self._most_images = max(layout.image_tokens)
-        batch, self._queries = is_image.shape
-        columns = torch.arange(self._queries, device=is_image.device).repeat(batch, 1)
+        batch, self.queries = is_image.shape
+        columns = torch.arange(self.queries, device=is_image.device).repeat(batch, 1)
         self._columns: Int[Tensor, "batch tokens"] = columns  # of the tokens that go on
         self._into = columns
         self._order = columns if order is None else order.long()
@@ -139,7 +140,7 @@ class Reduction:
         self.index = self._facts[..., 0]
         self._guidance = None
         self._takes = self._columns
-        if self.reducer.positions == "contiguous":  # those of the row's first tokens
+        if self.reducer.positions != "original":  # those of the row's first tokens
             number = torch.arange(most, device=hidden.device) - (most - stays.sum(1, keepdim=True))
             self._takes = (self._first + number).clamp(min=0)
         self._takes = self._order.gather(1, self._takes)
@@ -152,13 +153,13 @@ class Reduction:
         """
         takes = self._takes.to(tensor.device)
         if tensor.shape[0] == 1:
-            return tensor[0].index_select(0, takes.flatten()).unflatten(0, takes.shape)
+            return tensor[0].index_select(0, takes.flatten()).view(*takes.shape, *tensor.shape[2:])
         return _taken(tensor, takes)
 
     def spread(self, hidden: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch columns hidden"]:
         """Hidden states in the model's columns of their tokens; zero in the others."""
         self._move(hidden.device)
-        batch, queries = hidden.shape[0], self._queries
+        batch, queries = hidden.shape[0], self.queries
         places = self._order.gather(1, self._columns) + _starts(batch, queries, hidden.device)
         if self.valid is not None:
             places = places.masked_fill(~self.valid, batch * queries)  # a place that is cut off
@@ -211,10 +212,11 @@ class Reduction:
 
     def _note(self, layer: int, into: Int[Tensor, "batch tokens"]) -> None:
         """Follows each column to the column that it is part of now."""
-        target = torch.where(into < 0, -1, self._columns.gather(1, into.clamp(min=0)))
+        inside = into.clamp(min=0, max=into.shape[1] - 1)  # of padding it may be anything
+        target = torch.where(into < 0, -1, self._columns.gather(1, inside))
         if self.valid is not None:
             target = torch.where(self.valid, target, self._columns)
-        own = torch.arange(self._queries, device=into.device).repeat(len(into), 1)
+        own = torch.arange(self.queries, device=into.device).repeat(len(into), 1)
         moved = own.scatter(1, self._columns, target)
         self._into = torch.where(self._into < 0, -1, moved.gather(1, self._into.clamp(min=0)))
         self.into[layer] = self._into
@@ -230,8 +232,8 @@ def _starts(batch: int, columns: int, device: torch.device) -> Int[Tensor, "batc
 
 def _taken(tensor: Tensor, columns: Int[Tensor, "batch fewer"]) -> Tensor:
     """Some columns of each row of a tensor `[batch, columns, ...]`."""
-    places = columns + _starts(*tensor.shape[:2], tensor.device)
-    return tensor.flatten(0, 1).index_select(0, places.flatten()).unflatten(0, columns.shape)
+    places = columns + _starts(tensor.shape[0], tensor.shape[1], tensor.device)
+    return tensor.flatten(0, 1).index_select(0, places.flatten()).view(*columns.shape, *tensor.shape[2:])
 
 
 def _blank(facts: Int[Tensor, "batch tokens facts"], valid: Bool[Tensor, "batch tokens"] | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 _ONE = {"fraction": 0.2, "sink": 1, "recent": 1}  # the protection of PrefixKV's scripts
+_PREFIX = {"name": "prefix", "protected": "on_top"}  # as its released code counts them
 
 # name -> (what it is, fields)
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -14,16 +15,16 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "prefixkv": (
         "PrefixKV (arXiv 2412.03409): layer sizes from one threshold on summed attention, fixed-point decoding.",
-        {"budget": _ONE, "scorer": "attention", "allocator": "prefix"},
+        {"budget": _ONE, "scorer": "attention", "allocator": _PREFIX},
     ),
     "prefixkv+merge": (
         "PrefixKV (arXiv 2412.03409) whose evicted tokens are averaged into the most similar kept ones (LOOK-M, arXiv "
         "2406.18139); a combination of ours.",
-        {"budget": _ONE, "scorer": "attention", "allocator": "prefix", "merger": "average"},
+        {"budget": _ONE, "scorer": "attention", "allocator": _PREFIX, "merger": "average"},
     ),
     "prefixkv+int4": (
         "PrefixKV (arXiv 2412.03409) stored in four bits as in KIVI (arXiv 2402.02750); a combination of ours.",
-        {"budget": _ONE, "scorer": "attention", "allocator": "prefix", "quantizer": "quanto4"},
+        {"budget": _ONE, "scorer": "attention", "allocator": _PREFIX, "quantizer": "quanto4"},
     ),
     "uniform": (
         "The baseline of PrefixKV: the same scores and rules, every layer the same size.",
@@ -72,20 +73,22 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "lookm": (
         "LOOK-M (arXiv 2406.18139): text before images, evicted tokens merged into the most similar kept ones by "
-        "midpoints. Deviates: text outweighs images a thousandfold instead of always.",
+        "midpoints, per head. Deviates: text outweighs images a thousandfold instead of always; 16 recents instead of "
+        "a share of the budget; what decoding evicts leaves by age, unmerged.",
         {
             "budget": {"fraction": 0.2, "sink": 1, "recent": 16},
             "scorer": {"name": "attention", "text_weight": 1000.0},
-            "merger": "pivotal",
+            "evictor": {"name": "topk", "granularity": "head"},
+            "merger": {"name": "pivotal", "within_modality": False},
         },
     ),
     "cake": (
-        "CAKE (arXiv 2503.12491): layer sizes by entropy and variance of the window's attention. Deviates: SnapKV's "
-        "scores, decoding as in snapkv.",
+        "CAKE (arXiv 2503.12491): layer sizes by entropy and variance of the window's attention, the window on top. "
+        "Deviates: SnapKV's scores; four sinks are kept with the window; decoding as in snapkv.",
         {
             "budget": {"fraction": 0.2, "sink": 4, "recent": 1},
             "scorer": "snapkv",
-            "allocator": "entropy",
+            "allocator": {"name": "entropy", "protected": "on_top"},
             "evictor": {"name": "topk", "granularity": "head", "decode": "oldest"},
         },
     ),
@@ -115,12 +118,13 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         {"budget": 1.0, "evictor": None, "reducer": "fastv"},
     ),
     "pyramiddrop": (
-        "PyramidDrop (arXiv 2410.17247): half of the image tokens dropped after each quarter of the depth.",
-        {"budget": 1.0, "evictor": None, "reducer": "pyramiddrop"},
+        "PyramidDrop (arXiv 2410.17247): half of the image tokens dropped after each quarter of the depth, the others "
+        "numbered anew in every layer.",
+        {"budget": 1.0, "evictor": None, "reducer": {"name": "pyramiddrop", "positions": "per_layer"}},
     ),
     "prefixkv+lightkv": (
         "PrefixKV (arXiv 2412.03409) on image tokens that LightKV (arXiv 2605.00789) merged; a combination of ours.",
-        {"budget": _ONE, "scorer": "attention", "allocator": "prefix", "reducer": "lightkv"},
+        {"budget": _ONE, "scorer": "attention", "allocator": _PREFIX, "reducer": "lightkv"},
     ),
     "text": (
         "Made for plain text: TOVA's scores with sinks and recents protected; as good as any of these on continuations "

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvcompress.errors import UnsupportedModelError
-from kvcompress.parallel import HeadGroup, head_group, local
+from kvcompress.integrations.projection import effective_weight
+from kvcompress.parallel import HeadGroup, head_group
 from kvcompress.policies.context import LayerWeights
 from kvcompress.policies.images import ImageLayout
 
@@ -38,9 +39,9 @@ class Adapter(ABC):
 
     def layer_weights(self, decoder: nn.Module, attention: nn.Module) -> LayerWeights:
         """What scorers may read of a layer's weights; looked up anew at each scoring forward, never kept."""
-        output = getattr(getattr(attention, "o_proj", None), "weight", None)
+        output, unknown = effective_weight(getattr(attention, "o_proj", None))
         frequencies = getattr(getattr(decoder, "rotary_emb", None), "inv_freq", None)
-        return LayerWeights(None if output is None else local(output), frequencies)
+        return LayerWeights(output, frequencies, unknown)
 
     def head_group(self, model: PreTrainedModel) -> HeadGroup:
         """The processes that share each layer's heads where the model was loaded with a plan of tensor parallelism.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
@@ -56,6 +56,59 @@ def tile_grid(side: int, image_size: list[int], pinpoints: list[list[int]], base
     stitched = torch.empty(1, down * side, across * side, device="meta")
     height, width = unpad_image(stitched, image_size).shape[1:]  # type: ignore[no-untyped-call]
     return int(height), int(width)
+
+
+def pieces_within(tokens: int, grids: Sequence[tuple[int, int]], class_token: bool) -> list[Piece]:
+    """The first of these grids that so many image tokens have room for, at least one while there is a token.
+
+    Args:
+        tokens: image tokens of a row.
+        grids: height and width of each image that is left.
+        class_token: whether each image may have one more token, before the others; it has if that makes the number of
+            tokens come out right.
+    """
+    found: list[Piece] = []
+    for before in (1, 0) if class_token else (0,):
+        left, found = tokens, []
+        for height, width in grids:
+            piece = Piece(height, width, before)
+            if left <= 0 or (found and left < piece.tokens):
+                break
+            found.append(piece)
+            left -= piece.tokens
+        if left == 0:
+            break
+    return found
+
+
+def grids_between_breaks(
+    input_ids: Int[Tensor, "batch columns"], is_image: Bool[Tensor, "batch columns"], counts: Sequence[int]
+) -> list[tuple[int, int]]:
+    """Height and width of images whose rows of tokens are separated by a token, as Pixtral's processor does.
+
+    Args:
+        input_ids: ids of a forward.
+        is_image: which columns hold image tokens.
+        counts: image tokens of each image, row by row.
+
+    Raises:
+        UnsupportedModelError: if the rows of an image are not separated by one and the same token, or differ in length.
+    """
+    columns, found = is_image.nonzero().tolist(), []
+    for number, count in enumerate(counts):
+        own, columns = columns[:count], columns[count:]
+        last = [at for at in range(len(own)) if at + 1 == len(own) or own[at + 1] != [own[at][0], own[at][1] + 1]]
+        between = [own[at + 1][1] - own[at][1] if own[at + 1][0] == own[at][0] else 0 for at in last[:-1]]
+        breaks = {int(input_ids[row, column + 1]) for row, column in (own[at] for at in last[:-1])}
+        width = last[0] + 1 if last else 0
+        if last[1:] != list(range(2 * width - 1, count, width)) or set(between) != {2} or len(breaks) != 1:
+            raise UnsupportedModelError(
+                f"reducer: image {number} has {count} features, but its tokens are not rows of one length with a token "
+                "between them, and `generate` hands on no image_sizes; read the prompt with model(**inputs, "
+                "cache=cache), which sees them, and generate after it"
+            )
+        found.append((count // width, width))
+    return found
 
 
 def layout_of(is_image: Bool[Tensor, "batch columns"], pieces_of: Callable[[int], list[list[Piece]]]) -> ImageLayout:

@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.integrations.base import Adapter, register_adapter
-from kvcompress.integrations.grids import Piece, layout_of, tile_grid
+from kvcompress.integrations.grids import Piece, grids_between_breaks, layout_of, pieces_within, tile_grid
 from kvcompress.integrations.llama import LlamaAdapter
 from kvcompress.policies.images import ImageLayout
 
 _DECODERS = ("llama", "mistral", "qwen2", "qwen3")
+_ONE_SIZE = ("clip_vision_model", "siglip_vision_model")  # towers that refuse images of any other size
 
 
 @register_adapter("llava", "llava_next")
@@ -35,13 +36,13 @@ class LlavaAdapter(Adapter):
     def image_layout(
         self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"], inputs: dict[str, Any]
     ) -> ImageLayout | None:
-        """One square grid an image; for LLaVA-NeXT a base grid, then the grid that its tiles make up, with line ends.
+        """One grid an image; for LLaVA-NeXT a base grid, then the grid that its tiles make up, with line ends.
 
         Where all features of the vision tower are taken ("full"), a class token gives one more, before the others.
         """
-        config, is_image = model.config, input_ids == model.config.image_token_id
-        side = config.vision_config.image_size // config.vision_config.patch_size
+        config, is_image, used = model.config, input_ids == model.config.image_token_id, 0
         if config.model_type == "llava_next":
+            side = _tile_side(config.vision_config)
             tiles = iter(_tile_grids(model, side, inputs))
 
             def images(tokens: int) -> list[list[Piece]]:
@@ -53,11 +54,13 @@ class LlavaAdapter(Adapter):
 
         else:
             strategy = inputs.get("vision_feature_select_strategy") or config.vision_feature_select_strategy
-            plain, with_class = Piece(side, side), Piece(side, side, before=1)
+            grids = _image_grids(config.vision_config, input_ids, is_image, inputs)
 
             def images(tokens: int) -> list[list[Piece]]:
-                piece = with_class if strategy == "full" and tokens % with_class.tokens == 0 else plain
-                return [[piece]] * max(1, tokens // piece.tokens) if tokens else []
+                nonlocal used
+                pieces = pieces_within(tokens, grids[used:], class_token=strategy == "full")
+                used += len(pieces)
+                return [[piece] for piece in pieces]
 
         return layout_of(is_image, images)
 
@@ -70,6 +73,46 @@ class LlavaAdapter(Adapter):
                 f"{', '.join(_DECODERS)}. Register an adapter of your own for it"
             )
         super().check(model)
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    """Height and width of what a configuration gives as one number or as two."""
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _image_grids(tower: Any, input_ids: Tensor, is_image: Tensor, inputs: dict[str, Any]) -> list[tuple[int, int]]:
+    """Height and width, in features, of each image of a LLaVA, as the vision tower makes them.
+
+    From the images' sizes, or their pixels; where `generate` made the features and handed neither on, from the tower's
+    only size, or from the tokens that separate the rows of an image.
+
+    Raises:
+        UnsupportedModelError: if the tower takes images of several sizes and nothing tells which these have.
+    """
+    down, across = _pair(tower.patch_size)
+    if inputs.get("image_sizes") is not None:
+        return [(height // down, width // across) for height, width in torch.as_tensor(inputs["image_sizes"]).tolist()]
+    if inputs.get("pixel_values") is not None:
+        height, width = inputs["pixel_values"].shape[-2:]
+        return [(height // down, width // across)] * len(inputs["pixel_values"])
+    encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")
+    if tower.model_type in _ONE_SIZE:
+        height, width = _pair(tower.image_size)
+        grid = (height // down, width // across)
+        return [grid] * max(1, int(is_image.sum()) // max(1, grid[0] * grid[1]))
+    counts = [] if encoded is None else [len(features) for features in encoded.pooler_output]
+    return grids_between_breaks(input_ids, is_image, counts)
+
+
+def _tile_side(tower: Any) -> int:
+    """Features along a side of a tile of LLaVA-NeXT."""
+    (height, width), (down, across) = _pair(tower.image_size), _pair(tower.patch_size)
+    if height // down != width // across:
+        raise UnsupportedModelError(
+            f"reducer: the tiles of the vision tower have {height // down} x {width // across} features; LLaVA-NeXT's "
+            "are put together from square ones"
+        )
+    return height // down
 
 
 def _tile_grids(model: PreTrainedModel, side: int, inputs: dict[str, Any]) -> list[Piece]:

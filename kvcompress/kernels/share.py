@@ -36,7 +36,7 @@ def attention_share(
     Returns:
         Sums, float32, zero for queries that are not asked; with `over="keys"` at most the number of heads.
     """
-    (batch, heads, queries, head_dim), (kv_heads, tokens) = query.shape, key.shape[1:3]
+    (batch, heads, queries, head_dim), kv_heads = query.shape, key.shape[1]
     if valid is not None:
         counted = counted & valid
     if over == "keys":
@@ -58,7 +58,8 @@ def _over_queries(query: Tensor, key: Tensor, counted: Tensor, scaling: float, a
     step = max(16, (_LOGITS_CPU if query.device.type == "cpu" else _LOGITS_GPU) // (batch * heads * queries))
     for first in range(0, tokens, step):
         block = slice(first, first + step)
-        logits = (grouped @ key[:, :, block].float().transpose(2, 3)).unflatten(2, (-1, queries))
+        logits = grouped @ key[:, :, block].float().transpose(2, 3)
+        logits = logits.view(batch, kv_heads, heads // kv_heads, queries, -1)
         if asked is not None:
             logits = logits.masked_fill_(~asked[:, None, None, :, None], torch.finfo(torch.float32).min)
         share += (logits.softmax(-2) * counted[..., block]).sum((1, 2, 4))

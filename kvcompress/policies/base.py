@@ -76,8 +76,8 @@ class Scorer(Policy):
             layer: the layer right after its attention.
 
         Returns:
-            One score per key/value head and slot, `[batch, kv_heads, tokens]`, floating point, finite; where a slot holds
-            no token it means nothing. A row scores as it would alone.
+            One score per key/value head and slot, `[batch, kv_heads, tokens]`, floating point, finite; where a slot
+            holds no token it means nothing. A row scores as it would alone.
         """
 
     def importance(self, score: Importance, queries: Int[Tensor, "batch sets tokens"]) -> Importance:
@@ -187,9 +187,7 @@ class Evictor(Policy):
         """Most recents that decode steps can protect; None if any number."""
         return None
 
-    def pinned(
-        self, kept: Int[Tensor, " batch"], sinks: Int[Tensor, " batch"], recents: int
-    ) -> Int[Tensor, " batch"]:
+    def pinned(self, kept: Int[Tensor, " batch"], sinks: Int[Tensor, " batch"], recents: int) -> Int[Tensor, " batch"]:
         """Number of slots of each row, in the order of their tokens, that never leave by age; the sinks never do.
 
         Args:
@@ -273,6 +271,11 @@ class Reducer(Policy):
 
     Class attributes:
         reads_attention: whether `guidance` is called at the layers after which it acts.
+
+    Args:
+        positions: "original", each token keeps its rotary position; "contiguous", the tokens of a layer are numbered
+            anew, without gaps, and later forwards go on from the length of the whole sequence in every layer;
+            "per_layer", the same, and later forwards go on from the number of tokens that each layer got.
     """
 
     stage = "reducer"
@@ -283,7 +286,7 @@ class Reducer(Policy):
         """Every reducer does."""
         return True
 
-    positions: Literal["original", "contiguous"] = "original"
+    positions: Literal["original", "contiguous", "per_layer"] = "original"
 
     @abstractmethod
     def acts_after(self, layers: int) -> tuple[int, ...]:

@@ -34,13 +34,17 @@ class LayerWeights:
 
     Attributes:
         output: weight of the output projection, `[hidden, heads * value_dim]`; None if the model has none. The columns
-            of this process's heads, where several share them.
+            of this process's heads, where several share them. What the layer really does: the sum of the base weight
+            and of what a LoRA that is in use adds to it.
         inverse_frequencies: angles per position of the rotary embedding, for the pairs of dimensions
             (i, i + head_dim / 2); None if the model turns none.
+        output_unknown: why `output` does not tell what the layer does, for the message of a scorer that reads it; empty
+            where it does.
     """
 
     output: Float[Tensor, "hidden heads_value_dim"] | None = None
     inverse_frequencies: Float[Tensor, " half_dim"] | None = None
+    output_unknown: str = ""
 
 
 @dataclass(frozen=True)
@@ -302,9 +306,9 @@ class DecodeContext:
 
 @dataclass(frozen=True)
 class ReductionContext:
-    """What a reducer sees between two decoder layers: the tokens of this forward that have come so far, all rows at once.
+    """What a reducer sees between two decoder layers: the tokens of this forward that have come so far, row by row.
 
-    Rows that have fewer tokens than others have their padding first.
+    All rows are shown at once. Rows that have fewer tokens than others have their padding first.
 
     Attributes:
         stage: number of the reduction, from 0.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor
 
-from kvcompress.policies.allocators.apportionment import apportion, statistic
+from kvcompress.policies.allocators.apportionment import apportion, apportion_above, statistic
 from kvcompress.policies.base import Allocator
 from kvcompress.policies.context import AllocationContext, LayerImportance, TokenCounts
 from kvcompress.policies.registry import ALLOCATORS
@@ -26,15 +26,20 @@ class Entropy(Allocator):
 
     *Deviates:* H and V are means over queries and heads where the paper adds up, which scales all layers alike. All
     layers are allocated at once, where the paper shrinks earlier layers while later ones are prefilled; the budgets in
-    the end are the same. Its own eviction score is no part of this.
+    the end are the same. What a layer cannot hold goes to the others in proportion, where the released code shares it
+    out evenly, and nothing is lost to rounding. Its own eviction score is no part of this.
 
     Args:
+        protected: what the protected tokens (the floor of a layer) are to its share. "floor", a part of it: budgets are
+            in proportion, but none is below its floor. "on_top", as in the released code: a layer keeps its window and
+            a share of what the windows leave.
         tau1: temperature of the entropy; the larger, the less it matters.
         tau2: temperature of the variance, likewise.
     """
 
     needs: ClassVar[tuple[str, ...]] = ("attention_entropy", "attention_variance")
 
+    protected: Literal["floor", "on_top"] = "floor"
     tau1: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
     tau2: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
 
@@ -49,7 +54,10 @@ class Entropy(Allocator):
         """Apportions the total by preference; equally where no layer has any."""
         spread = statistic(self.name, "attention_entropy", context, like=floor)
         shift = statistic(self.name, "attention_variance", context, like=floor)
-        return apportion(_share(spread, self.tau1) * _share(shift, self.tau2), total, floor, capacity)
+        preference = _share(spread, self.tau1) * _share(shift, self.tau2)
+        if self.protected == "on_top":
+            return apportion_above(floor, preference, total, capacity)
+        return apportion(preference, total, floor, capacity)
 
 
 def _share(values: Tensor, temperature: float) -> Tensor:

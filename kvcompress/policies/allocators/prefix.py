@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Int
@@ -21,14 +21,22 @@ class Prefix(Allocator):
 
     Every layer's tokens are ranked by importance and their masses normalised. A rank is kept if the mass ranked before
     it is below p, the one p with which all layers together keep the total. This maximises the smallest
-    retained mass of any layer.
+    retained mass of any layer, the protected apart.
 
     *Deviates:* the paper searches p, stops within a few tokens of the total and rescales. Here p is read off the sorted
     masses of all layers, so it is exact, and ranks tied at p are given out by layer, then rank, until the total is met
-    to the token. A layer without any mass counts as uniform. The threshold is noted as "threshold" for the report.
+    to the token. A layer without any mass counts as uniform. The threshold is noted as "threshold" for the report. The
+    released code keeps the protected tokens on top of the prefix, as the presets do.
+
+    Args:
+        protected: what the protected tokens (the floor of a layer) are to its prefix. "floor", a part of it: a layer
+            keeps its prefix, or as many slots as are protected where that is more. "on_top", as in the released code:
+            it keeps its prefix and as many slots again as are protected.
     """
 
     reads_mass: ClassVar[bool] = True
+
+    protected: Literal["floor", "on_top"] = "floor"
 
     def allocate(
         self,
@@ -45,7 +53,9 @@ class Prefix(Allocator):
             importance = importance.masked_fill(~context.valid, 0.0)
         before = _mass_before(importance, capacity)
         ranks = torch.arange(before.shape[-1], device=before.device)
-        loose = (ranks >= floor.unsqueeze(-1)) & (ranks < capacity.unsqueeze(-1))  # what floors do not give already
+        # Ranks that floors do not give already: those beyond a floor, or as many from the first on.
+        begin, end = (floor, capacity) if self.protected == "floor" else (torch.zeros_like(floor), capacity - floor)
+        loose = (ranks >= begin.unsqueeze(-1)) & (ranks < end.unsqueeze(-1))
         before = torch.where(loose, before, torch.inf)
         wanted = total - floor.sum(0)
         ordered = before.transpose(0, 1).flatten(1).sort(dim=-1).values  # a row's ranks of all layers

@@ -23,7 +23,8 @@ class FastV(Dropping):
         layer: layers that see all tokens (the paper's K).
         drop: share of the image tokens that is dropped after them (the paper's R).
         positions: "original", each token keeps its rotary position; "contiguous", those of a layer are numbered anew,
-            without gaps. Decoding goes on from the length of the whole prompt in either case.
+            without gaps, and decoding goes on from the length of the whole prompt; "per_layer", likewise, and decoding
+            goes on from the number of tokens that the layer got.
     """
 
     reads_attention: ClassVar[bool] = True

@@ -33,8 +33,9 @@ class LightKV(Bipartite):
     image).
 
     *Deviates:* a survivor keeps its cell, so windows stay spatial at later reductions; the released code lays what is
-    left out as a square anew. The released code's softmax over queries is `softmax="queries"`, and its renumbering is
-    `positions="contiguous"`.
+    left out as a square anew. It acts after the layers of *index* 12, 18 and 24, which are 13, 19 and 25 layers
+    (`after=[13, 19, 25]`), where the paper and this reducer count 12, 18 and 24. Its softmax over queries is
+    `softmax="queries"`, and its renumbering is `positions="contiguous"`.
 
     Args:
         after: layers that have run at each reduction: numbers, or fractions of the depth. None for the paper's: 12, 18,
@@ -45,9 +46,11 @@ class LightKV(Bipartite):
         rho: share of a window's tokens that is merged into others each time, at most a half.
         vision_retention: instead of `after`, image tokens per layer / image tokens, mean over layers; the closest that
             three reductions come to it. `CacheReport.vision_retention` tells what was reached.
-        softmax: what the attention adds up to 1 over: "keys", or "queries" (the image tokens) as in the released code.
+        softmax: what the attention adds up to 1 over: "keys"; or "queries", all tokens of the forward that came as far,
+            text too, as in the released code.
         positions: "original", each token keeps its rotary position; "contiguous", those of a layer are numbered anew,
-            without gaps. Decoding goes on from the length of the whole prompt in either case.
+            without gaps, and decoding goes on from the length of the whole prompt; "per_layer", likewise, and decoding
+            goes on from the number of tokens that the layer got.
 
     Example:
         >>> from kvcompress import REDUCERS
@@ -77,11 +80,15 @@ class LightKV(Bipartite):
         assert layer.is_image is not None
         (_, heads, queries, head_dim), text = layer.query.shape, ~layer.is_image
         is_image = layer.is_image[:, 0, -queries:]  # heads may differ in what came before
+        if self.softmax == "queries":
+            asked = None if layer.valid is None else layer.valid[:, 0, -queries:]
+            share = attention_share(layer.query, layer.keys, text, layer.scaling, "queries", asked, layer.valid)
+            return share.masked_fill(~is_image, 0.0)
         most = queries if layer.most_images is None else min(queries, max(1, layer.most_images))
         asking = (~is_image).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]  # images first
-        asked = is_image.gather(1, asking)
         query = layer.query.gather(2, asking[:, None, :, None].expand(-1, heads, -1, head_dim))
-        share = attention_share(query, layer.keys, text, layer.scaling, self.softmax, asked, layer.valid)
+        asked = is_image.gather(1, asking)
+        share = attention_share(query, layer.keys, text, layer.scaling, "keys", asked, layer.valid)
         return share.new_zeros(is_image.shape).scatter(1, asking, share)
 
     def reduce(self, layer: ReductionContext) -> Reduced:
@@ -109,7 +116,7 @@ def _windows(layer: ReductionContext, across: Int[Tensor, "batch one"]) -> Int[T
     grids = layer.grid + 1
     counts = grids.new_zeros(len(grids), 1 + max(map(len, layer.grids)))
     tokens = counts.scatter_add(1, grids, torch.ones_like(grids)).gather(1, grids)
-    down, right = _band(layer.cell, layer.size, across.unsqueeze(-1)).unbind(-1)
+    down, right = _band(layer.cell, layer.size.clamp(min=0), across.unsqueeze(-1)).unbind(-1)
     window = layer.grid * across**2 + down * across + right
     return window.masked_fill((layer.grid < 0) | (tokens < _LEAST * across**2), -1)
 

@@ -18,14 +18,17 @@ class PyramidDrop(Staged):
 
     Source: PyramidDrop (arXiv 2410.17247, section 3).
 
-    *Deviates:* the attention is that of the layer that ends a stage; the paper asks the last token of the instruction,
-    which is followed by a few tokens of the chat template.
+    *Deviates:* the attention is that of the layer that ends a stage, where the released code asks the next layer's
+    projections; and of the last token of all, where the paper asks the last one of the instruction, which a few
+    tokens of the chat template follow. The released code numbers survivors anew in every layer, in decoding too:
+    that is `positions="per_layer"`, as in the preset.
 
     Args:
         after: layers that have run at each reduction: numbers, or fractions of the depth.
         keep_shares: share of the image tokens that stays from each of them on.
         positions: "original", each token keeps its rotary position; "contiguous", those of a layer are numbered anew,
-            without gaps. Decoding goes on from the length of the whole prompt in either case.
+            without gaps, and decoding goes on from the length of the whole prompt; "per_layer", likewise, and decoding
+            goes on from the number of tokens that the layer got.
     """
 
     reads_attention: ClassVar[bool] = True

@@ -21,7 +21,8 @@ class RandomReducer(Staged):
         keep_shares: share of the image tokens that stays from each of them on.
         seed: another seed drops others.
         positions: "original", each token keeps its rotary position; "contiguous", those of a layer are numbered anew,
-            without gaps. Decoding goes on from the length of the whole prompt in either case.
+            without gaps, and decoding goes on from the length of the whole prompt; "per_layer", likewise, and decoding
+            goes on from the number of tokens that the layer got.
     """
 
     seed: int = 0

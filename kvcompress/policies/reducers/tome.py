@@ -26,7 +26,8 @@ class ToMe(Bipartite):
         vision_retention: instead of `after`, image tokens per layer / image tokens, mean over layers; the closest that
             three reductions come to it.
         positions: "original", each token keeps its rotary position; "contiguous", those of a layer are numbered anew,
-            without gaps. Decoding goes on from the length of the whole prompt in either case.
+            without gaps, and decoding goes on from the length of the whole prompt; "per_layer", likewise, and decoding
+            goes on from the number of tokens that the layer got.
     """
 
     after: tuple[Depth, ...] | None = None

@@ -75,13 +75,7 @@ class Attention(Scorer):
 
     def score(self, layer: LayerContext) -> Importance:
         """Sums the attention mass over the chosen queries, in float32, and weighs it by modality."""
-        kind, _, count = self.queries.partition(":")
-        if kind == "stride":
-            mass = self._strided(layer, int(count))
-        elif kind == "post_vision":
-            mass = self._after_image(layer)
-        else:
-            mass = layer.attention_mass(max(0, layer.query.shape[2] - int(count)) if kind == "window" else 0)
+        mass = self._mass(layer)
         if self.image_weight == self.text_weight == 1:
             return mass
         if layer.is_image is None:
@@ -95,6 +89,15 @@ class Attention(Scorer):
             return score
         return score / (queries.clamp(max=int(count)) if kind == "window" else queries)
 
+    def _mass(self, layer: LayerContext) -> Importance:
+        """Attention mass of the chosen queries."""
+        kind, _, count = self.queries.partition(":")
+        if kind == "stride":
+            return self._strided(layer, int(count))
+        if kind == "post_vision":
+            return self._after_image(layer)
+        return layer.attention_mass(max(0, layer.query.shape[2] - int(count)) if kind == "window" else 0)
+
     def _strided(self, layer: LayerContext, stride: int) -> Importance:
         """Counts back from the last query, so that rows of any length count the same ones; at least one of each."""
         queries = layer.query.shape[2]
@@ -107,13 +110,18 @@ class Attention(Scorer):
     def _after_image(self, layer: LayerContext) -> Importance:
         """Counts from the first query after a row's last image token of this forward on."""
         queries, tokens, device = layer.query.shape[2], layer.keys.shape[2], layer.query.device
-        first: Tensor | int = 0
-        if layer.is_image is not None:
-            order = torch.arange(1, queries + 1, device=device)
-            after = (layer.is_image[:, 0, -queries:] * order).amax(-1)  # this forward's tokens are the last in any set
-            first = after.clamp(max=queries - 1)
+        first = self._first_after_image(layer)
         mass = layer.attention_mass(first)
         if self.reduce == "sum":
             return mass
-        counted = torch.minimum(layer.row_queries, queries - torch.as_tensor(first, device=device)).clamp(min=1)
+        counted = torch.minimum(layer.row_queries, queries - first).clamp(min=1)
         return mass / torch.minimum(torch.arange(tokens, 0, -1, device=device), counted[:, None, None])
+
+    def _first_after_image(self, layer: LayerContext) -> Int[Tensor, " batch"]:
+        """The first query of each row after its last image token; the last one where none is after."""
+        (batch, _, queries, _), device = layer.query.shape, layer.query.device
+        if layer.is_image is None:
+            return torch.zeros(batch, dtype=torch.int64, device=device)
+        order = torch.arange(1, queries + 1, device=device)
+        after = (layer.is_image[:, 0, -queries:] * order).amax(-1)  # this forward's tokens are the last in any set
+        return after.clamp(max=queries - 1)

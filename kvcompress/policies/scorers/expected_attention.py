@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from pydantic import Field
 from torch import Tensor
 
@@ -20,47 +20,49 @@ _LEAST = torch.finfo(torch.float32).min  # a logit that gets nothing
 class ExpectedAttention(Scorer):
     """Attention that Gaussian queries at the next positions are expected to give a slot, times its value's norm.
 
-    Source: Expected Attention (arXiv 2510.00636).
+    Source: Expected Attention (arXiv 2510.00636); its released code (kvpress) for the sinks.
 
     Queries before rotation are taken as Gaussian with the mean and covariance of this forward's, and the rotation as
     its mean over the next `future` positions. A key k then gets exp(mean k s + k' covariance k s^2 / 2), where s is
-    the factor on the logits, as a share of the same of all keys; the heads of a group are averaged.
+    the factor on the logits, as a share of the same of all keys; the heads of a group are averaged. A row's first
+    tokens, the sinks, have no part in the statistics and the shares, and score as much as the highest of their head.
 
-    *Deviates:* the paper's constant added to the shares is 0 unless `epsilon` is set, its sinks are left to the budget,
-    and statistics are of the queries themselves, not of hidden states. Where the model rotates nothing, or its
-    frequencies are unknown, queries are taken as they are.
+    *Deviates:* the paper's constant added to the shares is 0 unless `epsilon` is set, as in the released code.
+    Statistics are of the queries themselves; the released code takes them from hidden states, without the bias of the
+    query projection. Where a forward brings nothing but sinks, or nothing else is held, they count like all tokens.
+    Where the model rotates nothing, or its frequencies are unknown, queries are taken as they are.
 
     Args:
         future: number of next positions (tokens) that the rotation is averaged over.
+        sink: number of a row's first tokens that are sinks; 0 for none.
         epsilon: added to every share before it is multiplied by the value's norm.
     """
 
     mass: ClassVar[bool] = True
 
     future: int = Field(default=512, ge=1)
+    sink: int = Field(default=4, ge=0)
     epsilon: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
     def score(self, layer: LayerContext) -> Importance:
         """Reads no attention probabilities; costs tokens x head_dim^2, in float32."""
         (batch, heads, count, width), kv_heads = layer.query.shape, layer.keys.shape[1]
         query = self._moved(layer).view(batch, kv_heads, heads // kv_heads, count, width)
-        if layer.valid is None:
-            mean = query.mean(3)
-            query -= mean.unsqueeze(3)
-            half_covariance = query.transpose(3, 4) @ query * (layer.scaling**2 / 2 / count)
-        else:
-            is_query = layer.valid[:, :, None, -count:, None]
-            own_count = layer.row_queries.clamp(min=1)[:, None, None, None]
-            mean = torch.where(is_query, query, 0.0).sum(3) / own_count
-            query = torch.where(is_query, query - mean.unsqueeze(3), 0.0)
-            half_covariance = query.transpose(3, 4) @ query * (layer.scaling**2 / 2 / own_count.unsqueeze(-1))
-        keys, share = layer.keys.float(), torch.zeros((), device=query.device)
+        asks = _unless_none(layer.index[:, :1, -count:] >= self.sink, layer.index[:, :1, -count:] >= 0)
+        asks = asks[:, :, None, :, None].float()
+        number = asks.sum(3).clamp(min=1)
+        mean = (query.transpose(3, 4) @ asks).squeeze(-1) / number
+        query -= mean.unsqueeze(3)
+        query *= asks
+        half_covariance = query.transpose(3, 4) @ query * (layer.scaling**2 / 2) / number.unsqueeze(-1)
+        counts = _unless_none(layer.index >= self.sink, layer.index >= 0)
+        keys, share = layer.keys.float(), torch.zeros((), device=query.device, dtype=torch.float32)
         for head in range(query.shape[2]):
             form = (keys @ half_covariance[:, :, head]).add_(mean[:, :, head, None] * layer.scaling)
-            logits = layer.at_tokens(torch.linalg.vecdot(form, keys), otherwise=_LEAST)
-            share = share + logits.softmax(-1)
+            share = share + torch.where(counts, torch.linalg.vecdot(form, keys), _LEAST).softmax(-1)
         norm: Tensor = torch.linalg.vector_norm(layer.values, dim=-1, dtype=torch.float32)
-        return layer.at_tokens((share / query.shape[2] + self.epsilon) * norm)
+        score = ((share / query.shape[2] + self.epsilon) * norm).masked_fill(~counts, 0.0)
+        return layer.at_tokens(torch.where(counts, score, score.amax(-1, keepdim=True)))
 
     def _moved(self, layer: LayerContext) -> Float[Tensor, "batch heads queries head_dim"]:
         """Each query of this forward as if it stood, on average, at the next positions; a copy in float32.
@@ -81,3 +83,10 @@ class ExpectedAttention(Scorer):
         return torch.cat(
             [first * factor.real - second * factor.imag, first * factor.imag + second * factor.real, rest], dim=-1
         )
+
+
+def _unless_none(
+    marked: Bool[Tensor, "*rows tokens"], valid: Bool[Tensor, "*rows tokens"]
+) -> Bool[Tensor, "*rows tokens"]:
+    """The tokens that are marked, or all of them in rows where none is."""
+    return marked | (valid & ~marked.any(-1, keepdim=True))

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from kvcompress.errors import UnsupportedModelError
 from kvcompress.policies.context import Importance, LayerContext
 from kvcompress.policies.registry import SCORERS
 from kvcompress.policies.scorers.attention import Attention
 
+_TILE_TOKENS = 1024  # projected at once
+
 
 @SCORERS.register("value_aware")
 class ValueAware(Attention):
-    """Attention times the L2 norm of the slot's value after the output projection of each head.
+    """Attention times a norm of the slot's value, as a rule after the output projection of each head.
 
-    Source: CriticalKV (arXiv 2502.03805), whose bound on the change of a layer's output is made of both; LAVa
-    (arXiv 2509.09754), likewise with the value's own norm.
+    Source: CriticalKV (arXiv 2502.03805), whose bound on the change of a layer's output is made of both: its second
+    stage is `norm="projected_l1"` with `epsilon=1e-4`, `queries="window:32"` and `reduce="mean"`. LAVa (arXiv
+    2509.09754) multiplies by the largest L1 norm of the head's values instead, which weighs heads, not tokens.
 
-    *Deviates:* CriticalKV takes the L1 norm and spends part of the budget on attention alone. Attention and norm are
-    averaged over the heads of a group each, then multiplied. Where the projection's weight is missing or not stored as
-    plain numbers, the value's own norm serves.
+    *Deviates:* the default norm is L2 after the projection, which no paper takes, for its cost. CriticalKV spends half
+    of each head's budget on attention alone, before this product ranks the rest; here it ranks all. LAVa pools
+    attention along positions and takes the highest of a group of heads. Attention and norm are averaged over the heads
+    of a group each, then multiplied. Where the projection's weight is missing or not stored as plain numbers, the
+    value's own norm serves.
 
     Args:
         queries: which queries count: "all", "stride:n", "window:n" or "post_vision", as in `attention`.
@@ -28,24 +37,74 @@ class ValueAware(Attention):
         image_weight: factor on the scores of image tokens.
         text_weight: factor on the scores of all other tokens.
         seed: seed of the offset of "stride:n".
+        norm: "projected_l2" or "projected_l1", of the value after its head's part of the output projection; "own_l2",
+            of the value itself; "largest_l1", the largest of all values of the head (before the window where
+            `queries` is one), the same for all slots.
+        epsilon: added to the probability that each counted query gives to the slot.
     """
 
-    def score(self, layer: LayerContext) -> Importance:
-        """Attention as in `attention`, times the mean norm; costs tokens x value_dim^2 more, in float32."""
-        return super().score(layer) * layer.at_tokens(_projected_norm(layer))
+    norm: Literal["projected_l2", "projected_l1", "own_l2", "largest_l1"] = "projected_l2"
+    epsilon: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+    def _mass(self, layer: LayerContext) -> Importance:
+        """Attention as in `attention`, times the norm; costs tokens x value_dim^2 more, or x hidden for L1."""
+        mass = super()._mass(layer)
+        if self.epsilon:
+            averaged = self.reduce == "mean" and self.queries == "post_vision"
+            mass = mass + self.epsilon * (1 if averaged else self._saw(layer))
+        return mass * layer.at_tokens(self._norm(layer))
+
+    def _saw(self, layer: LayerContext) -> Tensor:
+        """Queries, of those that count, that saw each slot's token."""
+        tokens, counted, (kind, _, count) = layer.keys.shape[2], layer.row_queries, self.queries.partition(":")
+        if kind == "window":
+            counted = counted.clamp(max=int(count))
+        elif kind == "post_vision":
+            counted = torch.minimum(counted, layer.query.shape[2] - self._first_after_image(layer))
+        return torch.minimum(torch.arange(tokens, 0, -1, device=counted.device), counted[:, None, None])
+
+    def _norm(self, layer: LayerContext) -> Importance:
+        if self.norm == "own_l2":
+            return _length(layer.values, 2)
+        if self.norm == "largest_l1":
+            kind, _, count = self.queries.partition(":")
+            window = min(int(count), layer.query.shape[2]) if kind == "window" else 0
+            lengths = layer.at_tokens(_length(layer.values, 1))
+            return lengths[..., : (layer.keys.shape[2] - window) or None].amax(-1, keepdim=True).expand(lengths.shape)
+        return _projected_norm(layer, 1 if self.norm == "projected_l1" else 2)
 
 
-def _projected_norm(layer: LayerContext) -> Importance:
-    """|W v| of each value, from the Gram matrix W'W of each head's part of the projection, mean over each group."""
+def _length(values: Tensor, order: int) -> Importance:
+    norm: Tensor = torch.linalg.vector_norm(values, ord=order, dim=-1, dtype=torch.float32)
+    return norm
+
+
+def _projected_norm(layer: LayerContext, order: int) -> Importance:
+    """L1 or L2 norm of W v for each value and each head's part W of the projection, mean over each group."""
+    if layer.weights.output_unknown:
+        raise UnsupportedModelError(
+            f"scorer value_aware: layer {layer.layer}: the output projection {layer.weights.output_unknown}; merge the "
+            "adapter into the model (model.merge_and_unload()), or choose norm='own_l2' or another scorer"
+        )
     values, output, heads = layer.values.float(), layer.weights.output, layer.query.shape[1]
     kv_heads, width = values.shape[1], values.shape[3]
     if output is None or output.is_meta or not output.is_floating_point() or output.shape[1] != heads * width:
-        own: Tensor = torch.linalg.vector_norm(values, dim=-1)
-        return own
+        return _length(values, order)
     parts = output.to(values.device, torch.float32).view(-1, heads, width).transpose(0, 1)
-    grams = (parts.transpose(1, 2) @ parts).view(kv_heads, heads // kv_heads, width, width)
-    norm = torch.zeros(values.shape[:3], device=values.device)
-    for head in range(grams.shape[1]):
-        square = torch.linalg.vecdot(values @ grams[:, head], values)
-        norm += square.clamp(min=0).sqrt()
-    return norm / grams.shape[1]
+    group, norm = heads // kv_heads, torch.zeros(values.shape[:3], device=values.device, dtype=torch.float32)
+    for head in range(group):
+        own = parts[head::group]
+        norm += _by_gram(values, own) if order == 2 else _by_tiles(values, own)
+    return norm / group
+
+
+def _by_gram(values: Tensor, parts: Tensor) -> Importance:
+    """|W v| in L2, from the Gram matrix W'W of each head."""
+    square = torch.linalg.vecdot(values @ (parts.transpose(1, 2) @ parts), values)
+    return square.clamp(min=0).sqrt()
+
+
+def _by_tiles(values: Tensor, parts: Tensor) -> Importance:
+    """|W v| in L1, of some tokens at a time."""
+    projection = parts.transpose(1, 2)
+    return torch.cat([_length(tile @ projection, 1) for tile in values.split(_TILE_TOKENS, dim=2)], dim=-1)
