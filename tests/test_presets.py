@@ -23,18 +23,22 @@ def run(name: str, inputs: dict[str, Any], preset: str, **fields: Any) -> tuple[
     return cache, dense
 
 
-@pytest.mark.parametrize("budget", [0.1, 0.2, 0.5])
+@pytest.mark.parametrize("fraction", [0.2, 0.4])
+@pytest.mark.parametrize("recent", [1, 11])
 @pytest.mark.parametrize("preset", ["prefixkv", "prefixkv+merge", "prefixkv+int4"])
-def test_prefixkv_keeps_a_prefix_and_the_protected(preset: str, budget: float) -> None:
-    """Every layer has the shortest prefix of its ranked tokens that holds the common share, and two tokens more."""
-    tokens = 40
+def test_prefixkv_keeps_a_prefix_and_the_protected(preset: str, recent: int, fraction: float) -> None:
+    """Every layer has the shortest prefix of its ranked tokens that holds the common share, and the protected more."""
+    tokens, budget = 120, {"fraction": fraction, "sink": 1, "recent": recent}
     cache, dense = run("llama", tiny.inputs("llama", tokens, seed=3), preset, budget=budget)
     masses = [mass[0].mean(0).tolist() for mass in dense.attention_mass()]
-    wanted = oracles.prefix_budgets(masses, int(budget * tokens * 3), [2] * 3, [tokens] * 3, "on_top")
+    total, protected = int(fraction * tokens * 3), [0, *range(tokens - recent, tokens)]
+    bounds = ([len(protected)] * 3, [tokens] * 3)
+    wanted = oracles.prefix_budgets(masses, total, *bounds, "on_top")
     assert [lengths[0] for lengths in cache.report().layer_lengths] == wanted
+    assert recent == 1 or wanted != oracles.prefix_budgets(masses, total, *bounds, "floor")
     for columns, mass in zip(held(cache), masses, strict=True):
-        loose = sorted(range(1, tokens - 1), key=lambda column: -mass[column])[: len(columns[0][0]) - 2]
-        assert sorted(columns[0][0]) == sorted([0, tokens - 1, *loose])
+        loose = sorted(set(range(tokens)) - set(protected), key=lambda column: -mass[column])
+        assert sorted(columns[0][0]) == sorted(protected + loose[: len(columns[0][0]) - len(protected)])
 
 
 @pytest.mark.parametrize("budget", [0.45, 0.7])

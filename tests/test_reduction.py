@@ -484,6 +484,10 @@ def test_layers_that_count_their_own_tokens_do_so_in_every_later_forward() -> No
         logits.append(model(more, **tiny.with_cache(cache)).logits)
         steps = [model(more[:, i : i + 1], **tiny.with_cache(stepwise)).logits for i in range(4)]
         torch.testing.assert_close(torch.cat(steps, 1), logits[-1], rtol=0, atol=1e-4)
+        other = CompressedCache(model, "full", reducer={**reducer, "positions": "contiguous"})
+        model(ids, **images, **tiny.with_cache(other))
+        differs = (model(more, **tiny.with_cache(other)).logits - logits[-1]).abs().max() > 1e-2
+        assert bool(differs) == bool(images)
     padding = whole["input_ids"].shape[1] - text.shape[1]
     ids = torch.cat([whole["input_ids"], torch.nn.functional.pad(text, (padding, 0))])
     mask = (torch.arange(ids.shape[1] + 4) >= torch.tensor([[0], [padding]])).long()

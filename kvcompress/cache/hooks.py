@@ -168,12 +168,13 @@ def _reduce(
     if not isinstance(cache, ReducesTokens):
         return None
     positions = {name: kwargs[name] for name in ("position_ids", "position_embeddings") if kwargs.get(name) is not None}
-    found, changed, hidden = cache.reduce(index, args[0]), {}, args[0]
+    found, hidden = cache.reduce(index, args[0]), args[0]
+    changed: dict[str, Any] = {}
     if found is not None:
         hidden, reduction = found
+        taken = reduction.of_the_tokens
         for name, given in positions.items():
-            several = isinstance(given, tuple)
-            changed[name] = tuple(map(reduction.of_the_tokens, given)) if several else reduction.of_the_tokens(given)
+            changed[name] = tuple(map(taken, given)) if isinstance(given, tuple) else taken(given)
         changed["attention_mask"] = None
     changed |= cache.renumber(index, positions | changed)
     return ((hidden, *args[1:]), {**kwargs, **changed}) if changed else None

@@ -281,12 +281,12 @@ class Reducer(Policy):
     stage = "reducer"
     reads_attention: ClassVar[bool] = False
 
+    positions: Literal["original", "contiguous", "per_layer"] = "original"
+
     @property
     def reads_modality(self) -> bool:
         """Every reducer does."""
         return True
-
-    positions: Literal["original", "contiguous", "per_layer"] = "original"
 
     @abstractmethod
     def acts_after(self, layers: int) -> tuple[int, ...]:

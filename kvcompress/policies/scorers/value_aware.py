@@ -100,11 +100,11 @@ def _projected_norm(layer: LayerContext, order: int) -> Importance:
 
 def _by_gram(values: Tensor, parts: Tensor) -> Importance:
     """|W v| in L2, from the Gram matrix W'W of each head."""
-    square = torch.linalg.vecdot(values @ (parts.transpose(1, 2) @ parts), values)
+    square: Tensor = torch.linalg.vecdot(values @ (parts.transpose(1, 2) @ parts), values)
     return square.clamp(min=0).sqrt()
 
 
 def _by_tiles(values: Tensor, parts: Tensor) -> Importance:
     """|W v| in L1, of some tokens at a time."""
-    projection = parts.transpose(1, 2)
-    return torch.cat([_length(tile @ projection, 1) for tile in values.split(_TILE_TOKENS, dim=2)], dim=-1)
+    projection, tiles = parts.transpose(1, 2), torch.split(values, _TILE_TOKENS, dim=2)
+    return torch.cat([_length(tile @ projection, 1) for tile in tiles], dim=-1)
