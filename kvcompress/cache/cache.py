@@ -209,7 +209,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     def _begin_prefill(self, query: Tensor, mask: Tensor | None) -> None:
         batch, _, queries, _ = query.shape
         self._catch_up_if_needed()
-        step = Step(Phase.PREFILL, evicts=not self._recording, row_new=np.full(batch, queries))
+        step = Step(Phase.PREFILL, columns=queries, evicts=not self._recording, row_new=np.full(batch, queries))
         hidden, new_valid = self._read_mask(step, mask, queries)
         sequence, first = self._sequence, self._sequence.seen
         self._step, self._reduced = step, None  # from here on, what is interrupted has failed
@@ -518,6 +518,17 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         missing = self._sequence.missing(layer)
         return None if missing is None or not earlier else missing[:, :earlier].sum(1)
 
+    def _lost_before(self, layer: int) -> Tensor | None:
+        """Tokens of each row that a layer never got in earlier steps, where its positions count its own alone.
+
+        None where they do not, or nothing was lost; on the device, without waiting for it.
+        """
+        reducer, step, sequence = self.config.reducer, self._step, self._sequence
+        if reducer is None or reducer.positions != "per_layer" or step is None or step.next_layer != layer:
+            return None
+        missing, earlier = sequence.missing(layer), sequence.seen - step.columns
+        return None if missing is None or not earlier else missing[:, :earlier].sum(1)
+
     def spread(self, hidden: Tensor) -> Tensor | None:
         """What comes out of the last layer, zero for tokens that a reducer took away; called by the hook on it."""
         reduction, self._reduced = self._reduced, None
@@ -566,7 +577,10 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """Whether decode steps can be compiled: not while the past is recorded, freed slots merged, or some packed."""
         merger = self.config.merger
         merges = merger is not None and merger.merges_decoding
-        return not (self._recording or merges or self.config.quantizer is not None or self._heads is not ALONE)
+        reducer = self.config.reducer
+        renumbers = reducer is not None and reducer.positions == "per_layer"
+        host = merges or renumbers or self.config.quantizer is not None or self._heads is not ALONE
+        return not (self._recording or host)
 
     @property
     def batch_size(self) -> int:

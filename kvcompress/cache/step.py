@@ -31,6 +31,7 @@ class Step:
 
     Attributes:
         phase: what it does.
+        columns: columns of the model's inputs.
         index: prefill: number of tokens of the row before each of this step's, `[1 or batch, tokens]`; -1 for padding,
             which comes first in each row.
         valid: prefill: which of them are tokens; None if all are.
@@ -52,6 +53,7 @@ class Step:
     """
 
     phase: Phase
+    columns: int = 1
     index: Int[Tensor, "rows tokens"] | None = None
     valid: Bool[Tensor, "batch tokens"] | None = None
     row_new: Counts = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
