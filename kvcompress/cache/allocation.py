@@ -75,7 +75,7 @@ def allocate(
     total = torch.tensor(wanted, device=device)
     _warn_if_below_floor(config, total, floor)
     if importance is None:
-        importance = torch.zeros((), device=device).expand(layers, batch, int(capacity.max()))
+        importance = torch.zeros((), dtype=torch.float32, device=device).expand(layers, batch, int(capacity.max()))
     context = context or AllocationContext()
     budgets: list[list[int]] = config.allocator.allocate(importance, total, floor, capacity, context).tolist()
     spent = [sum(layer[row] for layer in budgets) for row in range(batch)]

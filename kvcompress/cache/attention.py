@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -18,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvcompress.errors import UnsupportedModeError
+from kvcompress.kernels import without_autocast
 
 NAME = "kvcompress"
 _LAYER = "_kvcompress_layer"  # on the key tensor of a forward
@@ -69,14 +71,27 @@ def compressed_attention(
     if layer is None:
         return _former_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     scaling = scaling or query.shape[-1] ** -0.5
-    if not torch.is_grad_enabled():
-        output = layer.attend(module, query, key, value, attention_mask, scaling)
-    else:
-        with torch.no_grad():
-            output = layer.attend(module, query, key, value, attention_mask, scaling)
+    query, key, value = _as_autocast(query, key, value)
+    with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
+        output = _attend(query, key, value, layer, module, attention_mask, scaling)
         if query.requires_grad:
             output = _InferenceOnly.apply(output, query)  # type: ignore[no-untyped-call]
     return output.transpose(1, 2).contiguous(), None
+
+
+@without_autocast
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, layer: Attends, module: nn.Module, mask: Tensor | None, scaling: float
+) -> Tensor:
+    return layer.attend(module, query, key, value, mask, scaling)
+
+
+def _as_autocast(*tensors: Tensor) -> list[Tensor]:
+    """The tensors in the dtype in which autocast lets attention compute, if it is on; as they are otherwise."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors]
 
 
 def install(decoder: PreTrainedModel, attention_modules: list[nn.Module]) -> None:

@@ -89,6 +89,26 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """No maximum."""
         return -1
 
+    def reset(self) -> None:
+        """Refused: see `CompressedCache.reset`."""
+        raise _one_layer("reset")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Refused: see `CompressedCache.reorder_cache`."""
+        raise _one_layer("reorder_cache")
+
+    def crop(self, max_length: int) -> None:
+        """Refused: see `CompressedCache.crop`."""
+        raise _one_layer("crop")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refused: see `CompressedCache.batch_repeat_interleave`."""
+        raise _one_layer("batch_repeat_interleave")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Refused: see `CompressedCache.batch_select_indices`."""
+        raise _one_layer("batch_select_indices")
+
     def offload(self) -> None:
         """Moves the layer's buffers to CPU memory."""
         self.engine.stores[self.index].to(torch.device("cpu"))
@@ -192,18 +212,37 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         self._engine.reset()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorders rows for beam search."""
-        self._select_rows(beam_idx)
+        """Reorders rows for beam search.
+
+        Args:
+            beam_idx: row that each row becomes, integers `[rows]`.
+
+        Raises:
+            CacheStateError: if there is no such row; nothing has changed then.
+        """
+        self._select_rows("reorder_cache", beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row."""
+        """Repeats every row so many times, at least once.
+
+        Raises:
+            CacheStateError: if no row would be left; nothing has changed then.
+        """
         rows = torch.arange(self._engine.sequence.batch)
-        self._select_rows(rows.repeat_interleave(repeats))
+        self._select_rows("batch_repeat_interleave", rows.repeat_interleave(max(0, repeats)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps some rows."""
-        rows = torch.arange(self._engine.sequence.batch)
-        self._select_rows(rows[indices.cpu()])
+        """Keeps some rows.
+
+        Args:
+            indices: the rows, integers `[rows]` or bool `[batch]`.
+
+        Raises:
+            CacheStateError: if there is no such row, or none would be left; nothing has changed then.
+        """
+        if indices.dtype == torch.bool and indices.shape == (self._engine.sequence.batch,):
+            indices = indices.nonzero().flatten()
+        self._select_rows("batch_select_indices", indices)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the last tokens back.
@@ -278,9 +317,19 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """What the cache holds now, in tokens and bytes; waits for the device once."""
         return report_on(self._engine)
 
-    def _select_rows(self, index: Tensor) -> None:
+    def _select_rows(self, operation: str, index: Tensor) -> None:
+        batch = self._engine.sequence.batch
+        self._engine.check_ready()
+        if not batch:
+            return
+        numbers = index.ndim == 1 and not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+        if not numbers or not len(index) or bool((index < 0).any() | (index >= batch).any()):
+            raise CacheStateError(
+                f"{operation}: takes one or more of the rows 0 to {batch - 1} that the cache holds, as a vector of "
+                f"integers; got {index.tolist()}"
+            )
         with self._engine.writable():
-            self._engine.select_rows(index)
+            self._engine.select_rows(index.long())
 
     def _check_decoder(self) -> None:
         decoder = self._decoder()
@@ -306,6 +355,13 @@ def restore(model: PreTrainedModel) -> None:
     attention.uninstall(adapter.decoder(model), adapter.attention_modules(model))
     for module in (model, *adapter.layers(model)):
         hooks.remove(module)
+
+
+def _one_layer(operation: str) -> CacheStateError:
+    return CacheStateError(
+        f"{operation}: one layer cannot be changed alone, since all layers share what the cache has seen; call "
+        f"{operation}() of the cache"
+    )
 
 
 def _usable(tensor: Tensor) -> Tensor:

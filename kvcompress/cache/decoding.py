@@ -36,14 +36,14 @@ def attend_one(
     store.write(key, value, column, room)
     batch, heads, _, head_dim = query.shape
     kv_heads = key.shape[1]
-    grouped = query.view(batch, kv_heads, heads // kv_heads, head_dim)
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
     if store.packed:
         output = attend_in_blocks(store, grouped, scale)
     else:
         keys, values = store.slots()
         mask = (store.columns() >= 0).unsqueeze(2).expand(-1, kv_heads, -1, -1) if store.has_holes else None
         output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
-    return output.view(batch, heads, 1, value.shape[3])
+    return output.reshape(batch, heads, 1, value.shape[3])  # not every kernel gives a contiguous output
 
 
 def evict(layer: int, store: DenseStore, config: CompressionConfig, sequence: Sequence, limits: list[int]) -> None:
@@ -78,8 +78,10 @@ def evict(layer: int, store: DenseStore, config: CompressionConfig, sequence: Se
     while over := [row for row, count in enumerate(store.counts) if count > per_row[row]]:
         columns, scores, of_all = store.columns(), store.used_scores(), every_column(store)
         protected = sequence.protected(of_all, *protection(config))
-        every_score = None if scores is None else store.heads.gather(scores)
-        victims = evictor.victim(DecodeContext(of_all, protected, every_score))
+        importance = None
+        if scores is not None and config.scorer is not None:
+            importance = store.heads.gather(scored_importance(layer, scores, columns, config.scorer, sequence))
+        victims = evictor.victim(DecodeContext(of_all, protected, importance))
         store.heads_part = store.heads_part or victims.shape[1] > 1
         victims = store.heads.own(victims)
         if merges:

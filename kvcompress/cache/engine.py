@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import zip_longest
 from typing import Any
 
@@ -55,6 +56,7 @@ class Engine:
         self._reduced: Reduction | None = None  # of a forward whose last layer has attended
         self._forward: Forward | None = None
         self._waiting: str | None = None  # kind of the forward whose eviction waits: "scored" or "decoded"
+        self._half_done = False  # whether an operation has begun and not ended
 
     def writable(self) -> AbstractContextManager[Any]:
         """Lets buffers that were made in inference mode be written to, also by a caller who has left it."""
@@ -132,9 +134,37 @@ class Engine:
         return None if reduction is None else reduction.spread(hidden)
 
     def check_ready(self) -> None:
-        """Raises CacheStateError if a forward failed half-way."""
-        if self._forward is not None:
+        """Raises CacheStateError if a forward, or another operation, failed half-way."""
+        if self._forward is not None or self._half_done:
             raise self._broken()
+
+    @contextmanager
+    def _changing(self, undo: bool) -> Iterator[None]:
+        """Surrounds an operation that changes the cache.
+
+        Args:
+            undo: whether everything is put back where it fails, which keeps the old buffers until it ends; for
+                operations that call policies. Without it, a cache whose operation fails is refused until `reset()`.
+        """
+        self.check_ready()
+        before = self._state() if undo else {}
+        self._half_done = True
+        try:
+            yield
+        except BaseException:
+            self.__dict__.update(before)
+            raise
+        self._half_done = False
+
+    def _state(self) -> dict[str, Any]:
+        """What `_changing` puts back; tensors are not copied, so they must not be written to meanwhile."""
+        return {
+            **self.__dict__,
+            "stores": [store.snapshot() for store in self.stores],
+            "sequence": self.sequence.snapshot(),
+            "allocation": copy.copy(self.allocation),
+            "statistics": [dict(known) for known in self.statistics],
+        }
 
     def _begin(self, query: Tensor, mask: Tensor | None) -> None:
         self.check_ready()
@@ -143,12 +173,13 @@ class Engine:
         new_valid = valid_tokens(mask, batch, queries, sequence)
         spans = None if new_valid is None else [row.nonzero().flatten() for row in new_valid]
         scores = sequence.seen == 0 or queries > 1 or spans is not None
-        if self._waiting:
-            self.recording = False  # nobody cropped after the last forward, so nobody is rolling back
-            self.compress()
         first = sequence.seen
         columns = torch.arange(first, first + queries, dtype=torch.int32, device=query.device).unsqueeze(0)
         forward, layout, self.layout = Forward(columns, spans, scores), self.layout, None
+        self._forward = forward  # whatever fails from here on leaves a cache that is refused
+        if self._waiting:
+            self.recording = False  # nobody cropped after the last forward, so nobody is rolling back
+            self._evict_waiting()
         self._reduced = None
         sequence.extend(batch, queries, new_valid, scores)
         if layout is not None and self.config.reducer is not None:
@@ -159,7 +190,6 @@ class Engine:
             forward.limits = self.limits()
             if forward.limits is not None and self.config.budget.fraction is None:
                 forward.rooms = [1 + max(limits) for limits in forward.limits]
-        self._forward = forward
 
     def _finish(self, forward: Forward) -> None:
         if self.recording:
@@ -270,9 +300,15 @@ class Engine:
     # -- rows and rollback ---------------------------------------------------------------------------------------------
 
     def compress(self) -> None:
-        """Brings every layer down to its budget now, where eviction waits."""
-        self.check_ready()
-        waiting, self._waiting = self._waiting, None
+        """Brings every layer down to its budget now, where eviction waits; all or nothing."""
+        with self._changing(undo=self._waiting is not None):
+            self._evict_waiting()
+
+    def _evict_waiting(self) -> None:
+        waiting = self._waiting
+        if waiting == "decoded" or (waiting and self.config.merger is not None):
+            for store in self.stores:
+                store.unshare()
         if waiting == "scored":
             self._compress_all(None)
         elif waiting == "decoded" and (limits := self.limits()) is not None:
@@ -281,6 +317,7 @@ class Engine:
         if waiting:
             for store in self.stores:
                 store.pack()
+        self._waiting = None
 
     def can_drop(self, columns: int) -> bool:
         """Whether every layer still holds all the tokens of the last `columns` columns."""
@@ -292,7 +329,7 @@ class Engine:
         return all(store.holds_from(sequence.seen - columns) == wanted for store in self.stores)
 
     def crop(self, columns: int) -> None:
-        """Drops the last columns, then lets the evictions that waited happen.
+        """Drops the last columns, then lets the evictions that waited happen; all or nothing.
 
         Raises:
             CacheStateError: if one of them was evicted already; nothing has changed then.
@@ -308,37 +345,41 @@ class Engine:
             )
         if columns == sequence.seen:
             self.reset()
-        elif columns:
-            for store in self.stores:
-                store.crop(sequence.seen - columns)
-            sequence.crop(sequence.seen - columns)
-        self.compress()
+            return
+        with self._changing(undo=self._waiting is not None):
+            if columns:
+                for store in self.stores:
+                    store.crop(sequence.seen - columns)
+                sequence.crop(sequence.seen - columns)
+            self._evict_waiting()
 
     def select_rows(self, index: Tensor) -> None:
-        """Reorders, repeats or drops rows."""
-        self.check_ready()
-        allocation, sequence, rows_before = self.allocation, self.sequence, self.sequence.batch
-        if allocation is not None:
-            allocation.select_rows(index)
-        sequence.select_rows(index)
-        for store, statistics in zip(self.stores, self.statistics, strict=True):
-            store.select_rows(index)
-            for name, known in statistics.items():
-                statistics[name] = known.index_select(0, index.to(known.device))
-        if (
-            len(index) != rows_before
+        """Reorders, repeats or drops rows, all of which exist."""
+        allocation, sequence = self.allocation, self.sequence
+        # Bytes are shared by all rows, so each one's share changes with their number.
+        shares_change = (
+            len(index) != sequence.batch
             and self.config.budget.bytes is not None
             and allocation is not None
             and not self.recording
-        ):
-            self._compress_all(None)  # bytes are shared by all rows, so each one's share has changed
+        )
+        with self._changing(undo=shares_change):
+            if allocation is not None:
+                allocation.select_rows(index)
+            sequence.select_rows(index)
+            for store, statistics in zip(self.stores, self.statistics, strict=True):
+                store.select_rows(index)
+                for name, known in statistics.items():
+                    statistics[name] = known.index_select(0, index.to(known.device))
+            if shares_change:
+                self._compress_all(None)
 
     def reset(self) -> None:
-        """Forgets everything, a failed forward included."""
-        self.__init__(self.config, len(self.stores), self.heads)  # type: ignore[misc]
+        """Forgets everything, whatever failed."""
+        self.__dict__.update(Engine(self.config, len(self.stores), self.heads).__dict__)
 
     def _broken(self) -> CacheStateError:
         return CacheStateError(
-            "cache: an earlier forward failed half-way, so its layers no longer agree; call reset() and run the prompt "
-            "again"
+            "cache: an earlier forward, or another operation on it, failed half-way, so its layers no longer agree; "
+            "call reset() and run the prompt again"
         )

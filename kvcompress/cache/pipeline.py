@@ -54,7 +54,7 @@ def gather_importance(
     rows = []
     for store, (held, score) in zip(stores, ranked, strict=True):
         if score is None:
-            score = torch.zeros(store.batch, 1, store.length, device=store.device)
+            score = torch.zeros(store.batch, 1, store.length, dtype=torch.float32, device=store.device)
         elif held.shape[1] > 1:
             score = _rank_by_rank(score, held, sequence.images_at(held))
         rows.append(F.pad(score.mean(1), (0, slots - store.length)).to(device))

@@ -73,7 +73,7 @@ def attend_and_score(
             heads=store.heads,
         )
         for name in needs:
-            known = statistics.setdefault(name, torch.zeros(store.batch, device=query.device))
+            known = statistics.setdefault(name, torch.zeros(store.batch, dtype=torch.float32, device=query.device))
             known[rows] = store.heads.mean(STATISTICS[name](context))
     if scorer is not None:
         scores = scorer.score(context)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Int
@@ -42,6 +44,12 @@ class Sequence:
     def rows_alike(self) -> bool:
         """Whether every row has as many tokens."""
         return all(count == self.row_seen[0] for count in self.row_seen)
+
+    def snapshot(self) -> Sequence:
+        """The same columns, untouched by what happens to these; tensors are shared."""
+        other = copy.copy(self)
+        other.decoded, other.went_into = list(self.decoded), dict(self.went_into)
+        return other
 
     def extend(
         self, batch: int, columns: int, new_valid: Bool[Tensor, "batch columns"] | None, scored: bool = True

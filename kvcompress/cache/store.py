@@ -54,6 +54,16 @@ class DenseStore:
         )
         return torch.inference_mode() if made_in_it else nullcontext()
 
+    def snapshot(self) -> DenseStore:
+        """The same store, untouched by what happens to this one; tensors are shared."""
+        other = copy.copy(self)
+        other._lanes, other._late = copy.deepcopy(self._lanes), dict(self._late)
+        return other
+
+    def unshare(self) -> None:
+        """Copies every tensor, so that writing to it leaves a snapshot as it is."""
+        self._each_tensor(Tensor.clone)
+
     # -- reading -------------------------------------------------------------------------------------------------------
 
     @property
@@ -272,12 +282,14 @@ class DenseStore:
         self._settle(counts)
 
     def pin(self, pinned: list[int], to_pin: list[int]) -> None:
-        """Decides which tokens decode steps never evict by age; right after an append or a selection.
+        """Decides which tokens decode steps never evict by age.
 
         Args:
             pinned: per row, how many of the oldest tokens.
             to_pin: per row, how many of the tokens to come.
         """
+        if not self._ordered or self.has_holes:  # decode steps have reused positions, which tell no age then
+            self.keep(self.columns() >= 0, self.counts, room=self.capacity - self.length)
         if len(set(zip(pinned, to_pin, strict=True))) > 1:
             self.split()
         for row, lane in enumerate(self._lanes):

@@ -8,6 +8,7 @@ from kvcompress.kernels.dense import (
     attention_with_lse,
     masked_attention_with_lse,
     merge_attention,
+    without_autocast,
 )
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "attention_with_lse",
     "masked_attention_with_lse",
     "merge_attention",
+    "without_autocast",
 ]

@@ -7,16 +7,36 @@ of the `queries x keys` matrix exists at any time.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, Literal, ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
 _TILE_KEYS = 512
 _TILE_LOGITS_CPU = 256 * 9 * _TILE_KEYS  # stays in the last-level cache
 _TILE_LOGITS_GPU = 64 * 1024 * 1024  # large enough to hide the launch of a kernel
+
+
+def without_autocast(
+    function: Callable[Concatenate[Tensor, _Arguments], _Result],
+) -> Callable[Concatenate[Tensor, _Arguments], _Result]:
+    """Lets a function of a tensor, and whatever else, compute in the dtypes that it asks for, also under autocast."""
+
+    @wraps(function)
+    def exact(tensor: Tensor, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        if not torch.is_autocast_enabled(tensor.device.type):
+            return function(tensor, *args, **kwargs)
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(tensor, *args, **kwargs)
+
+    return exact
 
 
 def attention(
@@ -42,6 +62,7 @@ def attention(
     return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling, enable_gqa=grouped)
 
 
+@without_autocast
 def attention_with_lse(
     query: Float[Tensor, "batch heads queries head_dim"],
     key: Float[Tensor, "batch kv_heads tokens head_dim"],
@@ -90,6 +111,7 @@ def merge_attention(
     return (output * weight + other_output * other_weight).to(output.dtype), total
 
 
+@without_autocast
 def masked_attention_with_lse(
     query: Float[Tensor, "batch heads queries head_dim"],
     key: Float[Tensor, "batch heads tokens head_dim"],
@@ -107,6 +129,7 @@ def masked_attention_with_lse(
     return (logits.sub_(lse.unsqueeze(-1)).exp_() @ value.float()).to(query.dtype), lse
 
 
+@without_autocast
 def attention_mass(
     query: Float[Tensor, "batch heads queries head_dim"],
     key: Float[Tensor, "batch kv_heads tokens head_dim"],
@@ -117,10 +140,10 @@ def attention_mass(
 ) -> Float[Tensor, "batch kv_heads tokens"]:
     """Attention probability that each key received, summed over queries and averaged over each group of heads.
 
-    The queries are the last ones of the sequence: query i sees the first `tokens - queries + i + 1` keys. The
-    log-sum-exp is subtracted inside the product, as further dimensions of query and key, so that a half-precision
-    logit is rounded when it is already the logarithm of a probability: the larger the probability, the smaller the
-    error. Probabilities are in the dtype of `query`, their sums in float32.
+    The queries are the last ones of the sequence: query i sees the first `tokens - queries + i + 1` keys. Logits are
+    exact to float32 also where queries and keys are in half precision: neither the scaled query nor a logit is rounded
+    to it, whose error would grow with the logits. The log-sum-exp is subtracted inside the product, as a further
+    dimension of query and key.
 
     Args:
         query: queries, after rotary embedding.
@@ -137,16 +160,16 @@ def attention_mass(
     kv_heads, tokens = key.shape[1], key.shape[2]
     past, group, rows = tokens - queries, heads // kv_heads, batch * kv_heads
     query, lse = query[:, :, start::step], lse[:, :, start::step]
-    counted, width = query.shape[2], query.shape[3] + 2
+    counted, width = query.shape[2], query.shape[3] + 1
     columns = torch.arange(tokens, device=query.device)
     last_key = columns[past + start :: step]  # the query's own token is the last that it sees
     mass = torch.zeros(rows, tokens, dtype=torch.float32, device=query.device)
     tile_queries, tile_keys = _tile(rows * group, query.device)
     tiles = [
-        F.pad(key[:, :, left : left + tile_keys], (0, 2), value=1.0).view(rows, -1, width).transpose(1, 2)
+        F.pad(key[:, :, left : left + tile_keys].float(), (0, 1), value=1.0).view(rows, -1, width).transpose(1, 2)
         for left in range(0, tokens, tile_keys)
     ]
-    ones = torch.ones(rows, 1, group * min(tile_queries, counted), device=query.device)
+    ones = torch.ones(rows, 1, group * min(tile_queries, counted), dtype=torch.float32, device=query.device)
     for first in range(0, counted, tile_queries):
         end = min(first + tile_queries, counted)
         block = _with_lse(query[:, :, first:end], lse[:, :, first:end], scaling, kv_heads)
@@ -155,17 +178,18 @@ def attention_mass(
             right = min(left + tile_keys, seen)
             logits = torch.bmm(block, tile[:, :, : right - left])
             if right <= seen_by_all:
-                probability = logits.exp_().float()
+                probability = logits.exp_()
             else:  # towards the end of the tile some queries see nothing, where their logits mean nothing
                 edge = max(left, seen_by_all)
                 visible = (columns[edge:right] <= last_key[first:end, None]).float().unsqueeze(1)
                 logits[..., edge - left :].clamp_(max=0.0)
-                probability = logits.exp_().float()
+                probability = logits.exp_()
                 probability.view(rows, end - first, group, -1)[..., edge - left :].mul_(visible)
             mass[:, left:right] += torch.bmm(ones[:, :, : block.shape[1]], probability).squeeze(1)  # a sum, but faster
     return mass.div_(group).view(batch, kv_heads, tokens)
 
 
+@without_autocast
 def attention_probabilities(
     query: Float[Tensor, "batch heads queries head_dim"],
     key: Float[Tensor, "batch kv_heads tokens head_dim"],
@@ -193,6 +217,7 @@ def attention_probabilities(
     return (logits - lse.unsqueeze(-1)).clamp_(max=0.0).exp_().mul_(visible)
 
 
+@without_autocast
 def attention_share(
     query: Float[Tensor, "batch heads queries head_dim"],
     key: Float[Tensor, "batch kv_heads tokens head_dim"],
@@ -233,18 +258,15 @@ def attention_share(
 
 
 def _with_lse(query: Tensor, lse: Tensor, scaling: float, kv_heads: int) -> Tensor:
-    """Scaled queries with minus their log-sum-exp as two more dimensions: as rounded, and what rounding left over.
+    """Scaled queries with minus their log-sum-exp as one more dimension.
 
     Returns:
-        `[batch * kv_heads, queries * group, head_dim + 2]`.
+        `[batch * kv_heads, queries * group, head_dim + 1]`, float32.
     """
     batch, heads, queries, head_dim = query.shape
-    query = query.view(batch, kv_heads, heads // kv_heads, queries, head_dim).transpose(2, 3)
-    negative = lse.view(batch, kv_heads, heads // kv_heads, queries, 1).transpose(2, 3).neg()
-    rounded = negative.to(query.dtype)
-    return (
-        torch.cat([query * scaling, rounded, (negative - rounded).to(query.dtype)], dim=-1).flatten(2, 3).flatten(0, 1)
-    )
+    query = query.view(batch, kv_heads, heads // kv_heads, queries, head_dim).transpose(2, 3).float()
+    negative = lse.view(batch, kv_heads, heads // kv_heads, queries, 1).transpose(2, 3).float().neg()
+    return torch.cat([query * scaling, negative], dim=-1).flatten(2, 3).flatten(0, 1)
 
 
 def _tile(head_rows: int, device: torch.device) -> tuple[int, int]:

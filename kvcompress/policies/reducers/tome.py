@@ -35,4 +35,6 @@ class ToMe(Bipartite):
 
     def reduce(self, row: ReductionContext) -> Reduced:
         """Every grid is one window."""
-        return merge_in_windows(row.hidden, row.grid, torch.ones(len(row.grid), device=row.grid.device), self.rho)
+        return merge_in_windows(
+            row.hidden, row.grid, torch.ones(len(row.grid), dtype=torch.float32, device=row.grid.device), self.rho
+        )

@@ -59,7 +59,7 @@ class Blend(Scorer):
         """Adds up the parts in float32."""
         (queries, tokens), device = (layer.query.shape[2], layer.keys.shape[2]), layer.keys.device
         saw = torch.arange(tokens, 0, -1, device=device).clamp(max=queries).expand(layer.index.shape)
-        total = torch.zeros(layer.keys.shape[:3], device=device)
+        total = torch.zeros(layer.keys.shape[:3], dtype=torch.float32, device=device)
         for scorer, weight in zip(self.scorers, self.weights or [1.0] * len(self.scorers), strict=True):
             score = scorer.importance(scorer.score(layer), saw).float()
             if self.normalise == "rank":

@@ -45,7 +45,7 @@ class ExpectedAttention(Scorer):
         mean = query.mean(3)
         query -= mean.unsqueeze(3)
         half_covariance = query.transpose(3, 4) @ query * (layer.scaling**2 / 2 / count)
-        keys, share = layer.keys.float(), torch.zeros((), device=query.device)
+        keys, share = layer.keys.float(), torch.zeros((), dtype=torch.float32, device=query.device)
         for head in range(query.shape[2]):
             form = (keys @ half_covariance[:, :, head]).add_(mean[:, :, head, None] * layer.scaling)
             share = share + torch.linalg.vecdot(form, keys).softmax(-1)

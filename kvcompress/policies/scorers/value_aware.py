@@ -44,7 +44,7 @@ def _projected_norm(layer: LayerContext) -> Importance:
         return own
     parts = output.to(values.device, torch.float32).view(-1, heads, width).transpose(0, 1)
     grams = (parts.transpose(1, 2) @ parts).view(kv_heads, heads // kv_heads, width, width)
-    norm = torch.zeros(values.shape[:3], device=values.device)
+    norm = torch.zeros(values.shape[:3], dtype=torch.float32, device=values.device)
     for head in range(grams.shape[1]):
         square = torch.linalg.vecdot(values @ grams[:, head], values)
         norm += square.clamp(min=0).sqrt()
