@@ -21,8 +21,6 @@ TEXT = [name for name, config in CONFIGS.items() if config.reducer is None]
 EVICTING = [name for name in TEXT if CONFIGS[name].evictor is not None]
 AS_STORED = [name for name in EVICTING if CONFIGS[name].merger is None and CONFIGS[name].quantizer is None]
 
-ignores = pytest.mark.xfail(strict=True, reason="a mask that hides tokens cached already is ignored")
-
 
 def hiding(hidden: Sequence[Iterable[int]], seen: int, new: int) -> Tensor:
     """A mask over `seen` columns and `new` ones, without some columns of each row."""
@@ -51,7 +49,6 @@ HIDDEN = {
 }
 
 
-@ignores
 @torch.no_grad()
 @pytest.mark.parametrize("hidden", HIDDEN.values(), ids=HIDDEN)
 @pytest.mark.parametrize("preset", TEXT)
@@ -69,7 +66,6 @@ def test_at_full_budget_a_turn_that_hides_cached_tokens_is_that_of_dynamic_cache
         torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
 
 
-@ignores
 @torch.no_grad()
 @pytest.mark.parametrize("hidden", HIDDEN.values(), ids=HIDDEN)
 @pytest.mark.parametrize("preset", ["full", "prefixkv", "streaming", "h2o"])
@@ -90,7 +86,6 @@ def test_a_decode_step_that_hides_cached_tokens_is_right_or_refused(preset: str,
         torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
 
 
-@ignores
 @torch.no_grad()
 @pytest.mark.parametrize("new", [1, 4])
 @pytest.mark.parametrize("preset", ["full", "prefixkv", "streaming", "h2o"])
@@ -115,7 +110,6 @@ def test_a_mask_that_shows_a_hidden_token_again_is_right_or_refused(preset: str,
             torch.testing.assert_close(found, wanted, rtol=0, atol=2e-5)
 
 
-@ignores
 @torch.no_grad()
 @pytest.mark.parametrize(("hidden", "budget"), list(zip(HIDDEN.values(), (0.9, 14), strict=True)), ids=HIDDEN)
 @pytest.mark.parametrize("preset", AS_STORED)
@@ -179,7 +173,6 @@ def early_end(prompt: Tensor) -> int:
     return int(sequences[0][2])
 
 
-@ignores
 @pytest.mark.parametrize("preset", TEXT)
 def test_the_next_turn_after_a_row_that_ended_early_is_that_of_dynamic_cache(preset: str) -> None:
     prompt, follow = tiny.token_ids(2, 20, seed=3), tiny.token_ids(2, 9, seed=4)
@@ -190,7 +183,6 @@ def test_the_next_turn_after_a_row_that_ended_early_is_that_of_dynamic_cache(pre
     assert torch.equal(found, wanted)
 
 
-@ignores
 @torch.no_grad()
 @pytest.mark.parametrize("preset", EVICTING)
 def test_a_row_that_ended_early_keeps_what_it_keeps_alone(preset: str) -> None:

@@ -141,7 +141,6 @@ def lowest(importance: Tensor, columns: list[int], steps: int) -> list[int]:
     return left
 
 
-@pytest.mark.xfail(strict=True, reason="decode steps rank raw scores, prompts rank importance")
 @pytest.mark.parametrize("granularity", ["layer", "head"])
 def test_decode_steps_free_what_has_the_lowest_importance(granularity: str) -> None:
     """As a prompt's selection ranks it: with `reduce="mean"`, mass over the number of queries that saw the token."""
@@ -174,7 +173,6 @@ def test_decode_steps_free_what_has_the_lowest_importance(granularity: str) -> N
     assert not differ
 
 
-@pytest.mark.xfail(strict=True, reason="decode steps rank raw scores, prompts rank importance")
 def test_decode_steps_ask_the_scorer_what_its_scores_mean() -> None:
     """Whatever `importance` makes of scores: here it turns their order around."""
 

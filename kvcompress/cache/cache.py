@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvcompress.cache import attention, hooks
 from kvcompress.cache.engine import Engine
+from kvcompress.cache.forward import check_hidden_stays
 from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.report import CacheReport
 from kvcompress.cache.reporting import report_on
@@ -280,7 +281,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             CacheStateError: for an attention mask that does not cover what was seen.
         """
         hooks.check_inputs(inputs, self.get_seq_length())
-        engine = self._engine
+        engine, mask = self._engine, inputs.get("attention_mask")
+        if mask is not None:  # one that hides nothing never reaches the attention
+            check_hidden_stays(mask[:, : self.get_seq_length()].bool(), engine.sequence)
         engine.layout = None
         if is_image is not None:
             if self.config.reducer is not None and bool(is_image.any()):

@@ -14,7 +14,8 @@ from torch import Tensor
 from kvcompress.cache import pipeline
 from kvcompress.cache.allocation import Allocation, allocate, floors, protection, row_total
 from kvcompress.cache.decoding import attend_one, evict
-from kvcompress.cache.forward import Forward, valid_tokens
+from kvcompress.cache.forward import Forward, hidden_tokens, valid_tokens
+from kvcompress.cache.importance import every_head
 from kvcompress.cache.quantized_store import QuantizedStore
 from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.scoring import attend_and_score
@@ -171,6 +172,7 @@ class Engine:
         batch, _, queries, _ = query.shape
         sequence = self.sequence
         new_valid = valid_tokens(mask, batch, queries, sequence)
+        hidden = hidden_tokens(mask, sequence)
         spans = None if new_valid is None else [row.nonzero().flatten() for row in new_valid]
         scores = sequence.seen == 0 or queries > 1 or spans is not None
         first = sequence.seen
@@ -180,6 +182,8 @@ class Engine:
         if self._waiting:
             self.recording = False  # nobody cropped after the last forward, so nobody is rolling back
             self._evict_waiting()
+        if hidden is not None:
+            self._hide(hidden)
         self._reduced = None
         sequence.extend(batch, queries, new_valid, scores)
         if layout is not None and self.config.reducer is not None:
@@ -190,6 +194,27 @@ class Engine:
             forward.limits = self.limits()
             if forward.limits is not None and self.config.budget.fraction is None:
                 forward.rooms = [1 + max(limits) for limits in forward.limits]
+
+    def _hide(self, hidden: Tensor) -> None:
+        """Drops tokens that a mask hides from now on.
+
+        Every head of a row goes on with as many tokens as the one that lost most, those of highest importance.
+        """
+        self.sequence.hide(hidden)
+        for layer, store in enumerate(self.stores):
+            columns, importance = every_head(layer, store, self.config, self.sequence)
+            gone = hidden.to(columns.device).gather(1, columns.clamp(min=0).long().flatten(1)).view(columns.shape)
+            stays = (columns >= 0) & ~gone
+            counts = stays.sum(-1).amin(1)
+            if columns.shape[1] > 1:
+                order = columns.double() if importance is None else importance.double()
+                order = order.masked_fill(self.sequence.protected(columns, *protection(self.config)), torch.inf)
+                rank = (
+                    order.masked_fill(~stays, -torch.inf).argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+                )
+                stays &= rank < counts[:, None, None]
+            store.keep(store.heads.own(stays), counts.tolist())
+            self._pin(layer)
 
     def _finish(self, forward: Forward) -> None:
         if self.recording:

@@ -38,6 +38,40 @@ class Forward:
     reduction: Reduction | None = None
 
 
+def hidden_tokens(mask: Tensor | None, sequence: Sequence) -> Bool[Tensor, "batch columns"] | None:
+    """Which tokens seen before are hidden by the mask of this forward for the first time; None if none is.
+
+    Args:
+        mask: None, or bool `[batch, 1, queries, columns]` over all columns seen and the new ones.
+        sequence: what was seen before this forward.
+
+    Raises:
+        CacheStateError: if the mask shows a column that was padding, or was hidden, before.
+    """
+    if mask is None or not sequence.seen:
+        return None
+    shown = mask[:, 0, -1, : sequence.seen]
+    if sequence.valid is None:
+        return None if bool(shown.all()) else ~shown
+    check_hidden_stays(shown, sequence)
+    hidden = sequence.valid.to(shown.device) & ~shown
+    return hidden if bool(hidden.any()) else None
+
+
+def check_hidden_stays(shown: Bool[Tensor, "rows columns"], sequence: Sequence) -> None:
+    """Raises CacheStateError if the columns shown include one that was padding, or was hidden, before."""
+    valid = sequence.valid
+    if valid is None or valid.shape != shown.shape:
+        return
+    again = shown & ~valid.to(shown.device)
+    if bool(again.any()):
+        row, column = again.nonzero()[0].tolist()
+        raise CacheStateError(
+            f"attention_mask: shows column {column} of row {row}, which an earlier mask hid, so the cache no longer "
+            "holds it; go on hiding it, or call reset() and run the whole conversation again"
+        )
+
+
 def valid_tokens(
     mask: Tensor | None, batch: int, queries: int, sequence: Sequence
 ) -> Bool[Tensor, "batch queries"] | None:

@@ -88,6 +88,16 @@ class Sequence:
             self.decoded.append((self.seen, self.seen + columns))
         self.seen += columns
 
+    def hide(self, hidden: Bool[Tensor, "batch columns"]) -> None:
+        """Takes tokens for padding from now on.
+
+        Args:
+            hidden: which of the columns seen.
+        """
+        valid = torch.ones_like(hidden) if self.valid is None else self.valid
+        self.valid = valid & ~hidden.to(valid.device)
+        self.row_seen = self.valid.sum(1).tolist()
+
     def mark_images(self, is_image: Bool[Tensor, "batch columns"]) -> None:
         """Takes note of which of the columns about to come hold image tokens."""
         if self.is_image is None:
@@ -160,8 +170,11 @@ class Sequence:
         """
         ends = torch.tensor(self.row_seen, device=columns.device)[:, None, None]
         queries = ends - self.index_of(columns)
-        for first, end in self.decoded:
-            queries = queries - (end - columns.clamp(first, end))
+        if self.valid is None:
+            for first, end in self.decoded:
+                queries = queries - (end - columns.clamp(first, end))
+        elif self.decoded:
+            queries = queries - self._decoded_since(columns)
         scored, missing = torch.tensor(self.last_scored, device=columns.device)[:, None, None], self.missing(layer)
         if missing is not None:
             missing = missing.to(columns.device)
@@ -172,6 +185,16 @@ class Sequence:
             start = torch.tensor(self._last_from, device=columns.device).clamp(max=self.seen)
             scored = scored - (until[:, -1] - until[rows, start])[:, None, None]
         return (queries.minimum(scored) if last else queries).clamp(min=1)
+
+    def _decoded_since(self, columns: Int[Tensor, "batch sets slots"]) -> Tensor:
+        """Tokens of decode steps at each column or later, without those that a mask hid."""
+        assert self.valid is not None
+        decoded = torch.zeros_like(self.valid)
+        for first, end in self.decoded:
+            decoded[:, first:end] = self.valid[:, first:end]
+        until = F.pad(decoded.to(columns.device).cumsum(1), (1, 0))  # before each column, and all of them
+        before = until.gather(1, columns.clamp(min=0).long().flatten(1)).view(columns.shape)
+        return until[:, -1, None, None] - before
 
     def images_at(self, columns: Int[Tensor, "batch sets slots"], rows: slice = slice(None)) -> Tensor | None:
         """Which slots hold image tokens, from the columns of their tokens."""
