@@ -18,7 +18,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvcompress.errors import UnsupportedModeError
-from kvcompress.kernels import in_one_dtype
+from kvcompress.kernels import in_one_dtype, without_autocast
 
 NAME = "kvcompress"
 COMPRESSED = -(2**30)  # where the keys of a compressed cache begin, as it tells the mask function: nowhere
@@ -105,13 +105,27 @@ def compressed_attention(
     scaling = scaling or query.shape[-1] ** -0.5
     query, key, value = in_one_dtype(query, key, value)
     if not torch.is_grad_enabled():
-        output = cache.attend(layer, module, query, key, value, attention_mask, scaling)
+        output = _attend(query, key, value, cache, layer, module, attention_mask, scaling)
     else:
         with torch.no_grad():
-            output = cache.attend(layer, module, query, key, value, attention_mask, scaling)
+            output = _attend(query, key, value, cache, layer, module, attention_mask, scaling)
         if query.requires_grad:
             output = _InferenceOnly.apply(output, query)  # type: ignore[no-untyped-call]
     return output.transpose(1, 2).contiguous(), None
+
+
+@without_autocast
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cache: Attends,
+    layer: int,
+    module: nn.Module,
+    mask: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    return cache.attend(layer, module, query, key, value, mask, scaling)
 
 
 def padding_mask(

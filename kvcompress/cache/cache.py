@@ -108,7 +108,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         self._recording = False
         self._waiting: Phase | None = None  # kind of the step whose eviction waits
         self._layout: ImageLayout | None = None  # of the images of the step about to begin
-        self._new_valid: Tensor | None = None  # which columns of the step about to begin hold a token, if the hook saw
+        self._mask: Tensor | None = None  # `[batch, columns]`, of the step about to begin, as the hook saw it
         self._reduced: Reduction | None = None  # of a step whose last layer has attended
 
     def __repr__(self) -> str:
@@ -174,10 +174,11 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if self._waiting is not None:
             self._recording = False  # nobody cropped after the last forward, so nobody is rolling back
             self.compress()
-        if queries == 1 and sequence.seen and not self._has_padding():
+        given, self._mask = self._mask, None
+        if queries == 1 and sequence.seen and not self._says_anything(given):
             self._begin_decode()
         else:
-            self._begin_prefill(query, mask)
+            self._begin_prefill(query, given if given is not None else None if mask is None else mask[:, 0, -1])
 
     def _begin_decode(self) -> None:
         sequence, table = self._sequence, self._table
@@ -210,7 +211,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         batch, _, queries, _ = query.shape
         self._catch_up_if_needed()
         step = Step(Phase.PREFILL, columns=queries, evicts=not self._recording, row_new=np.full(batch, queries))
-        hidden, new_valid = self._read_mask(step, mask, queries)
+        hidden, new_valid = self._read_mask(step, mask, query)
         sequence, first = self._sequence, self._sequence.seen
         self._step, self._reduced = step, None  # from here on, what is interrupted has failed
         self._tidy()
@@ -233,7 +234,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 before = [np.broadcast_to(layer.held if len(layer.held) else 0, batch) for layer in self.layers]
                 step.local = partial(self._allocate_once, np.stack(before) + step.row_new, query.device)
 
-    def _read_mask(self, step: Step, mask: Tensor | None, queries: int) -> tuple[Tensor | None, Tensor | None]:
+    def _read_mask(self, step: Step, mask: Tensor | None, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """What a mask says: tokens that it hides from now on, and which new columns hold one; None where it is all or none.
 
         Waits for the device once if there is a mask, and changes nothing but the step.
@@ -244,15 +245,15 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         sequence = self._sequence
         if mask is None:
             return None, None
-        columns = mask[:, 0, -1].to(torch.bool)
-        past, new = columns[:, : sequence.seen], columns[:, sequence.seen :]
+        columns = mask.to(query.device, torch.bool)
+        past, new = columns[:, : sequence.seen], columns[:, sequence.seen : sequence.seen + query.shape[2]]
         known = sequence.known_valid(columns.device) if sequence.seen else past
         flags = (known & ~past).any(), (past & ~known).any(), new.all(), (new[:, 1:] < new[:, :-1]).any(), new[:, -1].any()
         counts = torch.cat([torch.stack(flags).long(), new.sum(1)]).tolist()
         hides, shows, whole, mixed, any_last = map(bool, counts[:5])
         if sequence.seen and not any_last:
             raise CacheStateError(
-                f"attention_mask: hides the last of the {queries} new tokens in every row; it must cover the "
+                f"attention_mask: hides the last of the {query.shape[2]} new tokens in every row; it must cover the "
                 f"{sequence.seen} tokens seen and the new ones. For a new conversation call reset()"
             )
         if shows:
@@ -441,12 +442,28 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 layer.pack()
             self._make_table()
 
-    def _has_padding(self) -> bool:
-        """Whether some row has no token in the one column of the step that begins; waits for a device if there is a mask."""
-        new, self._new_valid = self._new_valid, None
-        if new is None:
+    def _says_anything(self, mask: Tensor | None) -> bool:
+        """Whether the mask of a one-token step is about anything but tokens as they were; waits for a device if there is one.
+
+        On the CPU it is looked at through numpy, since there is nothing to wait for.
+        """
+        if mask is None:
             return False
-        return not (new.numpy().all() if new.device.type == "cpu" else bool(new.all()))
+        sequence = self._sequence
+        known = sequence.valid
+        if mask.device.type == "cpu":
+            shown = mask.numpy() != 0
+            if known is None:
+                return not shown.all()
+            known_columns = known.numpy()
+            width = known_columns.shape[1]
+            return bool((shown[:, :width] != known_columns).any()) or not shown[:, width:].all()
+        shown_columns = mask.to(torch.bool)
+        if known is None:
+            return not bool(shown_columns.all())
+        width = known.shape[1]
+        same = (shown_columns[:, :width] == known.to(mask.device)).all() & shown_columns[:, width:].all()
+        return not bool(same)
 
     def _dtype(self) -> torch.dtype:
         keys = self.layers[0].store.keys
@@ -610,18 +627,37 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         self._forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorders rows for beam search."""
-        self._select_rows(beam_idx)
+        """Reorders rows for beam search.
+
+        Args:
+            beam_idx: row that each row becomes, integers `[rows]`.
+
+        Raises:
+            CacheStateError: if there is no such row; nothing has changed then.
+        """
+        self._select_rows("reorder_cache", beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeats every row."""
+        """Repeats every row so many times, at least once.
+
+        Raises:
+            CacheStateError: if no row would be left; nothing has changed then.
+        """
         rows = torch.arange(self._sequence.batch)
-        self._select_rows(rows.repeat_interleave(repeats))
+        self._select_rows("batch_repeat_interleave", rows.repeat_interleave(max(0, repeats)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps some rows."""
-        rows = torch.arange(self._sequence.batch)
-        self._select_rows(rows[indices.cpu()])
+        """Keeps some rows.
+
+        Args:
+            indices: the rows, integers `[rows]` or bool `[batch]`.
+
+        Raises:
+            CacheStateError: if there is no such row, or none would be left; nothing has changed then.
+        """
+        if indices.dtype == torch.bool and indices.shape == (self._sequence.batch,):
+            indices = indices.nonzero().flatten()
+        self._select_rows("batch_select_indices", indices)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the last tokens back, then lets the evictions that waited happen.
@@ -714,7 +750,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if self._calls.decoder(inputs, self._sequence.seen):
             self._forget_images()
         mask = inputs.get("attention_mask")
-        self._new_valid = mask[:, -1] if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def before_turn(self, inputs: dict[str, Any]) -> None:
         """Looks at what `generate` was given, before it cuts off what was seen.
@@ -846,15 +882,20 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     # -- rows ----------------------------------------------------------------------------------------------------------
 
-    def _select_rows(self, index: Tensor) -> None:
+    def _select_rows(self, operation: str, index: Tensor) -> None:
+        batch = before = self._sequence.batch
         self._check_ready()
         self._catch_up_if_needed()
-        rows, before = index.cpu().numpy(), self._sequence.batch
-        if not before:
+        if not batch:
             return
-        if not len(rows) or rows.min() < 0 or rows.max() >= before:
-            came = "none" if not len(rows) else rows.tolist()
-            raise CacheStateError(f"rows: must be numbers from 0 to {before - 1}, at least one; got {came}")
+        numbers = index.ndim == 1 and not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+        rows = index.cpu().numpy()
+        if not numbers or not len(rows) or rows.min() < 0 or rows.max() >= batch:
+            raise CacheStateError(
+                f"{operation}: takes one or more of the rows 0 to {batch - 1} that the cache holds, as a vector of "
+                f"integers; got {index.tolist()}"
+            )
+        index = index.long()
         with self._changing():
             if self._allocation is not None:
                 self._allocation.select_rows(index, rows)

@@ -570,20 +570,24 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         raise CacheStateError(f"layer {self.number}: call update() of the CompressedCache, not of one of its layers")
 
     def reset(self) -> None:
-        """Refused: the layers of a cache belong together.
-
-        Raises:
-            CacheStateError: always.
-        """
-        raise CacheStateError(f"layer {self.number}: call reset() of the CompressedCache, not of one of its layers")
+        """Refused: see `CompressedCache.reset`."""
+        raise _one_layer("reset")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Refused, likewise.
+        """Refused: see `CompressedCache.reorder_cache`."""
+        raise _one_layer("reorder_cache")
 
-        Raises:
-            CacheStateError: always.
-        """
-        raise CacheStateError(f"layer {self.number}: call reorder_cache() of the CompressedCache, not of its layers")
+    def crop(self, max_length: int) -> None:
+        """Refused: see `CompressedCache.crop`."""
+        raise _one_layer("crop")
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Refused: see `CompressedCache.batch_repeat_interleave`."""
+        raise _one_layer("batch_repeat_interleave")
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Refused: see `CompressedCache.batch_select_indices`."""
+        raise _one_layer("batch_select_indices")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Masks cover every column seen, whatever is kept."""
@@ -605,3 +609,10 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Brings the layer's buffers back to their device."""
         if self.device is not None:
             self.store.to(self.device)
+
+
+def _one_layer(operation: str) -> CacheStateError:
+    return CacheStateError(
+        f"{operation}: one layer cannot be changed alone, since all layers share what the cache has seen; call "
+        f"{operation}() of the cache"
+    )

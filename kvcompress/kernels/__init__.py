@@ -9,6 +9,7 @@ from kvcompress.kernels.dense import (
     in_one_dtype,
     masked_attention_with_lse,
     merge_attention,
+    without_autocast,
 )
 from kvcompress.kernels.mass import attention_mass
 from kvcompress.kernels.probabilities import attention_probabilities
@@ -29,4 +30,5 @@ __all__ = [
     "in_one_dtype",
     "masked_attention_with_lse",
     "merge_attention",
+    "without_autocast",
 ]

@@ -6,6 +6,10 @@ Flash kernels compute the log-sum-exp and throw the probabilities away. With it,
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
@@ -13,6 +17,24 @@ from torch import Tensor
 
 _BLOCK_QUERIES = 128  # queries whose logits are written out at a time
 _BIAS_ALIGNMENT = 16  # elements; what the memory-efficient kernel wants of a bias, and more
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def without_autocast(
+    function: Callable[Concatenate[Tensor, _Arguments], _Result],
+) -> Callable[Concatenate[Tensor, _Arguments], _Result]:
+    """Lets a function of a tensor, and whatever else, compute in the dtypes that it asks for, also under autocast."""
+
+    @wraps(function)
+    def exact(tensor: Tensor, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        if not torch.is_autocast_enabled(tensor.device.type):
+            return function(tensor, *args, **kwargs)
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(tensor, *args, **kwargs)
+
+    return exact
 
 
 def attention(

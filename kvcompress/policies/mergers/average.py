@@ -34,7 +34,10 @@ class Average(Merger):
 
     def merge(self, layer: MergeContext) -> Merged:
         """Takes the plain mean of each kept slot and what is most similar to it."""
-        pairs, one = most_similar(layer, self.within_modality), torch.ones(1, 1, 1, device=layer.keys.device)
+        pairs, one = (
+            most_similar(layer, self.within_modality),
+            torch.ones(1, 1, 1, dtype=torch.float32, device=layer.keys.device),
+        )
         divisor = pairs.count + 1
         keys, values = (pairs.fold(tensor, one, one, divisor) for tensor in (layer.keys, layer.values))
         return Merged(keys, values)

@@ -60,7 +60,7 @@ class Pairs:
     @property
     def count(self) -> Float[Tensor, "batch kv_heads kept"]:
         """Evicted slots that each kept one takes up."""
-        return self.total(torch.ones(1, 1, 1, device=self.kept.device))
+        return self.total(torch.ones(1, 1, 1, dtype=torch.float32, device=self.kept.device))
 
     def fold(
         self,

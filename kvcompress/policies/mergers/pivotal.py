@@ -35,6 +35,6 @@ class Pivotal(Merger):
     def merge(self, layer: MergeContext) -> Merged:
         """Writes the mean of the midpoints as one weighted sum."""
         pairs = most_similar(layer, self.within_modality)
-        count, half = pairs.count, torch.full((1, 1, 1), 0.5, device=layer.keys.device)
+        count, half = pairs.count, torch.full((1, 1, 1), 0.5, dtype=torch.float32, device=layer.keys.device)
         keys, values = (pairs.fold(t, 1 + count / 2, half, count + 1) for t in (layer.keys, layer.values))
         return Merged(keys, values)

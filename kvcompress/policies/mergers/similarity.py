@@ -68,7 +68,7 @@ def _best(
     """Highest product of each evicted slot, rounded and divided by the grid, and the first kept one that has it."""
     shape, evicted, kept = evicted.shape[:3], evicted.flatten(0, 1), kept.flatten(0, 1)
     rows, count, _ = evicted.shape
-    best = torch.full((rows, count), -torch.inf, device=kept.device)
+    best = torch.full((rows, count), -torch.inf, dtype=torch.float32, device=kept.device)
     target = torch.zeros(rows, count, dtype=torch.long, device=kept.device)
     keys = min(_TILE_KEYS, kept.shape[1])
     step = min(1024, max(64, _TILE_SIMILARITIES // (rows * keys)))

@@ -35,7 +35,10 @@ class Weighted(Merger):
 
     def merge(self, layer: MergeContext) -> Merged:
         """Weighs evicted slots with the cosines of their keys, their values as well."""
-        pairs, one = most_similar(layer, self.within_modality), torch.ones(1, 1, 1, device=layer.keys.device)
+        pairs, one = (
+            most_similar(layer, self.within_modality),
+            torch.ones(1, 1, 1, dtype=torch.float32, device=layer.keys.device),
+        )
         divisor = pairs.count + 1
         keys, values = (pairs.fold(tensor, one, pairs.similarity, divisor) for tensor in (layer.keys, layer.values))
         return Merged(keys, values)

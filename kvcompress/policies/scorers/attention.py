@@ -80,7 +80,7 @@ class Attention(Scorer):
             return mass
         if layer.is_image is None:
             return mass * self.text_weight
-        return mass * torch.where(layer.is_image, self.image_weight, self.text_weight)
+        return torch.where(layer.is_image, mass * self.image_weight, mass * self.text_weight)
 
     def importance(self, score: Importance, queries: Int[Tensor, "batch sets tokens"]) -> Importance:
         """Divides by the number of counted queries that saw the token if `reduce` is "mean"."""
