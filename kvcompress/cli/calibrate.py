@@ -25,6 +25,7 @@ from kvcompress.cli.options import (
     ImagesFolder,
     ModelName,
     Modules,
+    Overwrite,
     PlotFolder,
     PresetName,
     Settings,
@@ -34,7 +35,7 @@ from kvcompress.errors import ConfigError
 from kvcompress.evaluation.calibration import BUDGETS, calibrate, check_budgets, check_config
 from kvcompress.evaluation.data import load_samples
 from kvcompress.evaluation.distributed import Processes
-from kvcompress.evaluation.plots import check_matplotlib, plot_profile, save_all
+from kvcompress.evaluation.plots import check_pictures, plot_profile, save_all
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -84,6 +85,7 @@ def calibrate_command(
             help="Reads the published files of PrefixKV (shares evicted) instead; no model is loaded.",
         ),
     ] = None,
+    overwrite: Overwrite = False,
     plot: PlotFolder = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of what built-in data draw.")] = 0,
     dtype: DtypeName = Dtype.auto,
@@ -94,10 +96,10 @@ def calibrate_command(
     """Estimates how much each layer keeps at every budget, and writes it as a profile."""
     with reported(as_json=as_json, debug=debug):
         if plot is not None:
-            check_matplotlib()
+            check_pictures(plot)
         import_modules(modules or [])
         processes = Processes.current(device)
-        processes.from_first(lambda: check_output(output_file))
+        processes.from_first(lambda: check_output(output_file, overwrite=overwrite))
         if from_prefixkv is not None:
             profile = LayerProfile.from_prefixkv(from_prefixkv)
         else:

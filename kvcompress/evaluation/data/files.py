@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from kvcompress.errors import ConfigError
+from kvcompress.errors import ConfigError, shown
 from kvcompress.evaluation.conversations import read_conversations
 from kvcompress.evaluation.data.built_in import split_text
 from kvcompress.evaluation.data.sample import TEXT, Sample
+from kvcompress.files import parse_json, picture_path, read_text
 
 FORMATS = (".json", ".jsonl", ".txt")
 TEXT_WORDS = (800, 60)  # of a plain text's prompts and continuations
@@ -32,17 +32,17 @@ def read_file(path: Path, images: Path | None) -> list[Sample]:
     """
     if path.suffix not in FORMATS:
         raise ConfigError(f"data {path}: the file name must end in one of {', '.join(FORMATS)}")
-    content = _text(path)
+    content = read_text(path, "data")
     if path.suffix == ".txt":
         pieces = split_text(content, *TEXT_WORDS)
         return [Sample(f"{path.stem}-{number:05}", *piece, kind=TEXT) for number, piece in enumerate(pieces)]
     if path.suffix == ".jsonl":
-        lines = [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+        lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
         return [
-            _question(_json(f"data {path}: line {number}", line), path, images, f"data {path}: line {number}")
+            _question(parse_json(line, f"data {path}: line {number}:"), path, images, f"data {path}: line {number}")
             for number, line in lines
         ]
-    entries = _json(f"data {path}", content)
+    entries = parse_json(content, f"data {path}:")
     if isinstance(entries, dict):
         return [_question({"id": name, **_mapping(entry)}, path, images, f"data {path}: entry '{name}'")
                 for name, entry in entries.items()]  # fmt: skip
@@ -59,7 +59,8 @@ def read_file(path: Path, images: Path | None) -> list[Sample]:
 def _conversations(path: Path, images: Path | None) -> list[Sample]:
     """The first question of each dialogue."""
     return [
-        Sample(dialogue.name, *dialogue.turns[0], image=dialogue.image) for dialogue in read_conversations(path, images)
+        Sample(dialogue.name, *dialogue.turns[0], image=dialogue.image, folder=images or path.parent)
+        for dialogue in read_conversations(path, images)
     ]
 
 
@@ -70,6 +71,9 @@ def _question(entry: Any, path: Path, images: Path | None, where: str) -> Sample
     if not isinstance(question, str):
         raise ConfigError(f"{where}: must have {' or '.join(map(repr, _QUESTION))}, a text; has {', '.join(entry)}")
     answer, name = entry.get("answer"), _first(entry, _NAME)
+    kinds = entry.get("capability") or []
+    if not isinstance(kinds, list):
+        raise ConfigError(f"{where}: 'capability' must be a list of texts; got {shown(kinds)}")
     folder = images
     if folder is None:
         folder = path.parent / "images" if (path.parent / "images").is_dir() else path.parent
@@ -77,8 +81,9 @@ def _question(entry: Any, path: Path, images: Path | None, where: str) -> Sample
         name="" if name is None else str(name),
         prompt=question.replace(_IMAGE_TOKEN, "").strip(),
         answer=None if answer is None else str(answer),
-        image=None if image is None else folder / str(image),
-        kind="+".join(map(str, entry.get("capability") or ())),
+        image=None if image is None else picture_path(folder, image, where),
+        kind="+".join(map(str, kinds)),
+        folder=None if image is None else folder,
     )
 
 
@@ -88,17 +93,3 @@ def _first(entry: dict[str, Any], names: tuple[str, ...]) -> Any:
 
 def _mapping(entry: Any) -> dict[str, Any]:
     return entry if isinstance(entry, dict) else {}
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"data {path}: cannot be read: {error}") from None
-
-
-def _json(where: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{where}: is not valid JSON: {error}") from None
