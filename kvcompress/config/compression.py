@@ -20,6 +20,7 @@ from kvcompress.config.budget import Budget
 from kvcompress.config.combination import Combination, check_combination
 from kvcompress.config.presets import PRESETS
 from kvcompress.errors import ConfigError
+from kvcompress.files import write_text
 from kvcompress.policies.base import Evictor, Merger, Quantizer, Reducer, Scorer
 from kvcompress.policies.configured import Configured
 from kvcompress.policies.registry import (
@@ -142,12 +143,16 @@ class CompressionConfig(Configured):
             raise ConfigError(f"config {path}: {error}") from None
 
     def dump(self, path: str | PathLike[str]) -> None:
-        """Writes the exact inverse of `load` to a .yaml, .yml or .json file."""
+        """Writes the exact inverse of `load` to a .yaml, .yml or .json file, whole or not at all.
+
+        Raises:
+            ConfigError: if it cannot be written; a file that was there is then what it was.
+        """
         path, fields = _format_of(path), self.model_dump(mode="json")
         text = (
             json.dumps(fields, indent=2) + "\n" if path.suffix == ".json" else yaml.safe_dump(fields, sort_keys=False)
         )
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text, "config")
 
 
 _FORMATS = (".yaml", ".yml", ".json")

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from kvcompress.config.compression import CompressionConfig
 from kvcompress.errors import ConfigError
+from kvcompress.files import write_text
 from kvcompress.policies.allocators import Profile
 from kvcompress.policies.base import Allocator
 from kvcompress.policies.configured import Configured
@@ -124,17 +125,14 @@ class LayerProfile(Configured):
             raise ConfigError(f"profile {path}: {error}") from None
 
     def dump(self, path: str | PathLike[str]) -> None:
-        """Writes the exact inverse of `load`.
+        """Writes the exact inverse of `load`, whole or not at all.
 
         Raises:
-            ConfigError: if the file cannot be written.
+            ConfigError: if it cannot be written; a file that was there is then what it was.
         """
         path, fields = _format_of(path), self.model_dump(mode="json")
         text = json.dumps(fields) + "\n" if path.suffix == ".json" else yaml.safe_dump(fields, sort_keys=False)
-        try:
-            path.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"profile {path}: cannot be written: {error.strerror or error}") from None
+        write_text(path, text, "profile")
 
     @classmethod
     def from_prefixkv(cls, folder: str | PathLike[str]) -> LayerProfile:

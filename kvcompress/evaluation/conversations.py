@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcompress.errors import ConfigError
+from kvcompress.files import write_text
 
 _IMAGE = "<image>"
 
@@ -63,7 +64,7 @@ def write_conversations(path: Path, conversations: Iterable[Conversation]) -> No
             shown = f"{_IMAGE}\n{question}" if number == 0 and conversation.image is not None else question
             said += [{"from": "human", "value": shown}, {"from": "gpt", "value": answer}]
         entries.append({**entry, "conversations": said})
-    path.write_text(json.dumps(entries, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(entries, indent=1, ensure_ascii=False) + "\n", "conversations")
 
 
 def check_fields(where: str, entry: dict[str, Any], *known: tuple[str, ...], unread: tuple[str, ...] = ()) -> None:

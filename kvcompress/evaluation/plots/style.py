@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from kvcompress.errors import ConfigError, MissingDependencyError
+from kvcompress.errors import MissingDependencyError
+from kvcompress.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -113,13 +114,11 @@ def save(figure: Figure, path: str | Path) -> tuple[Path, Path]:
     path = Path(path)
     stem = path.name.removesuffix(".png").removesuffix(".svg")
     image, drawn = path.with_name(f"{stem}.png"), path.with_name(f"{stem}.svg")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _style():
-            figure.savefig(image, format="png", dpi=_DPI, metadata={"Software": None})
-            figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
-    except OSError as error:
-        raise ConfigError(f"picture {path}: cannot be written: {error}") from None
+    with _style():
+        with replacing(image, "picture") as file:
+            figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
+        with replacing(drawn, "picture") as file:
+            figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     return image, drawn
 
 
