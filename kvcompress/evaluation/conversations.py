@@ -87,8 +87,8 @@ def check_fields(where: str, entry: dict[str, Any], *known: tuple[str, ...], unr
     for name in entry:
         if name not in everything:
             raise ConfigError(
-                f"{where}: unknown field {reprlib.repr(name)}; known: {', '.join(everything)}. What the model is not to "
-                "see goes into 'metadata'"
+                f"{where}: unknown field {reprlib.repr(name)}; known: {', '.join(everything)}. "
+                "What the model is not to see goes into 'metadata'"
             )
 
 
