@@ -16,6 +16,7 @@ from kvcompress.config import CompressionConfig
 from kvcompress.config.budget import Budget
 from kvcompress.errors import BudgetWarning
 from kvcompress.policies.context import AllocationContext
+from kvcompress.policies.faults import policy_errors
 
 
 @dataclass
@@ -77,7 +78,8 @@ def allocate(
     if importance is None:
         importance = torch.zeros((), device=device).expand(layers, batch, int(capacity.max()))
     context = context or AllocationContext()
-    budgets: list[list[int]] = config.allocator.allocate(importance, total, floor, capacity, context).tolist()
+    with policy_errors(config.allocator):
+        budgets: list[list[int]] = config.allocator.allocate(importance, total, floor, capacity, context).tolist()
     spent = [sum(layer[row] for layer in budgets) for row in range(batch)]
     notes = dict(context.notes)
     images = notes.pop("image_budget", None)

@@ -22,6 +22,7 @@ from kvcompress.config import CompressionConfig
 from kvcompress.config.profile import LayerProfile, check_profiles, profile_override
 from kvcompress.errors import CacheStateError, UnsupportedModeError
 from kvcompress.integrations import Adapter, adapter_for
+from kvcompress.policies.faults import policy_errors
 from kvcompress.policies.images import ImageLayout
 
 
@@ -135,7 +136,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         check_profiles(self.config, adapter.decoder(model))
         layers = len(adapter.layers(model))
         if self.config.reducer is not None:
-            self.config.reducer.acts_after(layers)  # complains before anything is touched
+            with policy_errors(self.config.reducer):
+                self.config.reducer.acts_after(layers)  # complains before anything is touched
         self._engine = Engine(self.config, layers, adapter.head_group(model))
         self._decoder = weakref.ref(adapter.decoder(model))
         super().__init__(

@@ -14,6 +14,7 @@ from kvcompress.cache.sequence import Sequence
 from kvcompress.cache.store import DenseStore
 from kvcompress.config import CompressionConfig
 from kvcompress.policies.context import DecodeContext
+from kvcompress.policies.faults import policy_errors
 
 
 def attend_one(
@@ -79,8 +80,9 @@ def evict(layer: int, store: DenseStore, config: CompressionConfig, sequence: Se
         columns, scores, of_all = store.columns(), store.used_scores(), every_column(store)
         protected = sequence.protected(of_all, *protection(config))
         every_score = None if scores is None else store.heads.gather(scores)
-        victims = evictor.victim(DecodeContext(of_all, protected, every_score))
-        store.heads_part = store.heads_part or victims.shape[1] > 1
+        with policy_errors(evictor, layer):
+            victims = evictor.victim(DecodeContext(of_all, protected, every_score))
+            store.heads_part = store.heads_part or victims.shape[1] > 1
         victims = store.heads.own(victims)
         if merges:
             rows = torch.zeros(store.batch, 1, 1, dtype=torch.bool, device=columns.device)

@@ -24,6 +24,7 @@ from kvcompress.config import CompressionConfig
 from kvcompress.errors import CacheStateError
 from kvcompress.parallel import ALONE, HeadGroup
 from kvcompress.policies.context import LayerWeights
+from kvcompress.policies.faults import policy_errors
 from kvcompress.policies.images import ImageLayout
 
 
@@ -46,7 +47,7 @@ class Engine:
         self.config = config
         self.heads = heads
         quantizer = config.quantizer
-        self.stores = [QuantizedStore(quantizer, heads) if quantizer else DenseStore(heads) for _ in range(layers)]
+        self.stores = [QuantizedStore(quantizer, heads, i) if quantizer else DenseStore(heads) for i in range(layers)]
         self.sequence = Sequence()
         self.allocation: Allocation | None = None
         self.statistics: list[dict[str, Tensor]] = [{} for _ in range(layers)]
@@ -152,7 +153,8 @@ class Engine:
         self._reduced = None
         sequence.extend(batch, queries, new_valid, scores)
         if layout is not None and self.config.reducer is not None:
-            points = self.config.reducer.acts_after(len(self.stores))
+            with policy_errors(self.config.reducer):
+                points = self.config.reducer.acts_after(len(self.stores))
             if points:
                 forward.reduction = Reduction(self.config.reducer, points, layout, sequence, first, spans)
         if not scores:
@@ -261,10 +263,11 @@ class Engine:
         if evictor is not None and evictor.frees == "oldest":
             sinks, recents = protection(self.config)
             held = self.sequence.first_given(layer, sinks)
-            pinned = [
-                max(evictor.pinned(count, first, recents), first)
-                for count, first in zip(store.counts, held, strict=True)
-            ]
+            with policy_errors(evictor, layer):
+                pinned = [
+                    max(evictor.pinned(count, first, recents), first)
+                    for count, first in zip(store.counts, held, strict=True)
+                ]
             store.pin(pinned, [max(0, sinks - seen) for seen in self.sequence.row_seen])
 
     # -- rows and rollback ---------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from kvcompress.cache.store import DenseStore
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import PolicyError
 from kvcompress.policies.base import Scorer
+from kvcompress.policies.faults import policy_errors
 
 Ranked: TypeAlias = tuple[Tensor, Tensor | None]  # columns and importance of a layer's slots, over all heads
 
@@ -41,4 +42,5 @@ def importance_of(layer: int, store: DenseStore, config: CompressionConfig, sequ
 
 def scored_importance(layer: int, scores: Tensor, columns: Tensor, scorer: Scorer, sequence: Sequence) -> Tensor:
     """Importance of every slot of a layer, NaN where it has no score."""
-    return scorer.importance(scores, sequence.queries_on(columns, last=not scorer.accumulates, layer=layer))
+    with policy_errors(scorer, layer):
+        return scorer.importance(scores, sequence.queries_on(columns, last=not scorer.accumulates, layer=layer))

@@ -13,6 +13,7 @@ from kvcompress.cache.store import DenseStore, gathered
 from kvcompress.parallel import ALONE, HeadGroup
 from kvcompress.policies.base import Quantizer
 from kvcompress.policies.context import Codes, Keys, Values
+from kvcompress.policies.faults import policy_errors
 
 _BLOCK = 4096  # slots that attention decodes at a time
 
@@ -80,10 +81,10 @@ class QuantizedStore(DenseStore):
     precision, to be quantized with a later group.
     """
 
-    def __init__(self, quantizer: Quantizer, heads: HeadGroup = ALONE) -> None:
-        """Starts empty."""
+    def __init__(self, quantizer: Quantizer, heads: HeadGroup = ALONE, layer: int | None = None) -> None:
+        """Starts empty; `layer` is for the words of errors."""
         super().__init__(heads)
-        self.quantizer = quantizer
+        self.quantizer, self.layer = quantizer, layer
         self._packed: tuple[Packed, Packed] | None = None  # keys and values
 
     @property
@@ -99,7 +100,8 @@ class QuantizedStore(DenseStore):
             return super().slots_within(nbytes)
         group = self.quantizer.group
         empty = [tensor.new_zeros(1, tensor.shape[1], group, tensor.shape[3]) for tensor in (self.keys, self.values)]
-        packed = self.quantizer.encode_keys(empty[0]).nbytes + self.quantizer.encode_values(empty[1]).nbytes
+        with policy_errors(self.quantizer, self.layer):
+            packed = self.quantizer.encode_keys(empty[0]).nbytes + self.quantizer.encode_values(empty[1]).nbytes
         return super().slots_within(full) + (nbytes - full) * group / packed
 
     def slots(self) -> tuple[Keys, Values]:
@@ -128,14 +130,15 @@ class QuantizedStore(DenseStore):
         if not self._ordered or self.has_holes:
             self.keep(self.columns() >= 0, self.counts, room=self.capacity - self.length)
         assert self.keys is not None and self.values is not None
-        codes = (
-            quantizer.encode_keys(self.keys[:, :, :new].contiguous()),
-            quantizer.encode_values(self.values[:, :, :new].contiguous()),
-        )
-        if self._packed is None:
-            self._packed = (Packed(codes[0], quantizer.group), Packed(codes[1], quantizer.group))
-        else:
-            self._packed = (self._packed[0].joined(codes[0]), self._packed[1].joined(codes[1]))
+        with policy_errors(quantizer, self.layer):
+            codes = (
+                quantizer.encode_keys(self.keys[:, :, :new].contiguous()),
+                quantizer.encode_values(self.values[:, :, :new].contiguous()),
+            )
+            if self._packed is None:
+                self._packed = (Packed(codes[0], quantizer.group), Packed(codes[1], quantizer.group))
+            else:
+                self._packed = (self._packed[0].joined(codes[0]), self._packed[1].joined(codes[1]))
         self.keys, self.values = self.keys[:, :, new:].clone(), self.values[:, :, new:].clone()
         self.packed += new
         for lane in self._lanes:
@@ -158,7 +161,8 @@ class QuantizedStore(DenseStore):
     def _decoded(self, rows: slice, start: int, end: int) -> tuple[Keys, Values]:
         """Keys and values of quantized positions; `start` begins a group."""
         assert self._packed is not None
-        keys, values = (self.quantizer.decode(packed.part(rows, start, end)) for packed in self._packed)
+        with policy_errors(self.quantizer, self.layer):
+            keys, values = (self.quantizer.decode(packed.part(rows, start, end)) for packed in self._packed)
         return keys, values
 
     def _keep_slots(self, order: Int[Tensor, "batch sets slots"], counts: list[int], capacity: int) -> None:

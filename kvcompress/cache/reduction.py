@@ -13,6 +13,7 @@ from kvcompress.cache.store import DenseStore
 from kvcompress.errors import PolicyError
 from kvcompress.policies.base import Reducer
 from kvcompress.policies.context import LayerContext, LayerWeights, Reduced, ReductionContext
+from kvcompress.policies.faults import policy_errors
 from kvcompress.policies.images import ImageLayout
 
 
@@ -85,8 +86,9 @@ class Reduction:
                     weights=LayerWeights(),
                     heads=store.heads,
                 )
-                guidance = self.reducer.guidance(context)
-                self._guidance[row] = None if guidance is None else store.heads.mean(guidance)
+                with policy_errors(self.reducer, layer):
+                    guidance = self.reducer.guidance(context)
+                    self._guidance[row] = None if guidance is None else store.heads.mean(guidance)
 
     def reduce(self, layer: int, hidden: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch fewer hidden"]:
         """Lets the reducer act between two layers, row by row.
@@ -169,8 +171,9 @@ class Reduction:
             image_tokens=int(sequence.images_at(every, rows).sum()),  # type: ignore[union-attr]
             guidance=self._guidance[row],
         )
-        reduced = self.reducer.reduce(context)
-        self._check(reduced, context)
+        with policy_errors(self.reducer, layer - 1):
+            reduced = self.reducer.reduce(context)
+            self._check(reduced, context)
         text = ~context.is_image.unsqueeze(-1)
         return Reduced(reduced.into, torch.where(text, hidden, reduced.hidden))
 

@@ -13,6 +13,7 @@ from kvcompress.errors import PolicyError
 from kvcompress.kernels import attention, attention_with_lse, masked_attention_with_lse, merge_attention
 from kvcompress.policies.base import Scorer
 from kvcompress.policies.context import LayerContext, LayerWeights
+from kvcompress.policies.faults import policy_errors
 from kvcompress.policies.statistics import STATISTICS
 
 
@@ -76,14 +77,16 @@ def attend_and_score(
             known = statistics.setdefault(name, torch.zeros(store.batch, device=query.device))
             known[rows] = store.heads.mean(STATISTICS[name](context))
     if scorer is not None:
-        scores = scorer.score(context)
-        expected = tuple(keys.shape[:3])
-        if tuple(scores.shape) != expected or not bool(scores.isfinite().all()):
-            came = f"the shape {tuple(scores.shape)}" if tuple(scores.shape) != expected else "NaN or infinite scores"
-            raise PolicyError(
-                f"scorer {scorer.name}: layer {layer}: must return finite scores of the shape "
-                f"{expected} [batch, kv_heads, tokens]; got {came}"
-            )
+        with policy_errors(scorer, layer):
+            scores = scorer.score(context)
+            expected = tuple(keys.shape[:3])
+            if tuple(scores.shape) != expected or not bool(scores.isfinite().all()):
+                same = tuple(scores.shape) == expected
+                came = "NaN or infinite scores" if same else f"the shape {tuple(scores.shape)}"
+                raise PolicyError(
+                    f"scorer {scorer.name}: layer {layer}: must return finite scores of the shape "
+                    f"{expected} [batch, kv_heads, tokens]; got {came}"
+                )
         store.score(rows, tokens, scores, add=scorer.accumulates)
     return output
 

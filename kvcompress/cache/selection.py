@@ -14,6 +14,7 @@ from kvcompress.cache.store import DenseStore
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import PolicyError
 from kvcompress.policies.context import MergeContext, SelectionContext
+from kvcompress.policies.faults import policy_errors
 
 
 def shrink(
@@ -42,8 +43,9 @@ def shrink(
         is_image=sequence.images_at(columns),
         image_budget=None if images is None else torch.tensor(images[layer], device=columns.device),
     )
-    mask = config.evictor.select(context)
-    _check_selection(f"evictor {config.evictor.name}: layer {layer}", mask, context)
+    with policy_errors(config.evictor, layer):
+        mask = config.evictor.select(context)
+        _check_selection(f"evictor {config.evictor.name}: layer {layer}", mask, context)
     store.heads_part = store.heads_part or mask.shape[1] > 1
     mask, columns = store.heads.own(mask), store.columns()
     if config.merger is not None:
@@ -103,14 +105,15 @@ def merge(
         state=store.merger_state,
         first_head=store.heads.first(keys.shape[1]),
     )
-    merged = config.merger.merge(context)
     label = f"merger {config.merger.name}: layer {layer}"
-    for name, given, came in (("keys", keys, merged.keys), ("values", values, merged.values)):
-        if came.shape != given.shape or came.dtype != given.dtype:
-            raise PolicyError(
-                f"{label}: must return {name} as {given.dtype} {tuple(given.shape)}, got {came.dtype} "
-                f"{tuple(came.shape)}"
-            )
+    with policy_errors(config.merger, layer):
+        merged = config.merger.merge(context)
+        for name, given, came in (("keys", keys, merged.keys), ("values", values, merged.values)):
+            if came.shape != given.shape or came.dtype != given.dtype:
+                raise PolicyError(
+                    f"{label}: must return {name} as {given.dtype} {tuple(given.shape)}, got {came.dtype} "
+                    f"{tuple(came.shape)}"
+                )
     store.replace(merged.keys, merged.values)
     store.merger_state = merged.state
 
