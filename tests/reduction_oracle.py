@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from tests import tiny
+
 Place = tuple[int, int, int] | None  # number of the grid, row, column; None for tokens of no grid
 
 
@@ -145,7 +147,7 @@ class PlainLightKV:
     def _layer(self, layer: torch.nn.Module, hidden: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
         rotary = self.model.get_decoder().rotary_emb(hidden, position_ids=positions[None])
         mask = None if mask is None else mask[None, None]
-        output: Tensor = layer(hidden, attention_mask=mask, past_key_values=self.cache, position_embeddings=rotary)
+        output: Tensor = layer(hidden, attention_mask=mask, **tiny.with_cache(self.cache), position_embeddings=rotary)
         return output
 
     def _guidance(self, layer: torch.nn.Module, hidden: Tensor, positions: Tensor, columns: list[int]) -> list[float]:

@@ -131,7 +131,7 @@ class Reference:
             module.visible = seen & valid[:, None]
         passed = ("input_ids", "position_ids", "pixel_values", "image_sizes", "mm_encoder_outputs")
         with recorded(self.model) as steps, torch.no_grad():
-            self.model(**{key: inputs[key] for key in passed if key in inputs}, past_key_values=self.cache)
+            self.model(**{key: inputs[key] for key in passed if key in inputs}, **tiny.with_cache(self.cache))
         return steps[0]
 
     def attention_mass(self, last: int | None = None) -> list[Tensor]:

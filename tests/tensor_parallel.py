@@ -80,24 +80,24 @@ def played(model: PreTrainedModel, name: str, way: str, fields: dict[str, Any]) 
     elif way == "beams":
         options["num_beams"] = 3
     elif way == "copies":
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **tiny.with_cache(cache))
         inputs = longer(inputs["input_ids"], 5)
         other = copy.deepcopy(cache)
-        said.append(model.generate(**inputs, past_key_values=other, **options).tolist())
+        said.append(model.generate(**inputs, **tiny.with_cache(other), **options).tolist())
     elif way == "taken back":
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **tiny.with_cache(cache))
         cache.activate_past_recording()
         more = longer(inputs["input_ids"], 7)
-        model(more["input_ids"][:, TOKENS:], attention_mask=more["attention_mask"], past_key_values=cache)
+        model(more["input_ids"][:, TOKENS:], attention_mask=more["attention_mask"], **tiny.with_cache(cache))
         cache.crop(-4)
         said.append(least_held(cache))
         inputs = longer(more["input_ids"][:, : TOKENS + 3], 1)
     options |= {"output_logits": True, "return_dict_in_generate": True}
-    result = model.generate(**inputs, past_key_values=cache, **options)
+    result = model.generate(**inputs, **tiny.with_cache(cache), **options)
     said.append(result.sequences.tolist())
     if way == "second turn":
         said.append(least_held(cache))
-        result = model.generate(**longer(result.sequences, 40), past_key_values=cache, **options)
+        result = model.generate(**longer(result.sequences, 40), **tiny.with_cache(cache), **options)
         said.append(result.sequences.tolist())
     report = cache.report()
     return {
@@ -127,7 +127,7 @@ def sent(model: PreTrainedModel, past: Any) -> list[int]:
     counts = []
     for ids in (tiny.token_ids(1, TOKENS, seed=5), tiny.token_ids(1, 1, seed=6)):
         with CommDebugMode() as mode, torch.no_grad():
-            model(ids, past_key_values=past)
+            model(ids, **tiny.with_cache(past))
         counts.append(mode.get_total_counts())
     return counts
 

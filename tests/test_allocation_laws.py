@@ -361,13 +361,13 @@ def test_a_wrong_answer_is_refused_within_a_cache(lie: str) -> None:
     config = CompressionConfig(budget=0.5, scorer="attention", allocator=Liar(lie=lie))
     cache = CompressedCache(model, config)
     with torch.no_grad(), pytest.raises(PolicyError, match=LIES[lie]):
-        model(**given, past_key_values=cache)
+        model(**given, **tiny.with_cache(cache))
     with torch.no_grad(), pytest.raises(CacheStateError, match="reset"):
-        model(**given, past_key_values=cache)
+        model(**given, **tiny.with_cache(cache))
     cache.reset()
     assert cache.get_seq_length() == 0
     with torch.no_grad(), pytest.raises(KVCompressError, match=LIES[lie]):
-        model(**given, past_key_values=cache)
+        model(**given, **tiny.with_cache(cache))
 
 
 def test_an_honest_allocator_of_ones_own_works_within_a_cache() -> None:
@@ -375,5 +375,5 @@ def test_an_honest_allocator_of_ones_own_works_within_a_cache() -> None:
     model, given = tiny.model("llama"), tiny.inputs("llama", 12, seed=1)
     cache = CompressedCache(model, CompressionConfig(budget=0.5, scorer="attention", allocator=Liar()))
     with torch.no_grad():
-        model(**given, past_key_values=cache)
+        model(**given, **tiny.with_cache(cache))
     assert cache.report().layer_lengths == [[6]] * 3

@@ -162,7 +162,7 @@ def test_a_profile_of_another_model_is_refused_by_its_layers() -> None:
     model = tiny.model("llama")
     cache = CompressedCache(model, "prefixkv", allocator={"name": "profile", "retention": [0.5] * 4})
     with pytest.raises(PolicyError, match="the profile has 4 layers, the model has 3"), torch.no_grad():
-        model(**tiny.inputs("llama", 20, seed=0), past_key_values=cache)
+        model(**tiny.inputs("llama", 20, seed=0), **tiny.with_cache(cache))
 
 
 # -- pyramid -----------------------------------------------------------------------------------------------------------
@@ -274,7 +274,7 @@ def test_statistics_are_those_of_dense_attention(name: str, lengths: list[int], 
         SEEN.clear()
         visible = held(cache) if step is turn else []
         with torch.no_grad():
-            model(**step, past_key_values=cache)
+            model(**step, **tiny.with_cache(cache))
         dense.run(step, visible)
         (context,) = SEEN
         for layer, module in enumerate(dense.layers):
@@ -547,7 +547,7 @@ def test_a_cache_keeps_as_many_image_columns_as_were_allocated(
     turn = tiny.token_ids(batch, 6, seed + 1)
     with torch.no_grad():
         for step in (inputs, {"input_ids": turn}):
-            model(**step, past_key_values=cache)
+            model(**step, **tiny.with_cache(cache))
             budgets = cache.layers[0].engine.allocation.image_budgets
             for layer, rows in enumerate(held(cache)):
                 for row, sets in enumerate(rows):
@@ -672,6 +672,6 @@ def test_a_chunk_of_one_token_is_topk() -> None:
     found = []
     for evictor in ("topk", {"name": "chunk", "length": 1}):
         cache = CompressedCache(model, "prefixkv", evictor=evictor, scorer=Scripted(), budget=0.3)
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=5)
+        model.generate(**inputs, **tiny.with_cache(cache), max_new_tokens=5)
         found.append(held(cache))
     assert found[0] == found[1]

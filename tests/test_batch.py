@@ -96,7 +96,7 @@ def generated(name: str, config: CompressionConfig, inputs: dict[str, Any]) -> l
     with reference.recorded(model, cache) as steps:
         output = model.generate(
             **inputs,
-            past_key_values=cache,
+            **tiny.with_cache(cache),
             max_new_tokens=6,
             do_sample=False,
             output_logits=True,
@@ -230,7 +230,7 @@ def talked(config: CompressionConfig, ids: list[list[Tensor]], sides: list[list[
         seen = {"pixel_values": torch.cat([image["pixel_values"] for image in images])} if images else {}
         with torch.no_grad():
             logits = model(
-                new, attention_mask=valid.long(), position_ids=positions, past_key_values=cache, **seen
+                new, attention_mask=valid.long(), position_ids=positions, **tiny.with_cache(cache), **seen
             ).logits
         for row in rows:
             last = int(new_valid[row].nonzero()[-1])

@@ -87,7 +87,7 @@ def test_held_bytes_of_a_quantized_cache_count_codes_scales_and_the_rest(loaded:
     config = loaded.model.config
     cache = QuantizedCache("quanto", config, nbits=4, q_group_size=16, residual_length=128)
     with torch.inference_mode():
-        loaded.model(tiny.token_ids(1, 64, seed=0), past_key_values=cache)
+        loaded.model(tiny.token_ids(1, 64, seed=0), **tiny.with_cache(cache))
     codes = 3 * 2 * 64 * 2 * 8 // 2  # layers, keys and values, tokens, heads, head_dim; half a byte each
     numbers = 3 * 2 * 64 * 2 * 8 // 16 * 2 * 4  # a scale and a shift in float32 for each group of 16
     assert held_bytes(cache) == codes + numbers
@@ -96,7 +96,7 @@ def test_held_bytes_of_a_quantized_cache_count_codes_scales_and_the_rest(loaded:
 def test_held_bytes_of_a_compressed_cache_are_those_of_its_report(loaded: LoadedModel) -> None:
     cache = CompressedCache(loaded.model, FIFTH)
     with torch.inference_mode():
-        loaded.model(tiny.token_ids(1, 64, seed=0), past_key_values=cache)
+        loaded.model(tiny.token_ids(1, 64, seed=0), **tiny.with_cache(cache))
         report = cache.report()
         assert held_bytes(cache) == report.kv_bytes + report.index_bytes
     assert held_bytes(DynamicCache()) == 0

@@ -21,6 +21,7 @@ from kvcompress.errors import BudgetWarning, ConfigError
 from kvcompress.evaluation import LoadedModel, load_model
 from kvcompress.evaluation.calibration import calibrate, retentions
 from kvcompress.evaluation.data import Sample, data_hash, encode_sample, load_samples
+from tests import tiny
 from tests.test_profile import write_prefixkv
 
 
@@ -55,7 +56,7 @@ def test_one_prefill_gives_what_a_cache_of_each_budget_keeps(preset: str) -> Non
         found = retentions(shapes(), config, scenes(1), (0.2, 0.55, 0.9))[0]
         for budget, shares in zip((0.2, 0.55, 0.9), found.tolist(), strict=True):
             cache = CompressedCache(shapes().model, config, budget=budget)
-            shapes().model(**encode_sample(shapes(), scenes(1)[0]), past_key_values=cache)
+            shapes().model(**encode_sample(shapes(), scenes(1)[0]), **tiny.with_cache(cache))
             seen = cache.report().tokens_seen
             assert [rows[0] for rows in cache.report().layer_lengths] == [round(share * seen) for share in shares]
 
@@ -85,7 +86,7 @@ def test_a_cache_with_the_profile_of_a_prompt_keeps_what_it_was_estimated_to() -
     with_scores = CompressedCache(shapes().model, config)
     without = CompressedCache(shapes().model, "streaming", budget=0.4, profile=profile)
     for cache in (with_scores, without):
-        shapes().model(**inputs, past_key_values=cache)
+        shapes().model(**inputs, **tiny.with_cache(cache))
     assert without.report().layer_lengths == with_scores.report().layer_lengths
     assert len({rows[0] for rows in without.report().layer_lengths}) > 1
 

@@ -22,7 +22,7 @@ from kvcompress.cli import generate as generate_command
 from kvcompress.config.presets import PRESETS
 from kvcompress.evaluation import LoadedModel
 from kvcompress.policies.registry import ALLOCATORS, REGISTRIES
-from tests import checkpoints
+from tests import checkpoints, tiny
 
 PROMPT = "the quick brown fox jumps over the lazy dog"
 
@@ -442,7 +442,7 @@ def test_smollm2_answers_like_transformers_own_cache_at_full_budget(monkeypatch:
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )["input_ids"]
     output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=DynamicCache(), max_new_tokens=64, do_sample=False
+        ids, attention_mask=torch.ones_like(ids), **tiny.with_cache(DynamicCache()), max_new_tokens=64, do_sample=False
     )
     assert told["new_tokens"] == 64 and told["retention"] == 1.0
     assert told["text"] == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)

@@ -35,10 +35,10 @@ def test_a_valid_pair_runs(pair: Pair, sees: str) -> None:
         family = tiny.LARGE_IMAGE_MODELS[sees == "images"]
     model = tiny.model(family)
     cache = CompressedCache(model, pair.config)
-    logits = model(**tiny.inputs(family, tokens=300, seed=1), past_key_values=cache).logits
+    logits = model(**tiny.inputs(family, tokens=300, seed=1), **tiny.with_cache(cache)).logits
     for number, tokens in enumerate([1, 1, 1, 4, 1]):
         assert logits.isfinite().all()
-        logits = model(tiny.token_ids(1, tokens, seed=number), past_key_values=cache).logits
+        logits = model(tiny.token_ids(1, tokens, seed=number), **tiny.with_cache(cache)).logits
     report = cache.report()
     if pair.config.reducer is not None:
         images = [count for (count,) in report.image_tokens]

@@ -35,7 +35,7 @@ from kvcompress.evaluation.grid import FULL_CACHE, Cell, cells_of
 from kvcompress.evaluation.likelihood import read_answer
 from kvcompress.evaluation.metrics import METRICS
 from kvcompress.evaluation.results import samples_path, without_timings
-from tests import checkpoints
+from tests import checkpoints, tiny
 
 QUESTIONS = [
     Sample("fox", "What does the quick brown fox jump over?", "A lazy dog."),
@@ -117,7 +117,7 @@ def test_perplexity_of_a_compressed_cache_is_that_of_what_each_step_still_holds(
     with torch.no_grad():
         for position in range(prompt, ids.shape[1]):
             start = 0 if position == prompt else position - 1
-            logits = text_model.model(ids[:, start:position], past_key_values=cache).logits[0, -1]
+            logits = text_model.model(ids[:, start:position], **tiny.with_cache(cache)).logits[0, -1]
             nats -= float(logits.double().log_softmax(-1)[ids[0, position]])
             held.append(cache.report().retention)
     reading = read_answer(text_model, inputs, answer, config)
@@ -660,7 +660,7 @@ def test_a_dynamic_cache_is_the_reference(text_model: LoadedModel) -> None:
     sample = QUESTIONS[0]
     inputs = encode_sample(text_model, sample)
     output = text_model.model.generate(
-        **inputs, past_key_values=DynamicCache(), max_new_tokens=6, do_sample=False, pad_token_id=0
+        **inputs, **tiny.with_cache(DynamicCache()), max_new_tokens=6, do_sample=False, pad_token_id=0
     )
     ids = output[0, inputs["input_ids"].shape[1] :]
     rows: list[Row] = []

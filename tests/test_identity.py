@@ -28,19 +28,19 @@ def everything(preset: str, budget: Any = 1.0) -> CompressionConfig:
 def continued(model: PreTrainedModel, cache: Cache, inputs: dict[str, Any], tokens: int) -> tuple[Tensor, list[Tensor]]:
     """Logits of the prompt, and of each of some greedy steps after it."""
     with torch.no_grad():
-        first = model(**inputs, past_key_values=cache).logits
+        first = model(**inputs, **tiny.with_cache(cache)).logits
         steps, mask = [first[:, -1:]], inputs["attention_mask"]
         for _ in range(tokens):
             mask = torch.cat([mask, mask.new_ones(mask.shape[0], 1)], dim=1)
             ids = steps[-1].argmax(-1)
-            steps.append(model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits)
+            steps.append(model(input_ids=ids, attention_mask=mask, **tiny.with_cache(cache)).logits)
     return first, steps[1:]
 
 
 def generated(model: PreTrainedModel, cache: Cache, inputs: dict[str, Any], **settings: Any) -> list[list[int]]:
     """Tokens from `generate`, greedy unless the settings say otherwise."""
     settings = {"max_new_tokens": 8, "do_sample": False, **settings}
-    return model.generate(**inputs, past_key_values=cache, **settings)[:, inputs["input_ids"].shape[1] :].tolist()
+    return model.generate(**inputs, **tiny.with_cache(cache), **settings)[:, inputs["input_ids"].shape[1] :].tolist()
 
 
 @every_preset
@@ -115,7 +115,7 @@ def test_half_precision_stays_near_float32(name: str, dtype: torch.dtype, tolera
     half = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
     model = tiny.model(name, dtype)
     with torch.no_grad():
-        found = model(**half, past_key_values=CompressedCache(model, everything(preset))).logits
+        found = model(**half, **tiny.with_cache(CompressedCache(model, everything(preset)))).logits
         exact = tiny.untouched(name)(**inputs).logits
     cache = CompressedCache(model, everything(preset))
     tokens = generated(model, cache, half)

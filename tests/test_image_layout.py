@@ -98,8 +98,8 @@ def test_generate_and_a_plain_call_reduce_the_same(size: tuple[int, int]) -> Non
     plain, generated = (
         CompressedCache(model, "full", reducer={"name": "lightkv", "windows": [2, 1]}) for _ in range(2)
     )
-    model(**inputs, past_key_values=plain)
-    model.generate(**inputs, past_key_values=generated, max_new_tokens=1, do_sample=False)
+    model(**inputs, **tiny.with_cache(plain))
+    model.generate(**inputs, **tiny.with_cache(generated), max_new_tokens=1, do_sample=False)
     assert plain.report() == generated.report()
     assert plain.report().vision_retention < 0.95
 
@@ -124,7 +124,7 @@ def test_llava_has_one_square_grid_an_image_and_maybe_a_class_token(images: int,
             assert layout.cell[0, column].tolist() == [cell // 6, cell % 6]
             column += 1
     cache = CompressedCache(model, "full", reducer="tome")
-    model(ids, **settings, past_key_values=cache)
+    model(ids, **settings, **tiny.with_cache(cache))
     assert [layer[0] for layer in cache.report().image_tokens] == [images * (n + extra) for n in (36, 18, 9)]
 
 

@@ -86,7 +86,7 @@ def test_what_is_kept_is_what_a_cache_of_that_configuration_keeps(preset: str) -
     found = inspect(loaded("llava"), inputs, config)
     cache = CompressedCache(tiny.model("llava"), config)
     with torch.inference_mode():
-        tiny.model("llava")(**inputs, past_key_values=cache)
+        tiny.model("llava")(**inputs, **tiny.with_cache(cache))
         assert found.report == cache.report()
     assert found.kept == [rows[0] for rows in found.report.layer_lengths] and found.tokens == 94
     assert found.retention == [kept / 94 for kept in found.kept]

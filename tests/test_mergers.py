@@ -584,7 +584,7 @@ def test_a_threshold_lives_with_its_rows(path: str) -> None:
     model = tiny.model("llama")
     with torch.no_grad():
         for mine in (cache, without):
-            model(**tiny.inputs("llama", 30, seed=4), past_key_values=mine)
+            model(**tiny.inputs("llama", 30, seed=4), **tiny.with_cache(mine))
     assert cache.report().index_bytes == without.report().index_bytes + 3 * 2 * 4
 
 
@@ -629,4 +629,4 @@ def test_a_merger_that_returns_other_slots_is_named_with_its_layer(part: str) ->
         pytest.raises(PolicyError, match=f"merger short: layer 0: must return {part} as torch.float32"),
         torch.no_grad(),
     ):
-        tiny.model("llama")(**tiny.inputs("llama", 20, seed=1), past_key_values=cache)
+        tiny.model("llama")(**tiny.inputs("llama", 20, seed=1), **tiny.with_cache(cache))

@@ -26,7 +26,7 @@ SQUEEZED = [preset for preset in PRESETS if not CompressionConfig.preset(preset)
 
 def generate(cache: CompressedCache, inputs: dict[str, Any], new: int = 8, **how: Any) -> Tensor:
     return tiny.model("llama").generate(
-        **inputs, past_key_values=cache, max_new_tokens=new, **{"do_sample": False, **how}
+        **inputs, **tiny.with_cache(cache), max_new_tokens=new, **{"do_sample": False, **how}
     )
 
 
@@ -102,7 +102,7 @@ def test_one_document_many_questions(preset: str) -> None:
     cache = CompressedCache(tiny.model("llama"), preset, budget=0.5)
     document = tiny.token_ids(1, 40, seed=6)
     with torch.no_grad():
-        tiny.model("llama")(document, past_key_values=cache)
+        tiny.model("llama")(document, **tiny.with_cache(cache))
     before = cache.report()
     for seed in (7, 8):
         ids = torch.cat([document, tiny.token_ids(1, 6, seed)], dim=1)
@@ -120,7 +120,7 @@ def test_a_prompt_of_one_token_grows_into_its_budget(preset: str) -> None:
     cache = CompressedCache(tiny.model("llama"), preset, budget=6)
     sinks, recents = protection(cache.config)
     for step in range(80):
-        tiny.model("llama")(tiny.token_ids(1, 1, seed=step), past_key_values=cache)
+        tiny.model("llama")(tiny.token_ids(1, 1, seed=step), **tiny.with_cache(cache))
         report = cache.report()
         assert report.layer_lengths == [[min(step + 1, max(6, sinks + recents))]] * 3
         assert {*range(min(sinks, step + 1)), step} <= set(report.columns(0, 0))
@@ -133,12 +133,12 @@ def test_two_caches_on_one_model_take_turns() -> None:
     for preset, logits in alone.items():
         cache = CompressedCache(model, preset, budget=0.4)
         logits += [
-            model(ids[:, step : step + n], past_key_values=cache).logits for step, n in [(0, 30), (30, 1), (31, 1)]
+            model(ids[:, step : step + n], **tiny.with_cache(cache)).logits for step, n in [(0, 30), (30, 1), (31, 1)]
         ]
     caches = {preset: CompressedCache(model, preset, budget=0.4) for preset in SQUEEZED}
     for turn, (step, n) in enumerate([(0, 30), (30, 1), (31, 1)]):
         for preset, cache in caches.items():
-            logits = model(ids[:, step : step + n], past_key_values=cache).logits
+            logits = model(ids[:, step : step + n], **tiny.with_cache(cache)).logits
             assert torch.equal(logits, alone[preset][turn])
 
 
@@ -149,7 +149,7 @@ def test_two_threads_on_two_models() -> None:
     def run(name: str, turn: int) -> None:
         cache = CompressedCache(tiny.model(name), "prefixkv", budget=0.4)
         results[name, turn] = tiny.model(name).generate(
-            **inputs, past_key_values=cache, max_new_tokens=10, do_sample=False
+            **inputs, **tiny.with_cache(cache), max_new_tokens=10, do_sample=False
         )
 
     for name in names:
@@ -170,7 +170,7 @@ def test_two_threads_on_two_models() -> None:
 def test_every_dtype_keeps_its_bytes(name: str, dtype: torch.dtype, preset: str) -> None:
     model = tiny.model(name, dtype)
     cache = CompressedCache(model, preset, budget=0.5)
-    model.generate(**tiny.inputs(name, 400, seed=11), past_key_values=cache, max_new_tokens=1, do_sample=False)
+    model.generate(**tiny.inputs(name, 400, seed=11), **tiny.with_cache(cache), max_new_tokens=1, do_sample=False)
     report, config = cache.report(), model.config
     slot = 2 * config.num_key_value_heads * 8 * dtype.itemsize
     assert report.full_kv_bytes == 3 * 400 * slot
@@ -211,7 +211,7 @@ def test_a_local_allocator_never_holds_two_whole_layers(monkeypatch: pytest.Monk
     for preset, whole in (("uniform", 0), ("streaming", 0), ("prefixkv", 3)):
         held.clear()
         tiny.model("llama")(
-            tiny.token_ids(1, 50, seed=13), past_key_values=CompressedCache(tiny.model("llama"), preset)
+            tiny.token_ids(1, 50, seed=13), **tiny.with_cache(CompressedCache(tiny.model("llama"), preset))
         )
         assert max(sum(length == 50 for length in lengths) for lengths in held[:-1]) == max(0, whole - 1)
 
@@ -225,7 +225,7 @@ def test_weights_may_lie_elsewhere_than_they_compute(preset: str) -> None:
     layers = {f"model.layers.{index}": "cpu" for index in range(3)}
     dispatched = dispatch_model(model, {**parts, **layers}, main_device="cpu", force_hooks=True)
     cache = CompressedCache(dispatched, preset, budget=0.5)
-    found = dispatched.generate(**inputs, past_key_values=cache, max_new_tokens=8, do_sample=False)
+    found = dispatched.generate(**inputs, **tiny.with_cache(cache), max_new_tokens=8, do_sample=False)
     assert torch.equal(found, expected)
 
 
@@ -234,8 +234,8 @@ def test_layers_go_to_cpu_memory_and_come_back() -> None:
     model, ids = tiny.model("llama"), tiny.token_ids(1, 40, seed=15)
     cache, twin = (CompressedCache(model, "prefixkv", budget=0.5) for _ in range(2))
     for step, n in [(0, 30), (30, 1), (31, 5), (36, 1)]:
-        found = model(ids[:, step : step + n], past_key_values=cache).logits
-        assert torch.equal(found, model(ids[:, step : step + n], past_key_values=twin).logits)
+        found = model(ids[:, step : step + n], **tiny.with_cache(cache)).logits
+        assert torch.equal(found, model(ids[:, step : step + n], **tiny.with_cache(twin)).logits)
         for layer in cache.layers:
             layer.offload()
             assert layer.keys.device.type == "cpu"
@@ -258,7 +258,7 @@ def test_layers_on_two_devices_and_offloading() -> None:
     dispatched = dispatch_model(model, {**parts, "model.layers.0": 0, "model.layers.1": 0, "model.layers.2": "cpu"})
     cache = CompressedCache(dispatched, "prefixkv", budget=0.5)
     inputs = {name: tensor.cuda() for name, tensor in tiny.inputs("llama", 30, seed=14).items()}
-    dispatched.generate(**inputs, past_key_values=cache, max_new_tokens=8, do_sample=False)
+    dispatched.generate(**inputs, **tiny.with_cache(cache), max_new_tokens=8, do_sample=False)
     cache.layers[0].offload()
     assert cache.layers[0].keys.device.type == "cpu"
     cache.layers[0].prefetch()
@@ -268,7 +268,7 @@ def test_layers_on_two_devices_and_offloading() -> None:
 def test_a_cache_keeps_no_model_alive_and_no_cache_needs_the_collector() -> None:
     model = tiny.build("llama")
     cache = CompressedCache(model, "prefixkv", budget=0.5)
-    model.generate(**tiny.inputs("llama", 20, seed=16), past_key_values=cache, max_new_tokens=3)
+    model.generate(**tiny.inputs("llama", 20, seed=16), **tiny.with_cache(cache), max_new_tokens=3)
     copied = copy.deepcopy(cache)
     gc.collect()
     gc.disable()
@@ -294,20 +294,20 @@ def test_a_cache_moves_between_inference_mode_and_none(preset: str) -> None:
     caches = {mode: CompressedCache(model, preset, **budget) for mode in [None, *modes]}
     for cache in caches.values():
         with torch.inference_mode() if cache is not caches[None] else torch.no_grad():
-            model(**ids, past_key_values=cache)
-            model(tiny.token_ids(1, 1, seed=22), past_key_values=cache)
+            model(**ids, **tiny.with_cache(cache))
+            model(tiny.token_ids(1, 1, seed=22), **tiny.with_cache(cache))
     for mode in modes:
         with mode():
             assert caches[mode].report() == caches[None].report()
             caches[mode].reorder_cache(torch.tensor([0]))
             for tokens in (1, 1, 5, 1):
-                found = model(tiny.token_ids(1, tokens, seed=23), past_key_values=caches[mode]).logits
+                found = model(tiny.token_ids(1, tokens, seed=23), **tiny.with_cache(caches[mode])).logits
             if mode is torch.enable_grad:
                 assert found.requires_grad
             caches[mode].crop(-1 if caches[mode].is_croppable else 0)
     with torch.no_grad():
         for tokens in (1, 1, 5, 1):
-            expected = model(tiny.token_ids(1, tokens, seed=23), past_key_values=caches[None]).logits
+            expected = model(tiny.token_ids(1, tokens, seed=23), **tiny.with_cache(caches[None])).logits
     torch.testing.assert_close(found.detach(), expected, atol=1e-5, rtol=0)
 
 
@@ -319,7 +319,7 @@ def test_policies_are_told_which_tokens_are_images(name: str) -> None:
     assert is_image.any() and not is_image.all()
     for how in ({}, {"num_beams": 2}):
         cache = CompressedCache(tiny.model(name), "prefixkv", budget=0.5)
-        tiny.model(name).generate(**inputs, past_key_values=cache, max_new_tokens=4, do_sample=False, **how)
+        tiny.model(name).generate(**inputs, **tiny.with_cache(cache), max_new_tokens=4, do_sample=False, **how)
         sequence, store = cache._engine.sequence, cache._engine.stores[0]
         found = sequence.images_at(store.columns())
         assert found is not None
@@ -332,9 +332,9 @@ def test_policies_are_told_which_tokens_are_images(name: str) -> None:
 def test_scores_of_a_prompt_in_chunks_add_up_to_those_of_the_whole() -> None:
     ids = tiny.token_ids(1, 40, seed=18)
     whole, chunked = (CompressedCache(tiny.model("llama"), "prefixkv", budget=1.0) for _ in range(2))
-    tiny.model("llama")(ids, past_key_values=whole)
+    tiny.model("llama")(ids, **tiny.with_cache(whole))
     for chunk in ids.split(11, dim=1):
-        tiny.model("llama")(chunk, past_key_values=chunked)
+        tiny.model("llama")(chunk, **tiny.with_cache(chunked))
     for one, other in zip(whole._engine.stores, chunked._engine.stores, strict=True):
         torch.testing.assert_close(one.used_scores(), other.used_scores(), atol=1e-4, rtol=1e-4)
 
@@ -345,7 +345,7 @@ def test_stride_estimates_the_sum_and_mean_divides_by_what_could_see() -> None:
     scores = {}
     for queries in ("all", "stride:2", "window:200", "stride:1"):
         cache = CompressedCache(model, "prefixkv", budget=1.0, scorer={"name": "attention", "queries": queries})
-        model(ids, past_key_values=cache)
+        model(ids, **tiny.with_cache(cache))
         scores[queries] = cache._engine.stores[1].used_scores()
     assert torch.equal(scores["all"], scores["stride:1"]) and torch.equal(scores["all"], scores["window:200"])
     assert float(scores["stride:2"].sum() / scores["all"].sum()) == pytest.approx(1, abs=1e-5)
@@ -359,5 +359,5 @@ def test_a_restored_model_refuses_old_caches_and_serves_new_ones() -> None:
     CompressedCache(model, "prefixkv")
     restore(model)
     cache = CompressedCache(model, "prefixkv", budget=0.5)
-    model.generate(**tiny.inputs("llama", 20, seed=20), past_key_values=cache, max_new_tokens=3)
+    model.generate(**tiny.inputs("llama", 20, seed=20), **tiny.with_cache(cache), max_new_tokens=3)
     assert cache.report().retention <= 0.5

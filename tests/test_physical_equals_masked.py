@@ -43,12 +43,12 @@ def forwards(
     """Plain forwards: the prompt, then random tokens in numbers of the schedule."""
     model, mask = tiny.model(name), prompt["attention_mask"]
     with recorded(model, cache) as steps, torch.no_grad():
-        model(**prompt, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=cache)
+        model(**prompt, position_ids=(mask.cumsum(1) - 1).clamp(min=0), **tiny.with_cache(cache))
         for number, tokens in enumerate(schedule):
             ids = tiny.token_ids(mask.shape[0], tokens, seed + number)
             mask = torch.cat([mask, mask.new_ones(mask.shape[0], tokens)], dim=1)
             positions = (mask.cumsum(1) - 1)[:, -tokens:]
-            model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            model(input_ids=ids, attention_mask=mask, position_ids=positions, **tiny.with_cache(cache))
     return steps
 
 
@@ -132,7 +132,7 @@ def test_generate_equals_masked_attention(name: str, settings: dict[str, Any], p
     model, inputs = tiny.model(name), tiny.inputs(name, 22, seed=11)
     cache = CompressedCache(model, preset, budget=0.3)
     with recorded(model, cache) as steps:
-        settings = {"past_key_values": cache, "max_new_tokens": 6, "do_sample": False, **settings}
+        settings = {**tiny.with_cache(cache), "max_new_tokens": 6, "do_sample": False, **settings}
         first = model.generate(**inputs, **settings)
         ids = torch.cat([first, tiny.token_ids(1, 7, seed=12)], dim=1)
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)

@@ -106,7 +106,7 @@ def test_a_cache_keeps_what_its_profile_says(budget: float | int, mean: float) -
     profile = LayerProfile(budgets=[0.5], retention=[[0.9, 0.2, 0.4]])
     model = tiny.model("llama")
     cache = CompressedCache(model, "prefixkv", profile=profile, budget=budget)
-    model(**tiny.inputs("llama", 80, seed=0), past_key_values=cache)
+    model(**tiny.inputs("llama", 80, seed=0), **tiny.with_cache(cache))
     wanted = [round(share * 80) for share in profile.at(mean)]
     assert [rows[0] for rows in cache.report().layer_lengths] == wanted
     assert cache.config.scorer == CompressionConfig.preset("prefixkv").scorer
@@ -132,7 +132,7 @@ def test_a_profile_needs_no_mass_where_its_preset_s_allocator_did() -> None:
     profile = LayerProfile(budgets=[0.5], retention=[[0.9, 0.2, 0.4]])
     model = tiny.model("llama")
     cache = CompressedCache(model, "prefixkv", budget=0.5, profile=profile, scorer="key_norm")
-    model(**tiny.inputs("llama", 80, seed=0), past_key_values=cache)
+    model(**tiny.inputs("llama", 80, seed=0), **tiny.with_cache(cache))
     assert [rows[0] for rows in cache.report().layer_lengths] == [72, 16, 32]
     with pytest.raises(ConfigError, match="give one"):
         CompressedCache(model, "prefixkv", profile=profile, allocator="uniform")

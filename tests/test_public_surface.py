@@ -75,9 +75,12 @@ def test_a_touched_model_serves_every_other_attention_as_before() -> None:
     for before in ("sdpa", "eager"):
         model = tiny.build("llama")
         model.set_attn_implementation(before)
-        expected = [model(**inputs).logits, model(**inputs, past_key_values=DynamicCache(config=model.config)).logits]
+        expected = [
+            model(**inputs).logits,
+            model(**inputs, **tiny.with_cache(DynamicCache(config=model.config))).logits,
+        ]
         kvcompress.CompressedCache(model, "prefixkv")
-        found = [model(**inputs).logits, model(**inputs, past_key_values=DynamicCache(config=model.config)).logits]
+        found = [model(**inputs).logits, model(**inputs, **tiny.with_cache(DynamicCache(config=model.config))).logits]
         for one, other in zip(expected, found, strict=True):
             assert torch.equal(one[inputs["attention_mask"].bool()], other[inputs["attention_mask"].bool()])
         kvcompress.restore(model)

@@ -231,7 +231,7 @@ def test_a_quantizer_that_loses_nothing_changes_nothing(
         positions = (valid.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         inputs = {"input_ids": ids, "attention_mask": valid.long(), "position_ids": positions}
         with torch.no_grad():
-            wanted, found = (model(**inputs, past_key_values=cache).logits for cache in (plain, packed))
+            wanted, found = (model(**inputs, **tiny.with_cache(cache)).logits for cache in (plain, packed))
         torch.testing.assert_close(found[:, -1], wanted[:, -1], rtol=0, atol=1e-4)
         assert held(plain) == held(packed)
         if swap:
@@ -251,18 +251,18 @@ def test_generation_runs_and_bytes_fall(name: str) -> None:
         settings_ = GenerationConfig(
             max_new_tokens=20, num_beams=beams, do_sample=False, pad_token_id=0, eos_token_id=None
         )
-        model.generate(input_ids=ids, past_key_values=cache, generation_config=settings_)
+        model.generate(input_ids=ids, **tiny.with_cache(cache), generation_config=settings_)
         report = cache.report()
         assert report.kv_bytes < 0.85 * report.retention * report.full_kv_bytes
     cache = CompressedCache(model, "full", quantizer={"name": name, "group": 8, "residual": 8})
     with torch.no_grad():
-        model(ids, past_key_values=cache)
-        model(tiny.token_ids(2, 5, seed=4), past_key_values=cache)
+        model(ids, **tiny.with_cache(cache))
+        model(tiny.token_ids(2, 5, seed=4), **tiny.with_cache(cache))
     cache.crop(-90)  # into what is quantized
     assert cache.get_seq_length() == 35
     assert [store.packed for store in cache._engine.stores] == [35] * 3
     with torch.no_grad():
-        model(tiny.token_ids(2, 5, seed=5), past_key_values=cache)
+        model(tiny.token_ids(2, 5, seed=5), **tiny.with_cache(cache))
     assert cache.report().layer_lengths == [[40, 40]] * 3
 
 
@@ -273,10 +273,10 @@ def test_a_budget_in_bytes_counts_quantized_bytes() -> None:
     for quantizer in (None, {"name": "quanto4", "group": 8, "residual": 25}):
         cache = CompressedCache(model, "uniform", budget="64KiB", quantizer=quantizer)
         with torch.no_grad():
-            model(ids, past_key_values=cache)
+            model(ids, **tiny.with_cache(cache))
             for number in range(20):
                 assert cache.report().kv_bytes <= 64 * 1024
-                model(tiny.token_ids(1, 1, seed=number), past_key_values=cache)
+                model(tiny.token_ids(1, 1, seed=number), **tiny.with_cache(cache))
         lengths.append(cache.report().layer_lengths[0][0])
     assert lengths[1] > 1.5 * lengths[0]
 

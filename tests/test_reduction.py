@@ -89,7 +89,7 @@ def test_a_model_with_lightkv_is_the_decoder_run_by_hand(name: str, parts: list[
         policy.positions == "contiguous",
         policy.softmax,
     )
-    found = model(**inputs, past_key_values=cache).logits[0]
+    found = model(**inputs, **tiny.with_cache(cache)).logits[0]
     columns, wanted = plain.prefill(embedded(name, inputs))
     assert len(columns) < len(plain.columns[0]), "nothing was merged"
     torch.testing.assert_close(found[columns], wanted, rtol=0, atol=1e-4)
@@ -99,7 +99,7 @@ def test_a_model_with_lightkv_is_the_decoder_run_by_hand(name: str, parts: list[
     removed = sorted(set(range(len(ids))) - set(columns))
     assert torch.equal(found[removed], model.lm_head(torch.zeros(len(removed), 32)))
     for token in (5, 17, 40):
-        step = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+        step = model(torch.tensor([[token]]), **tiny.with_cache(cache)).logits[0, -1]
         torch.testing.assert_close(step, plain.decode(token), rtol=0, atol=1e-4)
     for layer, stored in enumerate(cache.layers):
         torch.testing.assert_close(stored.keys, plain.cache.layers[layer].keys, rtol=0, atol=1e-4)
@@ -129,7 +129,7 @@ def test_reducing_nothing_changes_no_bit(name: str, reducer: dict[str, Any]) -> 
     model, inputs = tiny.model(name), tiny.prompt(name, [4, 0, 5], seed=2)
     caches = CompressedCache(model, "full"), CompressedCache(model, "full", reducer=reducer)
     for given in (inputs, *({"input_ids": tiny.token_ids(1, n, n)} for n in (1, 1, 4))):
-        assert torch.equal(*(model(**given, past_key_values=cache).logits for cache in caches))
+        assert torch.equal(*(model(**given, **tiny.with_cache(cache)).logits for cache in caches))
     for layers in zip(*(cache.layers for cache in caches), strict=True):
         assert torch.equal(*(layer.keys for layer in layers)) and torch.equal(*(layer.values for layer in layers))
     without, report = (cache.report() for cache in caches)
@@ -143,7 +143,7 @@ def test_reducing_nothing_changes_no_bit(name: str, reducer: dict[str, Any]) -> 
 def test_without_an_image_nothing_happens(name: str, reducer: Any) -> None:
     model, ids = tiny.model(name), tiny.token_ids(1, 20, seed=3)
     caches = CompressedCache(model, "full"), CompressedCache(model, "full", reducer=reducer)
-    assert torch.equal(*(model(ids, past_key_values=cache).logits for cache in caches))
+    assert torch.equal(*(model(ids, **tiny.with_cache(cache)).logits for cache in caches))
     assert caches[1].report().vision_retention is None
 
 
@@ -194,9 +194,11 @@ def model() -> Iterator[Any]:
     inputs = tiny.prompt("llava_36", [4, 0, 5], seed=4)
     wanted = tiny.untouched("llava_36").generate(**inputs, max_new_tokens=4, do_sample=False)
     for cache in (DynamicCache(), CompressedCache(model, "full")):
-        assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False, past_key_values=cache), wanted)
+        assert torch.equal(
+            model.generate(**inputs, max_new_tokens=4, do_sample=False, **tiny.with_cache(cache)), wanted
+        )
     cache = CompressedCache(model, "full", reducer=LIGHT)
-    model.generate(**inputs, max_new_tokens=4, do_sample=False, past_key_values=cache)
+    model.generate(**inputs, max_new_tokens=4, do_sample=False, **tiny.with_cache(cache))
     assert cache.report().vision_retention < 0.9
 
 
@@ -207,7 +209,7 @@ def test_a_reducer_cannot_change_text(model: Any) -> None:
     inputs = tiny.prompt("llava_36", [4, 0, 5], seed=4)
     logits = {
         kind: model(
-            **inputs, past_key_values=CompressedCache(model, "full", reducer={"name": "own", "kind": kind})
+            **inputs, **tiny.with_cache(CompressedCache(model, "full", reducer={"name": "own", "kind": kind}))
         ).logits
         for kind in ("", "changes text", "changes")
     }
@@ -234,9 +236,9 @@ def test_a_reducer_that_breaks_its_contract_is_named_with_its_layer(model: Any, 
     cache = CompressedCache(model, "full", reducer={"name": "own", "kind": kind})
     inputs = tiny.prompt("llava_36", [4, 0, 5], seed=4)
     with pytest.raises(PolicyError, match=f"reducer own: after layer 0: .*{says}"):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **tiny.with_cache(cache))
     with pytest.raises(CacheStateError, match=r"call reset\(\)"):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **tiny.with_cache(cache))
 
 
 @pytest.mark.parametrize("where", ["reducer", 1, 2])
@@ -245,7 +247,7 @@ def test_a_reducer_that_breaks_its_contract_is_named_with_its_layer(model: Any, 
 def test_an_exception_on_the_way_leaves_model_and_cache_usable(model: Any, where: Any) -> None:
     """In a reducer or in a layer after it: other caches work at once, this one after `reset`."""
     inputs, other = tiny.prompt("llava_36", [4, 0, 5], seed=4), CompressedCache(model, "full", reducer=LIGHT)
-    wanted = model(**inputs, past_key_values=CompressedCache(model, "full", reducer=LIGHT)).logits
+    wanted = model(**inputs, **tiny.with_cache(CompressedCache(model, "full", reducer=LIGHT))).logits
 
     def fail(*_: Any) -> None:
         raise ArithmeticError("in a layer")
@@ -253,30 +255,30 @@ def test_an_exception_on_the_way_leaves_model_and_cache_usable(model: Any, where
     cache = CompressedCache(model, "full", reducer={"name": "own", "kind": "raises"} if where == "reducer" else LIGHT)
     hook = None if where == "reducer" else model.get_decoder().layers[where].mlp.register_forward_pre_hook(fail)
     with pytest.raises(ArithmeticError, match="in a "):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **tiny.with_cache(cache))
     if hook is not None:
         hook.remove()
-    assert torch.equal(model(**inputs, past_key_values=other).logits, wanted)
+    assert torch.equal(model(**inputs, **tiny.with_cache(other)).logits, wanted)
     with pytest.raises(CacheStateError, match=r"call reset\(\)"):
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **tiny.with_cache(cache))
     cache.reset()
     if where != "reducer":
-        assert torch.equal(model(**inputs, past_key_values=cache).logits, wanted)
-        model(tiny.token_ids(1, 1, 0), past_key_values=cache)
+        assert torch.equal(model(**inputs, **tiny.with_cache(cache)).logits, wanted)
+        model(tiny.token_ids(1, 1, 0), **tiny.with_cache(cache))
 
 
 @torch.no_grad()
 def test_a_forward_that_fails_before_the_decoder_leaves_the_report_right(model: Any) -> None:
     cache, inputs = CompressedCache(model, "full", reducer=LIGHT), tiny.prompt("llava_36", [4, 0, 5], seed=4)
-    model(**inputs, past_key_values=cache)
+    model(**inputs, **tiny.with_cache(cache))
     before = cache.report()
     wrong = tiny.prompt("llava_36", [0, 2], seed=5)
     del wrong["attention_mask"]
     wrong["pixel_values"] = wrong["pixel_values"][:, :, :5]
     with pytest.raises(ValueError, match="size"):
-        model(**wrong, past_key_values=cache)
+        model(**wrong, **tiny.with_cache(cache))
     assert cache.report() == before
-    model(tiny.token_ids(1, 3, 0), past_key_values=cache)
+    model(tiny.token_ids(1, 3, 0), **tiny.with_cache(cache))
     assert cache.report().image_tokens == before.image_tokens
 
 
@@ -295,12 +297,12 @@ def test_a_layer_that_the_decoder_does_not_have_leaves_the_model_untouched(reduc
 def test_an_image_in_a_forward_that_may_be_undone_is_refused(model: Any) -> None:
     cache, inputs = CompressedCache(model, "full", reducer=LIGHT), tiny.prompt("llava_36", [4, 0, 5], seed=4)
     with pytest.raises(UnsupportedModeError, match=r"reducer: .* generate without an assistant .* forward of its own"):
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=3, prompt_lookup_num_tokens=2)
+        model.generate(**inputs, **tiny.with_cache(cache), max_new_tokens=3, prompt_lookup_num_tokens=2)
     cache.reset()
     with torch.no_grad():  # the ways out
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        model.generate(**inputs, **tiny.with_cache(cache), max_new_tokens=3, do_sample=False)
         cache.activate_past_recording()
-        model(tiny.token_ids(1, 4, 1), past_key_values=cache)
+        model(tiny.token_ids(1, 4, 1), **tiny.with_cache(cache))
         cache.crop(-2)
     assert cache.get_seq_length() == 45 + 2 + 2
     assert cache.report().vision_retention < 0.9
@@ -311,7 +313,7 @@ def test_a_chunk_of_an_image_is_refused(model: Any) -> None:
     inputs = tiny.prompt("llava_36", [4, 0, 5], seed=4)
     cache = CompressedCache(model, "full", reducer=LIGHT)
     with pytest.raises(UnsupportedModelError, match=r"reducer: row 0 has 6 image tokens.*no prefill in chunks"):
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=2, prefill_chunk_size=10)
+        model.generate(**inputs, **tiny.with_cache(cache), max_new_tokens=2, prefill_chunk_size=10)
     assert cache.get_seq_length() == 0
 
 
@@ -322,7 +324,7 @@ def test_more_image_tokens_than_features_are_refused(name: str) -> None:
     inputs["input_ids"][0, 0] = tiny.IMAGE_TOKEN
     cache = CompressedCache(tiny.model(name), "full", reducer=LIGHT)
     with pytest.raises(KVCompressError, match=r"reducer: row 0 has \d+ image tokens, and its 1 images would have"):
-        tiny.model(name)(**inputs, past_key_values=cache)
+        tiny.model(name)(**inputs, **tiny.with_cache(cache))
     assert cache.get_seq_length() == 0
 
 
@@ -348,7 +350,7 @@ def prefix(**more: Any) -> CompressionConfig:
 def test_generation_keeps_to_the_budget_of_all_tokens(name: str, how: dict[str, Any], reducer: Any) -> None:
     cache = CompressedCache(tiny.model(name), prefix(reducer=reducer))
     inputs = tiny.prompt(name, [9, 0, 60], seed=6)
-    tiny.model(name).generate(**inputs, past_key_values=cache, max_new_tokens=6, **{"do_sample": False, **how})
+    tiny.model(name).generate(**inputs, **tiny.with_cache(cache), max_new_tokens=6, **{"do_sample": False, **how})
     report = cache.report()
     assert report.tokens_seen == inputs["input_ids"].shape[1] + 5
     assert max(report.layer_tokens[2]) < min(report.layer_tokens[0]) == report.tokens_seen
@@ -368,7 +370,7 @@ def test_layers_of_different_lengths_share_the_budget_of_all_tokens(allocator: A
     allocator = strategies.for_layers(allocator, 3)
     config = strategies.config_with(allocator, budget=budget, merger=None, quantizer=None, reducer=LIGHT)
     cache = CompressedCache(model, config)
-    model(**inputs, past_key_values=cache)
+    model(**inputs, **tiny.with_cache(cache))
     report, seen = cache.report(), inputs["input_ids"].shape[1]
     given, held = sum(map(sum, report.layer_tokens)), sum(map(sum, report.layer_lengths))
     assert given < 3 * seen
@@ -384,9 +386,9 @@ def test_beams_are_those_of_one_row_after_another() -> None:
     rows = [tiny.prompt(name, [9, 0, 12], seed=7), tiny.prompt(name, [2, 0, 19], seed=8)]
     both = {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
     how = {"num_beams": 2, "max_new_tokens": 5, "do_sample": False}
-    together = model.generate(**both, past_key_values=CompressedCache(model, config), **how)
+    together = model.generate(**both, **tiny.with_cache(CompressedCache(model, config)), **how)
     for row, found in zip(rows, together, strict=True):
-        assert torch.equal(model.generate(**row, past_key_values=CompressedCache(model, config), **how)[0], found)
+        assert torch.equal(model.generate(**row, **tiny.with_cache(CompressedCache(model, config)), **how)[0], found)
 
 
 @every_reducer
@@ -396,23 +398,23 @@ def test_turns_with_and_without_another_image(reducer: Any) -> None:
     name = "llava_36"
     model, cache = tiny.model(name), CompressedCache(tiny.model(name), "full", reducer=reducer)
     first = tiny.prompt(name, [3, 0, 4], seed=9)
-    model(**first, past_key_values=cache)
+    model(**first, **tiny.with_cache(cache))
     one = cache.report()
-    model(tiny.token_ids(1, 1, 1), past_key_values=cache)
-    model(tiny.token_ids(1, 5, 2), past_key_values=cache)
+    model(tiny.token_ids(1, 1, 1), **tiny.with_cache(cache))
+    model(tiny.token_ids(1, 5, 2), **tiny.with_cache(cache))
     two = cache.report()
     assert two.layer_tokens == [[count + 6 for count in layer] for layer in one.layer_tokens]
     assert two.image_tokens == one.image_tokens
     second = tiny.prompt(name, [3, 0, 4], seed=9)
     second.pop("attention_mask")
-    model(**second, past_key_values=cache)
+    model(**second, **tiny.with_cache(cache))
     three = cache.report()
     assert three.image_tokens == [[2 * count for count in layer] for layer in one.image_tokens]
     for layer in range(3):
         assert three.columns(layer, 0)[: two.layer_lengths[layer][0]] == two.columns(layer, 0)
         assert three.layer_lengths[layer] == three.layer_tokens[layer] == [len(three.columns(layer, 0))]
     assert three.vision_retention == pytest.approx(sum(layer[0] for layer in one.image_tokens) / 36 / 3)
-    logits = model(tiny.token_ids(1, 1, 3), past_key_values=cache).logits
+    logits = model(tiny.token_ids(1, 1, 3), **tiny.with_cache(cache)).logits
     assert logits.isfinite().all()
 
 
@@ -423,7 +425,7 @@ def test_the_last_token_goes_on_though_it_ends_an_image(name: str, reducer: Any)
     """The next token is read from its state."""
     model, cache = tiny.model(name), CompressedCache(tiny.model(name), "full", reducer=reducer)
     inputs = tiny.prompt(name, [3, 0], seed=18)
-    logits = model(**inputs, past_key_values=cache).logits[0, -1]
+    logits = model(**inputs, **tiny.with_cache(cache)).logits[0, -1]
     last = inputs["input_ids"].shape[1] - 1
     assert all(last in cache.report().columns(layer, 0) for layer in range(3))
     assert not torch.equal(logits, model.lm_head(torch.zeros(32)))
@@ -437,13 +439,13 @@ def test_generate_takes_another_image_in_a_later_turn() -> None:
     model = tiny.model(name)
     first, second = tiny.prompt(name, [3, 0, 4], seed=19), tiny.prompt(name, [2, 0, 5], seed=20)
     plain, cache = (CompressedCache(model, prefix(reducer=LIGHT)) for _ in range(2))
-    model(**first, past_key_values=plain)
+    model(**first, **tiny.with_cache(plain))
     images = {key: second[key] for key in ("pixel_values", "image_sizes")}
-    wanted = model(second["input_ids"], **images, past_key_values=plain).logits[0, -1].argmax()
-    model.generate(**first, past_key_values=cache, max_new_tokens=1, do_sample=False)
+    wanted = model(second["input_ids"], **images, **tiny.with_cache(plain)).logits[0, -1].argmax()
+    model.generate(**first, **tiny.with_cache(cache), max_new_tokens=1, do_sample=False)
     ids = torch.cat([first["input_ids"], second["input_ids"]], 1)
     how = {"max_new_tokens": 1, "do_sample": False, "attention_mask": torch.ones_like(ids)}
-    assert model.generate(ids, **images, **how, past_key_values=cache)[0, -1] == wanted
+    assert model.generate(ids, **images, **how, **tiny.with_cache(cache))[0, -1] == wanted
     assert cache.report() == plain.report()
     assert cache.report().image_tokens[2][0] < cache.report().image_tokens[0][0] == 2 * tiny.image_tokens(name)
 
@@ -455,10 +457,10 @@ def test_a_second_turn_is_guided_by_the_text_of_both_and_keeps_its_positions() -
     model, whole = tiny.model(name), tiny.prompt(name, [12, 0, 4], seed=10)
     for positions in ("original", "contiguous"):
         one, two = (CompressedCache(model, "full", reducer={**reducer, "positions": positions}) for _ in range(2))
-        wanted = model(**whole, past_key_values=one).logits
+        wanted = model(**whole, **tiny.with_cache(one)).logits
         ids = whole["input_ids"]
-        model(ids[:, :7], past_key_values=two)
-        found = model(ids[:, 7:], pixel_values=whole["pixel_values"], past_key_values=two).logits
+        model(ids[:, :7], **tiny.with_cache(two))
+        found = model(ids[:, 7:], pixel_values=whole["pixel_values"], **tiny.with_cache(two)).logits
         torch.testing.assert_close(found, wanted[:, 7:], rtol=0, atol=1e-4)
         assert one.report().held_columns == two.report().held_columns
 
@@ -467,13 +469,15 @@ def test_a_second_turn_is_guided_by_the_text_of_both_and_keeps_its_positions() -
 def test_one_document_many_questions() -> None:
     name, inputs = "llava_next_36", tiny.prompt("llava_next_36", [4, 0, 30], seed=11)
     model, cache = tiny.model(name), CompressedCache(tiny.model(name), prefix(reducer=LIGHT))
-    model(**inputs, past_key_values=cache)
+    model(**inputs, **tiny.with_cache(cache))
     before = cache.report()
     answers = []
     for seed in (1, 2, 1):
         ids = torch.cat([inputs["input_ids"], tiny.token_ids(1, 5, seed)], 1)
         own = copy.deepcopy(cache)
-        answers.append(model.generate(ids, past_key_values=own, max_new_tokens=4, do_sample=False)[:, ids.shape[1] :])
+        answers.append(
+            model.generate(ids, **tiny.with_cache(own), max_new_tokens=4, do_sample=False)[:, ids.shape[1] :]
+        )
         assert own.report().image_tokens == before.image_tokens
         assert own.report().retention <= 0.5
     assert torch.equal(answers[0], answers[2])
@@ -485,24 +489,24 @@ def test_caches_with_and_without_a_reducer_take_turns_and_others_are_as_ever() -
     model, inputs = tiny.build("llava_36"), tiny.prompt("llava_36", [4, 0, 8], seed=12)
     steps = [inputs, {"input_ids": tiny.token_ids(1, 1, 1)}, {"input_ids": tiny.token_ids(1, 4, 2)}]
     plain = DynamicCache()
-    untouched = [tiny.untouched("llava_36")(**step, past_key_values=plain).logits for step in steps]
+    untouched = [tiny.untouched("llava_36")(**step, **tiny.with_cache(plain)).logits for step in steps]
     configs = [prefix(), prefix(reducer=LIGHT), prefix(reducer="fastv")]
     alone = []
     for config in configs:
         cache = CompressedCache(model, config)
-        alone.append([model(**step, past_key_values=cache).logits for step in steps])
+        alone.append([model(**step, **tiny.with_cache(cache)).logits for step in steps])
     caches, other = [CompressedCache(model, config) for config in configs], DynamicCache()
     for number, step in enumerate(steps):
         for wanted, cache in zip(alone, caches, strict=True):
-            assert torch.equal(model(**step, past_key_values=cache).logits, wanted[number])
-        assert torch.equal(model(**step, past_key_values=other).logits, untouched[number])
+            assert torch.equal(model(**step, **tiny.with_cache(cache)).logits, wanted[number])
+        assert torch.equal(model(**step, **tiny.with_cache(other)).logits, untouched[number])
     restore(model)
     decoder = model.get_decoder()
     assert not model._forward_pre_hooks
     assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in decoder.layers)
     assert torch.equal(model(**inputs).logits, untouched[0])
     again = CompressedCache(model, configs[1])
-    assert torch.equal(model(**inputs, past_key_values=again).logits, alone[1][0])
+    assert torch.equal(model(**inputs, **tiny.with_cache(again)).logits, alone[1][0])
 
 
 @every_model
@@ -512,11 +516,11 @@ def test_logits_and_hidden_states_have_the_columns_of_the_prompt(name: str) -> N
     model, inputs = tiny.model(name), tiny.prompt(name, [4, 0, 8], seed=13)
     tokens = inputs["input_ids"].shape[1]
     cache = CompressedCache(model, "full", reducer=LIGHT)
-    output = model(**inputs, past_key_values=cache, output_hidden_states=True)
+    output = model(**inputs, **tiny.with_cache(cache), output_hidden_states=True)
     assert output.logits.shape[1] == tokens
     given = [count for (count,) in cache.report().layer_tokens]
     assert [states.shape[1] for states in output.hidden_states] == [tokens, *given[:-1], tokens]  # what layers gave
-    few = model(**inputs, past_key_values=CompressedCache(model, "full", reducer=LIGHT), logits_to_keep=3).logits
+    few = model(**inputs, **tiny.with_cache(CompressedCache(model, "full", reducer=LIGHT)), logits_to_keep=3).logits
     torch.testing.assert_close(few, output.logits[:, -3:], rtol=0, atol=1e-6)
 
 
@@ -525,7 +529,7 @@ def test_layers_go_to_cpu_memory_and_come_back() -> None:
     model, inputs = tiny.model("llava_36"), tiny.prompt("llava_36", [4, 0, 8], seed=14)
     cache, twin = (CompressedCache(model, prefix(reducer=LIGHT)) for _ in range(2))
     for step in (inputs, {"input_ids": tiny.token_ids(1, 1, 1)}, {"input_ids": tiny.token_ids(1, 4, 2)}):
-        assert torch.equal(*(model(**step, past_key_values=which).logits for which in (cache, twin)))
+        assert torch.equal(*(model(**step, **tiny.with_cache(which)).logits for which in (cache, twin)))
         for layer in cache.layers:
             layer.offload()
             layer.prefetch()
@@ -539,7 +543,7 @@ def test_half_precision(name: str, dtype: torch.dtype, reducer: Any) -> None:
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
     cache = CompressedCache(model, prefix(reducer=reducer))
     output = model.generate(
-        **inputs, past_key_values=cache, max_new_tokens=3, output_logits=True, return_dict_in_generate=True
+        **inputs, **tiny.with_cache(cache), max_new_tokens=3, output_logits=True, return_dict_in_generate=True
     )
     assert all(logits.isfinite().all() for logits in output.logits)
     assert cache.report().vision_retention < 0.9
@@ -550,7 +554,7 @@ def test_half_precision(name: str, dtype: torch.dtype, reducer: Any) -> None:
 def test_text_after_an_image_can_be_taken_back_and_the_image_cannot() -> None:
     model, inputs = tiny.model("llava_36"), tiny.prompt("llava_36", [4, 0, 8], seed=16)
     cache, short = (CompressedCache(model, "full", reducer=LIGHT) for _ in range(2))
-    model(**inputs, past_key_values=cache)
+    model(**inputs, **tiny.with_cache(cache))
     before = cache.report()
     with pytest.raises(CacheStateError, match="cannot go back"):
         cache.crop(-20)
@@ -559,10 +563,10 @@ def test_text_after_an_image_can_be_taken_back_and_the_image_cannot() -> None:
     for layer, now, then in zip(range(3), cache.report().layer_tokens, before.layer_tokens, strict=True):
         assert now == [then[0] - 3] == [len(cache.report().columns(layer, 0))]
     step = tiny.token_ids(1, 4, 3)
-    found = model(step, past_key_values=cache).logits
-    model(**inputs, past_key_values=short)
+    found = model(step, **tiny.with_cache(cache)).logits
+    model(**inputs, **tiny.with_cache(short))
     short.crop(-3)
-    assert torch.equal(found, model(step, past_key_values=short).logits)
+    assert torch.equal(found, model(step, **tiny.with_cache(short)).logits)
     assert cache.report().image_tokens == before.image_tokens
 
 
@@ -580,7 +584,7 @@ def test_queries_that_scored_a_token_are_those_of_its_layer(reducer: Any) -> Non
     for parts in ([3, 0, 4], [1], [5], [1], [1], [2, 0, 3], [1]):
         inputs = tiny.prompt(name, parts, seed=17)
         inputs.pop("attention_mask")
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **tiny.with_cache(cache))
         now = [set(cache.report().columns(layer, 0)) for layer in range(3)]
         if inputs["input_ids"].shape[1] > 1:
             given.append([sorted(new - old) for new, old in zip(now, before, strict=True)])
@@ -673,7 +677,7 @@ class Talk:
             input_ids=torch.cat([pad(row) for row in ids]),
             attention_mask=self.valid,
             position_ids=(self.valid.cumsum(1) - 1).clamp(min=0)[:, -longest:],
-            past_key_values=self.cache,
+            **tiny.with_cache(self.cache),
             **images,
         ).logits
         self.logits = [logits[row, new[row].bool()] for row in range(len(rows))]

@@ -58,7 +58,7 @@ def test_an_allocator_of_twenty_lines_is_a_policy_like_any_other(users_module: s
     assert CompressionConfig.load(tmp_path / "mine.yaml") == config
     model = tiny.model("llama")
     cache = CompressedCache(model, tmp_path / "mine.yaml")
-    model.generate(**tiny.inputs("llama", 40, seed=1), past_key_values=cache, max_new_tokens=8)
+    model.generate(**tiny.inputs("llama", 40, seed=1), **tiny.with_cache(cache), max_new_tokens=8)
     first, _, last = (row for (row,) in cache.report().layer_lengths)
     assert first < last
     assert cache.report().retention <= 0.5

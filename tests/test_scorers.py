@@ -221,12 +221,12 @@ def test_post_vision_on_llava_is_dense_attention_from_the_question(reduce: str, 
         other.run(first, [])
         tokens = first["input_ids"].shape[1]
         with torch.no_grad():
-            model(**given_to, **({"position_ids": positions} if padded else {}), past_key_values=cache)
+            model(**given_to, **({"position_ids": positions} if padded else {}), **tiny.with_cache(cache))
         check_dense(cache, other, rows, tokens, counted, reduce)
         if padded:
             continue
         with torch.no_grad():
-            model(**question, past_key_values=cache)
+            model(**question, **tiny.with_cache(cache))
         other.run(question, [[[list(range(tokens))]]] * 3)
         check_dense(cache, other, rows, tokens + 5, 5, reduce)
 
@@ -268,7 +268,7 @@ def test_the_window_is_kept(name: str, fields: dict[str, Any], kept: int, budget
     config = CompressionConfig(budget=budget, scorer={"name": name, **fields})
     cache = CompressedCache(tiny.model("llama"), config)
     with torch.no_grad():
-        tiny.model("llama")(**tiny.inputs("llama", 30, seed=6), past_key_values=cache)
+        tiny.model("llama")(**tiny.inputs("llama", 30, seed=6), **tiny.with_cache(cache))
     for layer in range(3):
         assert set(range(30 - kept, 30)) <= set(cache.report().columns(layer, 0))
 
@@ -470,10 +470,10 @@ def test_noise_is_the_same_in_chunks_and_batches(tokens: int, cut: int, pad: int
     mask = torch.ones_like(ids)
     mask[0, :pad] = 0
     with torch.no_grad():
-        model(ids[:1, pad:], past_key_values=whole)
+        model(ids[:1, pad:], **tiny.with_cache(whole))
         for part in ids[:1, pad:].tensor_split((min(cut, tokens - 1),), dim=1):
-            model(part, past_key_values=chunks)
-        model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), past_key_values=batch)
+            model(part, **tiny.with_cache(chunks))
+        model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), **tiny.with_cache(batch))
     for layer in range(3):
         expected = scores_of(whole, layer)
         assert torch.equal(scores_of(batch, layer)[:1, :, :tokens], expected)
@@ -504,7 +504,7 @@ def test_position_keeps_the_latest(seed: int, tokens: int) -> None:
     config = CompressionConfig(budget=4, scorer="position")
     cache = CompressedCache(tiny.model("llama"), config)
     with torch.no_grad():
-        tiny.model("llama")(**tiny.inputs("llama", tokens, seed), past_key_values=cache)
+        tiny.model("llama")(**tiny.inputs("llama", tokens, seed), **tiny.with_cache(cache))
     assert list(cache.report().columns(0, 0)) == [0, *range(tokens - 3, tokens)]
 
 

@@ -41,7 +41,7 @@ def step(cache: CompressedCache, valid: Tensor, seed: int, tokens: int = 1) -> T
     positions = (valid.cumsum(1) - 1)[:, -tokens:]
     ids = tiny.token_ids(batch, tokens, seed)
     with torch.no_grad():
-        tiny.model("llama")(ids, attention_mask=valid.long(), position_ids=positions, past_key_values=cache)
+        tiny.model("llama")(ids, attention_mask=valid.long(), position_ids=positions, **tiny.with_cache(cache))
     return valid
 
 
@@ -50,7 +50,7 @@ def started(config: CompressionConfig, row_lengths: list[int], seed: int) -> tup
     cache = CompressedCache(tiny.model("llama"), config)
     inputs, valid = prompt(row_lengths, seed)
     with torch.no_grad():
-        tiny.model("llama")(**inputs, past_key_values=cache)
+        tiny.model("llama")(**inputs, **tiny.with_cache(cache))
     return cache, valid
 
 
@@ -332,7 +332,7 @@ def test_the_attention_scorer_ranks_by_the_probability_that_dense_attention_give
         before, past = held(cache) if number else [[[[]]]] * 3, dense.cache.get_seq_length()
         inputs = {"input_ids": tiny.token_ids(1, tokens, seed + number)}
         with torch.no_grad():
-            tiny.model("llama")(**inputs, past_key_values=cache)
+            tiny.model("llama")(**inputs, **tiny.with_cache(cache))
         dense.run(inputs, before)
         sees = torch.cat([torch.full((past,), tokens), torch.arange(tokens, 0, -1)])
         new = dense.attention_mass(window)

@@ -127,7 +127,7 @@ class CacheMachine(RuleBasedStateMachine):
         }
         before = [[row.layers[layer].held for row in now.rows] for layer in range(LAYERS)]
         with recorded(tiny.model("llama")) as steps, torch.no_grad():
-            tiny.model("llama")(**inputs, past_key_values=now.cache)
+            tiny.model("llama")(**inputs, **tiny.with_cache(now.cache))
         wanted = now.reference.run(inputs, before)
         for found_layer, wanted_layer in zip(steps[0].attention, wanted.attention, strict=True):
             torch.testing.assert_close(found_layer[new_valid], wanted_layer[new_valid], rtol=0, atol=2e-5)
@@ -233,7 +233,7 @@ class CacheMachine(RuleBasedStateMachine):
             raise InterruptedError
 
         model, batch = tiny.model("llama"), len(self.now.rows)
-        inputs = {"input_ids": tiny.token_ids(batch, 1, 0), "past_key_values": self.now.cache}
+        inputs = {"input_ids": tiny.token_ids(batch, 1, 0), **tiny.with_cache(self.now.cache)}
         inputs["attention_mask"] = torch.cat([self.now.valid.long(), torch.ones(batch, 1, dtype=torch.long)], dim=1)
         hook = decoder_layers(model)[layer].mlp.register_forward_pre_hook(stop)
         try:
@@ -500,7 +500,7 @@ def plain_forward(cache: CompressedCache, ids: Tensor, valid: Tensor) -> None:
     """A forward of the tiny LLaMA; the mask covers all columns."""
     positions = (valid.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     with torch.no_grad():
-        tiny.model("llama")(ids, attention_mask=valid.long(), position_ids=positions, past_key_values=cache)
+        tiny.model("llama")(ids, attention_mask=valid.long(), position_ids=positions, **tiny.with_cache(cache))
 
 
 def grown(valid: Tensor, tokens: int = 1) -> Tensor:

@@ -31,7 +31,7 @@ def model() -> Iterator[transformers.PreTrainedModel]:
     expected = tiny.untouched("llama").generate(**inputs, max_new_tokens=4, do_sample=False)
     assert torch.equal(model.generate(**inputs, max_new_tokens=4, do_sample=False), expected)
     cache = CompressedCache(model, "full")
-    assert torch.equal(model.generate(**inputs, past_key_values=cache, max_new_tokens=4, do_sample=False), expected)
+    assert torch.equal(model.generate(**inputs, **tiny.with_cache(cache), max_new_tokens=4, do_sample=False), expected)
 
 
 def prompt(tokens: int = 20, batch: int = 1) -> dict[str, Any]:
@@ -40,20 +40,20 @@ def prompt(tokens: int = 20, batch: int = 1) -> dict[str, Any]:
 
 def test_labels_are_refused(model: Any) -> None:
     with pytest.raises(UnsupportedModeError, match=r"labels: .* leave labels out"):
-        model(**prompt(), labels=prompt()["input_ids"], past_key_values=CompressedCache(model, "prefixkv"))
+        model(**prompt(), labels=prompt()["input_ids"], **tiny.with_cache(CompressedCache(model, "prefixkv")))
 
 
 def test_training_is_refused(model: Any) -> None:
     cache = CompressedCache(model, "prefixkv")
     model.train()
     with pytest.raises(UnsupportedModeError, match=r"call model.eval\(\) first"):
-        model(**prompt(), past_key_values=cache)
+        model(**prompt(), **tiny.with_cache(cache))
     model.eval()
-    model(**prompt(), past_key_values=cache)
+    model(**prompt(), **tiny.with_cache(cache))
 
 
 def test_a_backward_pass_is_refused(model: Any) -> None:
-    logits = model(**prompt(), past_key_values=CompressedCache(model, "prefixkv")).logits
+    logits = model(**prompt(), **tiny.with_cache(CompressedCache(model, "prefixkv"))).logits
     with pytest.raises(UnsupportedModeError, match="carries no gradients"):
         logits.sum().backward()
     model.zero_grad()
@@ -64,61 +64,63 @@ def test_right_padding_in_generate_is_refused(model: Any) -> None:
     inputs["attention_mask"][1, 15:] = 0
     cache = CompressedCache(model, "prefixkv")
     with pytest.raises(UnsupportedModeError, match="pad on the left"):
-        model.generate(**inputs, past_key_values=cache, max_new_tokens=2)
+        model.generate(**inputs, **tiny.with_cache(cache), max_new_tokens=2)
     assert cache.get_seq_length() == 0
 
 
 def test_a_mask_of_four_dimensions_is_refused(model: Any) -> None:
     mask = torch.ones(1, 1, 20, 20, dtype=torch.bool).tril()
     with pytest.raises(UnsupportedModeError, match=r"must be \[batch, columns\]"):
-        model(prompt()["input_ids"], attention_mask=mask, past_key_values=CompressedCache(model, "prefixkv"))
+        model(prompt()["input_ids"], attention_mask=mask, **tiny.with_cache(CompressedCache(model, "prefixkv")))
 
 
 def test_an_image_for_a_text_model_is_refused(model: Any) -> None:
     cache = CompressedCache(model, "prefixkv")
     with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is a text model"):
-        model(**prompt(), pixel_values=torch.zeros(1, 3, 8, 8), past_key_values=cache)
+        model(**prompt(), pixel_values=torch.zeros(1, 3, 8, 8), **tiny.with_cache(cache))
+    with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM is a text model"):
+        model(prompt()["input_ids"], pixel_values=torch.zeros(1, 3, 8, 8), **tiny.with_cache(cache))
     with pytest.raises(ValueError, match="pixel_values"):  # generate() says so itself
-        model.generate(**prompt(), pixel_values=torch.zeros(1, 3, 8, 8), past_key_values=cache)
+        model.generate(**prompt(), pixel_values=torch.zeros(1, 3, 8, 8), **tiny.with_cache(cache))
 
 
 def test_a_static_cache_at_the_same_time_is_refused(model: Any) -> None:
     cache = CompressedCache(model, "prefixkv")
     with pytest.raises(ValueError, match="Please use only one of the two"):
-        model.generate(**prompt(), past_key_values=cache, cache_implementation="static", max_new_tokens=2)
+        model.generate(**prompt(), **tiny.with_cache(cache), cache_implementation="static", max_new_tokens=2)
 
 
 def test_a_switched_attention_is_refused(model: Any) -> None:
     cache = CompressedCache(model, "prefixkv")
     model.set_attn_implementation("sdpa")
     with pytest.raises(UnsupportedModeError, match=r"switched to 'sdpa' .* make a new CompressedCache"):
-        model(**prompt(), past_key_values=cache)
+        model(**prompt(), **tiny.with_cache(cache))
     CompressedCache(model, "prefixkv")
 
 
 def test_a_turn_without_the_conversation_is_refused(model: Any) -> None:
     cache = CompressedCache(model, "prefixkv", budget=0.5)
-    model.generate(**prompt(), past_key_values=cache, max_new_tokens=2)
+    model.generate(**prompt(), **tiny.with_cache(cache), max_new_tokens=2)
     before = cache.report()
     short = tiny.inputs("llama", 12, seed=2)
     with pytest.raises(CacheStateError, match="the whole conversation"):
-        model(**short, past_key_values=cache)
+        model(**short, **tiny.with_cache(cache))
     with pytest.raises(CacheStateError, match="must cover"):
-        model.model(**short, past_key_values=cache)
+        model.model(**short, **tiny.with_cache(cache))
     assert cache.report() == before
 
 
 def test_another_batch_is_refused(model: Any) -> None:
     cache = CompressedCache(model, "prefixkv")
-    model(**prompt(), past_key_values=cache)
+    model(**prompt(), **tiny.with_cache(cache))
     with pytest.raises(CacheStateError, match=r"holds 1 rows, this forward has 2"):
-        model(tiny.token_ids(2, 3, seed=0), past_key_values=cache)
-    model(tiny.token_ids(1, 3, seed=0), past_key_values=cache)
+        model(tiny.token_ids(2, 3, seed=0), **tiny.with_cache(cache))
+    model(tiny.token_ids(1, 3, seed=0), **tiny.with_cache(cache))
 
 
 def test_cropping_below_an_evicted_slot_is_refused_and_changes_nothing(model: Any) -> None:
     cache = CompressedCache(model, "prefixkv", budget=0.3)
-    model(**prompt(30), past_key_values=cache)
+    model(**prompt(30), **tiny.with_cache(cache))
     before = cache.report()
     with pytest.raises(CacheStateError, match="has already evicted one of the last 25 tokens"):
         cache.crop(-25)
@@ -132,7 +134,7 @@ def test_cropping_below_an_evicted_slot_is_refused_and_changes_nothing(model: An
 @torch.no_grad()
 def test_is_croppable_tells_whether_the_last_token_can_go(model: Any) -> None:
     cache = CompressedCache(model, "streaming", budget=0.5)
-    model(**prompt(30), past_key_values=cache)
+    model(**prompt(30), **tiny.with_cache(cache))
     assert cache.is_croppable
     cache.crop(-1)
     assert cache.get_seq_length() == 29
@@ -146,13 +148,13 @@ def test_a_forward_that_failed_half_way_breaks_the_cache_until_reset(model: Any)
 
     handle = model.model.layers[1].mlp.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        model(**prompt(), past_key_values=cache)
+        model(**prompt(), **tiny.with_cache(cache))
     handle.remove()
-    for use in (lambda: model(**prompt(), past_key_values=cache), cache.compress, lambda: cache.crop(0)):
+    for use in (lambda: model(**prompt(), **tiny.with_cache(cache)), cache.compress, lambda: cache.crop(0)):
         with pytest.raises(CacheStateError, match=r"call reset\(\)"):
             use()
     cache.reset()
-    model(**prompt(), past_key_values=cache)
+    model(**prompt(), **tiny.with_cache(cache))
     assert cache.report().retention <= 0.5
 
 
@@ -161,7 +163,7 @@ def test_a_cache_outlives_its_model_but_serves_no_other() -> None:
     other = tiny.build("llama")
     CompressedCache(other, "prefixkv")
     with pytest.raises(CacheStateError, match="no longer exists"):
-        other(**prompt(), past_key_values=cache)
+        other(**prompt(), **tiny.with_cache(cache))
 
 
 class Faulty(Scorer):
@@ -227,9 +229,9 @@ def test_a_policy_that_breaks_its_contract_is_named_with_its_layer(
 ) -> None:
     cache = CompressedCache(model, "prefixkv", **fields)
     with pytest.raises(PolicyError, match=says):
-        model(**prompt(), past_key_values=cache)
+        model(**prompt(), **tiny.with_cache(cache))
     with pytest.raises(CacheStateError, match=r"call reset\(\)"):
-        model(**prompt(), past_key_values=cache)
+        model(**prompt(), **tiny.with_cache(cache))
 
 
 @pytest.mark.usefixtures("own")
@@ -279,7 +281,7 @@ def test_an_adapter_of_ones_own_opens_another_model(monkeypatch: pytest.MonkeyPa
         CompressedCache(model, "prefixkv")
     register_adapter("gemma")(LlamaAdapter)
     cache = CompressedCache(model, "prefixkv", budget=0.5)
-    model.generate(torch.randint(2, 50, (1, 20)), past_key_values=cache, max_new_tokens=3, do_sample=False)
+    model.generate(torch.randint(2, 50, (1, 20)), **tiny.with_cache(cache), max_new_tokens=3, do_sample=False)
     assert cache.report().retention <= 0.5
 
 
@@ -294,12 +296,12 @@ def test_protected_tokens_beat_the_budget_with_a_warning() -> None:
     model = tiny.model("llama")
     cache = CompressedCache(model, "streaming", budget=2)
     with pytest.warns(BudgetWarning, match="the budget of 6 slots over all layers is below the 15"):
-        model(**prompt(), past_key_values=cache)
+        model(**prompt(), **tiny.with_cache(cache))
     assert cache.report().layer_lengths == [[5]] * 3
 
 
 def test_a_deep_copy_of_a_broken_cache_is_broken_too(model: Any) -> None:
     cache = CompressedCache(model, "prefixkv", budget=0.5)
     with warnings.catch_warnings(), pytest.raises(IndexError):
-        model(torch.full((1, 4), 10**6), past_key_values=cache)  # fails before the first layer: nothing is broken
-    model(**prompt(), past_key_values=copy.deepcopy(cache))
+        model(torch.full((1, 4), 10**6), **tiny.with_cache(cache))  # fails before the first layer: nothing is broken
+    model(**prompt(), **tiny.with_cache(copy.deepcopy(cache)))

@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedModel
 
+# What the installed transformers calls the argument that takes a cache.
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 VOCABULARY = 97
 IMAGE_TOKEN = 96
 _TEXT = {
@@ -126,6 +129,11 @@ def model(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTr
 def untouched(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """The same model, never given to kvcompress."""
     return build(name, dtype, seed)
+
+
+def with_cache(cache: object) -> dict[str, Any]:
+    """The keyword argument that hands a cache to a model or to `generate`."""
+    return {CACHE: cache}
 
 
 def token_ids(batch: int, tokens: int, seed: int) -> Tensor:

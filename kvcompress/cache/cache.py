@@ -1,4 +1,4 @@
-"""The cache object that `generate()` and plain forwards take as `past_key_values`."""
+"""The cache object that `generate()` and plain forwards take as `cache`."""
 
 from __future__ import annotations
 
@@ -102,7 +102,9 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 
 class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
-    """A key-value cache that stays within a budget; pass it to a model as `past_key_values`.
+    """A key-value cache that stays within a budget; pass it to a model as `cache`.
+
+    Releases of transformers before 5.24 call that argument `past_key_values`.
 
     Args:
         model: the model that will use it; its decoder gets the attention "kvcompress", which behaves as before with
@@ -118,7 +120,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     Example:
         >>> cache = CompressedCache(model, "prefixkv", budget=0.5)
-        >>> output = model.generate(**inputs, past_key_values=cache, max_new_tokens=4)
+        >>> output = model.generate(**inputs, cache=cache, max_new_tokens=4)
         >>> cache.report().retention <= 0.5
         True
     """

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kvcompress.cache.argument import cache_among, under_installed_name
 from kvcompress.cache.reduction import Reduction
 from kvcompress.errors import CacheStateError, UnsupportedModeError, UnsupportedModelError
 from kvcompress.integrations import Adapter
@@ -51,11 +52,12 @@ def observe(model: PreTrainedModel, adapter: Adapter) -> None:
     """Puts the hook on a model unless it is there; it is inert for every other cache."""
     if _HOOK in model.__dict__:
         return
-    signature = inspect.signature(model.forward)
+    names = tuple(inspect.signature(model.forward).parameters)
 
-    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = signature.bind_partial(*args, **kwargs).arguments if args else kwargs
-        cache = inputs.get("past_key_values")
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        kwargs = under_installed_name(kwargs)
+        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+        cache = cache_among(inputs)
         if isinstance(cache, ObservesInputs):
             if inputs.get("pixel_values") is not None and not adapter.sees_images:
                 kind = type(module).__name__
@@ -65,6 +67,7 @@ def observe(model: PreTrainedModel, adapter: Adapter) -> None:
             is_image = adapter.image_tokens(module, ids) if several else None  # type: ignore[arg-type]
             layout = partial(adapter.image_layout, module, ids, inputs)  # type: ignore[arg-type]
             cache.before_forward(inputs, is_image, layout)
+        return args, kwargs
 
     model.__dict__[_HOOK] = [model.register_forward_pre_hook(look, with_kwargs=True)]
 
@@ -85,7 +88,7 @@ def reduce_between(layers: list[nn.Module]) -> None:
 def _reduce(
     index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    cache = kwargs.get("past_key_values")
+    cache = cache_among(kwargs)
     found = cache.reduce(index, args[0]) if isinstance(cache, ReducesTokens) else None
     if found is None:
         return None
@@ -101,7 +104,7 @@ def _reduce(
 
 
 def _spread(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-    cache = kwargs.get("past_key_values")
+    cache = cache_among(kwargs)
     return cache.spread(output) if isinstance(cache, ReducesTokens) else None
 
 

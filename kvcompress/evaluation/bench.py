@@ -26,6 +26,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, QuantizedCache
 
 from kvcompress.cache import CompressedCache
+from kvcompress.cache.argument import cache_argument
 from kvcompress.config import CompressionConfig
 from kvcompress.config.composition import policies_of
 from kvcompress.config.presets import PRESETS
@@ -84,7 +85,7 @@ class Bench:
     def run(self, cache: Cache, ids: Tensor) -> float:
         """Seconds of one forward, as in `generate`: logits for the last token alone."""
         start = time.perf_counter()
-        self.model(ids, past_key_values=cache, logits_to_keep=1)
+        self.model(ids, **cache_argument(cache), logits_to_keep=1)
         return time.perf_counter() - start
 
     def run_new(self, make: Callable[[], Cache]) -> float:

@@ -15,6 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import Cache, QuantizedCache
 
 from kvcompress.cache import CompressedCache
+from kvcompress.cache.argument import cache_argument
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation.extension import prepare_extension, shown
@@ -249,9 +250,9 @@ def _play(
     """A round with a cache, which is gone when the last token has come."""
     cache = make()
     for _ in range(new_tokens):
-        seconds, ids = _forward(model, ids, past_key_values=cache)
+        seconds, ids = _forward(model, ids, **cache_argument(cache))
         yield seconds
-    seconds, _ = _forward(model, ids, past_key_values=cache)
+    seconds, _ = _forward(model, ids, **cache_argument(cache))
     with torch.inference_mode():
         contestant.held = held_bytes(cache)
     del cache
@@ -266,8 +267,8 @@ def _play_floor(
     yield seconds
     for _ in range(new_tokens):
         cache = make()
-        _forward(model, token, past_key_values=cache)
-        seconds, token = _forward(model, token, past_key_values=cache)
+        _forward(model, token, **cache_argument(cache))
+        seconds, token = _forward(model, token, **cache_argument(cache))
         yield seconds
 
 

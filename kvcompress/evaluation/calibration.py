@@ -13,6 +13,7 @@ from torch import Tensor
 from kvcompress import __version__
 from kvcompress.cache import CompressedCache, pipeline
 from kvcompress.cache.allocation import allocate
+from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.importance import every_head
 from kvcompress.config import CompressionConfig
 from kvcompress.config.profile import LayerProfile
@@ -130,7 +131,7 @@ def prompt_retention(
     """
     cache = CompressedCache(loaded.model, config)
     cache.activate_past_recording()  # eviction waits for a crop that never comes, so all scores are there
-    loaded.model(**inputs, past_key_values=cache, logits_to_keep=1)
+    loaded.model(**inputs, **cache_argument(cache), logits_to_keep=1)
     engine = cache._engine
     stores, sequence = engine.stores, engine.sequence
     held = [list(store.counts) for store in stores]

@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase, TextStreamer
 from transformers.cache_utils import Cache
 
 from kvcompress.cache import CompressedCache
+from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.report import CacheReport
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError, UnsupportedModelError
@@ -139,7 +140,7 @@ def generate(
         clock.start()
         output = model.generate(  # type: ignore[operator]
             **inputs,
-            past_key_values=cache,
+            **cache_argument(cache),
             streamer=clock,
             **_limits(loaded, max_new_tokens),
             **_sampling(temperature),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.cache import CompressedCache
+from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.importance import every_head
 from kvcompress.cache.report import CacheReport
 from kvcompress.config import CompressionConfig
@@ -117,7 +118,7 @@ def inspect(loaded: LoadedModel, inputs: dict[str, Tensor], config: CompressionC
     scoring = CompressionConfig.preset("full", scorer=scorer)
     importance = _importance(loaded, inputs, scoring)
     cache = CompressedCache(loaded.model, config)
-    loaded.model(**inputs, past_key_values=cache, logits_to_keep=1)
+    loaded.model(**inputs, **cache_argument(cache), logits_to_keep=1)
     image = image_columns(loaded, inputs["input_ids"])
     assert isinstance(scoring.scorer, Scorer)
     return Inspection(
@@ -135,7 +136,7 @@ def inspect(loaded: LoadedModel, inputs: dict[str, Tensor], config: CompressionC
 def _importance(loaded: LoadedModel, inputs: dict[str, Tensor], scoring: CompressionConfig) -> Tensor:
     """Head-mean importance, `[layers, tokens]`, float64 on the CPU."""
     cache = CompressedCache(loaded.model, scoring)
-    loaded.model(**inputs, past_key_values=cache, logits_to_keep=1)
+    loaded.model(**inputs, **cache_argument(cache), logits_to_keep=1)
     engine = cache._engine  # its stores hold every token and its score, which no report does
     found = []
     for layer, store in enumerate(engine.stores):

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.report import CacheReport
 from kvcompress.config import CompressionConfig
 from kvcompress.evaluation.generation import make_cache, report_of, seeded
@@ -60,11 +61,11 @@ def read_answer(
     count = answer.shape[1]
     with seeded(seed, model.device):
         start = _now(model.device)
-        logits = model(**inputs, past_key_values=cache, logits_to_keep=1).logits
+        logits = model(**inputs, **cache_argument(cache), logits_to_keep=1).logits
         losses = [_loss(logits, answer[:, :1])]
         first = _now(model.device)
         for position in range(1, count):
-            logits = model(input_ids=answer[:, position - 1 : position], past_key_values=cache).logits
+            logits = model(input_ids=answer[:, position - 1 : position], **cache_argument(cache)).logits
             losses.append(_loss(logits, answer[:, position : position + 1]))
         end = _now(model.device)
     speed = (count - 1) / (end - first) if count > 1 else None

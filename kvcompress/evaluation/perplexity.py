@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
+from kvcompress.cache.argument import cache_argument
+
 
 def english_text() -> str:
     """About 113,000 tokens of English that every Python carries: its own manual."""
@@ -53,9 +55,9 @@ def continuation_perplexity(
         exp of the mean negative log-likelihood per token of the continuation, in nats.
     """
     cache, losses = make_cache(), []
-    logits = model(ids[:, :prompt], past_key_values=cache, logits_to_keep=1).logits
+    logits = model(ids[:, :prompt], **cache_argument(cache), logits_to_keep=1).logits
     for position in range(prompt, ids.shape[1]):
         losses.append(F.cross_entropy(logits[:, -1].float(), ids[:, position], reduction="sum"))
         if position + 1 < ids.shape[1]:
-            logits = model(ids[:, position : position + 1], past_key_values=cache).logits
+            logits = model(ids[:, position : position + 1], **cache_argument(cache)).logits
     return math.exp(float(torch.stack(losses).sum()) / (ids.shape[0] * len(losses)))

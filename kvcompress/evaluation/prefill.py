@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from kvcompress.cache import CompressedCache
+from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.reduction import Reduction
 from kvcompress.evaluation.timing import in_turns, ratios
 from kvcompress.policies.registry import REDUCERS
@@ -70,7 +71,7 @@ class Prefill:
         """Prefill with a new cache that keeps everything it gets."""
         cache = CompressedCache(self.model, "full", reducer=reducer)
         encoded = {"image": self.features}
-        self.model(self.ids, past_key_values=cache, mm_encoder_outputs=encoded, logits_to_keep=1)
+        self.model(self.ids, **cache_argument(cache), mm_encoder_outputs=encoded, logits_to_keep=1)
         return cache
 
     def seconds(self, reducer: str | None) -> float:

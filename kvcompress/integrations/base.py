@@ -26,7 +26,7 @@ class Adapter(ABC):
 
     @abstractmethod
     def decoder(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The module that owns the decoder layers and takes `past_key_values`."""
+        """The module that owns the decoder layers and takes the cache."""
 
     def layers(self, model: PreTrainedModel) -> list[nn.Module]:
         """The decoder layers in order."""

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from kvcompress.cache import CompressedCache
+from kvcompress.cache.argument import cache_argument
 from kvcompress.config import CompressionConfig
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.evaluation.shapes.questions import KINDS, Question, ask, describe_question, right_objects
@@ -68,7 +69,7 @@ def answer(
     inputs = encode(loaded, asked)
     output = loaded.model.generate(  # type: ignore[operator]
         **inputs,
-        past_key_values=_cache(loaded, config),
+        **cache_argument(_cache(loaded, config)),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=loaded.tokenizer.pad_token_id,
@@ -118,12 +119,12 @@ def _read(
 ) -> Iterator[Tensor]:
     """Logits before each token of the answers."""
     cache, mask = _cache(loaded, config), inputs["attention_mask"]
-    yield loaded.model(**inputs, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    yield loaded.model(**inputs, **cache_argument(cache), logits_to_keep=1).logits[:, -1]
     for column in answers.clamp(min=0).T[:-1]:
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         position = mask.sum(dim=1, keepdim=True) - 1
         step = {"input_ids": column[:, None], "attention_mask": mask, "position_ids": position}
-        yield loaded.model(**step, past_key_values=cache).logits[:, -1]
+        yield loaded.model(**step, **cache_argument(cache)).logits[:, -1]
 
 
 def _ask(scene: Scene, kind: str) -> Question | None:
