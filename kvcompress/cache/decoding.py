@@ -83,7 +83,7 @@ def evict(layer: int, store: DenseStore, config: CompressionConfig, sequence: Se
         with policy_errors(evictor, layer):
             victims = evictor.victim(DecodeContext(of_all, protected, every_score))
             store.heads_part = store.heads_part or victims.shape[1] > 1
-        victims = store.heads.own(victims)
+            victims = store.heads.own(victims)
         if merges:
             rows = torch.zeros(store.batch, 1, 1, dtype=torch.bool, device=columns.device)
             rows[over] = True
