@@ -13,9 +13,40 @@ KVCompressError
 
 from __future__ import annotations
 
+import reprlib
+
+_LONGEST = 4000  # characters of a message
+
+
+class _Short(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 100
+        self.maxlevel = 3
+
+    def repr_int(self, value: int, level: int) -> str:
+        try:
+            return super().repr_int(value, level)
+        except ValueError:  # Python writes out no more than 4,300 digits
+            return f"an integer of {value.bit_length():,} bits"
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: its `repr`, cut where it is long or deep."""
+    return _SHORT.repr(value)
+
+
+_SHORT = _Short()
+
 
 class KVCompressError(Exception):
-    """The root: catch this to catch every error that kvcompress raises on purpose."""
+    """The root: catch this to catch every error that kvcompress raises on purpose.
+
+    A message of more than 4,000 characters loses its middle.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(_cut(one) if isinstance(one, str) else one for one in args))
 
 
 class ConfigError(KVCompressError, ValueError):
@@ -52,3 +83,8 @@ class MissingDependencyError(KVCompressError, ImportError):
 
 class BudgetWarning(UserWarning):
     """The protected tokens alone are more than the budget allows."""
+
+
+def _cut(text: str) -> str:
+    half = _LONGEST // 2
+    return text if len(text) <= _LONGEST else f"{text[:half]} ... {text[-half:]}"

@@ -123,7 +123,7 @@ def test_a_document_comes_before_its_question(tmp_path: Path) -> None:
         ({"context": ["a", "b"]}, "'context' must be a text; got list"),
         ({"image": ["a.png"]}, "'image' must be a text; got list"),
         ({"answer": ["a"]}, "'answer' must be one text or number; got list"),
-        ({"category": "text"}, "the kind 'text' is that of plain text, without"),
+        ({"category": "text"}, "the kind 'text' is that of plain text"),
         ({"capability": [1]}, "must be a text or a list of texts"),
     ],
 )

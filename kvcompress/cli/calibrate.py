@@ -25,6 +25,7 @@ from kvcompress.cli.options import (
     ImagesFolder,
     ModelName,
     Modules,
+    Overwrite,
     PlotFolder,
     PresetName,
     Settings,
@@ -84,6 +85,7 @@ def calibrate_command(
             help="Reads the published files of PrefixKV (shares evicted) instead; no model is loaded.",
         ),
     ] = None,
+    overwrite: Overwrite = False,
     plot: PlotFolder = None,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of what built-in data draw.")] = 0,
     dtype: DtypeName = Dtype.auto,
@@ -97,7 +99,7 @@ def calibrate_command(
             check_matplotlib()
         import_modules(modules or [])
         processes = Processes.current(device)
-        processes.from_first(lambda: check_output(output_file))
+        processes.from_first(lambda: check_output(output_file, overwrite=overwrite))
         if from_prefixkv is not None:
             profile = LayerProfile.from_prefixkv(from_prefixkv)
         else:

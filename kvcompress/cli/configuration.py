@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import typer
-import yaml
 
 from kvcompress.config import CompressionConfig
 from kvcompress.config.budget import Budget
-from kvcompress.errors import BudgetError, ConfigError
-from kvcompress.evaluation.results import check_writable
+from kvcompress.errors import BudgetError, ConfigError, shown
+from kvcompress.files import check_output as check_file
+from kvcompress.files import parse_yaml
 from kvcompress.policies.base import Policy
 
 _AMOUNTS = ("fraction", "tokens", "bytes")
@@ -77,15 +77,19 @@ def parse_budget(text: str) -> float | int | str:
     return text.strip()
 
 
-def check_output(path: Path) -> None:
+def check_output(path: Path, *, overwrite: bool) -> None:
     """Finds out before the work whether a .json, .yaml or .yml file can be written after it; makes its folder.
 
+    Args:
+        path: the file.
+        overwrite: whether it may exist.
+
     Raises:
-        ConfigError: if its name or place does not allow that.
+        ConfigError: if its name or place does not allow that, or it exists and may not.
     """
     if path.suffix not in _FILES:
         raise ConfigError(f"output {path}: the file name must end in one of {', '.join(_FILES)}")
-    check_writable(path)
+    check_file(path, overwrite=overwrite)
 
 
 def import_modules(names: Sequence[str]) -> None:
@@ -138,10 +142,9 @@ def _assign(fields: dict[str, Any], path: list[str], value: Any) -> None:
 
 def _parsed(setting: str, value: str) -> Any:
     try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        reason = " ".join(str(error).split())
-        raise typer.BadParameter(f"'{setting}': the value is not valid YAML: {reason}", param_hint="--set") from None
+        return parse_yaml(value, f"{shown(setting)}: the value")
+    except ConfigError as error:
+        raise typer.BadParameter(str(error), param_hint="--set") from None
 
 
 def _import_file(path: Path) -> None:

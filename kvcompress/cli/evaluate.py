@@ -23,7 +23,7 @@ from kvcompress.evaluation.distributed import Processes
 from kvcompress.evaluation.grid import cells_of
 from kvcompress.evaluation.metrics import METRICS, check_metrics
 from kvcompress.evaluation.plots import check_matplotlib, plot_results, save_all
-from kvcompress.evaluation.results import Row, check_writable
+from kvcompress.evaluation.results import Row, check_results_file
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -99,7 +99,7 @@ def evaluate(
         processes = Processes.current(device)
         try:
             if output is not None:
-                processes.from_first(lambda: check_writable(output))
+                processes.from_first(lambda: check_results_file(output, overwrite=overwrite))
             chosen = load_samples(data, images=images, limit=samples, seed=seed)  # before the model: faster to refuse
             loaded = load_with_spinner(model, dtype.value, processes.device)
             with GridDisplay(shown=processes.first) as display:

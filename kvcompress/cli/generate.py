@@ -25,10 +25,13 @@ from kvcompress.cli.options import (
     Settings,
 )
 from kvcompress.config import CompressionConfig
-from kvcompress.errors import MissingDependencyError
+from kvcompress.errors import ConfigError
 from kvcompress.evaluation import Generation, LoadedModel, encode_prompt, load_model, warm_up
 from kvcompress.evaluation import generate as generate_answer
 from kvcompress.evaluation.models import is_local
+from kvcompress.files import open_picture, read_text
+
+_PROMPT_BYTES = 64 * 2**20
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -175,9 +178,11 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
     parts = []
     if file is not None:
         try:
-            parts.append(sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise typer.BadParameter(f"'{file}' cannot be read: {error}", param_hint="--prompt-file") from None
+            parts.append(sys.stdin.read() if str(file) == "-" else read_text(file, "prompt", _PROMPT_BYTES, pipes=True))
+        except UnicodeDecodeError as error:
+            raise typer.BadParameter(f"stdin is no text: {error}", param_hint="--prompt-file") from None
+        except ConfigError as error:
+            raise typer.BadParameter(str(error), param_hint="--prompt-file") from None
     if prompt is not None:
         parts.append(prompt)
     return "\n\n".join(part.strip() if len(parts) > 1 else part for part in parts)
@@ -186,13 +191,9 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
 def open_image(path: Path) -> Any:
     """Reads an image file as RGB."""
     try:
-        from PIL import Image, UnidentifiedImageError
-    except ImportError:
-        raise MissingDependencyError("image: pillow reads images: pip install 'kvcompress[demo]'") from None
-    try:
-        return Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
-        raise typer.BadParameter(f"'{path}' cannot be read: {error}", param_hint="--image") from None
+        return open_picture(path)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error), param_hint="--image") from None
 
 
 def _warn_if_too_long(loaded: LoadedModel, tokens: int) -> None:

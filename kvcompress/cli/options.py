@@ -49,5 +49,6 @@ PlotFolder = Annotated[
     Path | None,
     typer.Option("--plot", metavar="FOLDER", help="Draws pictures into it, as PNG and SVG.", file_okay=False),
 ]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replaces --output where it exists.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Only JSON on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Shows the traceback of an error.")]

@@ -16,12 +16,12 @@ from kvcompress.cli.console import print_json, reported, warn, working
 from kvcompress.cli.display import size
 from kvcompress.cli.evaluate import configurations, split
 from kvcompress.cli.generate import load_with_spinner
-from kvcompress.cli.options import AsJson, Debug, Device, Dtype, DtypeName, ModelName, Modules
+from kvcompress.cli.options import AsJson, Debug, Device, Dtype, DtypeName, ModelName, Modules, Overwrite
 from kvcompress.errors import BudgetWarning, ConfigError
 from kvcompress.evaluation.data import Sample, load_samples
 from kvcompress.evaluation.distributed import Processes
 from kvcompress.evaluation.metrics import METRICS, PERPLEXITY, check_metrics
-from kvcompress.evaluation.results import check_writable
+from kvcompress.evaluation.results import check_results_file
 from kvcompress.evaluation.runner import Progress
 from kvcompress.evaluation.tuning import STEP, Bound, Tuning, most_trials, tune
 
@@ -84,6 +84,7 @@ def tune_command(
     results: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A .jsonl for all trials; a stopped run goes on there.")
     ] = None,
+    overwrite: Overwrite = False,
     dtype: DtypeName = Dtype.auto,
     device: Device = "auto",
     as_json: AsJson = False,
@@ -98,9 +99,10 @@ def tune_command(
         bounds = _bounds(max_ppl_increase, min_accuracy, metric, chosen)
         processes = Processes.current(device)
         try:
-            for path, check in ((output, check_output), (results, check_writable)):
-                if path is not None:
-                    processes.from_first(lambda check=check, path=path: check(path))  # type: ignore[misc]
+            if output is not None:
+                processes.from_first(lambda: check_output(output, overwrite=overwrite))
+            if results is not None:
+                processes.from_first(lambda: check_results_file(results))
             loaded = load_with_spinner(model, dtype.value, processes.device)
             with working("the full cache") as spinner:
                 trials = most_trials(configs, step)

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import ByteSize, Field, field_serializer, field_validator, model_validator
 
-from kvcompress.errors import BudgetError
+from kvcompress.errors import BudgetError, shown
 from kvcompress.policies.configured import Configured
 
 
@@ -40,8 +40,8 @@ class Budget(Configured):
     def _with_unit(cls, value: object) -> object:
         if isinstance(value, str) and not re.fullmatch(r"\s*\d+(\.\d+)?\s*([kmgtp]i?)?b\s*", value, re.IGNORECASE):
             raise BudgetError(
-                f"budget: text must be bytes with a unit, such as '64MiB'; got {value!r}. A fraction is a float (0.2), "
-                "tokens per layer are an int (512)"
+                f"budget: text must be bytes with a unit, such as '64MiB'; got {shown(value)}. A fraction is a float "
+                "(0.2), tokens per layer are an int (512)"
             )
         return value
 
@@ -95,5 +95,6 @@ class Budget(Configured):
         if isinstance(given, str):
             return cls(**{"bytes": given, **protected})
         raise BudgetError(
-            f"budget: must be a float (fraction), an int (tokens per layer), text ('64MiB') or a Budget; got {given!r}"
+            f"budget: must be a float (fraction), an int (tokens per layer), text ('64MiB') or a Budget; got "
+            f"{shown(given)}"
         )

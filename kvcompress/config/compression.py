@@ -19,8 +19,8 @@ from kvcompress import policies  # noqa: F401  (registers the built-in policies)
 from kvcompress.config.budget import Budget
 from kvcompress.config.combination import Combination, check_combination
 from kvcompress.config.presets import PRESETS
-from kvcompress.errors import ConfigError
-from kvcompress.files import write_text
+from kvcompress.errors import ConfigError, shown
+from kvcompress.files import read_structure, write_text
 from kvcompress.policies.base import Evictor, Merger, Quantizer, Reducer, Scorer
 from kvcompress.policies.configured import Configured
 from kvcompress.policies.registry import (
@@ -116,7 +116,7 @@ class CompressionConfig(Configured):
             return cls.preset(given, **overrides)
         raise ConfigError(
             f"config: must be a preset's name ({', '.join(PRESETS)}), a .yaml or .json path, a dict or a "
-            f"CompressionConfig; got {given!r}"
+            f"CompressionConfig; got {shown(given)}"
         )
 
     @classmethod
@@ -127,14 +127,7 @@ class CompressionConfig(Configured):
             ConfigError: if the file cannot be read or parsed, or does not describe a valid configuration.
         """
         path = _format_of(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-            fields = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"config {path}: cannot be read: {error}") from None
-        except (yaml.YAMLError, json.JSONDecodeError) as error:
-            reason = " ".join(str(error).split())
-            raise ConfigError(f"config {path}: is not valid {path.suffix[1:].upper()}: {reason}") from None
+        fields = read_structure(path, "config")
         if not isinstance(fields, dict):
             raise ConfigError(f"config {path}: must hold a mapping of fields ({', '.join(cls.model_fields)})")
         try:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from kvcompress.config.compression import CompressionConfig
 from kvcompress.errors import ConfigError
-from kvcompress.files import write_text
+from kvcompress.files import read_structure, write_text
 from kvcompress.policies.allocators import Profile
 from kvcompress.policies.base import Allocator
 from kvcompress.policies.configured import Configured
@@ -112,7 +112,7 @@ class LayerProfile(Configured):
             ConfigError: if the file cannot be read or parsed, or does not hold a profile.
         """
         path = _format_of(path)
-        fields = _read(path)
+        fields = read_structure(path, "profile")
         if not isinstance(fields, dict) or "budgets" not in fields:
             raise ConfigError(
                 f"profile {path}: must hold a mapping with budgets and retention, as 'kvcompress calibrate' writes it; "
@@ -222,7 +222,7 @@ def _ratios(folder: Path) -> dict[float, Path]:
 
 
 def _evicted(path: Path) -> list[float]:
-    shares = _read(path)
+    shares = read_structure(path, "profile")
     if not isinstance(shares, list) or not shares or not all(_is_share(share) for share in shares):
         raise ConfigError(f"profile {path}: must hold one list with the share evicted of each layer, from 0 to 1")
     return [float(share) for share in shares]
@@ -230,17 +230,6 @@ def _evicted(path: Path) -> list[float]:
 
 def _is_share(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
-
-
-def _read(path: Path) -> Any:
-    try:
-        text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"profile {path}: cannot be read: {error}") from None
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"profile {path}: is not valid {path.suffix[1:].upper()}: {reason}") from None
 
 
 def _format_of(path: str | PathLike[str]) -> Path:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcompress.errors import ConfigError
-from kvcompress.files import write_text
+from kvcompress.files import parse_json, picture_path, read_text, write_text
 
 _IMAGE = "<image>"
 
@@ -42,10 +42,7 @@ def read_conversations(path: Path, images: Path | None = None) -> list[Conversat
     Raises:
         ConfigError: if the file cannot be read or is no such list, naming the entry.
     """
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"conversations {path}: cannot be read: {error}") from None
+    entries = parse_json(read_text(path, "conversations"), f"conversations {path}:")
     if not isinstance(entries, list):
         raise ConfigError(f"conversations {path}: must hold a list of dialogues; got {type(entries).__name__}")
     folder = path.parent if images is None else images
@@ -112,4 +109,4 @@ def _read(entry: Any, folder: Path, where: str) -> Conversation:
         for question, answer in zip(values[::2], values[1::2], strict=True)
     )
     image = entry.get("image")
-    return Conversation(str(entry.get("id", "")), None if image is None else folder / image, turns)
+    return Conversation(str(entry.get("id", "")), None if image is None else picture_path(folder, image, where), turns)

@@ -102,16 +102,23 @@ def _load(name: str, dtype: torch.dtype | str) -> LoadedModel:
         source = str(Path(name).expanduser())
     elif not _HUB_ID.fullmatch(name) or Path(name).is_file():
         raise UnsupportedModelError(f"model '{name}': is no folder, and no model's id on the hub (owner/name) either")
-    config: PretrainedConfig = AutoConfig.from_pretrained(source)
+    config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if config.model_type not in known_models():
         raise UnsupportedModelError(
             f"model '{name}': no adapter for its type '{config.model_type}'; known: {', '.join(known_models())}"
         )
+    for part in (config, *(getattr(config, each, None) for each in ("text_config", "vision_config"))):
+        asked = getattr(part, "_attn_implementation", None)
+        if isinstance(asked, str) and "/" in asked:  # transformers would fetch and run it
+            raise UnsupportedModelError(
+                f"model '{name}': its configuration asks for code from a hub (attn_implementation '{asked}'), which is "
+                "not run; take that line out of its config.json"
+            )
     if getattr(config, "vision_config", None) is None:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-        return LoadedModel(name, model, AutoTokenizer.from_pretrained(source))
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype)
-    processor = AutoProcessor.from_pretrained(source)  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+        return LoadedModel(name, model, AutoTokenizer.from_pretrained(source, trust_remote_code=False))
+    model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, trust_remote_code=False)
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)  # type: ignore[no-untyped-call]
     return LoadedModel(name, model, cast(PreTrainedTokenizerBase, processor.tokenizer), processor)
 
 

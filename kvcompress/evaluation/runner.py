@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from kvcompress.evaluation.measuring import Measure
 from kvcompress.evaluation.metrics import METRICS, PERPLEXITY, check_metrics
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.evaluation.overshoot import warn_of_overshoots
-from kvcompress.evaluation.results import ResultsFile, Row
+from kvcompress.evaluation.results import ResultsFile, Row, writing_results
 from kvcompress.evaluation.summary import summarise
 
 _GATHERED = 8  # samples of each process between two exchanges with the others
@@ -109,9 +110,15 @@ def evaluate(
     run = _run(loaded, source, samples, wanted, max_new_tokens, seed)
     if len(set(processes.gather([run["data_hash"]]))) > 1:
         raise ConfigError(f"data '{source}': the processes read different samples; give all of them the same files")
-    grid = _Grid(loaded, samples, cells, Measure(wanted, max_new_tokens, seed), run, processes, on_progress)
     path = None if output is None else Path(output)
-    return grid.work(processes.from_first(lambda: ResultsFile(path, run, overwrite=overwrite)))
+    grid = _Grid(loaded, samples, cells, Measure(wanted, max_new_tokens, seed), run, processes, on_progress)
+    with ExitStack() as held:
+
+        def begin() -> ResultsFile:
+            held.enter_context(writing_results(path))
+            return ResultsFile(path, run, overwrite=overwrite)
+
+        return grid.work(processes.from_first(begin))
 
 
 def default_metrics(samples: Sequence[Sample]) -> list[str]:

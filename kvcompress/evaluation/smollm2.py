@@ -162,7 +162,7 @@ def _clean(folder: Path) -> None:
 def _read(
     folder: Path, dtype: torch.dtype, gguf_file: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    given: dict[str, Any] = {"local_files_only": True}
+    given: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if gguf_file is None:
         tokenizer = AutoTokenizer.from_pretrained(folder, **given)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **given), tokenizer

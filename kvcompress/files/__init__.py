@@ -2,6 +2,23 @@
 
 from __future__ import annotations
 
-from kvcompress.files.writing import append_line, check_output, locked, replacing, write_text
+from kvcompress.files.pictures import open_picture, picture_path, read_picture
+from kvcompress.files.reading import parse_json, parse_yaml, read_bytes, read_structure, read_text
+from kvcompress.files.writing import append_line, check_output, locked, make_folder, replacing, write_text
 
-__all__ = ["append_line", "check_output", "locked", "replacing", "write_text"]
+__all__ = [
+    "append_line",
+    "check_output",
+    "locked",
+    "make_folder",
+    "open_picture",
+    "parse_json",
+    "parse_yaml",
+    "picture_path",
+    "read_bytes",
+    "read_picture",
+    "read_structure",
+    "read_text",
+    "replacing",
+    "write_text",
+]

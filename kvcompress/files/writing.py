@@ -40,7 +40,7 @@ def replacing(path: Path, what: str = "output") -> Iterator[BinaryIO]:
     `path` is a link, what it points at is replaced. A file that exists keeps its permissions.
 
     Args:
-        path: the file to replace or make; its folder is made where it is missing.
+        path: the file to replace or make, in a folder that exists.
         what: what an error calls it, such as "profile".
 
     Yields:
@@ -53,7 +53,6 @@ def replacing(path: Path, what: str = "output") -> Iterator[BinaryIO]:
     temporary = target.with_name(f".{target.name[:32]}.{secrets.token_hex(6)}.tmp")
     try:
         before = _regular(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "xb") as file:
                 yield file
@@ -69,6 +68,18 @@ def replacing(path: Path, what: str = "output") -> Iterator[BinaryIO]:
         _sync_folder(target.parent)
     except OSError as error:
         raise unwritable(path, error, what) from None
+
+
+def make_folder(folder: Path, what: str = "output") -> None:
+    """Makes a folder and those above it where they are missing.
+
+    Raises:
+        ConfigError: if it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise unwritable(folder, error, what) from None
 
 
 def append_line(path: Path, line: bytes, what: str = "output") -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from kvcompress.errors import ConfigError, KVCompressError
+from kvcompress.errors import ConfigError, KVCompressError, shown
 
 
 class Configured(BaseModel):
@@ -35,5 +35,5 @@ def readable_error(error: ValidationError, model: type[BaseModel]) -> KVCompress
             known = ", ".join(model.model_fields) or "none"
             lines.append(f"{where}: unknown field of {model.__name__}; its fields: {known}")
         else:
-            lines.append(f"{where or model.__name__}: {item['msg']}; got {item['input']!r}")
+            lines.append(f"{where or model.__name__}: {item['msg']}; got {shown(item['input'])}")
     return ConfigError("; ".join(lines))

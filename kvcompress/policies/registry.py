@@ -12,7 +12,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BeforeValidator, PlainSerializer
 
-from kvcompress.errors import ConfigError, UnknownPolicyError
+from kvcompress.errors import ConfigError, UnknownPolicyError, shown
 from kvcompress.policies.base import Allocator, Evictor, Merger, Policy, Quantizer, Reducer, Scorer
 
 ENTRY_POINT_GROUP = "kvcompress.policies"
@@ -104,10 +104,10 @@ class Registry(Generic[PolicyT]):
             fields = dict(given)
             name = fields.pop("name", None)
             if not isinstance(name, str):
-                raise ConfigError(f"{self.stage}: a dict needs the key 'name' with a string; got {given!r}")
+                raise ConfigError(f"{self.stage}: a dict needs the key 'name' with a string; got {shown(given)}")
             return self.create(name, **fields)
         allowed = f"a name, a dict with 'name' or a {self.contract.__name__}"
-        raise ConfigError(f"{self.stage}: must be {allowed}; got {given!r}")
+        raise ConfigError(f"{self.stage}: must be {allowed}; got {shown(given)}")
 
     @staticmethod
     def dump(policy: Policy | None) -> dict[str, Any] | None:

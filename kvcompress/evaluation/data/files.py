@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from kvcompress.errors import ConfigError
+from kvcompress.errors import ConfigError, shown
 from kvcompress.evaluation.conversations import check_fields, read_conversations
 from kvcompress.evaluation.data.built_in import split_text
 from kvcompress.evaluation.data.sample import TEXT, Sample
+from kvcompress.files import parse_json, picture_path, read_text
 
 FORMATS = (".json", ".jsonl", ".txt")
 TEXT_WORDS = (800, 60)  # of a plain text's prompts and continuations
@@ -37,17 +37,17 @@ def read_file(path: Path, images: Path | None) -> list[Sample]:
     """
     if path.suffix not in FORMATS:
         raise ConfigError(f"data {path}: the file name must end in one of {', '.join(FORMATS)}")
-    content = _text(path)
+    content = read_text(path, "data")
     if path.suffix == ".txt":
         pieces = split_text(content, *TEXT_WORDS)
         return [Sample(f"{path.stem}-{number:05}", *piece, kind=TEXT) for number, piece in enumerate(pieces)]
     if path.suffix == ".jsonl":
-        lines = [(number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
+        lines = [(number, line) for number, line in enumerate(content.split("\n"), 1) if line.strip()]
         return [
-            _question(_json(f"data {path}: line {number}", line), path, images, f"data {path}: line {number}")
+            _question(parse_json(line, f"data {path}: line {number}:"), path, images, f"data {path}: line {number}")
             for number, line in lines
         ]
-    entries = _json(f"data {path}", content)
+    entries = parse_json(content, f"data {path}:")
     if isinstance(entries, dict):
         return [_question(_named(entry, name), path, images, f"data {path}: entry '{name}'")
                 for name, entry in entries.items()]  # fmt: skip
@@ -64,7 +64,8 @@ def read_file(path: Path, images: Path | None) -> list[Sample]:
 def _conversations(path: Path, images: Path | None) -> list[Sample]:
     """The first question of each dialogue."""
     return [
-        Sample(dialogue.name, *dialogue.turns[0], image=dialogue.image) for dialogue in read_conversations(path, images)
+        Sample(dialogue.name, *dialogue.turns[0], image=dialogue.image, folder=images or path.parent)
+        for dialogue in read_conversations(path, images)
     ]
 
 
@@ -91,8 +92,9 @@ def _question(entry: Any, path: Path, images: Path | None, where: str) -> Sample
         name="" if name is None else str(name),
         prompt=said,
         answer=None if answer is None else str(answer),
-        image=None if image is None else folder / image,
+        image=None if image is None else picture_path(folder, image, where),
         kind=_kind(_first(entry, _KIND), where),
+        folder=None if image is None else folder,
     )
 
 
@@ -105,7 +107,7 @@ def _kind(given: Any, where: str) -> str:
         return given or ""
     if isinstance(given, list) and all(isinstance(part, str) for part in given):
         return "+".join(given)
-    raise ConfigError(f"{where}: {', '.join(map(repr, _KIND))} must be a text or a list of texts; got {given!r}")
+    raise ConfigError(f"{where}: {', '.join(map(repr, _KIND))} must be a text or a list of texts; got {shown(given)}")
 
 
 def _first(entry: dict[str, Any], names: tuple[str, ...]) -> Any:
@@ -116,17 +118,3 @@ def _named(entry: Any, name: str) -> dict[str, Any]:
     """An entry with its name in the file, unless it has one of its own."""
     fields = entry if isinstance(entry, dict) else {}
     return fields if any(own in fields for own in _NAME) else {"id": name, **fields}
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"data {path}: cannot be read: {error}") from None
-
-
-def _json(where: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"{where}: is not valid JSON: {error}") from None

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from kvcompress.errors import ConfigError, MissingDependencyError
+from kvcompress.errors import ConfigError
+from kvcompress.files import open_picture, read_picture
 
 TEXT = "text"  # the kind of a sample that is plain text and its continuation, not a question
 
@@ -26,6 +27,7 @@ class Sample:
         picture: the image itself (PIL) where it is drawn.
         kind: what is asked for, such as "count" for ShapesLLaVA, "ocr+math" for MM-Vet; "text" for plain text, which
             goes to the model without a chat template; "" where the data tell no kinds apart.
+        folder: where the image must lie once links are followed; None allows any place.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Sample:
     image: Path | None = None
     picture: Any | None = None
     kind: str = ""
+    folder: Path | None = field(default=None, compare=False)
 
     @property
     def has_image(self) -> bool:
@@ -44,27 +47,19 @@ class Sample:
         """The image as RGB (PIL); None for a sample without one.
 
         Raises:
-            ConfigError: if its file is missing or no image.
+            ConfigError: if its file is missing, no image, or lies outside of its folder.
             MissingDependencyError: if pillow is not installed.
         """
         if self.picture is not None or self.image is None:
             return self.picture
-        try:
-            from PIL import Image, UnidentifiedImageError
-        except ImportError:
-            raise MissingDependencyError("image: pillow reads images: pip install 'kvcompress[evaluation]'") from None
-        try:
-            return Image.open(self.image).convert("RGB")
-        except FileNotFoundError:
-            raise ConfigError(f"image {self.image}: there is no such file; name its folder with images") from None
-        except (OSError, UnidentifiedImageError) as error:
-            raise ConfigError(f"image {self.image}: cannot be read: {error}") from None
+        return open_picture(self.image, self.folder)
 
 
 def data_hash(samples: Iterable[Sample]) -> str:
     """A sha256 over the content of samples: names, prompts, answers, kinds and the bytes of images.
 
-    It is the same wherever the files lie. An image that is missing counts as missing.
+    It is the same wherever the files lie. An image that is missing, or that `open_picture` would refuse for its place,
+    its size or what kind of file it is, counts as missing.
     """
     digest = hashlib.sha256()
     for sample in samples:
@@ -77,11 +72,13 @@ def data_hash(samples: Iterable[Sample]) -> str:
 def with_unique_names(samples: Sequence[Sample]) -> list[Sample]:
     """Gives those whose name is empty or taken another: their number, or the name with a number."""
     taken: set[str] = set()
+    again: dict[str, int] = {}  # the number to try next, so that n samples of one name take n tries
     found = []
     for index, sample in enumerate(samples):
-        name, again = sample.name or str(index), 2
+        name = first = sample.name or str(index)
         while name in taken:
-            name, again = f"{sample.name or index}#{again}", again + 1
+            again[first] = again.get(first, 1) + 1
+            name = f"{first}#{again[first]}"
         taken.add(name)
         found.append(sample if name == sample.name else replace(sample, name=name))
     return found
@@ -92,8 +89,8 @@ def _picture_hash(sample: Sample) -> str | None:
         content = f"{sample.picture.mode} {sample.picture.size} ".encode() + sample.picture.tobytes()
     elif sample.image is not None:
         try:
-            content = sample.image.read_bytes()
-        except OSError:
+            content = read_picture(sample.image, sample.folder)
+        except ConfigError:
             return "missing"
     else:
         return None

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from kvcompress.errors import MissingDependencyError
-from kvcompress.files import replacing
+from kvcompress.files import make_folder, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -114,6 +114,7 @@ def save(figure: Figure, path: str | Path) -> tuple[Path, Path]:
     path = Path(path)
     stem = path.name.removesuffix(".png").removesuffix(".svg")
     image, drawn = path.with_name(f"{stem}.png"), path.with_name(f"{stem}.svg")
+    make_folder(path.parent, "picture")
     with _style():
         with replacing(image, "picture") as file:
             figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import torch
-import yaml
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from kvcompress.errors import ConfigError, PolicyError
+from kvcompress.errors import ConfigError, PolicyError, shown
+from kvcompress.files import read_structure
 from kvcompress.policies.allocators.apportionment import apportion
 from kvcompress.policies.allocators.interpolation import interpolate
 from kvcompress.policies.base import Allocator
@@ -59,7 +58,7 @@ class Profile(Allocator):
         fields = dict(fields)
         path = fields.pop("path")
         if given := {"retention", "retentions"} & set(fields):
-            raise ConfigError(f"{given.pop()} and path={str(path)!r} were both given; give one")
+            raise ConfigError(f"{given.pop()} and path={shown(str(path))} were both given; give one")
         return {**fields, **_fields_in(Path(path))}
 
     @model_validator(mode="after")
@@ -102,14 +101,7 @@ def _fields_in(path: Path) -> dict[str, Any]:
     """What a file says of retention; the fields' own checks follow."""
     if path.suffix not in (".json", ".yaml", ".yml"):
         raise ConfigError(f"path: a profile is a .json, .yaml or .yml file; got '{path}'")
-    try:
-        text = path.read_text(encoding="utf-8")
-        held = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"path: the profile {path} cannot be read: {error}") from None
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"path: the profile {path} is not valid {path.suffix[1:].upper()}: {reason}") from None
+    held = read_structure(path, "path: the profile")
     model = None
     if isinstance(held, dict):
         model = held.get("model") if "budgets" in held else None  # in files of users it means whatever they like
