@@ -12,7 +12,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BeforeValidator, PlainSerializer
 
-from kvcompress.errors import ConfigError, UnknownPolicyError, shown
+from kvcompress.errors import ConfigError, KVCompressWarning, UnknownPolicyError, shown
 from kvcompress.policies.base import Allocator, Evictor, Merger, Policy, Quantizer, Reducer, Scorer
 
 ENTRY_POINT_GROUP = "kvcompress.policies"
@@ -141,7 +141,8 @@ def _load_entry_points() -> None:
             try:
                 importlib.import_module(point.module)
             except (Exception, SystemExit) as error:  # another package's fault must not take this one down
-                warnings.warn(f"entry point '{point.name}' of {ENTRY_POINT_GROUP} failed: {error!r}", stacklevel=3)
+                told = f"entry point '{point.name}' of {ENTRY_POINT_GROUP} failed: {error!r}"
+                warnings.warn(told, KVCompressWarning, stacklevel=3)
             except BaseException:  # Ctrl-C: another time
                 _loaded.discard(point.value)
                 raise
