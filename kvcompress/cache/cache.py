@@ -152,10 +152,11 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         super().__init__(
             layers=[CompressedLayer(self._engine, index, adapter, self._decoder) for index in range(layers)]
         )
-        attention.install(decoder, adapter.attention_modules(model))
-        hooks.observe(model, decoder, adapter)
-        if self.config.reducer is not None:
-            hooks.reduce_between(adapter.layers(model))
+        with hooks.changing:
+            attention.install(decoder, adapter.attention_modules(model))
+            hooks.observe(model, decoder, adapter)
+            if self.config.reducer is not None:
+                hooks.reduce_between(adapter.layers(model))
 
     def __repr__(self) -> str:
         return f"CompressedCache({self.config!r}, seen={self.get_seq_length()})"
@@ -366,12 +367,14 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 def restore(model: PreTrainedModel) -> None:
     """Takes everything that kvcompress put on a model off again: its attention and its hooks.
 
-    Caches made for the model before can no longer be used with it.
+    What caches of its parts brought along goes too, such as those of the language model inside a LLaVA. Caches made for
+    the model before can no longer be used with it.
     """
     adapter = adapter_for(model)
-    attention.uninstall(adapter.decoder(model), adapter.attention_modules(model))
-    for module in (model, adapter.decoder(model), *adapter.layers(model)):
-        hooks.remove(module)
+    with hooks.changing:
+        attention.uninstall(adapter.decoder(model), adapter.attention_modules(model))
+        for module in model.modules():
+            hooks.remove(module)
 
 
 def _usable(tensor: Tensor) -> Tensor:
