@@ -42,7 +42,7 @@ _SHORT = _Short()
 class KVCompressError(Exception):
     """The root: catch this to catch every error that kvcompress raises on purpose.
 
-    A message of more than 4,000 characters loses its middle.
+    A message of more than 4,000 characters loses its middle, and half a surrogate pair in it is written as an escape.
     """
 
     def __init__(self, *args: object) -> None:
@@ -90,5 +90,6 @@ class BudgetWarning(KVCompressWarning):
 
 
 def _cut(text: str) -> str:
+    text = text.encode("utf-8", "backslashreplace").decode("utf-8")  # pydantic and terminals take no half surrogates
     half = _LONGEST // 2
     return text if len(text) <= _LONGEST else f"{text[:half]} ... {text[-half:]}"

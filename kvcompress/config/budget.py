@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import ByteSize, Field, field_serializer, field_validator, model_validator
 
 from kvcompress.errors import BudgetError, shown
 from kvcompress.policies.configured import Configured
+
+_BYTES = re.compile(r"\s*\d+(\.\d+)?\s*([kmgtp]i?)?b\s*", re.IGNORECASE)
+_MOST_BYTES = 2**63 - 1
 
 
 class Budget(Configured):
@@ -29,6 +32,8 @@ class Budget(Configured):
         BudgetError: if none or several are given, or one is out of range.
     """
 
+    unbounded: ClassVar[frozenset[str]] = frozenset({"fraction", "bytes"})
+
     fraction: float | None = None
     tokens: int | None = None
     bytes: ByteSize | None = None
@@ -38,7 +43,7 @@ class Budget(Configured):
     @field_validator("bytes", mode="before")
     @classmethod
     def _with_unit(cls, value: object) -> object:
-        if isinstance(value, str) and not re.fullmatch(r"\s*\d+(\.\d+)?\s*([kmgtp]i?)?b\s*", value, re.IGNORECASE):
+        if isinstance(value, str) and (len(value) > 40 or not _BYTES.fullmatch(value)):
             raise BudgetError(
                 f"budget: text must be bytes with a unit, such as '64MiB'; got {shown(value)}. A fraction is a float "
                 "(0.2), tokens per layer are an int (512)"
@@ -57,8 +62,8 @@ class Budget(Configured):
             )
         if self.tokens is not None and self.tokens < 1:
             raise BudgetError(f"budget: tokens per layer must be at least 1; got {self.tokens}")
-        if self.bytes is not None and self.bytes < 1:
-            raise BudgetError(f"budget: bytes must be at least 1; got {self.bytes}")
+        if self.bytes is not None and not 1 <= self.bytes <= _MOST_BYTES:
+            raise BudgetError(f"budget: bytes must be from 1 to 2^63 - 1; got {shown(int(self.bytes))}")
         return self
 
     @field_serializer("bytes")
@@ -85,6 +90,8 @@ class Budget(Configured):
         if isinstance(given, cls):
             return given
         if isinstance(given, dict):
+            if not all(isinstance(key, str) for key in given):
+                raise BudgetError(f"budget: names of fields are texts; got {shown(list(given))}")
             return cls(**given)
         if isinstance(given, bool):
             raise BudgetError(f"budget: must be a number, text or a Budget; got {given}")

@@ -38,9 +38,7 @@ def read_bytes(path: Path, what: str, limit: int, *, pipes: bool = False) -> byt
         ConfigError: if it is no regular file, cannot be read or is larger.
     """
     try:
-        handle = os.open(
-            path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | (0 if pipes else getattr(os, "O_NONBLOCK", 0))
-        )
+        handle = os.open(path, os.O_RDONLY | _BINARY | (0 if pipes else _AT_ONCE))
         with open(handle, "rb") as file:
             found = os.fstat(file.fileno())
             if stat.S_ISDIR(found.st_mode):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kvcompress.errors import ConfigError, KVCompressError, shown
+from kvcompress.files.reading import DEPTH
+
+_LARGEST = 2**31
 
 
 class Configured(BaseModel):
@@ -14,11 +17,31 @@ class Configured(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    def __init__(self, **fields: Any) -> None:
+    unbounded: ClassVar[frozenset[str]] = frozenset()  # fields that check their numbers themselves
+
+    def __init__(self, /, **fields: Any) -> None:
+        for name, value in fields.items():
+            if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+                raise ConfigError(f"{name}: the keys of a mapping must be texts; got {shown(list(value))}")
+            if name not in self.unbounded:
+                _check_numbers(value, name)  # as they came: some overflow in pydantic
         try:
             super().__init__(**fields)
         except ValidationError as error:
             raise readable_error(error, type(self)) from None
+        for name in type(self).model_fields:
+            if name not in self.unbounded:
+                _check_numbers(getattr(self, name), name)  # and as they were read, from texts too
+
+
+def _check_numbers(value: Any, name: str) -> None:
+    """Raises ConfigError for numbers of 2^31 or more, which overflow later; what a mapping becomes checks itself."""
+    level, depth = [value], 0
+    while level and depth <= DEPTH:
+        for one in level:
+            if isinstance(one, (int, float)) and abs(one) >= _LARGEST:
+                raise ConfigError(f"{name}: a number must be less than 2^31 ({_LARGEST:,}); got {shown(one)}")
+        level, depth = [part for one in level if isinstance(one, (list, tuple)) for part in one], depth + 1
 
 
 def readable_error(error: ValidationError, model: type[BaseModel]) -> KVCompressError:

@@ -76,7 +76,7 @@ class Registry(Generic[PolicyT]):
             raise unknown_name(self.stage, "policy", name, self.names())
         return self._policies[name]
 
-    def create(self, name: str, **fields: Any) -> PolicyT:
+    def create(self, name: str, /, **fields: Any) -> PolicyT:
         """Makes the policy of that name.
 
         Raises:
@@ -105,6 +105,8 @@ class Registry(Generic[PolicyT]):
             name = fields.pop("name", None)
             if not isinstance(name, str):
                 raise ConfigError(f"{self.stage}: a dict needs the key 'name' with a string; got {shown(given)}")
+            if not all(isinstance(key, str) for key in fields):
+                raise ConfigError(f"{self.stage} {name}: names of fields are texts; got {shown(list(fields))}")
             return self.create(name, **fields)
         allowed = f"a name, a dict with 'name' or a {self.contract.__name__}"
         raise ConfigError(f"{self.stage}: must be {allowed}; got {shown(given)}")

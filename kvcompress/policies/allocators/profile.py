@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -57,6 +58,8 @@ class Profile(Allocator):
             return fields
         fields = dict(fields)
         path = fields.pop("path")
+        if not isinstance(path, (str, PathLike)):
+            raise ConfigError(f"path: must be the path of a profile; got {shown(path)}")
         if given := {"retention", "retentions"} & set(fields):
             raise ConfigError(f"{given.pop()} and path={shown(str(path))} were both given; give one")
         return {**fields, **_fields_in(Path(path))}

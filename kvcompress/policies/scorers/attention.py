@@ -41,7 +41,7 @@ class Attention(Scorer):
     mass: ClassVar[bool] = True
     reads_attention: ClassVar[bool] = True
 
-    queries: str = Field(default="all", pattern=r"^(all|post_vision|stride:[1-9]\d*|window:[1-9]\d*)$")
+    queries: str = Field(default="all", pattern=r"^(all|post_vision|(stride|window):[1-9][0-9]{0,8})$")
     reduce: Literal["sum", "mean"] = "sum"
     image_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     text_weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
