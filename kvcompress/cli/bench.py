@@ -170,8 +170,8 @@ def _run(
     )
     task = progress.add_task("rounds", total=rounds)
     with _live(progress) as live:
-        told = {"on_round": lambda: progress.advance(task), "on_wait": note}
-        for measurement in benchmark(loaded, compared, **wanted, **told):
+        wanted = {**wanted, "on_round": lambda: progress.advance(task), "on_wait": note}
+        for measurement in benchmark(loaded, compared, **wanted):
             found.append(measurement)
             if live is not None:
                 live.update(Group(_tables(found), progress))
