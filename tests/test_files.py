@@ -19,7 +19,7 @@ from kvcompress.evaluation.conversations import Conversation, write_conversation
 from kvcompress.evaluation.plots import save
 from kvcompress.files import append_line, check_output, locked, replacing, write_text
 
-OLD = b"what was there before\n"
+OLD = b"Drawn by kvcompress before\n"
 Writer = Callable[[Path], Any]
 PROFILE = LayerProfile(budgets=[0.5], retention=[[0.5] * 200])
 WRITERS: dict[str, tuple[str, Writer]] = {

@@ -3,10 +3,11 @@
 from pathlib import Path
 
 from kvcompress.config.composition import as_markdown, presets_as_markdown
+from kvcompress.files import write_text
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {DOCS / "composition.md": as_markdown, DOCS / "policies" / "presets.md": presets_as_markdown}
 
 if __name__ == "__main__":
     for page, write in PAGES.items():
-        page.write_text(write(), encoding="utf-8")
+        write_text(page, write(), "page")

@@ -19,6 +19,7 @@ from kvcompress.evaluation.perplexity import english_text
 from kvcompress.evaluation.plots import lorenz, merging, patches, quality, retention, save, speed
 from kvcompress.evaluation.shapes import draw_scene, sample_scene, scene_seed
 from kvcompress.evaluation.shapes.measure import description_perplexity, held_out_scenes
+from kvcompress.files import replacing
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "images"
 BUDGETS = [number / 10 for number in range(1, 10)]
@@ -93,7 +94,8 @@ def save_small(name: str, figure: Any) -> None:
             small = drawn.convert("RGB").quantize(128, dither=Image.Dither.NONE)
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{name}.png"
-    small.save(path, optimize=True)
+    with replacing(path, "picture") as file:
+        small.save(file, format="PNG", optimize=True)
     size = path.stat().st_size
     print(f"{path}: {size:,} bytes")
     assert size < LARGEST, f"{path} is too large for the repository"

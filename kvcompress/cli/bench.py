@@ -29,7 +29,7 @@ from kvcompress.config import CompressionConfig
 from kvcompress.evaluation import LoadedModel
 from kvcompress.evaluation.benchmark import BASE, REFERENCES, benchmark, rounds_of, weight_bytes
 from kvcompress.evaluation.measurement import Measurement, Spread
-from kvcompress.evaluation.plots import check_matplotlib, save_all, speed
+from kvcompress.evaluation.plots import check_pictures, save_all, speed
 from kvcompress.evaluation.plots.retention import budget_label
 from kvcompress.evaluation.plots.rows import by_unit
 
@@ -99,7 +99,7 @@ def bench(
     """Measures speed and memory of caches, in turns with DynamicCache, QuantizedCache and the weights alone."""
     with reported(as_json=as_json, debug=debug):
         if plot is not None:
-            check_matplotlib()
+            check_pictures(plot)
         import_modules(modules or [])
         compared = _configurations(presets, configs, budgets or [], settings or [])
         limit = None if memory_limit is None else _bytes(memory_limit)

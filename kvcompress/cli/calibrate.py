@@ -35,7 +35,7 @@ from kvcompress.errors import ConfigError
 from kvcompress.evaluation.calibration import BUDGETS, calibrate, check_budgets, check_config
 from kvcompress.evaluation.data import load_samples
 from kvcompress.evaluation.distributed import Processes
-from kvcompress.evaluation.plots import check_matplotlib, plot_profile, save_all
+from kvcompress.evaluation.plots import check_pictures, plot_profile, save_all
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -96,7 +96,7 @@ def calibrate_command(
     """Estimates how much each layer keeps at every budget, and writes it as a profile."""
     with reported(as_json=as_json, debug=debug):
         if plot is not None:
-            check_matplotlib()
+            check_pictures(plot)
         import_modules(modules or [])
         processes = Processes.current(device)
         processes.from_first(lambda: check_output(output_file, overwrite=overwrite))

@@ -22,7 +22,7 @@ from kvcompress.evaluation.data import load_samples
 from kvcompress.evaluation.distributed import Processes
 from kvcompress.evaluation.grid import cells_of
 from kvcompress.evaluation.metrics import METRICS, check_metrics
-from kvcompress.evaluation.plots import check_matplotlib, plot_results, save_all
+from kvcompress.evaluation.plots import check_pictures, plot_results, save_all
 from kvcompress.evaluation.results import Row, check_results_file
 
 EPILOG = """
@@ -90,7 +90,7 @@ def evaluate(
     """Evaluates caches at several budgets on data: quality, memory and time, with confidence intervals."""
     with reported(as_json=as_json, debug=debug):
         if plot is not None:
-            check_matplotlib()
+            check_pictures(plot)
         import_modules(modules or [])
         configs = configurations(split(preset), config or [], settings or [])
         budgets = [parse_budget(each) for each in split(budget)]

@@ -30,7 +30,7 @@ from kvcompress.cli.options import (
 from kvcompress.config import CompressionConfig
 from kvcompress.evaluation import Inspection, encode_prompt
 from kvcompress.evaluation import inspect as inspect_prompt
-from kvcompress.evaluation.plots import check_matplotlib, lorenz, merging, patches, retention, save_all
+from kvcompress.evaluation.plots import check_pictures, lorenz, merging, patches, retention, save_all
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,7 +75,7 @@ def inspect(
     """Shows how important a prompt's tokens are to each layer, and which of them each layer keeps."""
     with reported(as_json=as_json, debug=debug):
         if plot is not None:
-            check_matplotlib()
+            check_pictures(plot)
         import_modules(modules or [])
         compression = read_config(preset, config, budget, settings or [])
         text = read_prompt(prompt, prompt_file)

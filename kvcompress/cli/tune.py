@@ -17,6 +17,7 @@ from kvcompress.cli.display import size
 from kvcompress.cli.evaluate import configurations, split
 from kvcompress.cli.generate import load_with_spinner
 from kvcompress.cli.options import AsJson, Debug, Device, Dtype, DtypeName, ModelName, Modules, Overwrite
+from kvcompress.config import CompressionConfig
 from kvcompress.errors import BudgetWarning, ConfigError
 from kvcompress.evaluation.data import Sample, load_samples
 from kvcompress.evaluation.distributed import Processes
@@ -24,6 +25,7 @@ from kvcompress.evaluation.metrics import METRICS, PERPLEXITY, check_metrics
 from kvcompress.evaluation.results import check_results_file
 from kvcompress.evaluation.runner import Progress
 from kvcompress.evaluation.tuning import STEP, Bound, Tuning, most_trials, tune
+from kvcompress.files.writing import OVERWRITE
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -100,7 +102,9 @@ def tune_command(
         processes = Processes.current(device)
         try:
             if output is not None:
-                processes.from_first(lambda: check_output(output, overwrite=overwrite))
+                # a run that goes on from former trials may find the file that it has written
+                goes_on = results is not None and results.exists()
+                processes.from_first(lambda: check_output(output, overwrite=overwrite or goes_on))
             if results is not None:
                 processes.from_first(lambda: check_results_file(results))
             loaded = load_with_spinner(model, dtype.value, processes.device)
@@ -122,6 +126,8 @@ def tune_command(
         finally:
             processes.leave()
         if processes.first:
+            if found.winner is not None and output is not None:
+                _write(found.winner.config, output, overwrite=overwrite)
             _conclude(found, list(configs), bounds, output, as_json=as_json)
 
 
@@ -157,10 +163,16 @@ def _line(progress: Progress, trials: int) -> str:
     return f"{progress.cell.name}: {max(0, done)} of {progress.total // len(progress.cells)} samples{of}"
 
 
+def _write(config: CompressionConfig, output: Path, *, overwrite: bool) -> None:
+    if output.exists() and not overwrite:
+        if CompressionConfig.load(output) == config:
+            return
+        raise ConfigError(f"output {output}: holds another configuration; {OVERWRITE}. The trials need no second run")
+    config.dump(output)
+
+
 def _conclude(found: Tuning, policies: list[str], bounds: list[Bound], output: Path | None, *, as_json: bool) -> None:
     winner = found.winner
-    if winner is not None and output is not None:
-        winner.config.dump(output)
     for skipped in found.full["skipped_samples"]:
         warn(f"sample '{skipped['sample']}' was skipped: {skipped['reason']}")
     if as_json and winner is not None:

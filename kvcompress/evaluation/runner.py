@@ -111,6 +111,8 @@ def evaluate(
     if len(set(processes.gather([run["data_hash"]]))) > 1:
         raise ConfigError(f"data '{source}': the processes read different samples; give all of them the same files")
     path = None if output is None else Path(output)
+    if path is not None and isinstance(data, str) and path.exists() and Path(data).exists() and path.samefile(data):
+        raise ConfigError(f"output {path}: is the file of the data; give another file")
     grid = _Grid(loaded, samples, cells, Measure(wanted, max_new_tokens, seed), run, processes, on_progress)
     with ExitStack() as held:
 

@@ -162,16 +162,16 @@ def _clean(folder: Path) -> None:
 def _read(
     folder: Path, dtype: torch.dtype, gguf_file: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    given: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    given: dict[str, Any] = {"local_files_only": True}
     if gguf_file is None:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **given)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **given), tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **given)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **given), tokenizer
     given["gguf_file"] = gguf_file
     with _muted():
-        tokenizer = AutoTokenizer.from_pretrained(folder, **given)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **given)
         # plain weights, whatever kernels for packed ones are installed
         given["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **given), tokenizer
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, **given), tokenizer
 
 
 def _require_gguf() -> None:

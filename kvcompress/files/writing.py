@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 
 from kvcompress.errors import ConfigError
 
-OVERWRITE = "--overwrite (overwrite=True) replaces it, or give another file"
+OVERWRITE = "--overwrite replaces it, or give another file"
 
 
 def write_text(path: Path, text: str, what: str = "output") -> None:

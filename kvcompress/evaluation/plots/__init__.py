@@ -7,10 +7,11 @@ from kvcompress.evaluation.plots.patches import kept_share, patches
 from kvcompress.evaluation.plots.quality import quality
 from kvcompress.evaluation.plots.retention import retention
 from kvcompress.evaluation.plots.speed import speed
-from kvcompress.evaluation.plots.style import check_matplotlib, save
+from kvcompress.evaluation.plots.style import check_matplotlib, check_pictures, save
 
 __all__ = [
     "check_matplotlib",
+    "check_pictures",
     "groups",
     "kept_share",
     "lorenz",

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from kvcompress.errors import MissingDependencyError
-from kvcompress.files import make_folder, replacing
+from kvcompress.errors import ConfigError, MissingDependencyError
+from kvcompress.evaluation.metrics import METRICS
+from kvcompress.files import check_output, make_folder, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,6 +87,10 @@ def look(index: int) -> dict[str, Any]:
     }
 
 
+_NAMES = ("lorenz", "merging", "patches", "retention", "speed", *METRICS)
+_MARK = "Drawn by kvcompress"  # in the files, so that no other picture is ever replaced
+
+
 def ruled(axes: Axes) -> None:
     """Faint lines at the ticks of the y axis."""
     axes.grid(axis="y", color="0.88", linewidth=0.5)
@@ -109,18 +114,47 @@ def save(figure: Figure, path: str | Path) -> tuple[Path, Path]:
         The paths of the PNG and of the SVG.
 
     Raises:
-        ConfigError: if they cannot be written.
+        ConfigError: if they cannot be written, or another program's file is in the way.
     """
     path = Path(path)
     stem = path.name.removesuffix(".png").removesuffix(".svg")
     image, drawn = path.with_name(f"{stem}.png"), path.with_name(f"{stem}.svg")
     make_folder(path.parent, "picture")
+    for each in (image, drawn):
+        check_replaceable(each)
     with _style():
         with replacing(image, "picture") as file:
-            figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": None})
+            figure.savefig(file, format="png", dpi=_DPI, metadata={"Software": _MARK})
         with replacing(drawn, "picture") as file:
-            figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+            figure.savefig(file, format="svg", metadata={"Date": None, "Creator": _MARK})
     return image, drawn
+
+
+def check_pictures(folder: Path) -> None:
+    """Finds out before the work whether pictures can be drawn into a folder after it, and makes the folder.
+
+    Raises:
+        MissingDependencyError: if matplotlib is not installed.
+        ConfigError: if the folder cannot be written to, or holds a file that has the name of a picture of ours.
+    """
+    check_matplotlib()
+    check_output(folder / "picture", "pictures", overwrite=True)
+    for file in folder.iterdir():
+        if file.suffix in (".png", ".svg") and file.name.startswith(_NAMES):
+            check_replaceable(file)
+
+
+def check_replaceable(path: Path) -> None:
+    """Raises ConfigError if a file is there that this package has not drawn."""
+    try:
+        with path.open("rb") as file:
+            drawn = _MARK.encode() in file.read(4096)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ConfigError(f"picture {path}: cannot be written: {error.strerror or error}") from None
+    if not drawn:
+        raise ConfigError(f"picture {path}: is a file that kvcompress has not drawn; move it, or name another folder")
 
 
 @contextmanager

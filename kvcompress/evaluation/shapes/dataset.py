@@ -7,7 +7,7 @@ from pathlib import Path
 from kvcompress.evaluation.conversations import Conversation, write_conversations
 from kvcompress.evaluation.shapes.questions import ask_several, describe_question
 from kvcompress.evaluation.shapes.scenes import draw_scene, sample_scene, scene_seed
-from kvcompress.files import replacing
+from kvcompress.files import make_folder, replacing
 
 
 def write_dataset(folder: Path, split: str, count: int, questions: int = 8) -> Path:
@@ -23,12 +23,12 @@ def write_dataset(folder: Path, split: str, count: int, questions: int = 8) -> P
         The JSON file.
     """
     images = folder / split
-    images.mkdir(parents=True, exist_ok=True)
+    make_folder(images, "pictures")
     conversations = []
     for index in range(count):
         scene = sample_scene(scene_seed(split, index))
         image = images / f"{index:06}.png"
-        with replacing(image, "image") as file:
+        with replacing(image, "picture") as file:
             draw_scene(scene).save(file, format="PNG")
         asked = [describe_question(scene), *ask_several(scene, questions)]
         turns = tuple((question.text, question.answer) for question in asked)
