@@ -21,6 +21,7 @@ from kvcompress import CompressedCache
 from kvcompress.errors import CacheStateError, UnsupportedModeError
 from tests import tiny
 
+pytestmark = pytest.mark.quick
 IMAGE = "llava_deep"
 # Configurations that have to know which tokens are images, and some that do not.
 AWARE: tuple[dict[str, Any], ...] = (

@@ -38,8 +38,8 @@ def traces_on(model: PreTrainedModel) -> list[str]:
     return [
         f"{name}.{attribute}"
         for name, module in model.named_modules()
-        for attribute in vars(module)
-        if "kvcompress" in attribute or attribute == "prepare_inputs_for_generation"
+        for attribute, value in vars(module).items()
+        if "kvcompress" in attribute or type(value).__module__.startswith("kvcompress")
     ]
 
 

@@ -304,14 +304,14 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if self._calls.decoder(inputs, self.get_seq_length()):
             self._forget_images()
 
-    def before_turn(self, ids: Tensor, new_tokens: int | None, inputs: dict[str, Any]) -> None:
-        """Looks at what `generate` was given; called before it cuts off what was seen.
+    def before_turn(self, inputs: dict[str, Any]) -> None:
+        """Looks at what `generate` was given, before it cuts off what was seen.
 
         Raises:
-            CacheStateError: if the ids do not begin with what the cache has seen.
+            CacheStateError: if the ids do not begin with what the cache has seen, or the mask does not cover it.
             UnsupportedModeError: for a row of padding alone.
         """
-        self._calls.turn(ids, new_tokens, inputs, self.get_seq_length())
+        self._calls.turn(inputs, self.get_seq_length())
 
     def reduce(self, layer: int, hidden: Tensor) -> tuple[Tensor, Reduction] | None:
         """What goes into a decoder layer where a reducer acts; called by the hooks on the layers."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import transformers
 from torch import Tensor
 
-from kvcompress.cache.inputs import check_inputs, check_rows, not_the_conversation, shape_of
+from kvcompress.cache.inputs import check_inputs, check_rows, not_the_conversation, shape_of, too_short
 from kvcompress.errors import CacheStateError, UnsupportedModeError
 
 _MOST = 256  # ids of a prompt that are remembered
@@ -104,25 +104,24 @@ class Calls:
             if reached != layer:
                 raise CacheStateError(_unseen(f"the call of layer {layer}", "the layers'"))
 
-    def turn(self, ids: Tensor, new_tokens: int | None, inputs: dict[str, Any], seen: int) -> None:
-        """`generate` begins, with all of its ids.
+    def turn(self, inputs: dict[str, Any], seen: int) -> None:
+        """`generate` begins.
 
         Raises:
             UnsupportedModeError: for a row of padding alone.
-            CacheStateError: for ids that do not begin with what was seen.
+            CacheStateError: for ids that do not begin with what was seen, and a mask that does not cover it.
         """
-        mask = inputs.get("attention_mask")
-        if new_tokens is not None:  # else ids are a chunk of the prompt, and a row's tokens may be yet to come
-            check_rows(mask)
-        if not seen:
+        mask, shape = inputs.get("attention_mask"), shape_of(inputs)
+        check_rows(mask)
+        if not seen or shape is None:
             return
-        if new_tokens is None:
-            positions = inputs.get("position_ids")
-            if mask is None and isinstance(positions, Tensor) and positions.numel():
-                if int(positions.flatten()[-1]) < seen:
-                    raise CacheStateError(not_the_conversation(seen))
-        elif new_tokens <= 0 or (inputs.get("inputs_embeds") is None and not self._begins(ids)):
-            raise CacheStateError(not_the_conversation(seen))
+        tokens, ids = shape[1], inputs.get("input_ids")
+        covered = mask.shape[1] if isinstance(mask, Tensor) else tokens
+        if covered > tokens:  # the new ids alone, with the mask of all
+            if covered < seen + tokens:
+                raise CacheStateError(too_short(seen, tokens))
+        elif tokens <= seen or not (ids is None or self._begins(ids)):
+            raise CacheStateError(not_the_conversation(seen, tokens))
 
     # -- the conversation ----------------------------------------------------------------------------------------------
 
@@ -152,6 +151,8 @@ class Calls:
     def _begins(self, ids: Tensor) -> bool:
         """Whether the ids begin with what was read; columns of padding may hold anything."""
         for read in self._read:
+            if len(read.ids) % len(ids) == 0:  # `generate` repeats rows for beams and several answers
+                ids = ids.repeat_interleave(len(read.ids) // len(ids), dim=0)
             own = ids[:, read.first :: read.stride][:, : read.ids.shape[1]].to(read.ids.device)
             if own.shape == read.ids.shape:
                 same = own == read.ids

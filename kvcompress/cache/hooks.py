@@ -22,7 +22,6 @@ from kvcompress.integrations import Adapter
 from kvcompress.policies.images import ImageLayout
 
 _HOOK = "_kvcompress_hook"  # on the model, its decoder and decoder layers
-_PREPARE = "prepare_inputs_for_generation"
 # Held while the attention and the hooks of any model change, so that threads do not put them on twice.
 changing = threading.RLock()
 
@@ -47,14 +46,8 @@ class ObservesInputs(ABC):
         """Gets the decoder that is about to run and its arguments by name."""
 
     @abstractmethod
-    def before_turn(self, ids: Tensor, new_tokens: int | None, inputs: dict[str, Any]) -> None:
-        """Gets what `generate` was given, before it cuts off what it takes to be seen.
-
-        Args:
-            ids: all ids, `[batch, tokens]`.
-            new_tokens: how many of them `generate` takes to be new; None if all.
-            inputs: the other arguments by name.
-        """
+    def before_turn(self, inputs: dict[str, Any]) -> None:
+        """Gets the arguments of `generate` by name, before it cuts off what it takes to be seen."""
 
 
 class ReducesTokens(ABC):
@@ -73,8 +66,8 @@ def observe(model: PreTrainedModel, decoder: PreTrainedModel, adapter: Adapter) 
     """Puts hooks on a model and its decoder unless they are there; they are inert for every other cache."""
     if model is not decoder and not _is_hooked(model):
         model.__dict__[_HOOK] = [model.register_forward_pre_hook(_ModelHook(model, adapter), with_kwargs=True)]
-        if hasattr(type(model), _PREPARE):
-            model.__dict__.setdefault(_PREPARE, _Prepare(model))
+        if model.can_generate():
+            model.__dict__.setdefault("generate", _Generate(model))
     if not _is_hooked(decoder):
         decoder.__dict__[_HOOK] = [decoder.register_forward_pre_hook(_DecoderHook(decoder), with_kwargs=True)]
 
@@ -127,20 +120,24 @@ class _DecoderHook(_Hook):
         cache.before_decoder(module, inputs)
 
 
-class _Prepare:
-    """A model's `prepare_inputs_for_generation`, with a look at what a turn begins with before it is cut."""
+class _Generate:
+    """A model's `generate`, with a look at what a turn begins with before it is cut.
+
+    It holds the model by weak reference, so that the model goes when nobody else holds it.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        functools.update_wrapper(self, getattr(type(model), _PREPARE))  # `generate` looks at the signature
+        functools.update_wrapper(self, type(model).generate)  # type: ignore[attr-defined]
         self.model = weakref.ref(model)
 
-    def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
-        cache, model = cache_among(kwargs), self.model()
-        if isinstance(cache, ObservesInputs) and kwargs.get("is_first_iteration"):
-            cache.before_turn(input_ids, kwargs.get("next_sequence_length"), kwargs)
-        return getattr(type(model), _PREPARE)(model, input_ids, *args, **kwargs)
+    def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        model, kwargs = self.model(), under_installed_name(kwargs)
+        cache = cache_among(kwargs)
+        if isinstance(cache, ObservesInputs):
+            cache.before_turn(kwargs if inputs is None else {**kwargs, "input_ids": inputs})
+        return type(model).generate(model, inputs, *args, **kwargs)  # type: ignore[union-attr]
 
-    def __reduce__(self) -> tuple[type[_Prepare], tuple[PreTrainedModel | None]]:
+    def __reduce__(self) -> tuple[type[_Generate], tuple[PreTrainedModel | None]]:
         return type(self), (self.model(),)
 
 
@@ -188,7 +185,7 @@ def _spread(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
 
 def remove(module: nn.Module) -> None:
     """Takes the hooks off a model, a decoder or a layer."""
-    if isinstance(module.__dict__.get(_PREPARE), _Prepare):
-        del module.__dict__[_PREPARE]
+    if isinstance(module.__dict__.get("generate"), _Generate):
+        del module.__dict__["generate"]
     for handle in module.__dict__.pop(_HOOK, ()):
         handle.remove()

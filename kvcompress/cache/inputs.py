@@ -43,16 +43,13 @@ def check_inputs(inputs: dict[str, Any], seen: int) -> None:
         return
     new, mask, positions = shape[1], inputs.get("attention_mask"), inputs.get("position_ids")
     if seen and (not new or (isinstance(positions, Tensor) and positions.shape[-1] != new)):
-        raise CacheStateError(not_the_conversation(seen))  # what `generate` cuts from a turn that comes alone
+        raise CacheStateError(not_the_conversation(seen, new))
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.ndim != 2:
         raise UnsupportedModeError("attention_mask: must be [batch, columns] with 1 for tokens and 0 for padding")
     if mask.shape[1] < seen + new:
-        raise CacheStateError(
-            f"input: the cache has seen {seen} tokens, and with the {new} new ones attention_mask must cover "
-            f"{seen + new}; {_WAY_OUT}"
-        )
+        raise CacheStateError(too_short(seen, new))
     keep = inputs.get("logits_to_keep")
     last_logits_only = isinstance(keep, int) and keep == 1  # what generate() asks for
     if last_logits_only and new > 1:
@@ -89,9 +86,17 @@ def refuse_images(model: nn.Module, inputs: dict[str, Any]) -> None:
         raise UnsupportedModelError(f"pixel_values: {kind} is a text model; an image needs a LLaVA model")
 
 
-def not_the_conversation(seen: int) -> str:
+def not_the_conversation(seen: int, tokens: int) -> str:
     """What is wrong with a turn whose ids are not those of the whole conversation."""
-    return f"input: the cache has seen {seen} tokens, and these ids do not begin with them; {_WAY_OUT}"
+    return f"input: the cache has seen {seen} tokens, and these {tokens} do not begin with them and go on; {_WAY_OUT}"
+
+
+def too_short(seen: int, new: int) -> str:
+    """What is wrong with a turn whose mask is not that of the whole conversation."""
+    return (
+        f"input: the cache has seen {seen} tokens, and with the {new} new ones attention_mask must cover {seen + new}; "
+        f"{_WAY_OUT}"
+    )
 
 
 _WAY_OUT = "pass the ids and the mask of the whole conversation, or call reset() for a new one"
