@@ -17,6 +17,7 @@ import functools
 import json
 import os
 import random
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from kvcompress.evaluation.shapes.scenes import (
     sample_scene,
     scene_seed,
 )
+from kvcompress.files import append_line, replacing, write_text
 
 IGNORED = -100
 # What a patch is asked in the first phase; 0 stands for "nothing here".
@@ -249,9 +251,8 @@ class Run:
             "heads": self.heads.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in optimizers],
         }
-        partial = self.folder / f"{name}.partial"
-        torch.save(content, partial)
-        os.replace(partial, self.folder / name)
+        with replacing(self.folder / name, "checkpoint") as file:
+            torch.save(content, file)
 
     def load(self, path: Path) -> dict[str, Any]:
         content: dict[str, Any] = torch.load(path, weights_only=True)
@@ -262,8 +263,7 @@ class Run:
 
     def log(self, **figures: Any) -> None:
         figures["seconds"] = round(self.seconds + time.time() - self.started, 1)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(figures) + "\n")
+        append_line(self.folder / "metrics.jsonl", json.dumps(figures).encode() + b"\n", "metrics")
         tqdm.write(json.dumps(figures))
 
     def train(self) -> None:
@@ -378,11 +378,14 @@ class Run:
         return {kind: round(float(np.mean(values)), 4) for kind, values in found.items()}
 
     def export(self, folder: Path) -> None:
-        """Writes model and processor as float16, for plain `from_pretrained`."""
+        """Writes model and processor as float16, for plain `from_pretrained`; each file is replaced whole."""
         folder.mkdir(parents=True, exist_ok=True)
         self.model.generation_config.do_sample = False
-        self.model.to(torch.float16).save_pretrained(folder)
-        self.reader.processor.save_pretrained(folder)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as saved:
+            self.model.to(torch.float16).save_pretrained(saved)
+            self.reader.processor.save_pretrained(saved)
+            for path in sorted(Path(saved).iterdir()):
+                os.replace(path, folder / path.name)
         self.model.float()
 
     def measure(self, folder: Path, count: int) -> None:
@@ -392,7 +395,7 @@ class Run:
         figures["gini per layer"] = gini_per_layer(loaded, held_out_scenes(25))
         figures["description perplexity"] = description_perplexity(loaded, None, held_out_scenes(count))
         content = {"scenes": count, "split": "test", "cache": "full", "decoding": "greedy", **figures}
-        (folder / "metrics.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_text(folder / "metrics.json", json.dumps(content, indent=2) + "\n", "metrics")
         print(json.dumps(content))
 
 

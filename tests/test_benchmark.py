@@ -156,6 +156,59 @@ def test_what_runs_out_of_memory_is_noted_and_the_others_run_on(
     assert dynamic.note is None and dynamic.seconds_per_token is not None
 
 
+@pytest.fixture
+def no_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Makes optimum-quanto's extension one that is not compiled and cannot be; tells where it would be."""
+    import optimum.quanto.library.extensions as extensions
+    from optimum.quanto.library.extensions import extension
+
+    def fail(*args: object, **given: object) -> None:
+        raise RuntimeError("Error building extension 'quanto_cpp':\n[1/3] c++\n" + "/bin/sh: c++: not found\n" * 100)
+
+    for kind in ("cpp", "cuda"):
+        if extension.is_extension_available(f"quanto_{kind}"):
+            monkeypatch.setattr(extension.get_extension(f"quanto_{kind}"), "_lib", None)
+            monkeypatch.setattr(extension.get_extension(f"quanto_{kind}"), "build_directory", str(tmp_path))
+    monkeypatch.setattr(extension, "load", fail)
+    monkeypatch.setattr(extensions, "__file__", str(tmp_path / "__init__.py"))
+    return tmp_path / "cpp" / "build"
+
+
+def test_a_reference_that_cannot_be_compiled_is_noted_once_and_the_others_run_on(
+    loaded: LoadedModel, no_compiler: Path
+) -> None:
+    waits: list[str] = []
+    found = measure(loaded, ("prefixkv", FIFTH), prompt_tokens=[20, 30], on_wait=waits.append)
+    notes = [measurement.note for measurement in found if measurement.policy == "QuantizedCache"]
+    assert len(notes) == 2 and notes[0] == notes[1] and len(notes[0] or "") < 400
+    assert (notes[0] or "").startswith("unavailable: optimum-quanto's extension cannot be compiled (RuntimeError: ")
+    assert [m.note for m in found if m.policy != "QuantizedCache"] == [None] * 6
+    assert waits == ["compiling optimum-quanto's extension for QuantizedCache, a minute or two, this once"]
+
+
+def test_a_lock_that_a_killed_compiler_left_is_named(loaded: LoadedModel, no_compiler: Path) -> None:
+    no_compiler.mkdir(parents=True)
+    (no_compiler / "lock").touch()
+    waits: list[str] = []
+    measure(loaded, references=["QuantizedCache"], on_wait=waits.append)
+    assert len(waits) == 1 and waits[0].endswith(f"if none does, because it was killed, delete {no_compiler / 'lock'}")
+
+
+def test_a_reference_that_the_model_cannot_have_is_noted_and_the_others_run_on(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def odd(*args: object, **given: object) -> None:
+        raise ValueError("heads of 7 numbers")
+
+    monkeypatch.setattr(benchmark, "prepare_extension", lambda *given: None)
+    monkeypatch.setattr(benchmark, "QuantizedCache", odd)
+    _, quantized, *_ = measure(loaded, ("prefixkv", FIFTH))
+    assert quantized.note == "unavailable: ValueError: heads of 7 numbers"
+    monkeypatch.setattr(benchmark, "DynamicCache", odd)  # without which nothing runs
+    with pytest.raises(ValueError, match="heads of 7"):
+        measure(loaded)
+
+
 def test_without_the_base_there_are_no_ratios(loaded: LoadedModel) -> None:
     (fifth,) = measure(loaded, ("prefixkv", FIFTH), references=[])
     assert fifth.first_token_ratio is None and fifth.per_token_ratio is None and fifth.seconds_per_token is not None
@@ -288,6 +341,25 @@ def test_people_get_a_table_for_each_length(text: Path) -> None:
     assert "largest" not in result.stdout
 
 
+def test_references_are_those_asked_for_and_one_that_is_missing_is_a_warning(text: Path, no_compiler: Path) -> None:
+    quick = ["--model", text, "--prompt-tokens", 30, "--rounds", 1, "--new-tokens", 1]
+    for arguments, names in (
+        (["--reference", "none"], []),
+        (["--reference", "floor", "--reference", "DynamicCache"], ["DynamicCache", "floor"]),
+        (["--reference", "DynamicCache,QuantizedCache"], ["DynamicCache", "QuantizedCache"]),
+    ):
+        result = run("bench", *quick, *arguments, "--json")
+        assert result.exit_code == 0, result.output
+        told = json.loads(result.stdout)
+        assert told["references"] == names
+        assert [entry["policy"] for entry in told["measurements"]] == [*names, "prefixkv"]
+        wanted = "QuantizedCache" in names
+        assert ("warning: QuantizedCache is unavailable: optimum-quanto's" in result.stderr) == wanted
+        assert ("compiling optimum-quanto's extension" in result.stderr) == wanted
+    result = run("bench", *quick)
+    assert result.exit_code == 0 and "unavailable" in result.stdout and "not found" not in result.stdout
+
+
 def test_a_prompt_longer_than_the_model_was_trained_for_is_warned_about(text: Path) -> None:
     result = run("bench", "--model", text, "--prompt-tokens", 512, "--rounds", 1, "--new-tokens", 1, "--json")
     assert result.exit_code == 0 and result.stderr.startswith("warning: prompts and new tokens reach 513")
@@ -301,6 +373,8 @@ def test_a_prompt_longer_than_the_model_was_trained_for_is_warned_about(text: Pa
         (["--config", "missing.yaml"], 1, "missing.yaml: cannot be read"),
         (["--memory-limit", "much"], 2, "'much' is no size"),
         (["--batch", "0"], 2, "--batch"),
+        (["--reference", "StaticCache"], 2, "'StaticCache' is no reference"),
+        (["--reference", "none,floor"], 2, "'none' is no reference"),
         (["--rounds", "0"], 2, "--rounds"),
     ],
 )

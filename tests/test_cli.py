@@ -394,6 +394,9 @@ def test_a_users_module_that_fails_is_reported_in_one_line(tmp_path: Path) -> No
     result = run("policies", "--import", path)
     assert result.exit_code == 1 and "RuntimeError: half way" in result.stderr and result.stderr.count("\n") == 1
     assert path.stem not in sys.modules
+    path.write_text("import sys; sys.exit('enough')")
+    result = run("policies", "--import", path)
+    assert result.exit_code == 1 and "cannot be imported: SystemExit: enough" in result.stderr
     path = tmp_path / "json.py"
     path.write_text("")
     result = run("policies", "--import", path)

@@ -100,6 +100,57 @@ def test_lines_of_questions_may_name_them_in_each_common_way(tmp_path: Path) -> 
     ]
 
 
+def test_a_document_comes_before_its_question(tmp_path: Path) -> None:
+    lines = [
+        {"context": "Paris lies on the Seine.\n", "question": "Where is Paris?", "answer": "on the Seine"},
+        {"context": "", "question": "And Rome?"},
+        {"context": None, "text": "And Oslo?"},
+    ]
+    first, *others = load_samples(write(tmp_path / "a.jsonl", "\n".join(map(json.dumps, lines))))
+    assert first.prompt == "Paris lies on the Seine.\n\nWhere is Paris?"
+    assert [sample.prompt for sample in others] == ["And Rome?", "And Oslo?"]
+
+
+@pytest.mark.parametrize("name", ["a.json", "b.json", "a.jsonl"])
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"passage": "Rome."}, r"unknown field 'passage'; known: question, prompt, text, context, answer, image"),
+        ({"answers": ["x"]}, "unknown field 'answers'"),
+        ({"prompt": "p"}, "has both 'question' and 'prompt'"),
+        ({"image": "a.png", "imagename": "b.png"}, "has both 'image' and 'imagename'"),
+        ({"id": 1, "question_id": 2}, "has both 'id' and 'question_id'"),
+        ({"context": ["a", "b"]}, "'context' must be a text; got list"),
+        ({"image": ["a.png"]}, "'image' must be a text; got list"),
+        ({"answer": ["a"]}, "'answer' must be one text or number; got list"),
+        ({"category": "text"}, "the kind 'text' is that of plain text"),
+        ({"capability": [1]}, "must be a text or a list of texts"),
+    ],
+)
+def test_no_field_of_a_record_is_dropped(tmp_path: Path, name: str, fields: dict[str, Any], says: str) -> None:
+    entry = {"question": "q", **fields}
+    content: Any = {"a.json": [entry], "b.json": {"first": entry}, "a.jsonl": json.dumps(entry)}[name]
+    with pytest.raises(ConfigError, match=says) as caught:
+        load_samples(write(tmp_path / name, content))
+    assert any(place in str(caught.value) for place in ("entry 0", "entry 'first'", "line 1"))
+
+
+@pytest.mark.parametrize(("where", "fields"), [("entry", {"context": "c"}), ("turn", {"weight": 0})])
+def test_no_field_of_a_dialogue_is_dropped(tmp_path: Path, where: str, fields: dict[str, Any]) -> None:
+    one = dialogue("a", None, "q", "a") | {"model": "vicuna", "metadata": {"by": "hand"}}
+    assert load_samples(write(tmp_path / "good.json", [one])) == [Sample("a", "q", "a")]
+    (one if where == "entry" else one["conversations"][1]).update(fields)
+    with pytest.raises(ConfigError, match=rf"entry 0: .*unknown field '{next(iter(fields))}'"):
+        load_samples(write(tmp_path / "wrong.json", [one]))
+
+
+def test_what_a_record_says_of_its_kind_is_kept_and_metadata_are_for_its_reader(tmp_path: Path) -> None:
+    given = [{"category": "conv"}, {"capability": "ocr"}, {"capability": ["ocr", "math"]}, {"kind": "count"}, {}]
+    entries = [{"question": "q", "metadata": [1, 2], **fields} for fields in given]
+    found = load_samples(write(tmp_path / "a.json", entries))
+    assert [sample.kind for sample in found] == ["conv", "ocr", "ocr+math", "count", ""]
+
+
 def test_plain_text_is_cut_into_prompts_and_continuations_that_follow_each_other(tmp_path: Path) -> None:
     words = [f"word{number}" for number in range(2000)]
     samples = load_samples(write(tmp_path / "book.txt", " ".join(words)))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,13 +19,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from transformers import DynamicCache
 from typer.testing import CliRunner, Result
 
 from kvcompress import CompressedCache, CompressionConfig
 from kvcompress.cli import app
 from kvcompress.cli.grid import duration, progress_line, results_table
-from kvcompress.errors import BudgetError, ConfigError, UnsupportedModelError
+from kvcompress.errors import BudgetError, BudgetWarning, ConfigError, UnsupportedModelError
 from kvcompress.evaluation import LoadedModel, Progress, evaluate, load_model, read_results, read_samples, results
 from kvcompress.evaluation.bootstrap import median_interval, ratio_interval
 from kvcompress.evaluation.data import Sample, answer_ids, encode_sample, load_samples
@@ -542,6 +545,39 @@ def test_two_processes_give_the_results_of_one(text_model: LoadedModel, text_fol
     one, two = lasting(tmp_path / "one.jsonl"), lasting(tmp_path / "two.jsonl")
     assert one == two
     assert [without_timings(row) for row in json.loads(done.stdout)["results"]] == one[0]  # printed once
+
+
+KEEPING = {  # each with what it lets a cache hold more than its budget
+    "protected": {"preset": "prefixkv", "budget": {"fraction": 0.2, "recent": 30}},
+    "decode": {"preset": "prefixkv", "evictor": {"name": "topk", "decode": "none"}},
+    "within": {"preset": "prefixkv"},
+}
+
+
+@pytest.mark.parametrize("budget", [0.2, 12, "9KB"])
+def test_caches_that_hold_more_than_their_budget_are_named_once_in_tokens(
+    text_model: LoadedModel, budget: float | int | str
+) -> None:
+    configs = {
+        name: CompressionConfig.preset(given["preset"]).override(
+            **{field: value for field, value in given.items() if field != "preset"}
+        )
+        for name, given in KEEPING.items()
+    }
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        rows = evaluate(text_model, QUESTIONS, configs, budgets=[budget], metrics=["contained"], max_new_tokens=20)
+    told = [str(warning.message) for warning in caught if issubclass(warning.category, BudgetWarning)]
+    over = [row for row in rows if row["policy"] in ("protected", "decode")]
+    assert len(told) == 1 and told[0].startswith("2 of 4 caches held more than their budget: ")
+    for row in over:
+        assert f"{row['cell']} held {row['held_tokens']:,.0f} of {row['seen_tokens']:,.0f} tokens per layer" in told[0]
+    assert "within" not in told[0] and all(row["held_tokens"] == row["seen_tokens"] for row in rows[:1])
+    assert "Compare caches by what they held" in told[0]
+    table = Console(width=200, record=True, file=io.StringIO())
+    table.print(results_table(rows))
+    text = table.export_text()
+    assert all(f"{row['held_tokens']:,.0f} of {row['seen_tokens']:,.0f}" in text for row in rows)
 
 
 # -- command line ------------------------------------------------------------------------------------------------------

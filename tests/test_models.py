@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,46 @@ def test_a_damaged_copy_is_made_anew(unpackings: list[str], tmp_path: Path) -> N
     load_model()
     load_model()
     assert len(unpackings) == 2
+
+
+def test_only_files_that_an_unpacking_made_are_deleted(unpackings: list[str], tmp_path: Path) -> None:
+    home = tmp_path / "cache"
+    stranger, cut_off, at_work = home / "Tiny-mine", home / "Tiny-partial-old", home / "Tiny-partial-new"
+    load_model()
+    (older,) = home.iterdir()
+    for folder in (stranger, cut_off, at_work):
+        folder.mkdir()
+        for name in ("config.json", "model.safetensors", "notes.txt"):
+            (folder / name).write_text("mine")
+    for folder in (cut_off, at_work):
+        (folder / smollm2._MADE).write_text('{"files": null}')
+    (older / "notes.txt").write_text("mine")
+    os.utime(cut_off, (0, 0))
+    smollm2.gguf_file().write_bytes(b"packed anew")
+    load_model()
+    for folder in (stranger, at_work):
+        assert {"config.json", "model.safetensors", "notes.txt"} <= {file.name for file in folder.iterdir()}
+    for folder in (older, cut_off):
+        assert {file.name for file in folder.iterdir()} == {"notes.txt"}
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_a_damaged_copy_with_a_users_file_in_it_loses_no_such_file(
+    unpackings: list[str], tmp_path: Path, listed: bool
+) -> None:
+    load_model()
+    (folder,) = (tmp_path / "cache").iterdir()
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    (folder / "notes.txt").write_text("mine")
+    if not listed:  # a folder that is not known to be ours
+        (folder / smollm2._MADE).unlink()
+    before = {file.name for file in folder.iterdir()}
+    for _ in range(2):
+        assert load_model().model.dtype == torch.bfloat16
+    assert (folder / "notes.txt").read_text() == "mine" and len(unpackings) == 3
+    if not listed:
+        assert {file.name for file in folder.iterdir()} == before
+    assert [path for path in (tmp_path / "cache").iterdir() if path != folder] == []
 
 
 @pytest.mark.parametrize("where", ["a file", "unwritable"])

@@ -152,6 +152,33 @@ def test_a_policy_is_a_line_over_budgets_with_a_band_and_the_full_cache_a_level_
     assert {"full", "prefixkv", "uniform"} <= set(told)
 
 
+@pytest.mark.parametrize(
+    ("unit", "budgets", "held", "places", "label"),
+    [
+        ("fraction", (0.2, 0.5), {"retention": (0.76, 0.77)}, [76, 77], "held (% of the tokens)"),
+        ("tokens", (20, 50), {"held_tokens": (76.5, 80.0)}, [76.5, 80], "held (tokens per layer)"),
+        ("bytes", (2**20, 2**21), {"kv_bytes": (3.0 * 2**20, 2.5 * 2**20)}, [2.5, 3], "held (MiB)"),
+    ],
+)
+def test_points_stand_at_what_was_held_where_rows_tell(
+    unit: str, budgets: tuple[float, float], held: dict[str, tuple[float, float]], places: list[float], label: str
+) -> None:
+    ((name, amounts),) = held.items()
+    rows = [
+        {"policy": "a", "budget": budget, "budget_unit": unit, name: amount, "perplexity": 2.0}
+        for budget, amount in zip(budgets, amounts, strict=True)
+    ]
+    full = {"policy": "full", "budget": 1.0, "budget_unit": "fraction", "perplexity": 1.0}
+    (axes,) = plots.quality([full, *rows], "perplexity").axes
+    np.testing.assert_allclose(drawn_lines(axes)["a"].get_xdata(), places)
+    assert axes.get_xlabel() == label
+    low, high = axes.get_xlim()
+    assert low < min(places) and max(places) < high
+    older = [*rows, {**rows[0], "policy": "b", name: None}]  # one that does not tell: all stand at their budgets
+    (axes,) = plots.quality(older, "perplexity").axes
+    assert axes.get_xlabel().startswith("budget (") and set(drawn_lines(axes)) == {"a", "b"}
+
+
 def test_at_a_single_budget_policies_stand_side_by_side_with_whiskers() -> None:
     (axes,) = plots.quality([row for row in ROWS if row["budget"] in (0.5, 1.0)], "perplexity").axes
     lines = drawn_lines(axes)

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from kvcompress import ALLOCATORS, CompressedCache, CompressionConfig, KVCompressError, registry
+from kvcompress import ALLOCATORS, CompressedCache, CompressionConfig, KVCompressError
+from kvcompress.policies import registry
 from kvcompress.policies.base import Allocator
 from kvcompress.policies.registry import REGISTRIES
 from tests import strategies, tiny
@@ -70,11 +71,39 @@ def test_an_entry_point_brings_its_policies(users_module: str, monkeypatch: pyte
     assert ALLOCATORS.create("deep_heavy", steep=4.0).steep == 4.0
 
 
-def test_a_broken_entry_point_is_reported_and_does_no_harm(users_module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    points = [EntryPoint("mine", "no_such_module", registry.ENTRY_POINT_GROUP)]
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "ModuleNotFoundError"),
+        ("import sys; sys.exit(3)", r"SystemExit\(3\)"),
+        ("import sys; sys.exit()", "SystemExit"),
+        ("raise SystemError", "SystemError"),
+        ("def", "SyntaxError"),
+    ],
+)
+def test_a_broken_entry_point_is_reported_and_does_no_harm(
+    users_module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str | None, says: str
+) -> None:
+    if content is not None:
+        (tmp_path / "broken_policies.py").write_text(content)
+    points = [EntryPoint(name, name, registry.ENTRY_POINT_GROUP) for name in ("broken_policies", users_module)]
     monkeypatch.setattr(registry, "entry_points", lambda group: points)
-    with pytest.warns(UserWarning, match=r"entry point 'mine' of kvcompress.policies failed"):
-        assert "prefix" in ALLOCATORS.names()
+    with pytest.warns(UserWarning, match=rf"entry point 'broken_policies' of kvcompress.policies failed: {says}"):
+        assert {"prefix", "deep_heavy"} <= set(ALLOCATORS.names())  # the one after it is there
+
+
+def test_an_entry_point_that_was_interrupted_is_tried_again(
+    users_module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    points = [EntryPoint("mine", users_module, registry.ENTRY_POINT_GROUP)]
+    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    module = tmp_path / "my_policies.py"
+    module.write_text("raise KeyboardInterrupt\n")
+    with pytest.raises(KeyboardInterrupt):
+        ALLOCATORS.names()
+    module.write_text(USERS_MODULE)
+    importlib.invalidate_caches()
+    assert "deep_heavy" in ALLOCATORS.names()
 
 
 def test_a_name_belongs_to_one_class() -> None:

@@ -13,6 +13,7 @@ from kvcompress.cache.sequence import Counts
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import BudgetWarning
 from kvcompress.policies.context import AllocationContext
+from kvcompress.policies.faults import policy_errors
 
 _ROUNDING = 1e-6  # of a product of floats that means a whole number
 
@@ -124,14 +125,15 @@ def allocate(
         importance = torch.zeros((), device=device, dtype=torch.float32).expand(layers, batch, int(held.max(initial=0)))
     context = context or AllocationContext()
     as_tensor = torch.as_tensor
-    answer = config.allocator.allocate(
-        importance,
-        as_tensor(total, device=device),
-        as_tensor(np.ascontiguousarray(floor), device=device),
-        as_tensor(held, device=device),
-        context,
-    )
-    budgets, notes = answer.cpu().numpy(), dict(context.notes)
+    with policy_errors(config.allocator):
+        answer = config.allocator.allocate(
+            importance,
+            as_tensor(total, device=device),
+            as_tensor(np.ascontiguousarray(floor), device=device),
+            as_tensor(held, device=device),
+            context,
+        )
+        budgets, notes = answer.cpu().numpy(), dict(context.notes)
     images = notes.pop("image_budget", None)
     return Allocation(budgets, budgets.sum(0), notes, images)
 

@@ -35,6 +35,7 @@ from kvcompress.integrations import adapter_for
 from kvcompress.kernels import decode_bias
 from kvcompress.parallel import ALONE
 from kvcompress.policies.context import AllocationContext
+from kvcompress.policies.faults import policy_errors
 from kvcompress.policies.images import ImageLayout
 
 _COMPILED_BLOCK = 256  # steps that buffers get room for at once where steps are compiled
@@ -83,7 +84,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         check_profiles(self.config, adapter.decoder(model))
         layers = len(adapter.layers(model))
         if self.config.reducer is not None:
-            self.config.reducer.acts_after(layers)  # complains before anything is touched
+            with policy_errors(self.config.reducer):
+                self.config.reducer.acts_after(layers)  # complains before anything is touched
         decoder = adapter.decoder(model)
         self._adapter, self._decoder = adapter, weakref.ref(decoder)
         # A bare decoder may be part of a model that sees images, which its adapter cannot know.

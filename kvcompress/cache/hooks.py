@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -21,6 +22,8 @@ from kvcompress.integrations import Adapter
 from kvcompress.policies.images import ImageLayout
 
 _HOOK = "_kvcompress_hook"  # on the model, its decoder and decoder layers
+# Held while the attention and the hooks of any model change, so that threads do not put them on twice.
+changing = threading.RLock()
 
 
 class ObservesInputs(ABC):

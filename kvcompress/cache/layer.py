@@ -32,6 +32,7 @@ from kvcompress.errors import CacheStateError, PolicyError
 from kvcompress.kernels import attend_blocks, attention_with_lse, attention_with_mask, merge_attention
 from kvcompress.parallel import ALONE, HeadGroup
 from kvcompress.policies.context import DecodeContext, LayerContext, LayerWeights, MergeContext, SelectionContext
+from kvcompress.policies.faults import policy_errors
 from kvcompress.policies.statistics import STATISTICS
 
 
@@ -68,7 +69,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Starts anew, with what is seen from now on in `sequence`."""
         quantizer = self.config.quantizer
         self.sequence = sequence
-        self.store: DenseStore = DenseStore() if quantizer is None else QuantizedStore(quantizer)
+        self.store: DenseStore = DenseStore() if quantizer is None else QuantizedStore(quantizer, self.number)
         self.index: Tensor | None = None
         self.held: Counts = np.zeros(0, dtype=np.int64)
         self.slots = 0
@@ -219,12 +220,14 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             assert step.reduction is not None
             step.reduction.observe(replace(context, lse=None))
         for name in needs:
-            self.statistics[name] = self.heads.mean(STATISTICS[name](context))
+            with policy_errors(self.config.allocator, self.number):
+                self.statistics[name] = self.heads.mean(STATISTICS[name](context))
         if scorer is None:
             return
-        scores, number = scorer.score(context), self.number
+        with policy_errors(scorer, self.number):
+            scores = scorer.score(context)
         expected = tuple(keys.shape[:3])
-        label = f"scorer {scorer.name}: layer {number}: must return finite scores of the shape {expected}"
+        label = f"scorer {scorer.name}: layer {self.number}: must return finite scores of the shape {expected}"
         if tuple(scores.shape) != expected:
             raise PolicyError(f"{label} [batch, kv_heads, tokens]; got the shape {tuple(scores.shape)}")
         step.problems.note(f"{label} [batch, kv_heads, tokens]; got NaN or infinite scores", ~scores.isfinite().all())
@@ -394,7 +397,8 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             sinks, recents = protection(self.config)
             first = self.sequence.first_given(self.number, sinks)
             kept, given = torch.as_tensor(self.held), torch.as_tensor(first)
-            pinned = np.maximum(evictor.pinned(kept, given, recents).numpy(), first)
+            with policy_errors(evictor, self.number):
+                pinned = np.maximum(evictor.pinned(kept, given, recents).numpy(), first)
             self.pinned = pinned + np.maximum(0, sinks - self.sequence.row_seen)
 
     def _merge(self, kept: Tensor, evicted: Tensor, importance: Tensor | None, most: tuple[int, int], decoding: bool) -> None:
@@ -512,7 +516,8 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             importance = None if self.ranks is None else torch.where(index < table.scored_end, self.ranks, torch.nan)
             of_all = self.heads.gather(index) if self.heads_part else index
             every = None if importance is None else self.heads.gather(importance)
-            victims = evictor.victim(DecodeContext(of_all, table.protected(of_all), every))
+            with policy_errors(evictor, number):
+                victims = evictor.victim(DecodeContext(of_all, table.protected(of_all), every))
             self.heads_part = self.heads_part or victims.shape[1] > 1
             victims = self.heads.own(victims)
             if victims.shape[1] > table.sets:

@@ -14,6 +14,7 @@ from kvcompress.cache.sequence import Counts
 from kvcompress.cache.store import DenseStore, rows_at
 from kvcompress.policies.base import Quantizer
 from kvcompress.policies.context import Codes, Keys, Values
+from kvcompress.policies.faults import policy_errors
 
 _BLOCK = 4096  # slots that attention decodes at a time
 
@@ -120,10 +121,15 @@ class QuantizedStore(DenseStore):
     numbers of quantized tokens, the surplus goes back to full precision, to be quantized with a later group.
     """
 
-    def __init__(self, quantizer: Quantizer) -> None:
-        """Starts empty."""
+    def __init__(self, quantizer: Quantizer, layer: int) -> None:
+        """Starts empty.
+
+        Args:
+            quantizer: the policy.
+            layer: index of the decoder layer, for errors.
+        """
         super().__init__()
-        self.quantizer = quantizer
+        self.quantizer, self.layer = quantizer, layer
         self.packed_rows: Counts | None = None
         self._packed: tuple[Packed, Packed] | None = None  # keys and values
 
@@ -145,7 +151,8 @@ class QuantizedStore(DenseStore):
             return super().slots_within(nbytes)
         group = self.quantizer.group
         empty = [tensor.new_zeros(1, tensor.shape[1], group, tensor.shape[3]) for tensor in (keys, values)]
-        packed = self.quantizer.encode_keys(empty[0]).nbytes + self.quantizer.encode_values(empty[1]).nbytes
+        with policy_errors(self.quantizer, self.layer):
+            packed = self.quantizer.encode_keys(empty[0]).nbytes + self.quantizer.encode_values(empty[1]).nbytes
         return super().slots_within(full) + (nbytes - full) * group / packed
 
     def blocks(self, used: int) -> Iterator[tuple[Keys, Values]]:
@@ -174,10 +181,11 @@ class QuantizedStore(DenseStore):
         count = int(more.max(initial=0))
         if count:
             keys, values = self.dense()
-            new = (
-                Packed(quantizer.encode_keys(keys[:, :, :count].contiguous()), quantizer.group),
-                Packed(quantizer.encode_values(values[:, :, :count].contiguous()), quantizer.group),
-            )
+            with policy_errors(quantizer, self.layer):
+                new = (
+                    Packed(quantizer.encode_keys(keys[:, :, :count].contiguous()), quantizer.group),
+                    Packed(quantizer.encode_values(values[:, :, :count].contiguous()), quantizer.group),
+                )
             before = np.zeros(len(more), dtype=np.int64) if self.packed_rows is None else self.packed_rows
             if self._packed is None:
                 self._packed = new
@@ -245,7 +253,8 @@ class QuantizedStore(DenseStore):
     def _decoded(self, start: int, end: int) -> tuple[Keys, Values]:
         """Keys and values of quantized slots; `start` begins a group."""
         assert self._packed is not None
-        keys, values = (self.quantizer.decode(packed.part(start, end)) for packed in self._packed)
+        with policy_errors(self.quantizer, self.layer):
+            keys, values = (self.quantizer.decode(packed.part(start, end)) for packed in self._packed)
         return keys, values
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from kvcompress.errors import PolicyError
 from kvcompress.policies.base import Reducer
 from kvcompress.policies.context import LayerContext, Reduced, ReductionContext
+from kvcompress.policies.faults import policy_errors
 from kvcompress.policies.images import ImageLayout
 
 
@@ -90,7 +91,8 @@ class Reduction:
         """
         if not self.observes(context.layer):
             return
-        guidance = self.reducer.guidance(replace(context, most_images=self._most_images))
+        with policy_errors(self.reducer, context.layer):
+            guidance = self.reducer.guidance(replace(context, most_images=self._most_images))
         if guidance is not None and guidance.shape != self.index.shape:
             raise PolicyError(
                 f"reducer {self.reducer.name}: guidance at layer {context.layer} must be a number for each token, "
@@ -125,7 +127,8 @@ class Reduction:
             image_tokens=self._layout.image_tokens,
             guidance=self._guidance,
         )
-        reduced = self.reducer.reduce(context)
+        with policy_errors(self.reducer, layer - 1):
+            reduced = self.reducer.reduce(context)
         self._check_form(reduced, context)
         stays, into = self._go_on(reduced, context)
         if reduced.hidden is not hidden:  # text is given back as it was

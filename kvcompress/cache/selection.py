@@ -15,6 +15,7 @@ from kvcompress.config import CompressionConfig
 from kvcompress.errors import PolicyError
 from kvcompress.policies.base import Evictor, Merger, Scorer
 from kvcompress.policies.context import AllocationContext, MergeContext, Merged, SelectionContext
+from kvcompress.policies.faults import policy_errors
 
 if TYPE_CHECKING:
     from kvcompress.cache.layer import CompressedLayer
@@ -26,7 +27,8 @@ def importance_of(scorer: Scorer, scores: Tensor, index: Tensor, sequence: Seque
     """Importance of every slot of a layer, NaN where a token came after the last step that scored, 0 where there is none."""
     importance = scores
     if type(scorer).importance is not Scorer.importance:
-        importance = scorer.importance(scores, sequence.queries_on(index, last=not scorer.accumulates, layer=layer))
+        with policy_errors(scorer, layer):
+            importance = scorer.importance(scores, sequence.queries_on(index, last=not scorer.accumulates, layer=layer))
     if (sequence.scored.end < sequence.row_seen).any():
         importance = importance.masked_fill(sequence.unscored(index), torch.nan)
     return importance.masked_fill(index < 0, 0.0)
@@ -89,7 +91,8 @@ def checked_selection(evictor: Evictor, layer: int, context: SelectionContext) -
     Raises:
         PolicyError: if the answer has the wrong shape or dtype.
     """
-    mask = evictor.select(context)
+    with policy_errors(evictor, layer):
+        mask = evictor.select(context)
     sets = (1, context.valid.shape[1], 0 if context.importance is None else context.importance.shape[1])
     batch, _, slots = context.valid.shape
     if mask.dtype != torch.bool or mask.ndim != 3 or mask.shape[1] not in sets or mask.shape[::2] != (batch, slots):
@@ -133,7 +136,8 @@ def merged(merger: Merger, layer: int, context: MergeContext) -> Merged:
     Raises:
         PolicyError: if keys or values come back in another shape or dtype.
     """
-    result = merger.merge(context)
+    with policy_errors(merger, layer):
+        result = merger.merge(context)
     pairs = (("keys", context.keys, result.keys), ("values", context.values, result.values))
     for name, before, after in pairs:
         if after.shape != before.shape or after.dtype != before.dtype:

@@ -21,7 +21,7 @@ from rich.text import Text
 
 from kvcompress import __version__
 from kvcompress.cli.configuration import import_modules, read_config
-from kvcompress.cli.console import output, print_json, reported, warn
+from kvcompress.cli.console import note, output, print_json, reported, warn
 from kvcompress.cli.display import size
 from kvcompress.cli.generate import load_with_spinner
 from kvcompress.cli.options import AsJson, Debug, Device, Dtype, DtypeName, ModelName, Modules, PlotFolder, Settings
@@ -68,6 +68,14 @@ def bench(
             "if none is given. What keeps everything by design runs once.",
         ),
     ] = None,
+    references: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reference",
+            metavar="NAME",
+            help=f"{', '.join(REFERENCES)}, or none; repeatable, or with commas; all if left out. Ratios need {BASE}.",
+        ),
+    ] = None,
     settings: Settings = None,
     modules: Modules = None,
     prompt_tokens: Annotated[
@@ -95,12 +103,15 @@ def bench(
         import_modules(modules or [])
         compared = _configurations(presets, configs, budgets or [], settings or [])
         limit = None if memory_limit is None else _bytes(memory_limit)
+        beside = _references(references)
         loaded = load_with_spinner(model, dtype.value, device)
         lengths, batches = prompt_tokens or [1000], batch or [1]
         _warn_if_too_long(loaded, max(lengths) + new_tokens)
         wanted: dict[str, Any] = {"prompt_tokens": lengths, "batches": batches, "rounds": rounds}
-        wanted |= {"new_tokens": new_tokens, "memory_limit": limit}
+        wanted |= {"new_tokens": new_tokens, "memory_limit": limit, "references": beside}
         found = _run(loaded, compared, wanted)
+        for policy, note in dict.fromkeys((one.policy, one.note) for one in found if one.note and ":" in one.note):
+            warn(f"{policy} is {note}")
         written = [] if plot is None else save_all(_figures(found), plot)
         if as_json:
             print_json(_as_json(loaded, compared, wanted, found, written))
@@ -127,6 +138,18 @@ def _configurations(
     return found
 
 
+def _references(given: Sequence[str] | None) -> list[str]:
+    """Those asked for, in their order; all if none was named, none if "none" was."""
+    names = [part.strip() for text in given or REFERENCES for part in text.split(",") if part.strip()]
+    if names == ["none"]:
+        return []
+    for name in names:
+        if name not in REFERENCES:
+            known = f"{', '.join(REFERENCES)}, or none by itself"
+            raise typer.BadParameter(f"'{name}' is no reference; known: {known}", param_hint="--reference")
+    return [name for name in REFERENCES if name in names]
+
+
 def _bytes(text: str) -> int:
     try:
         return int(TypeAdapter(ByteSize).validate_python(text))
@@ -140,13 +163,15 @@ def _run(
     loaded: LoadedModel, compared: list[tuple[str, CompressionConfig]], wanted: dict[str, Any]
 ) -> list[Measurement]:
     found: list[Measurement] = []
-    rounds = rounds_of(len(compared), len(wanted["prompt_tokens"]), len(wanted["batches"]), wanted["rounds"])
+    sizes = (len(wanted["prompt_tokens"]), len(wanted["batches"]), wanted["rounds"], len(wanted["references"]))
+    rounds = rounds_of(len(compared), *sizes)
     progress = Progress(
         TextColumn("rounds"), BarColumn(), MofNCompleteColumn(), TextColumn("time left"), TimeRemainingColumn()
     )
     task = progress.add_task("rounds", total=rounds)
     with _live(progress) as live:
-        for measurement in benchmark(loaded, compared, **wanted, on_round=lambda: progress.advance(task)):
+        wanted = {**wanted, "on_round": lambda: progress.advance(task), "on_wait": note}
+        for measurement in benchmark(loaded, compared, **wanted):
             found.append(measurement)
             if live is not None:
                 live.update(Group(_tables(found), progress))
@@ -182,7 +207,7 @@ def _table(tokens: int, batch: int, found: Sequence[Measurement]) -> Table:
         table.add_column(head, justify="right", overflow="fold")
     for one in found:
         cells = [
-            one.note or _time(one.seconds_to_first_token, one.first_token_ratio),
+            one.note.partition(":")[0] if one.note else _time(one.seconds_to_first_token, one.first_token_ratio),
             _time(one.seconds_per_token, one.per_token_ratio),
             "" if one.tokens_per_second is None else f"{one.tokens_per_second.median:,.1f}",
             "" if one.held_bytes is None else size(one.held_bytes),
@@ -251,7 +276,6 @@ def _as_json(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
         "threads": torch.get_num_threads(),
         "weight_bytes": weight_bytes(loaded.model),
-        "references": list(REFERENCES),
         **wanted,
         "configs": [{"policy": name, "config": config.model_dump(mode="json")} for name, config in compared],
         "measurements": [{"model": loaded.name, **measurement.to_dict()} for measurement in found],

@@ -110,7 +110,7 @@ def import_modules(names: Sequence[str]) -> None:
                     importlib.import_module(name)
         except ConfigError as error:
             raise ConfigError(f"import '{name}': {error}") from error
-        except Exception as error:  # somebody else's code: whatever it raises
+        except (Exception, SystemExit) as error:  # somebody else's code: whatever it raises
             raise ConfigError(f"import '{name}': cannot be imported: {type(error).__name__}: {error}") from error
 
 

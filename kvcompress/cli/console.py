@@ -59,6 +59,11 @@ def warn(message: str) -> None:
     _line("warning: ", "yellow", message)
 
 
+def note(message: str) -> None:
+    """Writes a line to stderr that says what is going on."""
+    _line("", "", message)
+
+
 @contextmanager
 def reported(*, as_json: bool = False, debug: bool = False) -> Iterator[None]:
     """Turns what goes wrong inside into a line on stderr and an exit code.

@@ -85,7 +85,7 @@ def duration(seconds: float) -> str:
 
 
 def results_table(rows: Sequence[Row], *, wide: bool = True) -> Table:
-    """A line for each cell: metrics with their intervals, retention, bytes, times and peak memory.
+    """A line for each cell: tokens kept, metrics with their intervals, retention, bytes, times and peak memory.
 
     Args:
         rows: of one run; at least one.
@@ -98,7 +98,7 @@ def results_table(rows: Sequence[Row], *, wide: bool = True) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     table.add_column("cache", overflow="fold")
     metrics = list(first["metrics"])
-    for name in ("budget", *metrics, "retention", "held", "first token", "tokens/s", "peak"):
+    for name in ("budget", "kept", *metrics, "retention", "held", "first token", "tokens/s", "peak"):
         table.add_column(name, justify="right", overflow="fold")
     for row in rows:
         cells = [_interval(row["metrics"][name], " " if wide else "\n") for name in metrics]
@@ -109,7 +109,7 @@ def results_table(rows: Sequence[Row], *, wide: bool = True) -> Table:
             "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.1f}",
             "" if row["peak_bytes"] is None else size(row["peak_bytes"]),
         ]
-        table.add_row(Text(row["policy"]), _budget(row), *cells)
+        table.add_row(Text(row["policy"]), _budget(row), _kept(row), *cells)
     return table
 
 
@@ -119,6 +119,13 @@ def _interval(metric: dict[str, Any], between: str) -> str:
         for name in ("value", "ci_low", "ci_high")
     )
     return f"{value}{between}({low}-{high})"
+
+
+def _kept(row: Row) -> str:
+    """Tokens per layer that were held, of those seen, means over samples; empty where a row does not tell."""
+    if row.get("held_tokens") is None or row.get("seen_tokens") is None:
+        return ""
+    return f"{row['held_tokens']:,.0f} of {row['seen_tokens']:,.0f}"
 
 
 def _budget(row: Row) -> str:

@@ -18,6 +18,7 @@ from kvcompress.cache import CompressedCache
 from kvcompress.cache.argument import cache_argument
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError
+from kvcompress.evaluation.extension import prepare_extension, shown
 from kvcompress.evaluation.measurement import Measurement, Spread
 from kvcompress.evaluation.memory import held_bytes, peak_of
 from kvcompress.evaluation.models import LoadedModel
@@ -25,8 +26,9 @@ from kvcompress.evaluation.perplexity import english_text
 from kvcompress.evaluation.timing import Stopwatch, in_turns, ratios, short_collections
 
 BASE = "DynamicCache"
+QUANTIZED = "QuantizedCache"
 FLOOR = "floor"
-REFERENCES = (BASE, "QuantizedCache", FLOOR)
+REFERENCES = (BASE, QUANTIZED, FLOOR)
 _LETTERS = 12  # of text for each token that is wanted, enough for any tokenizer of words
 
 
@@ -43,6 +45,7 @@ class _Contestant:
         first: seconds to the first token of each round.
         later: seconds of each later token of all rounds.
         note: why it has no figures, if it has none.
+        optional: whether the others run on if it fails in whatever way.
     """
 
     policy: str
@@ -53,6 +56,7 @@ class _Contestant:
     first: list[float] = field(default_factory=list)
     later: list[float] = field(default_factory=list)
     note: str | None = None
+    optional: bool = False
 
 
 def benchmark(
@@ -66,6 +70,7 @@ def benchmark(
     references: Sequence[str] = REFERENCES,
     memory_limit: int | None = None,
     on_round: Callable[[], None] | None = None,
+    on_wait: Callable[[str], None] | None = None,
 ) -> Iterator[Measurement]:
     """Measures caches against transformers' own, in turns, so that a busy machine slows all of them alike.
 
@@ -82,10 +87,12 @@ def benchmark(
         batches: numbers of prompts at a time.
         new_tokens: steps after the first token.
         rounds: timed rounds.
-        references: some of `REFERENCES`; ratios need `DynamicCache`.
+        references: some of `REFERENCES`; ratios need `DynamicCache`. A `QuantizedCache` that does not work here, as
+            where optimum-quanto's extension cannot be compiled, has a note and no figures.
         memory_limit: bytes that weights and caches may take, for the largest batch; the GPU's memory if None, else
             unlimited.
         on_round: called after each round, warm-up included; `rounds_of` tells how many there are.
+        on_wait: is told what is going on before a wait that is no round, as for a compiler.
 
     Yields:
         Measurements of a batch and length at a time, references first, in order.
@@ -106,10 +113,13 @@ def benchmark(
     model = loaded.model
     if memory_limit is None and model.device.type == "cuda":
         memory_limit = torch.cuda.get_device_properties(model.device).total_memory
+    missing = None
+    if QUANTIZED in references:
+        missing = prepare_extension(model.device, on_wait or (lambda message: None))
     for tokens in prompt_tokens:
         for batch in batches:
             ids = text_rows(loaded, batch, tokens)
-            contestants = _contestants(model, configs, references, new_tokens)
+            contestants = _contestants(model, configs, references, new_tokens, missing)
             with short_collections():
                 _compete(model, contestants, ids, rounds, new_tokens, on_round or (lambda: None))
             yield from _measurements(contestants, ids, model, memory_limit)
@@ -144,9 +154,14 @@ def _compete(
     """Lets each contestant run once alone, then all of them in turns."""
     for contestant in contestants:
         try:
-            contestant.peak = peak_of(partial(list, contestant.play(contestant, ids)), model.device)
+            if contestant.note is None:
+                contestant.peak = peak_of(partial(list, contestant.play(contestant, ids)), model.device)
         except torch.OutOfMemoryError:
             contestant.note = "out of memory"
+        except Exception as error:
+            if not contestant.optional:
+                raise
+            contestant.note = f"unavailable: {shown(error)}"
         on_round()
     running = [contestant for contestant in contestants if contestant.note is None]
     # A GPU's clock is steady and its memory scarce: there each has a round to itself.
@@ -197,16 +212,24 @@ def _row_bytes(contestant: _Contestant, model: PreTrainedModel, batch: int) -> i
 
 
 def _contestants(
-    model: PreTrainedModel, configs: Sequence[tuple[str, CompressionConfig]], references: Sequence[str], new_tokens: int
+    model: PreTrainedModel,
+    configs: Sequence[tuple[str, CompressionConfig]],
+    references: Sequence[str],
+    new_tokens: int,
+    missing: str | None,
 ) -> list[_Contestant]:
+    """References and configurations; `missing` tells why there is no QuantizedCache."""
     text = model.config.get_text_config(decoder=True)
     dynamic = partial(DynamicCache, config=text)
     plays: dict[str, Callable[[_Contestant, Tensor], Iterator[float]]] = {
         BASE: partial(_play, model, dynamic, new_tokens),
-        "QuantizedCache": partial(_play, model, partial(_quantized, text), new_tokens),
+        QUANTIZED: partial(_play, model, partial(_quantized, text), new_tokens),
         FLOOR: partial(_play_floor, model, dynamic, new_tokens),
     }
     found = [_Contestant(name, (None, None), plays[name]) for name in REFERENCES if name in references]
+    for contestant in found:
+        if contestant.policy == QUANTIZED:
+            contestant.note, contestant.optional = missing, True
     for name, config in configs:
         amounts = ((getattr(config.budget, unit), unit) for unit in ("fraction", "tokens", "bytes"))
         budget = next(amount for amount in amounts if amount[0] is not None)

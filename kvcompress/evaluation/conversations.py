@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,9 @@ class Conversation:
 
 
 def read_conversations(path: Path, images: Path | None = None) -> list[Conversation]:
-    """Reads dialogues.
+    """Reads dialogues: `conversations` with `from` and `value`, `id`, and `image` if there is one.
+
+    `model`, as LLaVA's own files have it, and `metadata` are for the reader of the file; other fields are refused.
 
     Args:
         path: the JSON file.
@@ -61,12 +64,40 @@ def write_conversations(path: Path, conversations: Iterable[Conversation]) -> No
     write_text(path, json.dumps(entries, indent=1, ensure_ascii=False) + "\n", "conversations")
 
 
+def check_fields(where: str, entry: dict[str, Any], *known: tuple[str, ...], unread: tuple[str, ...] = ()) -> None:
+    """Refuses a record with a field that nothing would be done with.
+
+    Args:
+        where: the file and the place in it.
+        entry: the record.
+        *known: what is read; of the names in one tuple, which mean the same, an entry may have one.
+        unread: what a record may have for its reader alone.
+
+    Raises:
+        ConfigError: naming the field.
+    """
+    for names in known:
+        both = [name for name in names if name in entry]
+        if len(both) > 1:
+            raise ConfigError(f"{where}: has both '{both[0]}' and '{both[1]}', which mean the same; leave one out")
+    everything = [*(name for names in known for name in names), *unread]
+    for name in entry:
+        if name not in everything:
+            raise ConfigError(
+                f"{where}: unknown field {reprlib.repr(name)}; known: {', '.join(everything)}. "
+                "What the model is not to see goes into 'metadata'"
+            )
+
+
 def _read(entry: Any, folder: Path, where: str) -> Conversation:
     said = entry.get("conversations") if isinstance(entry, dict) else None
     if not isinstance(said, list) or not all(
         isinstance(part, dict) and {"from", "value"} <= set(part) for part in said
     ):
         raise ConfigError(f"{where}: must have 'conversations', a list of objects with 'from' and 'value'")
+    check_fields(where, entry, ("id",), ("image",), ("conversations",), unread=("model", "metadata"))
+    for number, part in enumerate(said):
+        check_fields(f"{where}: turn {number}", part, ("from",), ("value",), unread=("metadata",))
     speakers = [part["from"] for part in said]
     if not said or speakers != ["human", "gpt"] * (len(said) // 2):
         raise ConfigError(

@@ -73,11 +73,14 @@ class Measure:
                 if score is not None
             }
         assert measured is not None  # every metric reads one of the two
+        report = measured.report
         return {
             **found,
-            "retention": measured.report.retention,
-            "kv_bytes": measured.report.kv_bytes,
-            "full_kv_bytes": measured.report.full_kv_bytes,
+            "seen_tokens": report.tokens_seen,
+            "held_tokens": sum(map(sum, report.layer_lengths)) / len(report.layer_lengths),
+            "retention": report.retention,
+            "kv_bytes": report.kv_bytes,
+            "full_kv_bytes": report.full_kv_bytes,
             "seconds_to_first_token": measured.seconds_to_first_token,
             "tokens_per_second": measured.tokens_per_second,
             "peak_bytes": peak_bytes(loaded.model.device),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ import torch
 import transformers
 
 from kvcompress import __version__
-from kvcompress.errors import ConfigError, UnsupportedModelError
+from kvcompress.errors import BudgetWarning, ConfigError, UnsupportedModelError
 from kvcompress.evaluation.data import Sample, data_hash, load_samples
 from kvcompress.evaluation.distributed import Processes
 from kvcompress.evaluation.grid import Cell, Configurations, cells_of
 from kvcompress.evaluation.measuring import Measure
 from kvcompress.evaluation.metrics import METRICS, PERPLEXITY, check_metrics
 from kvcompress.evaluation.models import LoadedModel
+from kvcompress.evaluation.overshoot import warn_of_overshoots
 from kvcompress.evaluation.results import ResultsFile, Row, writing_results
 from kvcompress.evaluation.summary import summarise
 
@@ -84,7 +86,8 @@ def evaluate(
         processes: those that share the work; None for what `accelerate launch` started.
 
     Returns:
-        A row for each cell, the full cache's first, in the order of the grid; the same in every process.
+        A row for each cell, the full cache's first, in the order of the grid; the same in every process. One
+        `BudgetWarning` names those that held more than their budget, in tokens.
 
     Raises:
         ConfigError: if data, a configuration, a metric or the output is wrong, or no sample could be evaluated.
@@ -174,6 +177,8 @@ class _Grid:
                 self.done += len(self.samples)
             rows.append(row)
             self._tell(cell, row=row)
+        if self.processes.first:
+            warn_of_overshoots(rows)
         return rows
 
     def _records(self, cell: Cell, reference: dict[str, Row], file: ResultsFile) -> dict[str, Row]:
@@ -202,7 +207,9 @@ class _Grid:
         known = reference.get(sample.name, {})
         if "skipped" in known:
             return {"skipped": known["skipped"]}
-        return self.measure(self.loaded, sample, cell.config, known.get("text"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", BudgetWarning)  # one at the end tells what each cache held
+            return self.measure(self.loaded, sample, cell.config, known.get("text"))
 
     def _row(self, cell: Cell, records: dict[str, Row]) -> Row:
         # in the order of the samples, whatever order they were measured in: sums of floats depend on it

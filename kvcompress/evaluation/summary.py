@@ -9,7 +9,7 @@ from typing import Any
 from kvcompress.evaluation.bootstrap import median_interval, ratio_interval, transformed
 from kvcompress.evaluation.metrics import PERPLEXITY
 
-_MEANS = ("retention", "kv_bytes", "full_kv_bytes", "prompt_tokens")
+_MEANS = ("retention", "held_tokens", "seen_tokens", "kv_bytes", "full_kv_bytes", "prompt_tokens")
 _MEDIANS = ("seconds_to_first_token", "tokens_per_second")
 
 
@@ -35,7 +35,7 @@ def summarise(records: Sequence[dict[str, Any]], metrics: Sequence[str], seed: i
         }
     bounds: dict[str, list[float]] = {}
     for name in (*_MEANS, *_MEDIANS):
-        values = [record[name] for record in records if record[name] is not None]
+        values = [record[name] for record in records if record.get(name) is not None]
         if not values:
             found[name] = None
             continue

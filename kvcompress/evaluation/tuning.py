@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvcompress.config import CompressionConfig
-from kvcompress.errors import ConfigError
+from kvcompress.errors import BudgetWarning, ConfigError
 from kvcompress.evaluation.data import Sample
 from kvcompress.evaluation.distributed import Processes
 from kvcompress.evaluation.metrics import METRICS, check_metrics
@@ -135,7 +136,9 @@ def tune(
 
         def measure(policy: str, config: CompressionConfig, budget: float) -> Trial:
             own = config if config.evictor is None else config.override(budget=budget)
-            row = evaluate(loaded, data, {policy: own}, **settings)[1]
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", BudgetWarning)  # small budgets are tried on purpose
+                row = evaluate(loaded, data, {policy: own}, **settings)[1]
             return Trial(policy, own, budget, all(bound.holds(row, full) for bound in bounds), row)
 
         trials: list[Trial] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import threading
 import warnings
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
@@ -129,20 +130,24 @@ def _identity(policy: type) -> tuple[str, str]:
 
 
 _loaded: set[str] = set()
+_loading = threading.RLock()
 
 
 def _load_entry_points() -> None:
-    """Imports the modules that installed packages declare; a broken one is reported and skipped."""
-    for point in entry_points(group=ENTRY_POINT_GROUP):
-        if point.value in _loaded:
-            continue
-        _loaded.add(point.value)
-        try:
-            importlib.import_module(point.module)
-        except Exception as error:  # another package's fault must not take this one down
-            warnings.warn(
-                f"entry point '{point.name}' of {ENTRY_POINT_GROUP} failed: {error!r}", KVCompressWarning, stacklevel=3
-            )
+    """Imports the modules that installed packages declare; a broken one, or one that exits, is reported and skipped."""
+    with _loading:
+        for point in entry_points(group=ENTRY_POINT_GROUP):
+            if point.value in _loaded:
+                continue
+            _loaded.add(point.value)  # first, since the module may ask for names
+            try:
+                importlib.import_module(point.module)
+            except (Exception, SystemExit) as error:  # another package's fault must not take this one down
+                told = f"entry point '{point.name}' of {ENTRY_POINT_GROUP} failed: {error!r}"
+                warnings.warn(told, KVCompressWarning, stacklevel=3)
+            except BaseException:  # Ctrl-C: another time
+                _loaded.discard(point.value)
+                raise
 
 
 SCORERS: Registry[Scorer] = Registry(Scorer)  # type: ignore[type-abstract]

@@ -6,16 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from kvcompress.errors import ConfigError, shown
-from kvcompress.evaluation.conversations import read_conversations
+from kvcompress.evaluation.conversations import check_fields, read_conversations
 from kvcompress.evaluation.data.built_in import split_text
 from kvcompress.evaluation.data.sample import TEXT, Sample
 from kvcompress.files import parse_json, picture_path, read_text
 
 FORMATS = (".json", ".jsonl", ".txt")
 TEXT_WORDS = (800, 60)  # of a plain text's prompts and continuations
+# What a question may have; of names in one row a record has one. Those of the last row are for its reader alone.
 _QUESTION = ("question", "prompt", "text")
+_CONTEXT = ("context",)
+_ANSWER = ("answer",)
 _IMAGE = ("image", "imagename")
 _NAME = ("id", "question_id")
+_KIND = ("kind", "category", "capability")
+_UNREAD = ("imagesource", "metadata")
 _IMAGE_TOKEN = "<image>"
 
 
@@ -44,7 +49,7 @@ def read_file(path: Path, images: Path | None) -> list[Sample]:
         ]
     entries = parse_json(content, f"data {path}:")
     if isinstance(entries, dict):
-        return [_question({"id": name, **_mapping(entry)}, path, images, f"data {path}: entry '{name}'")
+        return [_question(_named(entry, name), path, images, f"data {path}: entry '{name}'")
                 for name, entry in entries.items()]  # fmt: skip
     if isinstance(entries, list) and any(isinstance(entry, dict) and "conversations" in entry for entry in entries):
         return _conversations(path, images)
@@ -65,31 +70,51 @@ def _conversations(path: Path, images: Path | None) -> list[Sample]:
 
 
 def _question(entry: Any, path: Path, images: Path | None, where: str) -> Sample:
+    """One record as a sample: a document (`context`) comes before the question, with an empty line between."""
     if not isinstance(entry, dict):
         raise ConfigError(f"{where}: must be an object with 'question' and 'answer'; got {type(entry).__name__}")
-    question, image = _first(entry, _QUESTION), _first(entry, _IMAGE)
+    check_fields(where, entry, _QUESTION, _CONTEXT, _ANSWER, _IMAGE, _NAME, _KIND, unread=_UNREAD)
+    question, context = _first(entry, _QUESTION), _first(entry, _CONTEXT)
     if not isinstance(question, str):
         raise ConfigError(f"{where}: must have {' or '.join(map(repr, _QUESTION))}, a text; has {', '.join(entry)}")
-    answer, name = entry.get("answer"), _first(entry, _NAME)
-    kinds = entry.get("capability") or []
-    if not isinstance(kinds, list):
-        raise ConfigError(f"{where}: 'capability' must be a list of texts; got {shown(kinds)}")
+    for name, value in (("context", context), ("image", _first(entry, _IMAGE))):
+        if value is not None and not isinstance(value, str):
+            raise ConfigError(f"{where}: '{name}' must be a text; got {type(value).__name__}")
+    answer, name, image = (_first(entry, names) for names in (_ANSWER, _NAME, _IMAGE))
+    for field, value in (("answer", answer), ("id", name)):
+        if isinstance(value, (list, dict)):
+            raise ConfigError(f"{where}: '{field}' must be one text or number; got {type(value).__name__}")
     folder = images
     if folder is None:
         folder = path.parent / "images" if (path.parent / "images").is_dir() else path.parent
+    said = "\n\n".join(part.replace(_IMAGE_TOKEN, "").strip() for part in (context, question) if part and part.strip())
     return Sample(
         name="" if name is None else str(name),
-        prompt=question.replace(_IMAGE_TOKEN, "").strip(),
+        prompt=said,
         answer=None if answer is None else str(answer),
         image=None if image is None else picture_path(folder, image, where),
-        kind="+".join(map(str, kinds)),
+        kind=_kind(_first(entry, _KIND), where),
         folder=None if image is None else folder,
     )
+
+
+def _kind(given: Any, where: str) -> str:
+    if given in (TEXT, [TEXT]):
+        raise ConfigError(
+            f"{where}: the kind '{TEXT}' is that of plain text without a chat template; name it otherwise"
+        )
+    if given is None or isinstance(given, str):
+        return given or ""
+    if isinstance(given, list) and all(isinstance(part, str) for part in given):
+        return "+".join(given)
+    raise ConfigError(f"{where}: {', '.join(map(repr, _KIND))} must be a text or a list of texts; got {shown(given)}")
 
 
 def _first(entry: dict[str, Any], names: tuple[str, ...]) -> Any:
     return next((entry[name] for name in names if name in entry), None)
 
 
-def _mapping(entry: Any) -> dict[str, Any]:
-    return entry if isinstance(entry, dict) else {}
+def _named(entry: Any, name: str) -> dict[str, Any]:
+    """An entry with its name in the file, unless it has one of its own."""
+    fields = entry if isinstance(entry, dict) else {}
+    return fields if any(own in fields for own in _NAME) else {"id": name, **fields}

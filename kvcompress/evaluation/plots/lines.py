@@ -18,11 +18,7 @@ _REFERENCES = (("black", (0, (1, 1.5))), ("0.45", (0, (5, 2))), ("black", (0, (7
 
 
 _NAMES_IN_A_ROW = 4
-_BUDGETS = {
-    "fraction": ("budget (% of the tokens)", 100.0),
-    "tokens": ("budget (tokens per layer)", 1.0),
-    "bytes": ("budget (MiB)", 2.0**-20),
-}
+_UNITS = {"fraction": ("% of the tokens", 100.0), "tokens": ("tokens per layer", 1.0), "bytes": ("MiB", 2.0**-20)}
 
 
 def draw_series(axes: Axes, series: Sequence[Series], x: str, factor: float = 1.0) -> None:
@@ -55,8 +51,11 @@ def draw_series(axes: Axes, series: Sequence[Series], x: str, factor: float = 1.
             axes.fill_between(at, low, high, color=style["color"], alpha=0.16, linewidth=0)
         elif low != high:
             axes.errorbar(at, middle, [[middle[0] - low[0]], [high[0] - middle[0]]], color=style["color"], capsize=2)
-    axes.set_xticks(ticks, [f"{tick:,.4g}" if tick < 1000 else f"{tick:,.0f}" for tick in ticks])
-    margin = 0.05 * (ticks[-1] - ticks[0]) or 0.5 * ticks[0]
+    if len(ticks) == 1 or not any(line.held for line in policies):  # what was held is rarely round
+        axes.set_xticks(ticks, [f"{tick:,.4g}" if tick < 1000 else f"{tick:,.0f}" for tick in ticks])
+    margin = max(0.05 * (ticks[-1] - ticks[0]), 0.1 * ticks[-1] if ticks[-1] < 1.2 * ticks[0] else 0.0)
+    if len(ticks) == 1:
+        margin = 0.5 * ticks[0]
     axes.set_xlim(ticks[0] - margin, ticks[-1] + margin)
     axes.set_xlabel(label)
 
@@ -73,5 +72,6 @@ def _x_label(series: Sequence[Series], x: str) -> tuple[str, float]:
         units = sorted({line.unit for line in series if not line.reference}) or ["fraction"]
         if len(units) > 1:
             raise ConfigError(f"rows: budgets must be of one unit; got {', '.join(units)}; draw them one by one")
-        return _BUDGETS.get(units[0], (f"budget ({units[0]})", 1.0))
+        unit, scale = _UNITS.get(units[0], (units[0], 1.0))
+        return f"{'held' if any(line.held for line in series) else 'budget'} ({unit})", scale
     return {"prompt_tokens": "prompt (tokens)", "batch": "batch (prompts at a time)"}.get(x, x.replace("_", " ")), 1.0

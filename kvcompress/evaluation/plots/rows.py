@@ -34,11 +34,13 @@ class Series:
         name: of the policy.
         points: ascending by x.
         unit: of x, where that is a budget: "fraction", "tokens" or "bytes".
+        held: whether x is what was held, rather than a budget that may not have been kept.
         reference: whether it keeps everything, or has no budget at all: a line to compare with.
     """
 
     name: str
     unit: str = ""
+    held: bool = False
     points: list[Point] = field(default_factory=list)
     reference: bool = False
 
@@ -108,11 +110,13 @@ def _references(rows: Iterable[Row]) -> set[str]:
 def read_series(rows: Iterable[Row], metric: str, x: str = "budget") -> list[Series]:
     """The points of each policy, in the order in which policies first come.
 
-    Over budgets, a policy without one, or with the budget 1.0 alone, is a reference. Where several rows of a policy
-    have the same x, the last one counts.
+    Over budgets, points stand at what was held, where all rows tell: retention for fractions, tokens per layer for
+    tokens, bytes for bytes. There a policy without a budget, or with the budget 1.0 alone, is a reference. Where
+    several rows of a policy have the same budget (or other x), the last one counts.
     """
     rows = list(rows)
     references = _references(rows) if x == "budget" else set()
+    held = x == "budget" and all(_held(row) is not None for row in rows if str(row.get("policy")) not in references)
     found: dict[str, Series] = {}
     points: dict[str, dict[float, Point]] = {}
     for row in rows:
@@ -121,11 +125,18 @@ def read_series(rows: Iterable[Row], metric: str, x: str = "budget") -> list[Ser
             continue
         name, given = str(row.get("policy")), row.get(x)
         at = float(given) if isinstance(given, (int, float)) else 1.0
-        found.setdefault(name, Series(name, unit=unit_of(row) or "", reference=name in references))
-        points.setdefault(name, {})[at] = Point(at, *figures)
+        found.setdefault(name, Series(name, unit=unit_of(row) or "", held=held, reference=name in references))
+        place = _held(row) if held else None
+        points.setdefault(name, {})[at] = Point(at if place is None else place, *figures)
     for name, series in found.items():
-        series.points = [points[name][at] for at in sorted(points[name])]
+        series.points = sorted(points[name].values(), key=lambda point: point.x)
     return list(found.values())
+
+
+def _held(row: Row) -> float | None:
+    """What a row says was held, in the unit of its budget; None where it does not say."""
+    found = row.get({"tokens": "held_tokens", "bytes": "kv_bytes"}.get(unit_of(row) or "", "retention"))
+    return float(found) if isinstance(found, (int, float)) else None
 
 
 def metric_names(rows: Iterable[Row]) -> list[str]:
