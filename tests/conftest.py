@@ -39,6 +39,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core; models this small
 
 if not torch.cuda.is_available():  # before anything imports Triton: its interpreter runs kernels on a CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Our own warnings are errors; others are shown.
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import dispatch_model
+from kvcompress.cache.engine import Engine
 from torch import Tensor
 from transformers import DynamicCache
 
 from kvcompress import CompressedCache, CompressionConfig, restore
 from kvcompress.cache.allocation import protection
-from kvcompress.cache.engine import Engine
 from kvcompress.cache.store import DenseStore
 from kvcompress.config.presets import PRESETS
 from tests import tiny

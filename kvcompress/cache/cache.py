@@ -24,7 +24,7 @@ from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.renumbering import moved_back
 from kvcompress.cache.report import CacheReport
-from kvcompress.cache.selection import Ranked, gather_importance, importance_of
+from kvcompress.cache.selection import Ranked, gather_importance
 from kvcompress.cache.sequence import Counts, Sequence
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.step import Phase, Step
@@ -97,10 +97,11 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             layers=[CompressedLayer(number, self.config, self._sequence, self._heads) for number in range(layers)]
         )
         self._forget()
-        attention.install(decoder, adapter.attention_modules(model))
-        hooks.observe(model, decoder, adapter)
-        if self.config.reducer is not None:
-            hooks.reduce_between(adapter.layers(model))
+        with hooks.changing:
+            attention.install(decoder, adapter.attention_modules(model))
+            hooks.observe(model, decoder, adapter)
+            if self.config.reducer is not None:
+                hooks.reduce_between(adapter.layers(model))
 
     def _forget(self) -> None:
         self._allocation: Allocation | None = None
@@ -250,7 +251,13 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         columns = mask.to(query.device, torch.bool)
         past, new = columns[:, : sequence.seen], columns[:, sequence.seen : sequence.seen + query.shape[2]]
         known = sequence.known_valid(columns.device) if sequence.seen else past
-        flags = (known & ~past).any(), (past & ~known).any(), new.all(), (new[:, 1:] < new[:, :-1]).any(), new[:, -1].any()
+        flags = (
+            (known & ~past).any(),
+            (past & ~known).any(),
+            new.all(),
+            (new[:, 1:] < new[:, :-1]).any(),
+            new[:, -1].any(),
+        )
         counts = torch.cat([torch.stack(flags).long(), new.sum(1)]).tolist()
         hides, shows, whole, mixed, any_last = map(bool, counts[:5])
         if sequence.seen and not any_last:
@@ -882,6 +889,15 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         self._tidy()
         return [layer.ranked() for layer in self.layers]
 
+    def allocation_at(self, config: CompressionConfig) -> Allocation:
+        """What another configuration's allocator and budget would give the layers, from the scores that are there."""
+        ranked = self.ranked()
+        importance, context = gather_importance(self.layers, config, self._sequence, ranked)
+        held, row_seen = np.stack([layer.held for layer in self.layers]), self._sequence.row_seen
+        return allocate(
+            config, Rule.of(config, len(self.layers)), row_seen, held, importance.device, importance, context
+        )
+
     # -- rows ----------------------------------------------------------------------------------------------------------
 
     def _select_rows(self, operation: str, index: Tensor) -> None:
@@ -975,12 +991,14 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 def restore(model: PreTrainedModel) -> None:
     """Takes everything that kvcompress put on a model off again: its attention and its hooks.
 
-    Caches made for the model before can no longer be used with it.
+    What caches of its parts brought along goes too, such as those of the language model inside a LLaVA. Caches made for
+    the model before can no longer be used with it.
     """
     adapter = adapter_for(model)
-    attention.uninstall(adapter.decoder(model), adapter.attention_modules(model))
-    for module in (model, adapter.decoder(model), *adapter.layers(model)):
-        hooks.remove(module)
+    with hooks.changing:
+        attention.uninstall(adapter.decoder(model), adapter.attention_modules(model))
+        for module in model.modules():
+            hooks.remove(module)
 
 
 def _usable(tensor: Tensor) -> Tensor:

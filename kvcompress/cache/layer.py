@@ -401,7 +401,9 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 pinned = np.maximum(evictor.pinned(kept, given, recents).numpy(), first)
             self.pinned = pinned + np.maximum(0, sinks - self.sequence.row_seen)
 
-    def _merge(self, kept: Tensor, evicted: Tensor, importance: Tensor | None, most: tuple[int, int], decoding: bool) -> None:
+    def _merge(
+        self, kept: Tensor, evicted: Tensor, importance: Tensor | None, most: tuple[int, int], decoding: bool
+    ) -> None:
         """Lets the kept slots take up those that go, whose keys and values are still there."""
         merger, index = self.config.merger, self.index
         assert merger is not None and index is not None
@@ -481,7 +483,10 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         bias = None if step.bias is None else step.bias[self.number, ..., : keys.shape[2]].to(query.device)
         if not self.store.packed:
             output = F.scaled_dot_product_attention(
-                grouped, keys, values, attn_mask=None if bias is None else bias.expand(-1, keys.shape[1], -1, -1),
+                grouped,
+                keys,
+                values,
+                attn_mask=None if bias is None else bias.expand(-1, keys.shape[1], -1, -1),
                 scale=scaling,
             )
         else:

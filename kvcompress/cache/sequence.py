@@ -55,7 +55,10 @@ class Sequence:
         self.scored = Scored(*(np.zeros(0, dtype=np.int64) for _ in range(3)))
         self.decoded: list[tuple[Counts, Counts]] = []
         self.went_into: dict[int, Int[Tensor, "batch columns"]] = {}
-        self._unscored_before = (self.scored.end, self.scored.end)  # tokens without a score when the last such step began
+        self._unscored_before = (
+            self.scored.end,
+            self.scored.end,
+        )  # tokens without a score when the last such step began
 
     @property
     def batch(self) -> int:

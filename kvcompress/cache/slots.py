@@ -233,8 +233,17 @@ class SlotTable:
         self._packed_rows = self._packed_rows[:, rows]
         index, alike = index.to(self.index.device), len(rows) == self.seen.shape[0]
         for name, axis in (
-            ("seen", 0), ("scored_end", 0), ("index", 1), ("length", 1), ("free", 1), ("write", 1), ("_pinned", 1), ("_share", 1),
-            ("_spent", 0), ("_age", 1), ("_packed", 1),
+            ("seen", 0),
+            ("scored_end", 0),
+            ("index", 1),
+            ("length", 1),
+            ("free", 1),
+            ("write", 1),
+            ("_pinned", 1),
+            ("_share", 1),
+            ("_spent", 0),
+            ("_age", 1),
+            ("_packed", 1),
         ):
             tensor = getattr(self, name, None)
             if tensor is not None:

@@ -116,9 +116,7 @@ class DenseStore:
         if self.keys is None or self.values is None or not used:
             self._hold(keys.detach().contiguous(), values.detach().contiguous())
         else:
-            self._hold(
-                torch.cat([self.keys[:, :, :used], keys], 2), torch.cat([self.values[:, :, :used], values], 2)
-            )
+            self._hold(torch.cat([self.keys[:, :, :used], keys], 2), torch.cat([self.values[:, :, :used], values], 2))
 
     def write(self, key: Keys, value: Values, slot: Int[Tensor, "batch sets"]) -> None:
         """Puts one token of each row into a slot."""

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from kvcompress import __version__
-from kvcompress.cache import CompressedCache, pipeline
-from kvcompress.cache.allocation import allocate
+from kvcompress.cache import CompressedCache
 from kvcompress.cache.argument import cache_argument
-from kvcompress.cache.importance import every_head
 from kvcompress.config import CompressionConfig
 from kvcompress.config.profile import LayerProfile
 from kvcompress.errors import BudgetWarning, ConfigError, KVCompressError
@@ -132,17 +130,11 @@ def prompt_retention(
     cache = CompressedCache(loaded.model, config)
     cache.activate_past_recording()  # eviction waits for a crop that never comes, so all scores are there
     loaded.model(**inputs, **cache_argument(cache), logits_to_keep=1)
-    engine = cache._engine
-    stores, sequence = engine.stores, engine.sequence
-    held = [list(store.counts) for store in stores]
-    ranked = [every_head(layer, store, config, sequence) for layer, store in enumerate(stores)]
-    importance, context = pipeline.gather_importance(stores, config, sequence, engine.statistics, ranked)
     found = []
     for budget in budgets:
-        wanted = config.override(budget=float(budget))
-        allocation = allocate(wanted, sequence, stores, held, importance, replace(context, notes={}))
-        found.append([layer[0] / sequence.row_seen[0] for layer in allocation.budgets])
-    return torch.tensor(found, dtype=torch.float64)
+        allocation = cache.allocation_at(config.override(budget=float(budget)))
+        found.append(allocation.budgets[:, 0] / cache.report().row_tokens_seen[0])
+    return torch.tensor(np.stack(found), dtype=torch.float64)
 
 
 def check_budgets(budgets: Sequence[float]) -> list[float]:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from kvcompress.cache import CompressedCache
 from kvcompress.cache.argument import cache_argument
-from kvcompress.cache.importance import every_head
 from kvcompress.cache.report import CacheReport
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError
@@ -137,10 +136,8 @@ def _importance(loaded: LoadedModel, inputs: dict[str, Tensor], scoring: Compres
     """Head-mean importance, `[layers, tokens]`, float64 on the CPU."""
     cache = CompressedCache(loaded.model, scoring)
     loaded.model(**inputs, **cache_argument(cache), logits_to_keep=1)
-    engine = cache._engine  # its stores hold every token and its score, which no report does
     found = []
-    for layer, store in enumerate(engine.stores):
-        _, importance = every_head(layer, store, scoring, engine.sequence)
+    for _, importance in cache.ranked():
         assert importance is not None
         found.append(importance[0].double().mean(0).cpu())
     return torch.stack(found)
