@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
@@ -106,14 +107,17 @@ def played(model: PreTrainedModel, name: str, way: str, fields: dict[str, Any]) 
         "columns": report.held_columns,
         "least_held": least_held(cache),
         "logits": result.logits[-1][0].tolist(),
-        "packed": [store.packed for store in cache._engine.stores],
+        "packed": [layer.store.packed for layer in cache.layers],
         "kv_bytes": report.kv_bytes,
     }
 
 
 def least_held(cache: CompressedCache) -> list[list[list[int]]]:
     """Tokens from some columns on that every head of a layer holds, which decides what can be taken back."""
-    return [[store.holds_from(column) for column in range(0, TOKENS, 10)] for store in cache._engine.stores]
+    return [
+        [cache._holds_from(layer, np.full(cache.batch_size, column)).tolist() for column in range(0, TOKENS, 10)]
+        for layer in cache.layers
+    ]
 
 
 def longer(ids: Tensor, count: int) -> dict[str, Tensor]:

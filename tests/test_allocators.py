@@ -14,7 +14,7 @@ import torch
 import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
-from kvcompress.cache.pipeline import _rank_by_rank
+from kvcompress.cache.selection import _rank_by_rank
 from torch import Tensor
 
 from kvcompress import ALLOCATORS, EVICTORS, Budget, CompressedCache, CompressionConfig, KVCompressError
@@ -626,7 +626,7 @@ def test_a_cache_keeps_as_many_image_columns_as_were_allocated(
     with torch.no_grad():
         for step in (inputs, {"input_ids": turn}):
             model(**step, **tiny.with_cache(cache))
-            budgets = cache.layers[0].engine.allocation.image_budgets
+            budgets = cache._allocation.image_budgets
             for layer, rows in enumerate(held(cache)):
                 for row, sets in enumerate(rows):
                     images = set(is_image[row].nonzero().flatten().tolist())

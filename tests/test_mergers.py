@@ -476,14 +476,15 @@ class Pour(Merger):
 
 def check_sums(cache: CompressedCache, ids: list[Tensor]) -> None:
     """What layer 0 holds of each row adds up to all its tokens' values, which no attention has touched."""
-    model, store = tiny.model("llama"), cache.layers[0].engine.stores[0]
-    layer = model.model.layers[0]
-    held = (store.columns() >= 0).unsqueeze(-1)
+    model, own = tiny.model("llama"), cache.layers[0]
+    layer, values = model.model.layers[0], own.store.dense()[1]
+    held = (cache.index_of(own) >= 0).unsqueeze(-1)
+    values = values[:, :, : held.shape[2]]
     with torch.no_grad():
         for row, tokens in enumerate(ids):
             hidden = layer.input_layernorm(model.model.embed_tokens(tokens))
-            wanted = layer.self_attn.v_proj(hidden).sum(0).view(store.keys.shape[1], -1)
-            found = (store.slots()[1][row] * held[row]).sum(1)
+            wanted = layer.self_attn.v_proj(hidden).sum(0).view(values.shape[1], -1)
+            found = (values[row] * held[row, :, : values.shape[2]]).sum(1)
             torch.testing.assert_close(found, wanted, rtol=0, atol=2e-4)
 
 
@@ -550,9 +551,9 @@ def test_decode_steps_merge_only_where_the_merger_says_so(path: str, merger: Mer
 def stored(cache: CompressedCache) -> dict[tuple[int, int, int, int], Tensor]:
     """Keys and values by layer, row, head and column."""
     found = {}
-    for layer, store in enumerate(cache.layers[0].engine.stores):
-        both = torch.cat(store.slots(), -1)
-        columns = store.columns().expand(both.shape[:3]).tolist()
+    for layer, own in enumerate(cache.layers):
+        both = torch.cat([own.keys, own.values], -1)
+        columns = cache._sequence.columns_of(cache.index_of(own))[..., : both.shape[2]].expand(both.shape[:3]).tolist()
         for row, heads in enumerate(columns):
             for head, slots in enumerate(heads):
                 found |= {(layer, row, head, c): both[row, head, i].clone() for i, c in enumerate(slots) if c >= 0}
@@ -566,7 +567,7 @@ def test_a_threshold_lives_with_its_rows(path: str) -> None:
     cache, valid = started(config, [30, 25], seed=2)
 
     def states(cache: CompressedCache) -> list[Tensor | None]:
-        return [store.merger_state for store in cache.layers[0].engine.stores]
+        return [layer.merger_state for layer in cache.layers]
 
     first = [tau.clone() for tau in states(cache) if tau is not None]
     assert [tau.shape for tau in first] == [(2, 2)] * 3 and all(tau.isfinite().all() for tau in first)

@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import torch
 from accelerate import dispatch_model
-from kvcompress.cache.engine import Engine
 from torch import Tensor
 from transformers import DynamicCache
 
 from kvcompress import CompressedCache, CompressionConfig, restore
 from kvcompress.cache.allocation import protection
-from kvcompress.cache.store import DenseStore
+from kvcompress.cache.layer import CompressedLayer
 from kvcompress.config.presets import PRESETS
 from tests import tiny
 
@@ -183,13 +182,29 @@ def test_every_dtype_keeps_its_bytes(name: str, dtype: torch.dtype, preset: str)
     assert cache.layers[0].keys.dtype == dtype
 
 
-@pytest.mark.parametrize("slack", [16, 3000])
-def test_growth_leaves_little_slack(slack: int) -> None:
-    store, one = DenseStore(), torch.zeros(1, 1, 1, 2)
-    store.append(one.expand(1, 1, slack, 2), one.expand(1, 1, slack, 2), torch.arange(slack)[None], None)
-    for column in range(slack, slack + 60):
-        store.write(one, one, column)
-        assert store.capacity - store.length <= max(16, store.length // 100)
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [16, 1800])
+def test_growth_leaves_little_slack(tokens: int) -> None:
+    model = tiny.model("llama")
+    cache = CompressedCache(model, "full")
+    model(tiny.token_ids(1, tokens, seed=0), **tiny.with_cache(cache))
+    for number in range(60):
+        model(tiny.token_ids(1, 1, seed=number), **tiny.with_cache(cache))
+        store, held = cache.layers[0].store, tokens + number + 1
+        assert held <= store.capacity <= held + max(16, held // 100)
+
+
+@torch.no_grad()
+def test_what_is_reserved_is_there_at_once() -> None:
+    """Buffers keep their addresses for as many tokens as were announced."""
+    model = tiny.model("llama")
+    for preset in ("full", "prefixkv", "uniform"):
+        cache = CompressedCache(model, preset, reserve=40)
+        model(tiny.token_ids(1, 100, seed=0), **tiny.with_cache(cache))
+        before = [layer.store.keys.data_ptr() for layer in cache.layers]
+        for number in range(40):
+            model(tiny.token_ids(1, 1, seed=number), **tiny.with_cache(cache))
+        assert [layer.store.keys.data_ptr() for layer in cache.layers] == before
 
 
 @pytest.mark.parametrize(("preset", "batch"), [("prefixkv", 1), ("uniform", 1), ("uniform", 2), ("streaming", 3)])
@@ -202,19 +217,18 @@ def test_a_bytes_budget_is_never_exceeded(preset: str, batch: int) -> None:
 @torch.no_grad()
 def test_a_local_allocator_never_holds_two_whole_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[list[int]] = []
-    attend = Engine.attend
+    attend = CompressedLayer.attend
 
-    def watched(self: Engine, layer: int, *args: Any) -> Tensor:
-        output = attend(self, layer, *args)
-        held.append([store.length for store in self.stores])
+    def watched(self: CompressedLayer, *args: Any) -> Tensor:
+        output = attend(self, *args)
+        held.append([layer.store.capacity for layer in cache.layers])
         return output
 
-    monkeypatch.setattr(Engine, "attend", watched)
+    monkeypatch.setattr(CompressedLayer, "attend", watched)
     for preset, whole in (("uniform", 0), ("streaming", 0), ("prefixkv", 3)):
         held.clear()
-        tiny.model("llama")(
-            tiny.token_ids(1, 50, seed=13), **tiny.with_cache(CompressedCache(tiny.model("llama"), preset))
-        )
+        cache = CompressedCache(tiny.model("llama"), preset)
+        tiny.model("llama")(tiny.token_ids(1, 50, seed=13), **tiny.with_cache(cache))
         assert max(sum(length == 50 for length in lengths) for lengths in held[:-1]) == max(0, whole - 1)
 
 
@@ -244,14 +258,6 @@ def test_layers_go_to_cpu_memory_and_come_back() -> None:
             layer.prefetch()
 
 
-@torch.no_grad()
-def test_the_buffers_of_a_layer_are_on_the_device_of_its_keys() -> None:
-    store = DenseStore()
-    keys = torch.zeros(1, 2, 5, 4, device="meta")
-    store.append(keys, keys, torch.arange(5, device="meta")[None], None)
-    assert {tensor.device.type for tensor in (store.keys, store.values, store._columns)} == {"meta"}
-
-
 @pytest.mark.cuda
 @torch.no_grad()
 def test_layers_on_two_devices_and_offloading() -> None:
@@ -275,7 +281,7 @@ def test_a_cache_keeps_no_model_alive_and_no_cache_needs_the_collector() -> None
     gc.collect()
     gc.disable()
     try:
-        keys = weakref.ref(cache.layers[0].engine)
+        keys = weakref.ref(cache.layers[0])
         del cache
         assert keys() is None
     finally:
@@ -323,10 +329,10 @@ def test_policies_are_told_which_tokens_are_images(name: str) -> None:
     for how in ({}, {"num_beams": 2}):
         cache = CompressedCache(tiny.model(name), "prefixkv", budget=0.5)
         tiny.model(name).generate(**inputs, **tiny.with_cache(cache), max_new_tokens=4, do_sample=False, **how)
-        sequence, store = cache._engine.sequence, cache._engine.stores[0]
-        found = sequence.images_at(store.columns())
+        sequence, index = cache._sequence, cache.index_of(cache.layers[0])
+        found, held = sequence.images_at(index), sequence.columns_of(index)
         assert found is not None
-        for row, columns in enumerate(store.columns()[:, 0].tolist()):
+        for row, columns in enumerate(held[:, 0].tolist()):
             expected = [0 <= column < len(is_image) and bool(is_image[column]) for column in columns]
             assert found[row, 0].tolist() == expected
 
@@ -338,8 +344,8 @@ def test_scores_of_a_prompt_in_chunks_add_up_to_those_of_the_whole() -> None:
     tiny.model("llama")(ids, **tiny.with_cache(whole))
     for chunk in ids.split(11, dim=1):
         tiny.model("llama")(chunk, **tiny.with_cache(chunked))
-    for one, other in zip(whole._engine.stores, chunked._engine.stores, strict=True):
-        torch.testing.assert_close(one.used_scores(), other.used_scores(), atol=1e-4, rtol=1e-4)
+    for one, other in zip(whole.layers, chunked.layers, strict=True):
+        torch.testing.assert_close(one.scores, other.scores, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -349,7 +355,7 @@ def test_stride_estimates_the_sum_and_mean_divides_by_what_could_see() -> None:
     for queries in ("all", "stride:2", "window:200", "stride:1"):
         cache = CompressedCache(model, "prefixkv", budget=1.0, scorer={"name": "attention", "queries": queries})
         model(ids, **tiny.with_cache(cache))
-        scores[queries] = cache._engine.stores[1].used_scores()
+        scores[queries] = cache.layers[1].scores
     assert torch.equal(scores["all"], scores["stride:1"]) and torch.equal(scores["all"], scores["window:200"])
     assert float(scores["stride:2"].sum() / scores["all"].sum()) == pytest.approx(1, abs=1e-5)
     mean = CompressedCache(model, "prefixkv", scorer={"name": "attention", "reduce": "mean"}).config.scorer

@@ -5,23 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.stateful import rule
 from torch import Tensor
 from transformers import GenerationConfig
 
-from kvcompress import QUANTIZERS, Budget, CompressedCache, CompressionConfig, quantized
+from kvcompress import QUANTIZERS, Budget, CompressedCache, CompressionConfig
+from kvcompress.cache import quantized_store
 from kvcompress.cache.quantized_store import QuantizedStore
-from kvcompress.cache.store import DenseStore
 from kvcompress.errors import ConfigError
 from kvcompress.policies.base import Quantizer
 from kvcompress.policies.context import Codes, Keys, Values
 from tests import strategies, tiny
 from tests.reference import held
-from tests.test_state_machine import StoreMachine
 
 names = pytest.mark.parametrize("name", QUANTIZERS.names())
 
@@ -30,7 +29,7 @@ names = pytest.mark.parametrize("name", QUANTIZERS.names())
 def small_blocks() -> Iterator[None]:
     """Attention decodes a few slots at a time, so that a handful of tokens already makes several blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantized, "_BLOCK", 8)
+        patch.setattr(quantized_store, "_BLOCK", 8)
         yield
 
 
@@ -149,42 +148,20 @@ def test_codes_are_packed_as_quanto_packs_them(name: str, bits: int, data: st.Da
 @given(counts=st.lists(st.integers(1, 40), min_size=1, max_size=4), seed=strategies.seeds)
 def test_later_groups_leave_older_ones_alone(name: str, counts: list[int], seed: int) -> None:
     """Whatever comes, what was quantized stays bit for bit what it was, and its bytes are counted."""
-    store, g, seen = QuantizedStore(QUANTIZERS.create(name, group=4, residual=3)), strategies.generator(seed), 0
+    store, g, seen = QuantizedStore(QUANTIZERS.create(name, group=4, residual=3), 0), strategies.generator(seed), 0
     packed_before: list[Tensor] = []
     for new in counts:
         keys, values = (torch.randn(2, 2, new, 8, generator=g) for _ in range(2))
-        store.append(keys, values, torch.arange(seen, seen + keys.shape[2])[None], None)
+        store.append(keys, values, seen - store.packed)
         seen += new
         before = store.nbytes
-        store.pack()
+        store.pack(np.array([seen - store.packed] * 2))
         assert store.packed == max(0, seen - 3) // 4 * 4
         assert store.nbytes <= before
-        packed = [tensor[:, :, : store.packed] for tensor in store.slots()]
+        packed = [tensor[:, :, : store.packed] for tensor in _every_slot(store)]
         for old, now in zip(packed_before, packed, strict=False):
             assert torch.equal(old, now[:, :, : old.shape[2]])
         packed_before = packed
-
-
-class QuantizedStoreMachine(StoreMachine):
-    """The same laws as for every store, with tokens quantized in between and taken along."""
-
-    chooses = False
-
-    def new_store(self) -> DenseStore:
-        return QuantizedStore(Lossless(group=2, residual=2))
-
-    @rule()
-    def pack(self) -> None:
-        """Whole groups are quantized, as many as leave the residual in the shortest row; they no longer go by age."""
-        shortest, before = min(len(heads[0]) for heads in self.tokens), self.store.packed
-        self.store.pack()
-        assert self.store.packed == before + max(0, shortest - 2 - before) // 2 * 2
-        if self.by_age and self.store.packed > before:
-            self.pinned = [max(pinned, self.store.packed) for pinned in self.pinned]
-
-
-TestQuantizedStore = QuantizedStoreMachine.TestCase
-TestQuantizedStore.settings = settings(strategies.examples(60), stateful_step_count=20)
 
 
 # -- caches ------------------------------------------------------------------------------------------------------------
@@ -238,8 +215,13 @@ def test_a_quantizer_that_loses_nothing_changes_nothing(
             for cache in (plain, packed):
                 cache.reorder_cache(torch.arange(len(lengths)).flip(0))
             valid = valid.flip(0)
-    for store in packed._engine.stores:
-        assert store.packed or min(store.counts) < 30
+    for layer, lengths_held in zip(packed.layers, packed.report().layer_lengths, strict=True):
+        assert layer.store.packed or min(lengths_held) < 30
+
+
+def _every_slot(store: QuantizedStore) -> tuple[Tensor, Tensor]:
+    keys, values = zip(*store.blocks(store.capacity), strict=True)
+    return torch.cat(keys, 2), torch.cat(values, 2)
 
 
 @names
@@ -260,7 +242,7 @@ def test_generation_runs_and_bytes_fall(name: str) -> None:
         model(tiny.token_ids(2, 5, seed=4), **tiny.with_cache(cache))
     cache.crop(-90)  # into what is quantized
     assert cache.get_seq_length() == 35
-    assert [store.packed for store in cache._engine.stores] == [35] * 3
+    assert [layer.store.packed for layer in cache.layers] == [35] * 3
     with torch.no_grad():
         model(tiny.token_ids(2, 5, seed=5), **tiny.with_cache(cache))
     assert cache.report().layer_lengths == [[40, 40]] * 3

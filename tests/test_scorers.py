@@ -291,7 +291,7 @@ def test_post_vision_counts_the_queries_after_the_image(reduce: str, layer: Laye
 
 
 def scores_of(cache: CompressedCache, layer: int) -> Tensor:
-    return cache._engine.stores[layer].used_scores()
+    return cache.layers[layer].scores
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
