@@ -145,6 +145,17 @@ def padding_mask(
     return sdpa_mask(*args, q_length=q_length, kv_offset=kv_offset, attention_mask=attention_mask, **kwargs)  # type: ignore[arg-type]
 
 
+def padding_in(mask: Any) -> Any:
+    """The padding `[batch, columns]` in a mask that `padding_mask` made; any other mask as it is.
+
+    `generate` makes masks before it calls the model, for some models one for each kind of layer.
+    """
+    if isinstance(mask, dict):
+        mask = next(iter(mask.values()), None)
+    made = isinstance(mask, Tensor) and mask.ndim == 4 and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1)
+    return mask[:, 0, 0] if made else mask
+
+
 def install(decoder: PreTrainedModel, attention_modules: list[nn.Module]) -> None:
     """Makes "kvcompress" the attention of a decoder and remembers what it had before."""
     if not is_installed(decoder):

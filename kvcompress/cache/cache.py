@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from kvcompress.cache import attention, hooks
 from kvcompress.cache.allocation import Allocation, Rule, allocate
 from kvcompress.cache.calls import Calls
+from kvcompress.cache.inputs import shape_of
 from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.renumbering import moved_back
@@ -27,7 +28,7 @@ from kvcompress.cache.report import CacheReport
 from kvcompress.cache.selection import Ranked, gather_importance
 from kvcompress.cache.sequence import Counts, Sequence
 from kvcompress.cache.slots import SlotTable
-from kvcompress.cache.step import Phase, Step
+from kvcompress.cache.step import Mask, Phase, Step
 from kvcompress.config import CompressionConfig
 from kvcompress.config.profile import LayerProfile, check_profiles, profile_override
 from kvcompress.errors import CacheStateError, UnsupportedModeError
@@ -107,12 +108,12 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         self._allocation: Allocation | None = None
         self._rule = Rule.of(self.config, len(self.layers))
         self._table: SlotTable | None = None
-        self._step: Step | None = None
         self._recording = False
         self._waiting: Phase | None = None  # kind of the step whose eviction waits
         self._layout: ImageLayout | None = None  # of the images of the step about to begin
-        self._mask: Tensor | None = None  # `[batch, columns]`, of the step about to begin, as the hook saw it
+        self._mask: Mask | None = None  # what the mask of the step about to begin says, if anything
         self._reduced: Reduction | None = None  # of a step whose last layer has attended
+        self._step: Step | None = None  # in progress; what is interrupted stays, and the cache is broken
 
     def __repr__(self) -> str:
         return f"CompressedCache({self.config!r}, seen={self._sequence.seen})"
@@ -149,7 +150,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     ) -> Tensor:
         """Takes a layer through the step in progress, which the first layer begins and the last ends."""
         if layer == 0:
-            self._begin(query, mask)
+            self._begin(query)
         step = self._step
         if step is None or step.next_layer != layer:
             raise self._broken()
@@ -161,7 +162,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 self._end(step)
         return _usable(output)
 
-    def _begin(self, query: Tensor, mask: Tensor | None) -> None:
+    def _begin(self, query: Tensor) -> None:
         """Makes the step of a forward, and takes note of its tokens."""
         if torch.compiler.is_compiling():  # only decode steps are compiled, after a prefill step that made the table
             self._begin_decode()
@@ -177,11 +178,11 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if self._waiting is not None:
             self._recording = False  # nobody cropped after the last forward, so nobody is rolling back
             self.compress()
-        given, self._mask = self._mask, None
-        if queries == 1 and sequence.seen and not self._says_anything(given):
+        says, self._mask = self._mask, None
+        if queries == 1 and sequence.seen and says is None:
             self._begin_decode()
         else:
-            self._begin_prefill(query, given if given is not None else None if mask is None else mask[:, 0, -1])
+            self._begin_prefill(query, says or Mask(None, None, np.full(batch, queries), None))
 
     def _begin_decode(self) -> None:
         sequence, table = self._sequence, self._table
@@ -210,16 +211,16 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         merger = self.config.merger
         step.merges = evicts and merger is not None and merger.merges_decoding
 
-    def _begin_prefill(self, query: Tensor, mask: Tensor | None) -> None:
+    def _begin_prefill(self, query: Tensor, mask: Mask) -> None:
         batch, _, queries, _ = query.shape
         self._catch_up_if_needed()
-        step = Step(Phase.PREFILL, columns=queries, evicts=not self._recording, row_new=np.full(batch, queries))
-        hidden, new_valid = self._read_mask(step, mask, query)
         sequence, first = self._sequence, self._sequence.seen
+        step = Step(Phase.PREFILL, columns=queries, evicts=not self._recording, row_new=mask.row_new)
         self._step, self._reduced = step, None  # from here on, what is interrupted has failed
         self._tidy()
-        if hidden is not None:
-            self._hide(hidden)
+        new_valid, step.order, step.first_order = mask.new_valid, mask.order, mask.order
+        if mask.hidden is not None:
+            self._hide(mask.hidden)
         sequence.extend(new_valid, queries, step.row_new)
         step.row_seen = sequence.row_seen
         index = sequence.index_of_columns(query.device)[:, first:]
@@ -237,44 +238,49 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 before = [np.broadcast_to(layer.held if len(layer.held) else 0, batch) for layer in self.layers]
                 step.local = partial(self._allocate_once, np.stack(before) + step.row_new, query.device)
 
-    def _read_mask(self, step: Step, mask: Tensor | None, query: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """What a mask says: tokens that it hides from now on, and which new columns hold one; None where it is all or none.
+    def _read_mask(self, mask: Tensor | None, queries: int) -> Mask | None:
+        """What a mask says; None if it says nothing but that tokens are as they were and all new columns hold one.
 
-        Waits for the device once if there is a mask, and changes nothing but the step.
+        Waits for the device once if there is a mask, unless it is on the CPU and says nothing. Changes nothing.
 
         Raises:
             CacheStateError: if the mask does not cover what was seen, or shows what was padding.
         """
-        sequence = self._sequence
-        if mask is None:
-            return None, None
-        columns = mask.to(query.device, torch.bool)
-        past, new = columns[:, : sequence.seen], columns[:, sequence.seen : sequence.seen + query.shape[2]]
-        known = sequence.known_valid(columns.device) if sequence.seen else past
-        flags = (
-            (known & ~past).any(),
-            (past & ~known).any(),
-            new.all(),
-            (new[:, 1:] < new[:, :-1]).any(),
-            new[:, -1].any(),
-        )
+        sequence, seen = self._sequence, self._sequence.seen
+        if mask is None or self._says_nothing(mask):
+            return None
+        columns = mask.to(torch.bool)
+        past, new = columns[:, :seen], columns[:, seen : seen + queries]
+        known = sequence.known_valid(columns.device) if seen else past
+        flags = (known & ~past).any(), (past & ~known).any(), new.all(), (new[:, 1:] < new[:, :-1]).any(), new[:, -1].any()
         counts = torch.cat([torch.stack(flags).long(), new.sum(1)]).tolist()
         hides, shows, whole, mixed, any_last = map(bool, counts[:5])
-        if sequence.seen and not any_last:
+        if seen and not any_last:
             raise CacheStateError(
-                f"attention_mask: hides the last of the {query.shape[2]} new tokens in every row; it must cover the "
-                f"{sequence.seen} tokens seen and the new ones. For a new conversation call reset()"
+                f"attention_mask: hides the last of the {queries} new tokens in every row; it must cover the {seen} tokens "
+                "seen and the new ones. For a new conversation call reset()"
             )
         if shows:
+            row, column = (past & ~known).nonzero()[0].tolist()
             raise CacheStateError(
-                "attention_mask: shows columns that were padding, or hidden, when the cache saw them, so it does not hold "
-                "them; pass the mask of the whole conversation, or call reset() and run it again"
+                f"attention_mask: shows column {column} of row {row}, which an earlier mask hid, so the cache no longer "
+                "holds it; go on hiding it, or call reset() and run the whole conversation again"
             )
-        if not whole:
-            step.row_new = np.asarray(counts[5:], dtype=np.int64)
-            if mixed:
-                step.order = step.first_order = new.to(torch.uint8).argsort(dim=1, stable=True)
-        return known & ~past if hides else None, None if whole else new
+        if whole and not hides:
+            return None
+        order = new.to(torch.uint8).argsort(dim=1, stable=True) if mixed else None
+        row_new = np.asarray(counts[5:], dtype=np.int64)
+        return Mask(known & ~past if hides else None, None if whole else new, row_new, order)
+
+    def _says_nothing(self, mask: Tensor) -> bool:
+        """Whether a mask on the CPU, where numpy looks at it without waiting, shows all that was seen and all that is new."""
+        if mask.device.type != "cpu":
+            return False
+        shown, known = mask.numpy() != 0, self._sequence.valid
+        if known is None:
+            return bool(shown.all())
+        width = known.shape[1]
+        return bool((shown[:, :width] == known.numpy()).all() and shown[:, width:].all())
 
     def _hide(self, hidden: Tensor) -> None:
         """Gives up tokens that an attention mask hides from now on, as if they had been padding."""
@@ -450,29 +456,6 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             for layer in self.layers:
                 layer.pack()
             self._make_table()
-
-    def _says_anything(self, mask: Tensor | None) -> bool:
-        """Whether the mask of a one-token step is about anything but tokens as they were; waits for a device if there is one.
-
-        On the CPU it is looked at through numpy, since there is nothing to wait for.
-        """
-        if mask is None:
-            return False
-        sequence = self._sequence
-        known = sequence.valid
-        if mask.device.type == "cpu":
-            shown = mask.numpy() != 0
-            if known is None:
-                return not shown.all()
-            known_columns = known.numpy()
-            width = known_columns.shape[1]
-            return bool((shown[:, :width] != known_columns).any()) or not shown[:, width:].all()
-        shown_columns = mask.to(torch.bool)
-        if known is None:
-            return not bool(shown_columns.all())
-        width = known.shape[1]
-        same = (shown_columns[:, :width] == known.to(mask.device)).all() & shown_columns[:, width:].all()
-        return not bool(same)
 
     def _dtype(self) -> torch.dtype:
         keys = self.layers[0].store.keys
@@ -758,8 +741,10 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         self._catch_up_if_needed()
         if self._calls.decoder(inputs, self._sequence.seen):
             self._forget_images()
-        mask = inputs.get("attention_mask")
-        self._mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        shape = shape_of(inputs)
+        batch = self._sequence.batch
+        fits = shape is not None and batch in (0, shape[0])  # else the first layer says so
+        self._mask = self._read_mask(inputs.get("attention_mask"), shape[1]) if fits else None
 
     def before_turn(self, inputs: dict[str, Any]) -> None:
         """Looks at what `generate` was given, before it cuts off what was seen.
@@ -806,12 +791,36 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             self._waiting = None
 
     @contextmanager
-    def _changing(self) -> Iterator[Step]:
-        """A change of everything that the cache holds: if it does not come to its end, the cache is broken until `reset`."""
+    def _changing(self, in_place: bool = False) -> Iterator[Step]:
+        """A change of everything that the cache holds, which comes to its end or changes nothing.
+
+        Args:
+            in_place: whether tensors are changed where they are; then what fails leaves a cache that is broken until
+                `reset`.
+        """
+        before = None if in_place else self._state()
         self._step = step = Step(Phase.PREFILL)
-        with self._writable():
-            yield step
+        try:
+            with self._writable():
+                yield step
+        except BaseException:
+            if before is not None:
+                for thing, attributes in before:
+                    thing.__dict__.clear()
+                    thing.__dict__.update(attributes)
+            raise
         self._step = None
+
+    def _state(self) -> list[tuple[Any, dict[str, Any]]]:
+        """What the cache and its parts refer to, so that they can be made to do so again; the cache itself last."""
+        parts = [self._sequence, self._calls, *self.layers, *(layer.store for layer in self.layers)]
+        if self._table is not None:
+            parts.append(self._table)
+        if self._allocation is not None:
+            parts.append(self._allocation)
+        return [(part, {name: copy.copy(value) if isinstance(value, list | dict) else value for name, value in vars(part).items()}) for part in parts] + [
+            (self, dict(vars(self)))
+        ]
 
     def _evict_waiting(self) -> None:
         """Lets the decode rule free as many slots as decode steps did not while the past was recorded."""
@@ -914,7 +923,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 f"integers; got {index.tolist()}"
             )
         index = index.long()
-        with self._changing():
+        with self._changing(in_place=True):
             if self._allocation is not None:
                 self._allocation.select_rows(index, rows)
             self._sequence.select_rows(index, rows)

@@ -91,6 +91,7 @@ class _Hook:
             inputs = {**dict(zip(self.names, args, strict=False)), **inputs}
         cache = cache_among(inputs)
         if isinstance(cache, ObservesInputs):
+            inputs = {**inputs, "attention_mask": attention.padding_in(inputs.get("attention_mask"))}
             if inputs.get("output_attentions") is None and getattr(module.config, "output_attentions", False):
                 inputs = {**inputs, "output_attentions": True}
             self.look(module, inputs, cache)

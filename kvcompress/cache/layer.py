@@ -292,24 +292,20 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self._take(mask, left, room=0)
 
     def renumber(self, new_index: Tensor) -> None:
-        """Gives tokens new indices, and drops those that have none any more.
-
-        Raises:
-            CacheStateError: if some heads hold a token that goes and others do not.
-        """
+        """Gives tokens new indices, and drops those that have none any more."""
         if self.index is None:
             return
         self.index = taken(new_index.to(self.index.device), self.index, fill=-1).to(self.index.dtype)
         counts = (self.index >= 0).sum(-1)
-        rows, uneven = counts.amax(1), (counts != counts[:, :1]).any(1)
-        found = torch.stack([rows, uneven.long()]).cpu().numpy()
-        if found[1].any():
-            raise CacheStateError(
-                "attention_mask: hides tokens that some heads of a layer hold and others do not; call reset() and run the "
-                "conversation again without them"
-            )
-        if (found[0] != self.held).any():
-            self._take(self.index >= 0, found[0], room=0)
+        counts = self.heads.gather(counts) if self.heads_part else counts
+        least, most = torch.stack([counts.amin(1), counts.amax(1)]).cpu().numpy()
+        if (least != most).any():  # heads that hold more than others give up their oldest tokens
+            latest = (self.index >= 0).cumsum(-1)
+            limit = torch.as_tensor(least, device=self.index.device)[:, None, None]
+            kept = (self.index >= 0) & (latest > latest[..., -1:] - limit)
+            self._take(kept, least, room=0)
+        elif (least != self.held).any():
+            self._take(self.index >= 0, least, room=0)
 
     def pack(self) -> None:
         """Quantizes what is old enough, while tokens lie in the order of their age."""
@@ -429,7 +425,10 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             first_head=self.heads.first(keys.shape[1]),
         )
         result = merged(merger, self.number, context)
-        self.store.overwrite(result.keys, result.values)
+        if decoding:
+            self.store.overwrite(result.keys, result.values)
+        else:
+            self.store.replace(result.keys, result.values)
         self.merger_state = result.state
 
     def rank_slots(self, slots: int) -> None:

@@ -232,6 +232,10 @@ class QuantizedStore(DenseStore):
         """Replaces the slots of full precision; quantized ones stay what they are."""
         super().overwrite(keys[:, :, self.packed :], values[:, :, self.packed :])
 
+    def replace(self, keys: Keys, values: Values) -> None:
+        """The same in new buffers."""
+        super().replace(keys[:, :, self.packed :].contiguous(), values[:, :, self.packed :].contiguous())
+
     def select_rows(self, index: Int[Tensor, " rows"], rows: Counts) -> None:
         """Reorders, repeats or drops rows."""
         super().select_rows(index, rows)

@@ -265,7 +265,7 @@ class Sequence:
             self.is_image = self.is_image[:, :columns]
         self.went_into = {layers: into[:, :columns] for layers, into in self.went_into.items()}
         self.decoded = [(first, np.minimum(end, left)) for first, end in self.decoded if (first < left).any()]
-        self.scored.end = np.minimum(self.scored.end, left)
+        self.scored = Scored(np.minimum(self.scored.end, left), self.scored.queries, self.scored.first)
         self.seen = columns
 
     def hide(self, hidden: Bool[Tensor, "batch columns"]) -> Int[Tensor, "batch tokens"]:

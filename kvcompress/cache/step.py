@@ -26,6 +26,23 @@ class Phase(enum.Enum):
 
 
 @dataclass
+class Mask:
+    """What an attention mask says of a step's columns.
+
+    Attributes:
+        hidden: which of the columns seen it hides from now on; None if none.
+        new_valid: which of the new columns hold a token; None if all do.
+        row_new: tokens of each row among these.
+        order: the new columns with each row's padding first; None if it is first already.
+    """
+
+    hidden: Bool[Tensor, "batch columns"] | None
+    new_valid: Bool[Tensor, "batch columns"] | None
+    row_new: Counts
+    order: Int[Tensor, "batch columns"] | None
+
+
+@dataclass
 class Step:
     """A forward of the model in progress.
 

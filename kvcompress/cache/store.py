@@ -69,6 +69,9 @@ class KVStore(Protocol):
     def overwrite(self, keys: Keys, values: Values) -> None:
         """Replaces keys and values, `[.., packed + used, ..]`; packed slots stay what they are."""
 
+    def replace(self, keys: Keys, values: Values) -> None:
+        """The same in new buffers, with no room for more."""
+
     def grow(self, capacity: int) -> None:
         """Makes room for more slots that can be written to."""
 
@@ -150,6 +153,10 @@ class DenseStore:
         """Replaces keys and values of the first slots."""
         for buffer, new in zip(self.dense(), (keys, values), strict=True):
             buffer[:, :, : new.shape[2]] = new
+
+    def replace(self, keys: Keys, values: Values) -> None:
+        """Holds other keys and values of the slots in use instead, those given."""
+        self._hold(keys, values)
 
     def grow(self, capacity: int) -> None:
         """Makes room for more slots."""
