@@ -48,7 +48,11 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
         """Whether the last token can be taken back."""
-        return self.engine.recording or self.engine.config.evictor is None or self.engine.can_drop(1)
+        return (
+            self.engine.recording
+            or self.engine.config.evictor is None
+            or (self.engine.can_drop(1) and self.engine.can_forget(1))
+        )
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -252,7 +256,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             tokens_to_remove: zero or minus the number of tokens, as in transformers.
 
         Raises:
-            CacheStateError: if one of them was evicted already (see `is_croppable`); nothing has changed then.
+            CacheStateError: if one of them was evicted already, or has scored older tokens and the past is not recorded
+                (see `is_croppable`); nothing has changed then.
         """
         if tokens_to_remove > 0:
             raise CacheStateError(

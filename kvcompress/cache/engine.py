@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
 
@@ -18,7 +19,7 @@ from kvcompress.cache.forward import Forward, hidden_tokens, valid_tokens
 from kvcompress.cache.importance import every_head
 from kvcompress.cache.quantized_store import QuantizedStore
 from kvcompress.cache.reduction import Reduction
-from kvcompress.cache.scoring import attend_and_score
+from kvcompress.cache.scoring import Queries, attend_and_score, score
 from kvcompress.cache.selection import shrink
 from kvcompress.cache.sequence import Sequence
 from kvcompress.cache.store import DenseStore
@@ -27,6 +28,28 @@ from kvcompress.errors import CacheStateError
 from kvcompress.parallel import ALONE, HeadGroup
 from kvcompress.policies.context import LayerWeights
 from kvcompress.policies.images import ImageLayout
+
+
+@dataclass
+class Scored:
+    """What a forward whose eviction waits has scored, so that a crop can take some of its queries back.
+
+    Attributes:
+        first: its first column.
+        last: what `Sequence.last` was before it.
+        before: scores and statistics of each layer before it.
+        queries: its queries in each layer, row by row where rows differ.
+    """
+
+    first: int
+    last: tuple[list[int], list[int]]
+    before: list[tuple[Tensor | None, dict[str, Tensor]]] = field(default_factory=list)
+    queries: list[list[Queries]] = field(default_factory=list)
+
+    def remember(self, scores: Tensor | None, statistics: dict[str, Tensor]) -> None:
+        """Takes down what the next layer knows before it is scored."""
+        known = {name: values.clone() for name, values in statistics.items()}
+        self.before.append((None if scores is None else scores.clone(), known))
 
 
 class Engine:
@@ -57,6 +80,7 @@ class Engine:
         self._reduced: Reduction | None = None  # of a forward whose last layer has attended
         self._forward: Forward | None = None
         self._waiting: str | None = None  # kind of the forward whose eviction waits: "scored" or "decoded"
+        self._scored: Scored | None = None  # the forward whose eviction waits, if it scored
         self._half_done = False  # whether an operation has begun and not ended
 
     def writable(self) -> AbstractContextManager[Any]:
@@ -185,6 +209,7 @@ class Engine:
         if hidden is not None:
             self._hide(hidden)
         self._reduced = None
+        self._scored = Scored(first, sequence.last) if scores and self.recording and self._scores else None
         sequence.extend(batch, queries, new_valid, scores)
         if layout is not None and self.config.reducer is not None:
             points = self.config.reducer.acts_after(len(self.stores))
@@ -254,8 +279,12 @@ class Engine:
         rest = (scale, weights, config.scorer, needs, self.statistics[layer], self.sequence)
         before = store.counts if store.batch else [0] * query.shape[0]
         store.append(key, value, forward.columns, forward.spans)
+        if self._scored is not None:
+            self._scored.remember(store.used_scores(), self.statistics[layer])
+        attended = []
         if forward.spans is None and store.rows_alike and self.sequence.rows_alike:
-            output = attend_and_score(layer, store, slice(None), before[0], query, *rest)
+            output, queries = attend_and_score(layer, store, slice(None), before[0], query, *rest)
+            attended.append(queries)
         else:
             output = query.new_zeros(*query.shape[:3], value.shape[3])
             for row in range(query.shape[0]):
@@ -263,7 +292,10 @@ class Engine:
                 own = query[row : row + 1, :, span]
                 if own.shape[2]:
                     rows = slice(row, row + 1)
-                    output[rows, :, span] = attend_and_score(layer, store, rows, before[row], own, *rest)
+                    output[rows, :, span], queries = attend_and_score(layer, store, rows, before[row], own, *rest)
+                    attended.append(queries)
+        if self._scored is not None:
+            self._scored.queries.append(attended)
         if forward.reduction is not None:
             forward.reduction.observe(layer, store, query, scale)
         if config.evictor is None:
@@ -342,7 +374,7 @@ class Engine:
         if waiting:
             for store in self.stores:
                 store.pack()
-        self._waiting = None
+        self._waiting = self._scored = None
 
     def can_drop(self, columns: int) -> bool:
         """Whether every layer still holds all the tokens of the last `columns` columns."""
@@ -352,6 +384,35 @@ class Engine:
         else:
             wanted = sequence.valid[:, sequence.seen - columns :].sum(1).tolist()
         return all(store.holds_from(sequence.seen - columns) == wanted for store in self.stores)
+
+    @property
+    def _scores(self) -> bool:
+        """Whether what is scored ever decides anything."""
+        return self.config.evictor is not None and bool(self.config.scorer or self.config.allocator.needs)
+
+    def can_forget(self, columns: int) -> bool:
+        """Whether the scores that queries of the last `columns` columns gave to older tokens can be taken back."""
+        sequence, scorer = self.sequence, self.config.scorer
+        first = sequence.seen - columns
+        if not self._scores or not sequence.scored_within(first, sequence.seen):
+            return True
+        if scorer is not None and scorer.independent and not self.config.allocator.needs:
+            return True
+        return self._scored is not None and not sequence.scored_within(first, self._scored.first)
+
+    def _take_back(self, scored: Scored) -> None:
+        """Scores once more with the queries that a crop has left of a forward."""
+        needs = self.config.allocator.needs
+        left = self.sequence.take_back_last(scored.last, scored.first)
+        for layer, store in enumerate(self.stores):
+            scores, statistics = scored.before[layer]
+            store.take_back_scores(scores)
+            self.statistics[layer] = {name: values.clone() for name, values in statistics.items()}
+            for queries in scored.queries[layer]:
+                count = left[queries.rows.start or 0]
+                if count:
+                    known = self.statistics[layer]
+                    score(layer, store, queries.first(count), self.config.scorer, needs, known, self.sequence)
 
     def crop(self, columns: int) -> None:
         """Drops the last columns, then lets the evictions that waited happen; all or nothing.
@@ -371,11 +432,19 @@ class Engine:
         if columns == sequence.seen:
             self.reset()
             return
+        if columns and not self.can_forget(columns):
+            raise CacheStateError(
+                f"crop: the last {columns} tokens include some whose queries scored older tokens, which cannot be "
+                "taken back; call activate_past_recording() before a forward that may be undone, or take "
+                "copy.deepcopy(cache) before it"
+            )
         with self._changing(undo=self._waiting is not None):
             if columns:
                 for store in self.stores:
                     store.crop(sequence.seen - columns)
                 sequence.crop(sequence.seen - columns)
+                if self._scored is not None:
+                    self._take_back(self._scored)
             self._evict_waiting()
 
     def select_rows(self, index: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,31 @@ from kvcompress.kernels import attention, attention_with_lse, masked_attention_w
 from kvcompress.policies.base import Scorer
 from kvcompress.policies.context import LayerContext, LayerWeights
 from kvcompress.policies.statistics import STATISTICS
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Queries of a forward that have attended over rows of equal length, and what scoring needs of them.
+
+    Attributes:
+        rows: the rows.
+        past: older slots per row; the queries' own tokens lie right after them.
+        query: `[rows, heads, queries, head_dim]`.
+        lse: log-sum-exp of each query's scaled logits; None if nobody reads attention.
+        scale: factor on the logits.
+        weights: the layer's own weights, as far as scorers read them.
+    """
+
+    rows: slice
+    past: int
+    query: Tensor
+    lse: Tensor | None
+    scale: float
+    weights: LayerWeights
+
+    def first(self, count: int) -> Queries:
+        """The first of them."""
+        return replace(self, query=self.query[:, :, :count], lse=None if self.lse is None else self.lse[:, :, :count])
 
 
 def attend_and_score(
@@ -28,7 +54,7 @@ def attend_and_score(
     needs: Collection[str],
     statistics: dict[str, Tensor],
     sequence: Sequence,
-) -> Tensor:
+) -> tuple[Tensor, Queries]:
     """Attends over older slots and the forward's own tokens, which are in the store already, and sets scores.
 
     Args:
@@ -45,7 +71,7 @@ def attend_and_score(
         sequence: the tokens seen, this forward included.
 
     Returns:
-        The attention output, `[rows, heads, queries, head_dim]`.
+        The attention output, `[rows, heads, queries, head_dim]`, and the queries, for scoring them once more.
 
     Raises:
         PolicyError: if the scores have the wrong shape or are not finite.
@@ -57,24 +83,41 @@ def attend_and_score(
         output, lse = attention(query, keys, values, scale, causal=True), None
     else:
         output, lse = _attend(store, rows, past, query, scale)
-    if scorer is not None or needs:
-        keys, values, columns = (tensor[rows, :, :tokens] for tensor in (*store.slots(), store.columns()))
-        context = LayerContext(
-            layer=layer,
-            query=query,
-            keys=keys,
-            values=values,
-            lse=lse if reads_attention else None,
-            scaling=scale,
-            index=sequence.index_of(columns, rows),
-            seen=sequence.row_seen[rows.start or 0],
-            is_image=sequence.images_at(columns, rows),
-            weights=weights,
-            heads=store.heads,
-        )
-        for name in needs:
-            known = statistics.setdefault(name, torch.zeros(store.batch, dtype=torch.float32, device=query.device))
-            known[rows] = store.heads.mean(STATISTICS[name](context))
+    queries = Queries(rows, past, query, lse if reads_attention else None, scale, weights)
+    score(layer, store, queries, scorer, needs, statistics, sequence)
+    return output, queries
+
+
+def score(
+    layer: int,
+    store: DenseStore,
+    queries: Queries,
+    scorer: Scorer | None,
+    needs: Collection[str],
+    statistics: dict[str, Tensor],
+    sequence: Sequence,
+) -> None:
+    """Lets queries that have attended score every slot; the arguments are those of `attend_and_score`."""
+    rows, query, tokens = queries.rows, queries.query, queries.past + queries.query.shape[2]
+    if scorer is None and not needs:
+        return
+    keys, values, columns = (tensor[rows, :, :tokens] for tensor in (*store.slots(), store.columns()))
+    context = LayerContext(
+        layer=layer,
+        query=query,
+        keys=keys,
+        values=values,
+        lse=queries.lse,
+        scaling=queries.scale,
+        index=sequence.index_of(columns, rows),
+        seen=sequence.row_seen[rows.start or 0],
+        is_image=sequence.images_at(columns, rows),
+        weights=queries.weights,
+        heads=store.heads,
+    )
+    for name in needs:
+        known = statistics.setdefault(name, torch.zeros(store.batch, dtype=torch.float32, device=query.device))
+        known[rows] = store.heads.mean(STATISTICS[name](context))
     if scorer is not None:
         scores = scorer.score(context)
         expected = tuple(keys.shape[:3])
@@ -85,7 +128,6 @@ def attend_and_score(
                 f"{expected} [batch, kv_heads, tokens]; got {came}"
             )
         store.score(rows, tokens, scores, add=scorer.accumulates)
-    return output
 
 
 def attend_in_blocks(store: DenseStore, query: Tensor, scale: float) -> Tensor:

@@ -196,6 +196,31 @@ class Sequence:
         before = until.gather(1, columns.clamp(min=0).long().flatten(1)).view(columns.shape)
         return until[:, -1, None, None] - before
 
+    def scored_within(self, first: int, end: int) -> int:
+        """Columns in a range whose queries scored."""
+        return max(0, end - first) - sum(max(0, min(end, e) - max(first, f)) for f, e in self.decoded)
+
+    def take_back_last(self, before: tuple[list[int], list[int]], first: int) -> list[int]:
+        """Counts anew what is left, after a crop, of the last scoring forward, which began at column `first`.
+
+        Args:
+            before: `last_scored` and their first columns, as they were before that forward.
+            first: its first column.
+
+        Returns:
+            Tokens of it that are left, per row.
+        """
+        left = max(0, self.seen - first)
+        counts = [left] * self.batch if self.valid is None else self.valid[:, first:].sum(1).tolist()
+        self.last_scored = [count or last for count, last in zip(counts, before[0], strict=True)]
+        self._last_from = [first if count else start for count, start in zip(counts, before[1], strict=True)]
+        return counts
+
+    @property
+    def last(self) -> tuple[list[int], list[int]]:
+        """Tokens of each row in its last scoring forward, and the first columns of these."""
+        return self.last_scored, self._last_from
+
     def images_at(self, columns: Int[Tensor, "batch sets slots"], rows: slice = slice(None)) -> Tensor | None:
         """Which slots hold image tokens, from the columns of their tokens."""
         if self.is_image is None:

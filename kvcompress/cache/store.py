@@ -304,6 +304,18 @@ class DenseStore:
         target = self.scores[rows, :, :count]
         target.copy_(target.nan_to_num(nan=0.0) + scores if add else scores)
 
+    def take_back_scores(self, scores: Tensor | None) -> None:
+        """Gives the slots in use the scores that they had; later slots have none.
+
+        Args:
+            scores: scores of these slots and maybe more, in the same order; None if no slot had any.
+        """
+        self.scores = None
+        if scores is not None and self.keys is not None:
+            empty = self.columns() < 0
+            self.scores = scores.new_full((*self.keys.shape[:2], self.capacity), torch.nan)
+            self.scores[..., : self.length] = scores[..., : self.length].masked_fill(empty, torch.nan)
+
     def pack(self) -> None:
         """Quantizes what is old enough; nothing here."""
 

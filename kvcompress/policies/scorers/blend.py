@@ -72,7 +72,7 @@ class Blend(Scorer):
 def _ranks(score: Float[Tensor, "*rows tokens"]) -> Float[Tensor, "*rows tokens"]:
     """Share of slots that score as much or less, in (0, 1]; equal scores rank alike."""
     ranked = score.sort(dim=-1).values
-    return torch.searchsorted(ranked, score.contiguous(), right=True) / score.shape[-1]
+    return torch.searchsorted(ranked, score.contiguous(), right=True).float() / score.shape[-1]
 
 
 def _shares(score: Float[Tensor, "*rows tokens"]) -> Float[Tensor, "*rows tokens"]:
