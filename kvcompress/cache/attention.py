@@ -74,8 +74,8 @@ def compressed_attention(
     query, key, value = _as_autocast(query, key, value)
     with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
         output = _attend(query, key, value, layer, module, attention_mask, scaling)
-        if query.requires_grad:
-            output = _InferenceOnly.apply(output, query)  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() and query.requires_grad:
+        output = _InferenceOnly.apply(output, query)  # type: ignore[no-untyped-call]
     return output.transpose(1, 2).contiguous(), None
 
 

@@ -400,6 +400,7 @@ class Engine:
             return True
         return self._scored is not None and not sequence.scored_within(first, self._scored.first)
 
+    @torch.no_grad()
     def _take_back(self, scored: Scored) -> None:
         """Scores once more with the queries that a crop has left of a forward."""
         needs = self.config.allocator.needs
