@@ -459,6 +459,7 @@ class Engine:
             and not self.recording
         )
         with self._changing(undo=shares_change):
+            self._scored = None  # queries of other rows than these
             if allocation is not None:
                 allocation.select_rows(index)
             sequence.select_rows(index)

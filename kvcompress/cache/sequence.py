@@ -212,8 +212,10 @@ class Sequence:
         """
         left = max(0, self.seen - first)
         counts = [left] * self.batch if self.valid is None else self.valid[:, first:].sum(1).tolist()
-        self.last_scored = [count or last for count, last in zip(counts, before[0], strict=True)]
-        self._last_from = [first if count else start for count, start in zip(counts, before[1], strict=True)]
+        nothing = [0] * self.batch  # before the first forward
+        scored, starts = before[0] or nothing, before[1] or nothing
+        self.last_scored = [count or last for count, last in zip(counts, scored, strict=True)]
+        self._last_from = [first if count else start for count, start in zip(counts, starts, strict=True)]
         return counts
 
     @property
