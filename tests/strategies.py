@@ -336,6 +336,7 @@ class Scripted(Scorer):
 
     name: ClassVar[str] = "scripted"
     mass: ClassVar[bool] = True
+    independent: ClassVar[bool] = True
     seed: int = 0
     highest: int = 2**20  # sums of a few are exact in float32, and equal shares of two layers unlikely
 

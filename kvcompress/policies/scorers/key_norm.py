@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ class KeyNorm(Scorer):
 
     *Deviates:* the paper leaves the first two layers whole; here every layer has the size that the allocator gives it.
     """
+
+    independent: ClassVar[bool] = True
 
     def score(self, layer: LayerContext) -> Importance:
         """Needs no attention, and one pass over the keys."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from kvcompress.policies.base import Scorer
 from kvcompress.policies.context import Importance, LayerContext
 from kvcompress.policies.registry import SCORERS
@@ -13,6 +15,8 @@ class Position(Scorer):
 
     Source: StreamingLLM (arXiv 2309.17453); a baseline for other scorers.
     """
+
+    independent: ClassVar[bool] = True
 
     def score(self, layer: LayerContext) -> Importance:
         """The same for every key/value head."""

@@ -25,6 +25,7 @@ class Random(Scorer):
     """
 
     mass: ClassVar[bool] = True
+    independent: ClassVar[bool] = True
 
     seed: int = 0
 
