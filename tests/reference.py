@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 
 from kvcompress import CompressedCache
+from kvcompress.cache.attention import padding_in
 from tests import tiny
 
 _NAME = "attention_to_visible_columns"
@@ -119,7 +120,7 @@ class Reference:
             inputs: what the model got: `input_ids`, maybe `attention_mask`, `position_ids` and images.
             visible: older columns that each layer, row and head (or all heads) may see.
         """
-        ids, mask = inputs["input_ids"], inputs.get("attention_mask")
+        ids, mask = inputs["input_ids"], padding_in(inputs.get("attention_mask"))
         past, total = self.cache.get_seq_length(), self.cache.get_seq_length() + ids.shape[1]
         valid = torch.ones(ids.shape[0], total, dtype=torch.bool) if mask is None else mask[:, :total].bool()
         for index, module in enumerate(self.layers):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvcompress import EVICTORS, MERGERS, SCORERS, Budget, CompressedCache, KVCompressError
-from kvcompress.errors import CacheStateError
+from kvcompress.errors import CacheStateError, PolicyError
 from kvcompress.policies.base import Merger, Scorer
 from kvcompress.policies.context import MergeContext, Merged
 from kvcompress.policies.evictors.topk import TopK
@@ -137,7 +137,7 @@ def test_an_operation_whose_policy_fails_changes_nothing_and_can_be_tried_again(
             Trap.set(calls)
             try:
                 action(cache)
-            except Failing:
+            except PolicyError:
                 failures += 1
                 assert alike(kept(cache), earlier), f"{name}: changed something"
                 action(cache)
@@ -156,7 +156,7 @@ def test_a_forward_whose_waiting_eviction_fails_changes_nothing_or_breaks_the_ca
     step(1, 3)(twin)
     earlier = cache.report()
     Trap.set(1)
-    with pytest.raises(Failing):
+    with pytest.raises(PolicyError):
         step(1, 3)(cache)
     try:
         step(1, 3)(cache)
@@ -172,7 +172,7 @@ def test_a_budget_holds_after_an_error_that_happened_once() -> None:
     record(cache)
     step(15, 1)(cache)
     Trap.set(0)
-    with pytest.raises(Failing):
+    with pytest.raises(PolicyError):
         cache.crop(-1)
     for number in range(20):
         try:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcompress import Budget, CompressedCache, CompressionConfig
+from kvcompress.cache.attention import padding_in
 from tests import strategies, tiny
 from tests.reference import Reference, Step, recorded
 from tests.strategies import examples
@@ -57,7 +58,7 @@ def check(name: str, cache: CompressedCache, steps: list[Step]) -> None:
     other = Reference(name)
     for step in steps:
         wanted = other.run(step.inputs, step.held)
-        mask = step.inputs.get("attention_mask")
+        mask = padding_in(step.inputs.get("attention_mask"))
         end = other.cache.get_seq_length()
         real = torch.ones_like(step.inputs["input_ids"]) if mask is None else mask[:, end - step.columns : end]
         for found_layer, wanted_layer in zip(step.attention, wanted.attention, strict=True):

@@ -397,7 +397,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     def _prepare_step(self) -> None:
         """Sees to it that every buffer has room for the next step, which may be a compiled one that cannot grow any."""
         table = self._table
-        if table is None or self._recording:
+        if table is None or self._recording or self._step is not None:
             return
         if not table.exact:
             table.steps += 1  # at most: this may be asked more than once before a step
