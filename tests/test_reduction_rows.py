@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -165,11 +165,31 @@ def _counting(method: Any, found: Passage) -> Any:
     return call
 
 
+def sample(count: int, padded: bool) -> list[Row]:
+    """LLaVA-NeXT's grids with text around them; every second row has more of it."""
+    found = []
+    for number in range(count):
+        row = Row([(0, 6, 6), (0, 8, 7)], [-1] * 3, [(-1, -1)] * 3, [False] * 3, [], 2, 0, number)
+        for grid, (_, height, width) in enumerate(row.grids):
+            for line in range(height):
+                row.grid += [grid] * width + [-1] * grid  # the second has line ends
+                row.cell += [(line, column) for column in range(width + grid)]
+                row.image += [True] * (width + grid)
+        text = 4 + 3 * (padded and number % 2 == 0)
+        row.grid += [-1] * text
+        row.cell += [(-1, -1)] * text
+        row.image += [False] * text
+        found.append(row)
+    return found
+
+
 # -- rows --------------------------------------------------------------------------------------------------------------
 
 
 @every_reducer
 @examples(5)
+@example(drawn=sample(3, True), right=False)
+@example(drawn=sample(3, True), right=True)
 @given(drawn=st.lists(rows(largest=7), min_size=1, max_size=4), right=st.booleans())
 def test_a_row_goes_on_as_it_would_alone(reducer: Reducer, drawn: list[Row], right: bool) -> None:
     """States, numbers and positions at every layer, what became of each token, and what comes out at the end."""
@@ -204,23 +224,6 @@ def test_what_goes_on_is_what_is_part_of_itself(reducer: Reducer, drawn: Row) ->
 
 
 # -- what it costs -----------------------------------------------------------------------------------------------------
-
-
-def sample(count: int, padded: bool) -> list[Row]:
-    """LLaVA-NeXT's grids with text around them; every second row has more of it."""
-    found = []
-    for number in range(count):
-        row = Row([(0, 6, 6), (0, 8, 7)], [-1] * 3, [(-1, -1)] * 3, [False] * 3, [], 2, 0, number)
-        for grid, (_, height, width) in enumerate(row.grids):
-            row.grid += [grid] * (height * width)
-            row.cell += [divmod(cell, width) for cell in range(height * width)]
-            row.image += [True] * (height * width)
-        text = 4 + 3 * (padded and number % 2 == 0)
-        row.grid += [-1] * text
-        row.cell += [(-1, -1)] * text
-        row.image += [False] * text
-        found.append(row)
-    return found
 
 
 @every_reducer
@@ -285,7 +288,7 @@ class Wrong(Reducer):
         ("outside", r"can only become part of one that stays"),
         ("below", r"can only become part of one that stays"),
         ("into padding", r"can only become part of one that stays"),
-        ("short", r"must return .*float32 \(4, 102, 6\) .* \(4, 102\); got .*\(4, 101, 6\) and \(4, 101\)"),
+        ("short", r"must return .*float32 \(4, 110, 6\) .* \(4, 110\); got .*\(4, 109, 6\) and \(4, 109\)"),
         ("dtype", r"must return hidden states as torch.float32 .* got torch.float16"),
     ],
 )
@@ -297,7 +300,7 @@ def test_a_reducer_that_breaks_its_contract_in_one_row_is_named_with_its_layer(k
 
 
 def test_guidance_that_is_no_number_for_each_token_is_refused() -> None:
-    says = r"reducer wrong: guidance at layer 0 must be a number for each token, \(1, 99\); got \(1, 98\)"
+    says = r"reducer wrong: guidance at layer 0 must be a number for each token, \(1, 107\); got \(1, 106\)"
     with pytest.raises(PolicyError, match=says):
         run(Wrong(kind="guidance"), sample(1, False))
 
@@ -310,4 +313,4 @@ def test_padding_is_judged_by_nobody() -> None:
             return Reduced(torch.where(layer.index < 0, 10**6, torch.arange(layer.index.shape[1])), layer.hidden)
 
     found = run(Careless(), sample(2, True))
-    assert [len(row[0][1]) for row in found.seen] == [102, 99]
+    assert [len(row[0][1]) for row in found.seen] == [110, 107]
