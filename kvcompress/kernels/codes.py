@@ -8,8 +8,8 @@ Layout of codes, which are bytes `[batch, kv_heads, slots, width]`:
 - 2 bits: `width` is a quarter. Bits 2i and 2i + 1 of byte j are dimension `i * width + j`.
 
 A number is `code * scale - shift`; scales and shifts are `[batch, kv_heads, scale_rows, parts]` in the dtype of keys
-and values, with the same strides. A row of scales serves `slots / scale_rows` neighbouring slots, unless `rows` gives each
-slot's row; a part of it `head_dim / parts` neighbouring dimensions. A group of tokens with a scale per channel has
+and values, with the same strides. A row of scales serves `slots / scale_rows` neighbouring slots, unless `rows` gives
+each slot's row; a part of it `head_dim / parts` neighbouring dimensions. A group of tokens with a scale per channel has
 `parts == head_dim`, a scale per token `scale_rows == slots`. Buffers may have more slots than are in use.
 """
 
