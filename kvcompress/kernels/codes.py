@@ -69,12 +69,12 @@ def decode_attention_codes(
     """
     query, keys, values = in_one_dtype(query, keys, values)
     codes = (key_codes, key_scale, key_shift, value_codes, value_scale, value_shift)
-    rest = (keys, values, scaling, coded, length, key_rows, value_rows)
+    arguments = (*codes, keys, values, scaling, coded, length, key_rows, value_rows)
     if query.device.type != "cuda":
-        return _in_torch(query, *codes, *rest)
+        return _in_torch(query, *arguments)
     if torch.compiler.is_compiling():
-        return codes_op(query, *codes, *rest)  # type: ignore[no-any-return]
-    return _on_cuda(query, *codes, *rest)
+        return codes_op(query, *arguments)  # type: ignore[no-any-return]
+    return _on_cuda(query, *arguments)
 
 
 def decoded(
@@ -131,12 +131,12 @@ def _on_cuda(
     value_rows: Tensor | None,
 ) -> Tensor:
     codes = (key_codes, key_scale, key_shift, value_codes, value_scale, value_shift)
-    rest = (keys, values, scaling, coded, length, key_rows, value_rows)
+    arguments = (*codes, keys, values, scaling, coded, length, key_rows, value_rows)
     if not runs_triton(query.device):
-        return _in_torch(query, *codes, *rest).contiguous()
+        return _in_torch(query, *arguments).contiguous()
     from kvcompress.kernels.triton_codes import decode_codes
 
-    return decode_codes(query, *codes, *rest)
+    return decode_codes(query, *arguments)
 
 
 codes_op = torch.library.custom_op(

@@ -96,7 +96,7 @@ def blocks(head_dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
 
 def splits_of(rows: int, slots: int, block: int, device: torch.device) -> int:
     """Shares of a head's slots: enough programs for the device, at least two tiles each; from shapes alone."""
-    return max(1, min(triton.cdiv(4 * multiprocessors(device), rows), slots // (2 * block), _MOST_SPLITS))
+    return max(1, min(-(-4 * multiprocessors(device) // rows), slots // (2 * block), _MOST_SPLITS))
 
 
 def merge_splits(parts: Tensor, lse: Tensor, out: Tensor) -> Tensor:
