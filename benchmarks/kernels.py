@@ -1,7 +1,7 @@
 """What the kernels cost on this machine, each as a ratio to the plain operation that it stands beside.
 
-Run `python -m benchmarks.kernels` (CPU, about half a minute on one thread) or `python -m benchmarks.kernels cuda`. Times
-are the least of many, taken in turns.
+Run `python -m benchmarks.kernels` (CPU, about half a minute on one thread) or `python -m benchmarks.kernels cuda`.
+Times are the least of many, taken in turns.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from torch import Tensor
 from kvcompress.kernels.dense import attention_with_slots, in_one_dtype, merge_attention
 from kvcompress.kernels.device import runs_triton
 
+_WIDENED = {torch.bfloat16: (4, 2.0**120), torch.float16: (7, 2.0**8)}  # dtype -> places to shift, factor
 _BLOCK = 4096  # slots decoded at a time without a kernel of our own
 
 
@@ -107,11 +108,26 @@ def decoded(
 def _unpacked(codes: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
     """Codes as numbers, `[batch, kv_heads, slots, head_dim]`."""
     packed = -(-head_dim // codes.shape[3])
-    if codes.dtype != torch.uint8 or packed == 1:
+    if codes.dtype == torch.float8_e4m3fn:
+        return _from_float8(codes, dtype)
+    bits, last = 8 // packed, packed - 1
+    numbers = torch.empty(*codes.shape[:3], packed, codes.shape[3], dtype=dtype, device=codes.device)
+    for part in range(packed):
+        shifted = codes >> part * bits if part else codes
+        numbers[..., part, :] = shifted & 2**bits - 1 if part < last else shifted
+    return numbers.flatten(3)[..., :head_dim]
+
+
+def _from_float8(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Eight-bit floats in a wider dtype; much faster than torch's own conversion on a CPU.
+
+    Sign, exponent and mantissa are moved to their place among 16 bits; a factor makes up for the other exponent bias.
+    """
+    if dtype not in _WIDENED:
         return codes.to(dtype)
-    bits = 8 // packed
-    places = [codes >> bits * part & 2**bits - 1 for part in range(packed)]
-    return torch.cat(places, -1)[..., :head_dim].to(dtype)
+    places, factor = _WIDENED[dtype]
+    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(places).bitwise_and_((0x7F << places) - 0x8000)
+    return bits.view(dtype).mul_(factor)
 
 
 def _on_cuda(
