@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 os.environ["TRITON_INTERPRET"] = "0"
 
@@ -24,6 +24,7 @@ from triton.compiler import ASTSource
 from kvcompress.kernels import triton_codes, triton_decode, triton_mass
 from kvcompress.kernels.device import powers
 
+Case: TypeAlias = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]  # kernel, types, constants, tile
 _TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -48,9 +49,7 @@ def compiled(kernel: Any, types: dict[str, str], constants: dict[str, Any], tile
     return {"shared": binary.metadata.shared, "registers": registers, "local": stack}
 
 
-def cases(
-    dtype: torch.dtype, head_dim: int, group: int, target: int
-) -> dict[str, tuple[Any, dict[str, str], dict[str, Any], Any]]:
+def cases(dtype: torch.dtype, head_dim: int, group: int, target: int) -> dict[str, Case]:
     """Kernel, types, constants and tile by name."""
     name, dims, itemsize = _TYPES[dtype], powers(head_dim), dtype.itemsize
     precision = "tf32x3" if dtype == torch.float32 else "ieee"
@@ -88,9 +87,7 @@ def cases(
     }
 
 
-def codes_case(
-    dtype: torch.dtype, head_dim: int, group: int, bits: int
-) -> tuple[Any, dict[str, str], dict[str, Any], Any]:
+def codes_case(dtype: torch.dtype, head_dim: int, group: int, bits: int) -> Case:
     """The kernel over codes, with keys in groups of 64 tokens and values in runs of 64 dimensions."""
     name, width = _TYPES[dtype], head_dim * bits // 8
     pointers = {"K": "*u8", "V": "*u8", "K_ROWS": "*i32", "V_ROWS": "*i32", "LENGTH": "*i64", "OUT": "*fp32"}

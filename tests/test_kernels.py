@@ -46,7 +46,7 @@ def padding(batch: int, tokens: int, seed: int) -> Tensor:
 
 
 def slots_attention(query: Tensor, keys: Tensor, values: Tensor, length: Any, first: int = 0) -> Tensor:
-    """Attention of one query over slots in use in float64; with two lengths, those from slot `first` on have the other."""
+    """Attention of one query over slots in use in float64; those from `first` on may have another length."""
     (batch, kv_heads, slots), heads, slot = (
         keys.shape[:3],
         query.shape[1],
@@ -294,10 +294,10 @@ def test_codes_are_attended_as_what_they_stand_for(
     values, exact_values = quantized(bits, (2, 2, slots, head_dim), 1, 2, torch.float32, seed + 1)
     query = torch.randn(2, 4, 1, head_dim, generator=g)
     others = [torch.randn(2, 2, full, head_dim, generator=g) for _ in range(2)]
-    lengths = tuple(
-        torch.randint(0, size + 1, (2, 2), generator=g) if ragged else torch.full((2, 2), size)
-        for size in (slots, full)
-    )
+    sizes = (slots, full)
+    lengths = tuple(torch.full((2, 2), size) for size in sizes)
+    if ragged:
+        lengths = tuple(torch.randint(0, size + 1, (2, 2), generator=g) for size in sizes)
     rows = (torch.arange(slots) // group).expand(2, 2, -1) if own_rows else None
     with pytest.MonkeyPatch.context() as patch:  # several blocks
         patch.setattr(codes, "_BLOCK", 16)

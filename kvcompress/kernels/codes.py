@@ -8,8 +8,8 @@ Layout of codes, which are bytes `[batch, kv_heads, slots, width]`:
 - 2 bits: `width` is a quarter. Bits 2i and 2i + 1 of byte j are dimension `i * width + j`.
 
 A number is `code * scale - shift`; scales and shifts are `[batch, kv_heads, scale_rows, parts]` in the dtype of keys
-and values, with the same strides. A row of scales serves `slots / scale_rows` neighbouring slots, unless `rows` gives each
-slot's row; a part of it `head_dim / parts` neighbouring dimensions. A group of tokens with a scale per channel has
+and values, with the same strides. A row of scales serves `slots / scale_rows` neighbouring slots, unless `rows` gives
+each slot's row; a part of it `head_dim / parts` neighbouring dimensions. A group of tokens with a scale per channel has
 `parts == head_dim`, a scale per token `scale_rows == slots`. Buffers may have more slots than are in use.
 """
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from kvcompress.kernels.dense import attention_with_slots, in_one_dtype, merge_attention
 from kvcompress.kernels.device import runs_triton
 
+_WIDENED = {torch.bfloat16: (4, 2.0**120), torch.float16: (7, 2.0**8)}  # dtype -> places to shift, factor
 _BLOCK = 4096  # slots decoded at a time without a kernel of our own
 
 
@@ -69,12 +70,12 @@ def decode_attention_codes(
     """
     query, keys, values = in_one_dtype(query, keys, values)
     codes = (key_codes, key_scale, key_shift, value_codes, value_scale, value_shift)
-    rest = (keys, values, scaling, coded, length, key_rows, value_rows)
+    arguments = (*codes, keys, values, scaling, coded, length, key_rows, value_rows)
     if query.device.type != "cuda":
-        return _in_torch(query, *codes, *rest)
+        return _in_torch(query, *arguments)
     if torch.compiler.is_compiling():
-        return codes_op(query, *codes, *rest)  # type: ignore[no-any-return]
-    return _on_cuda(query, *codes, *rest)
+        return codes_op(query, *arguments)  # type: ignore[no-any-return]
+    return _on_cuda(query, *arguments)
 
 
 def decoded(
@@ -107,11 +108,26 @@ def decoded(
 def _unpacked(codes: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
     """Codes as numbers, `[batch, kv_heads, slots, head_dim]`."""
     packed = -(-head_dim // codes.shape[3])
-    if codes.dtype != torch.uint8 or packed == 1:
+    if codes.dtype == torch.float8_e4m3fn:
+        return _from_float8(codes, dtype)
+    bits, last = 8 // packed, packed - 1
+    numbers = torch.empty(*codes.shape[:3], packed, codes.shape[3], dtype=dtype, device=codes.device)
+    for part in range(packed):
+        shifted = codes >> part * bits if part else codes
+        numbers[..., part, :] = shifted & 2**bits - 1 if part < last else shifted
+    return numbers.flatten(3)[..., :head_dim]
+
+
+def _from_float8(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    """Eight-bit floats in a wider dtype; much faster than torch's own conversion on a CPU.
+
+    Sign, exponent and mantissa are moved to their place among 16 bits; a factor makes up for the other exponent bias.
+    """
+    if dtype not in _WIDENED:
         return codes.to(dtype)
-    bits = 8 // packed
-    places = [codes >> bits * part & 2**bits - 1 for part in range(packed)]
-    return torch.cat(places, -1)[..., :head_dim].to(dtype)
+    places, factor = _WIDENED[dtype]
+    bits = codes.view(torch.int8).to(torch.int16).bitwise_left_shift_(places).bitwise_and_((0x7F << places) - 0x8000)
+    return bits.view(dtype).mul_(factor)
 
 
 def _on_cuda(
@@ -131,12 +147,12 @@ def _on_cuda(
     value_rows: Tensor | None,
 ) -> Tensor:
     codes = (key_codes, key_scale, key_shift, value_codes, value_scale, value_shift)
-    rest = (keys, values, scaling, coded, length, key_rows, value_rows)
+    arguments = (*codes, keys, values, scaling, coded, length, key_rows, value_rows)
     if not runs_triton(query.device):
-        return _in_torch(query, *codes, *rest).contiguous()
+        return _in_torch(query, *arguments).contiguous()
     from kvcompress.kernels.triton_codes import decode_codes
 
-    return decode_codes(query, *codes, *rest)
+    return decode_codes(query, *arguments)
 
 
 codes_op = torch.library.custom_op(

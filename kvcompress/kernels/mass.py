@@ -80,8 +80,10 @@ def _in_tiles(
     ones = torch.ones(rows, 1, group * min(tile_queries, counted), dtype=torch.float32, device=query.device)
     mass = torch.zeros(rows, tokens, dtype=torch.float32, device=query.device)
     for left in range(0, tokens, tile_keys):
-        tile = keys[:, :, left : left + tile_keys].float().reshape(rows, -1, head_dim).transpose(1, 2)
         unseeing = max(0, -(-(left - past - start) // stride)) if alike else 0  # queries before the tile's first key
+        if unseeing >= counted:
+            break
+        tile = keys[:, :, left : left + tile_keys].float().reshape(rows, -1, head_dim).transpose(1, 2)
         for begin in range(unseeing // tile_queries * tile_queries, counted, tile_queries):
             end = min(begin + tile_queries, counted)
             seen_by_all = past + start + begin * stride + 1

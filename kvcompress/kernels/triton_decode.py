@@ -20,8 +20,8 @@ def decode_kernel(
     Q, K, V, LENGTH, OUT, LSE, scale, slots, q_row, q_head, k_row, k_head, k_slot, v_row, v_head, v_slot, length_row,
     length_head, splits,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr,
-    VALUE_D: tl.constexpr, VALUE_DIMS: tl.constexpr, HAS_LENGTH: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, VALUE_D: tl.constexpr, VALUE_DIMS: tl.constexpr, HAS_LENGTH: tl.constexpr,
+    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one key/value head of one row (`HEADS` of them), one share of its slots in use."""
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -32,7 +32,7 @@ def decode_kernel(
     share = tl.cdiv(tl.cdiv(used, splits), BLOCK) * BLOCK
     start = split * share
     end = tl.minimum(start + share, used)
-    member, dim, value_dim = tl.arange(0, GROUP_BLOCK), tl.arange(0, DIMS), tl.arange(0, VALUE_DIMS)
+    member, dim, value_dim = tl.arange(0, GROUP_BLOCK), tl.arange(0, CHUNK), tl.arange(0, VALUE_DIMS)
     q_at = Q + row * q_row + (head * GROUP + member[:, None]) * q_head + dim[None, :]
     q = tl.load(q_at, mask=(member < GROUP)[:, None] & (dim < D)[None, :], other=0.0)
     keys, values = K + row * k_row + head * k_head, V + row * v_row + head * v_head
@@ -42,10 +42,15 @@ def decode_kernel(
     for first in range(start, end, BLOCK):
         slot = (first + tl.arange(0, BLOCK)).to(tl.int64)
         inside = slot < end
-        k_mask = inside[None, :] & (dim < D)[:, None]
-        k = tl.load(keys + slot[None, :] * k_slot + dim[:, None], mask=k_mask, other=0.0)
-        logits = tl.dot(q, k, input_precision=PRECISION) * scale
-        logits = tl.where(inside[None, :], logits, float("-inf"))
+        k_at = keys + slot[None, :] * k_slot + dim[:, None]
+        k = tl.load(k_at, mask=inside[None, :] & (dim < D)[:, None], other=0.0)
+        logits = tl.dot(q, k, input_precision=PRECISION)
+        for chunk in range(CHUNK, DIMS, CHUNK):  # of float32, registers hold no query of many dimensions as a whole
+            q_mask = (member < GROUP)[:, None] & (dim + chunk < D)[None, :]
+            q_part = tl.load(q_at + chunk, mask=q_mask, other=0.0)
+            k = tl.load(k_at + chunk, mask=inside[None, :] & (dim + chunk < D)[:, None], other=0.0)
+            logits = tl.dot(q_part, k, logits, input_precision=PRECISION)
+        logits = tl.where(inside[None, :], logits * scale, float("-inf"))
         new = tl.maximum(top, tl.max(logits, 1))
         p, keep = tl.exp(logits - new[:, None]), tl.exp(top - new)
         v_mask = inside[:, None] & (value_dim < VALUE_D)[None, :]
@@ -79,18 +84,19 @@ def merge_kernel(
 
 
 def blocks(head_dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
-    """Slots of a tile, warps and stages, so that a program's shared memory stays below 96 KiB."""
+    """Slots of a tile, key dimensions at a time, warps and stages; a program's shared memory stays below 96 KiB."""
+    dims = powers(head_dim)
     wide = max(powers(head_dim), powers(value_dim)) * itemsize  # bytes of a row
     if wide <= 256:
-        return {"BLOCK": 64, "num_warps": 4, "num_stages": 3}
+        return {"BLOCK": 64, "CHUNK": dims, "num_warps": 4, "num_stages": 3}
     if wide <= 512:
-        return {"BLOCK": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK": 16, "num_warps": 8, "num_stages": 1}
+        return {"BLOCK": 32, "CHUNK": dims, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK": 16, "CHUNK": min(dims, 64), "num_warps": 8, "num_stages": 2}
 
 
 def splits_of(rows: int, slots: int, block: int, device: torch.device) -> int:
     """Shares of a head's slots: enough programs for the device, at least two tiles each; from shapes alone."""
-    return max(1, min(triton.cdiv(4 * multiprocessors(device), rows), slots // (2 * block), _MOST_SPLITS))
+    return max(1, min(-(-4 * multiprocessors(device) // rows), slots // (2 * block), _MOST_SPLITS))
 
 
 def merge_splits(parts: Tensor, lse: Tensor, out: Tensor) -> Tensor:

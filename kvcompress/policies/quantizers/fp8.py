@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
+from kvcompress.kernels.codes import decoded
 from kvcompress.policies.base import Quantizer
 from kvcompress.policies.context import Codes, Keys, Values
-from kvcompress.policies.quantizers.affine import decode_affine
 from kvcompress.policies.registry import QUANTIZERS
 
 _DTYPE = torch.float8_e4m3fn
-_WIDENED = {torch.bfloat16: (4, 2.0**120), torch.float16: (7, 2.0**8)}  # dtype -> places to shift, factor
 
 
 @QUANTIZERS.register("fp8")
@@ -43,16 +41,4 @@ class FP8(Quantizer):
 
     def decode(self, codes: Codes) -> Keys:
         """Rescales."""
-        return decode_affine(_numbers(codes.data, codes.scale.dtype), codes)
-
-
-def _numbers(data: Tensor, dtype: torch.dtype) -> Tensor:
-    """Bytes of eight-bit floats in a wider dtype; much faster than torch's own conversion on CPU.
-
-    Sign, exponent and mantissa are moved to their place among 16 bits; a factor makes up for the other exponent bias.
-    """
-    if dtype not in _WIDENED:
-        return data.view(_DTYPE).to(dtype)
-    places, factor = _WIDENED[dtype]
-    bits = data.view(torch.int8).to(torch.int16).bitwise_left_shift_(places).bitwise_and_((0x7F << places) - 0x8000)
-    return bits.view(dtype).mul_(factor)
+        return decoded(codes.data.view(_DTYPE), codes.scale, codes.shift, codes.dim)

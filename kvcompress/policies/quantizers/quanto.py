@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kvcompress.kernels.codes import decoded
 from kvcompress.policies.base import Quantizer
 from kvcompress.policies.context import Codes, Keys, Values
-from kvcompress.policies.quantizers.affine import decode_affine
 from kvcompress.policies.registry import QUANTIZERS
 
 
@@ -36,7 +36,7 @@ class Quanto(Quantizer):
 
     def decode(self, codes: Codes) -> Keys:
         """Unpacks and rescales."""
-        return decode_affine(self._unpack(codes), codes)
+        return decoded(codes.data, codes.scale, codes.shift, codes.dim)
 
     def _encode(self, grouped: Tensor, axis: int, shape: torch.Size) -> Codes:
         from optimum.quanto.library import quantize  # noqa: F401  (registers its operators with torch)
@@ -53,15 +53,6 @@ class Quanto(Quantizer):
             numbers = pack_weights(numbers.movedim(-1, 0), self.bits).movedim(0, -1).contiguous()
         rows = (*shape[:2], grouped.shape[2], -1)
         return Codes(numbers, scale.reshape(rows), shift.reshape(rows), shape[3])
-
-    def _unpack(self, codes: Codes) -> Tensor:
-        """Codes as numbers; a packed byte holds one dimension from each half (or quarter) of the slot."""
-        data, parts, mask = codes.data, 8 // self.bits, 2**self.bits - 1
-        numbers = codes.scale.new_empty(*data.shape[:3], parts, data.shape[3])
-        for part in range(parts):
-            shifted = data >> part * self.bits if part else data
-            numbers[..., part, :] = shifted & mask if part < parts - 1 else shifted
-        return numbers.flatten(3)[..., : codes.dim]
 
 
 @QUANTIZERS.register("quanto2")
