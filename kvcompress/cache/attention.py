@@ -21,7 +21,9 @@ from kvcompress.errors import UnsupportedModeError
 from kvcompress.kernels import in_one_dtype, without_autocast
 
 NAME = "kvcompress"
-COMPRESSED = -(2**30)  # where the keys of a compressed cache begin, as it tells the mask function: nowhere
+# Where the keys of a compressed cache begin, as it tells the mask function: nowhere.
+COMPRESSED = -(2**30)
+COMPRESSED_UNREAD = COMPRESSED - 1  # and one token may still be padding
 _CALL = "_kvcompress_call"  # on the key tensor of a forward: the cache and the number of the layer
 # What models hand to every attention, and what the attention of the models we know does not read.
 _WITHOUT_MEANING = frozenset(
@@ -140,8 +142,9 @@ def padding_mask(
     A compressed cache, told by its offset, needs to know which columns are padding; causality is its own, and decode
     steps need no mask at all, so that it keeps one shape when they are compiled. Any other cache gets the mask of sdpa.
     """
-    if kv_offset == COMPRESSED:
-        return None if q_length == 1 or attention_mask is None else attention_mask[:, None, None].to(torch.bool)
+    if kv_offset in (COMPRESSED, COMPRESSED_UNREAD):
+        unsaid = attention_mask is None or (q_length == 1 and kv_offset == COMPRESSED)
+        return None if unsaid else attention_mask[:, None, None].to(torch.bool)  # type: ignore[index]
     return sdpa_mask(*args, q_length=q_length, kv_offset=kv_offset, attention_mask=attention_mask, **kwargs)  # type: ignore[arg-type]
 
 

@@ -577,9 +577,13 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         `generate` asks before every step, compiled or not, which makes this the place for what the host has to do
         between compiled steps: to let buffers grow.
         """
-        if query_length == 1 and not torch.compiler.is_compiling():
+        sequence = self._sequence
+        if torch.compiler.is_compiling():
+            return sequence.seen + query_length, attention.COMPRESSED
+        if query_length == 1:
             self._prepare_step()
-        return self._sequence.seen + query_length, attention.COMPRESSED
+        unread = not sequence.seen or not sequence.row_seen.all()  # a prompt in chunks, of which some row had none yet
+        return sequence.seen + query_length, attention.COMPRESSED_UNREAD if unread else attention.COMPRESSED
 
     @property
     def is_compileable(self) -> bool:
@@ -674,17 +678,18 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 f"crop: some layer has already evicted one of the last {columns} tokens, so it cannot go back; call "
                 "activate_past_recording() before a forward that may be undone, or take copy.deepcopy(cache) before it"
             )
-        if columns == sequence.seen:
+        if columns and columns == sequence.seen:
             self.reset()
-        elif columns:
-            with self._changing():
+        elif columns or self._waiting is not None:
+            with self._changing() as step:
                 self._tidy()
-                gone = sequence.tokens_after(sequence.seen - columns)
-                for layer in self.layers:
-                    layer.drop_from(sequence.row_seen - gone)
-                sequence.crop(sequence.seen - columns, gone)
-                self._calls.crop(sequence.seen)
-        self.compress()
+                if columns:
+                    gone = sequence.tokens_after(sequence.seen - columns)
+                    for layer in self.layers:
+                        layer.drop_from(sequence.row_seen - gone)
+                    sequence.crop(sequence.seen - columns, gone)
+                    self._calls.crop(sequence.seen)
+                self._let_go(step)
 
     def activate_past_recording(self) -> None:
         """Lets eviction wait for `crop` after each forward, as assisted decoding needs it."""
@@ -770,25 +775,28 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         To be called in every process where several share the heads.
         """
         self._check_ready()
-        waiting = self._waiting
-        if waiting is None and (self._table is not None or not self._sequence.seen):
-            return
-        with self._changing() as step:
-            self._tidy()
-            step.row_seen, evictor = self._sequence.row_seen, self.config.evictor
-            if waiting is not None and evictor is None:
-                for layer in self.layers:
-                    layer.close_ranks(room=0)
-            elif waiting is Phase.PREFILL:
-                self._compress_all(step)
-            elif waiting is Phase.DECODE:
-                self._evict_waiting()
-            if waiting is not None:
-                for layer in self.layers:
-                    layer.pack()
-            step.problems.refuse()
-            self._make_table()
-            self._waiting = None
+        if self._waiting is not None:
+            with self._changing() as step:
+                self._tidy()
+                self._let_go(step)
+
+    def _let_go(self, step: Step) -> None:
+        """Lets the eviction that waited happen, if any did, and makes the table for what is left."""
+        waiting, evictor = self._waiting, self.config.evictor
+        step.row_seen = self._sequence.row_seen
+        if waiting is not None and evictor is None:
+            for layer in self.layers:
+                layer.close_ranks(room=0)
+        elif waiting is Phase.PREFILL:
+            self._compress_all(step)
+        elif waiting is Phase.DECODE:
+            self._evict_waiting()
+        if waiting is not None:
+            for layer in self.layers:
+                layer.pack()
+        step.problems.refuse()
+        self._make_table()
+        self._waiting = None
 
     @contextmanager
     def _changing(self, in_place: bool = False) -> Iterator[Step]:

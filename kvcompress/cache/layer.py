@@ -226,10 +226,11 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             return
         with policy_errors(scorer, self.number):
             scores = scorer.score(context)
+            shape = tuple(scores.shape)
         expected = tuple(keys.shape[:3])
         label = f"scorer {scorer.name}: layer {self.number}: must return finite scores of the shape {expected}"
-        if tuple(scores.shape) != expected:
-            raise PolicyError(f"{label} [batch, kv_heads, tokens]; got the shape {tuple(scores.shape)}")
+        if shape != expected:
+            raise PolicyError(f"{label} [batch, kv_heads, tokens]; got the shape {shape}")
         step.problems.note(f"{label} [batch, kv_heads, tokens]; got NaN or infinite scores", ~scores.isfinite().all())
         scores = scores.to(torch.float32)
         if scorer.accumulates and self.scores is not None:
@@ -522,7 +523,8 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             every = None if importance is None else self.heads.gather(importance)
             with policy_errors(evictor, number):
                 victims = evictor.victim(DecodeContext(of_all, table.protected(of_all), every))
-            self.heads_part = self.heads_part or victims.shape[1] > 1
+                sets = victims.shape[1]
+            self.heads_part = self.heads_part or sets > 1
             victims = self.heads.own(victims)
             if victims.shape[1] > table.sets:
                 raise PolicyError(

@@ -186,6 +186,7 @@ class QuantizedStore(DenseStore):
                     Packed(quantizer.encode_keys(keys[:, :, :count].contiguous()), quantizer.group),
                     Packed(quantizer.encode_values(values[:, :, :count].contiguous()), quantizer.group),
                 )
+                assert all(packed.slots == count for packed in new)
             before = np.zeros(len(more), dtype=np.int64) if self.packed_rows is None else self.packed_rows
             if self._packed is None:
                 self._packed = new

@@ -91,11 +91,12 @@ def checked_selection(evictor: Evictor, layer: int, context: SelectionContext) -
     Raises:
         PolicyError: if the answer has the wrong shape or dtype.
     """
-    with policy_errors(evictor, layer):
-        mask = evictor.select(context)
     sets = (1, context.valid.shape[1], 0 if context.importance is None else context.importance.shape[1])
     batch, _, slots = context.valid.shape
-    if mask.dtype != torch.bool or mask.ndim != 3 or mask.shape[1] not in sets or mask.shape[::2] != (batch, slots):
+    with policy_errors(evictor, layer):
+        mask = evictor.select(context)
+        fits = mask.dtype == torch.bool and mask.ndim == 3
+    if not fits or mask.shape[1] not in sets or mask.shape[::2] != (batch, slots):
         raise PolicyError(
             f"evictor {evictor.name}: layer {layer}: select must return bool [{batch}, 1 or kv_heads, {slots}], got "
             f"{mask.dtype} {tuple(mask.shape)}"
@@ -138,7 +139,7 @@ def merged(merger: Merger, layer: int, context: MergeContext) -> Merged:
     """
     with policy_errors(merger, layer):
         result = merger.merge(context)
-    pairs = (("keys", context.keys, result.keys), ("values", context.values, result.values))
+        pairs = (("keys", context.keys, result.keys), ("values", context.values, result.values))
     for name, before, after in pairs:
         if after.shape != before.shape or after.dtype != before.dtype:
             raise PolicyError(

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from kvcompress.kernels.dense import without_autocast
 from kvcompress.kernels.device import runs_triton
 
 _TILE_KEYS = 512
@@ -17,6 +18,7 @@ _TILE_LOGITS_CPU = 64 * 9 * _TILE_KEYS  # about what the second-level cache hold
 _TILE_LOGITS_GPU = 64 * 1024 * 1024  # large enough to hide the launch of a kernel
 
 
+@without_autocast
 def attention_mass(
     query: Float[Tensor, "batch heads queries head_dim"],
     keys: Float[Tensor, "batch kv_heads tokens head_dim"],

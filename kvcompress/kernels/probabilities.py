@@ -6,9 +6,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from kvcompress.kernels.dense import without_autocast
+
 _BLOCK_LOGITS = 256 * 9 * 512  # stays in the last-level cache
 
 
+@without_autocast
 def attention_probabilities(
     query: Float[Tensor, "batch heads queries head_dim"],
     key: Float[Tensor, "batch kv_heads tokens head_dim"],
