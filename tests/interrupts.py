@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,6 +233,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="scenarios whose name contains this")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # small budgets are told of
     tried = failed = 0
     for scenario in scenarios():
         if options.only in scenario.name:
