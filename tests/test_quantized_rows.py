@@ -12,8 +12,6 @@ from kvcompress import CompressedCache
 from tests import tiny
 from tests.reference import held
 
-together = pytest.mark.xfail(strict=True, reason="rows are quantized as far as the shortest of them allows")
-
 
 def run(cache: CompressedCache, lengths: list[int], seed: int, steps: tuple[int, ...] = ()) -> list[Tensor]:
     """A left-padded batch and what follows it; row r has the same tokens in any batch. Logits of each forward."""
@@ -33,7 +31,6 @@ def run(cache: CompressedCache, lengths: list[int], seed: int, steps: tuple[int,
     return found
 
 
-@together
 @pytest.mark.parametrize("quantizer", ["quanto2", "quanto4", "quanto8", "fp8"])
 @pytest.mark.parametrize("lengths", [[400, 400, 10], [400, 90, 200], [300, 1]], ids=str)
 def test_a_short_row_costs_no_bytes(lengths: list[int], quantizer: str) -> None:
@@ -47,7 +44,6 @@ def test_a_short_row_costs_no_bytes(lengths: list[int], quantizer: str) -> None:
     assert found.kv_bytes <= len(lengths) * (one.kv_bytes + 16 * one.full_kv_bytes / max(lengths))
 
 
-@together
 def test_a_budget_in_bytes_holds_with_a_short_row() -> None:
     cache = CompressedCache(
         tiny.model("llama"), "uniform", budget="100KB", quantizer={"name": "quanto2", "residual": 32}
@@ -56,7 +52,6 @@ def test_a_budget_in_bytes_holds_with_a_short_row() -> None:
     assert cache.report().kv_bytes <= 100_000
 
 
-@together
 @pytest.mark.parametrize("quantizer", ["quanto2", "quanto4", "quanto8", "fp8"])
 @pytest.mark.parametrize("fields", [{}, {"config": "prefixkv", "budget": 0.7}], ids=["full", "prefixkv"])
 def test_a_row_of_a_padded_batch_is_quantized_as_it_is_alone(fields: dict[str, Any], quantizer: str) -> None:

@@ -6,7 +6,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -32,10 +32,10 @@ from kvcompress.cache.step import Mask, Phase, Step
 from kvcompress.config import CompressionConfig
 from kvcompress.config.profile import LayerProfile, check_profiles, profile_override
 from kvcompress.errors import CacheStateError, UnsupportedModeError
-from kvcompress.integrations import adapter_for
+from kvcompress.integrations import Adapter, adapter_for
 from kvcompress.kernels import decode_bias
 from kvcompress.parallel import ALONE
-from kvcompress.policies.context import AllocationContext
+from kvcompress.policies.context import AllocationContext, LayerWeights
 from kvcompress.policies.faults import policy_errors
 from kvcompress.policies.images import ImageLayout
 
@@ -155,7 +155,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if step is None or step.next_layer != layer:
             raise self._broken()
         with self._writable():
-            weights = partial(self._adapter.layer_weights, self._decoder(), module)  # type: ignore[arg-type]
+            weights = _Weights(self._adapter, self._decoder, weakref.ref(module))
             output = self.layers[layer].attend(step, self._table, query, key, value, scaling, weights)
             step.next_layer += 1
             if step.next_layer == len(self.layers):
@@ -379,7 +379,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             packed=packed if packed.any() else None,
             sets=layers[0].kv_heads if evictor is not None and evictor.by_head else 1,
         )
-        if frees == "chosen":
+        if frees == "chosen" and layers[0].unscored is None:
             for layer in layers:
                 layer.rank_slots(self._table.capacity)
         return self._table
@@ -611,7 +611,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
         To be asked in every process where several share the heads.
         """
-        return self._recording or self.config.evictor is None or self._can_drop(1)
+        return self._recording or self._crop_refusal(1) is None
 
     def reset(self) -> None:
         """Forgets everything, also after a forward that failed."""
@@ -673,23 +673,62 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         sequence, columns = self._sequence, -tokens_to_remove
         if columns > sequence.seen:
             raise CacheStateError(f"crop: cannot remove {columns} tokens, only {sequence.seen} were seen")
-        if columns and not self._can_drop(columns):
-            raise CacheStateError(
-                f"crop: some layer has already evicted one of the last {columns} tokens, so it cannot go back; call "
-                "activate_past_recording() before a forward that may be undone, or take copy.deepcopy(cache) before it"
-            )
+        if columns and columns != sequence.seen and (refusal := self._crop_refusal(columns)):
+            raise CacheStateError(refusal)
         if columns and columns == sequence.seen:
             self.reset()
         elif columns or self._waiting is not None:
+            recorded = self._recorded_columns()
             with self._changing() as step:
                 self._tidy()
                 if columns:
+                    if columns < recorded:
+                        self._settle(step, columns)
                     gone = sequence.tokens_after(sequence.seen - columns)
                     for layer in self.layers:
                         layer.drop_from(sequence.row_seen - gone)
-                    sequence.crop(sequence.seen - columns, gone)
+                    sequence.crop(sequence.seen - columns, gone, whole_step=0 < recorded <= columns)
+                    if recorded and recorded <= columns:
+                        self._drop_unscored()
                     self._calls.crop(sequence.seen)
                 self._let_go(step)
+
+    def _recorded_columns(self) -> int:
+        """Columns of the last step, if it may be undone and has not scored yet."""
+        unscored = self.layers[0].unscored
+        return 0 if unscored is None or self._waiting is not Phase.PREFILL else unscored.query.shape[2]
+
+    def _settle(self, step: Step, gone: int) -> None:
+        """Lets the last step score, if it has not, by all its columns but the last so many."""
+        sequence = self._sequence
+        step.row_seen = sequence.row_seen - (sequence.tokens_after(sequence.seen - gone) if gone else 0)
+        for layer in self.layers:
+            layer.settle(step, gone)
+
+    def _drop_unscored(self) -> None:
+        for layer in self.layers:
+            layer.unscored = None
+
+    def _crop_refusal(self, columns: int) -> str | None:
+        """Why the last columns cannot be taken back; None if they can."""
+        if not self._can_drop(columns):
+            return (
+                f"crop: some layer has already evicted one of the last {columns} tokens, so it cannot go back; call "
+                "activate_past_recording() before a forward that may be undone, or take copy.deepcopy(cache) before it"
+            )
+        scorer, sequence, recorded = self.config.scorer, self._sequence, self._recorded_columns()
+        scores = any(layer.scores is not None or layer.statistics for layer in self.layers)
+        independent = scorer is not None and scorer.independent and not self.config.allocator.needs
+        if self.config.evictor is None or not scores or independent or columns < recorded:
+            return None
+        left = sequence.row_seen - sequence.tokens_after(sequence.seen - columns)
+        if (left < sequence.scored_end(before_last_step=recorded > 0)).any():
+            return (
+                f"crop: the last {columns} tokens include some whose queries scored older tokens, which cannot be taken "
+                "back; call activate_past_recording() before a forward that may be undone, or take copy.deepcopy(cache) "
+                "before it"
+            )
+        return None
 
     def activate_past_recording(self) -> None:
         """Lets eviction wait for `crop` after each forward, as assisted decoding needs it."""
@@ -784,6 +823,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """Lets the eviction that waited happen, if any did, and makes the table for what is left."""
         waiting, evictor = self._waiting, self.config.evictor
         step.row_seen = self._sequence.row_seen
+        self._settle(step, 0)
         if waiting is not None and evictor is None:
             for layer in self.layers:
                 layer.close_ranks(room=0)
@@ -809,7 +849,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         before = None if in_place else self._state()
         self._step = step = Step(Phase.PREFILL)
         try:
-            with self._writable():
+            with self._writable(), torch.no_grad():
                 yield step
         except BaseException:
             if before is not None:
@@ -904,6 +944,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """Token index and importance of every layer's slots, over all heads."""
         self._catch_up_if_needed()
         self._tidy()
+        with self._writable(), torch.no_grad():
+            self._settle(Step(Phase.PREFILL), 0)
         return [layer.ranked() for layer in self.layers]
 
     def allocation_at(self, config: CompressionConfig) -> Allocation:
@@ -1003,6 +1045,21 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             raise UnsupportedModeError(
                 "model: is in training mode; call model.eval() first, or train with another cache"
             )
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """Gives the weights of a layer, without keeping its model alive."""
+
+    adapter: Adapter
+    decoder: weakref.ReferenceType[PreTrainedModel]
+    module: weakref.ReferenceType[nn.Module]
+
+    def __call__(self) -> LayerWeights:
+        decoder, module = self.decoder(), self.module()
+        if decoder is None or module is None:
+            raise CacheStateError("cache: the model it was made for no longer exists; make a new cache for this one")
+        return self.adapter.layer_weights(decoder, module)
 
 
 def restore(model: PreTrainedModel) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,23 @@ from kvcompress.policies.faults import policy_errors
 from kvcompress.policies.statistics import STATISTICS
 
 
+@dataclass(frozen=True)
+class Unscored:
+    """A step that may be undone, which scores once it is known what stays of it.
+
+    Attributes:
+        query: queries of its tokens.
+        lse: log-sum-exp of their logits; None if nobody reads attention.
+        scaling: factor on the logits.
+        weights: gives the layer's own weights.
+    """
+
+    query: Tensor
+    lse: Tensor | None
+    scaling: float
+    weights: Callable[[], LayerWeights]
+
+
 class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One decoder layer of a `CompressedCache`: its store, its scores, and what becomes of them in a step.
 
@@ -54,6 +71,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         statistics: what the allocator reads of the last step that scored, by name, `[batch]`.
         pinned: oldest tokens per row that decode steps never evict by age.
         merger_state: what the merger remembers, batch first.
+        unscored: the last step, while it may be undone.
         heads_part: whether the heads of the layer, in any process, hold different tokens.
     """
 
@@ -78,6 +96,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.statistics: dict[str, Tensor] = {}
         self.pinned: Counts = np.zeros(0, dtype=np.int64)
         self.merger_state: Tensor | None = None
+        self.unscored: Unscored | None = None
         self.heads_part = False
         self.device: torch.device | None = None
 
@@ -117,7 +136,10 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         past = self._append(step, key, value)
         valid = self._valid(step)
         output, lse = attend_blocks(query, self.store.blocks(self.slots), past, scaling, valid, self._reads_attention)
-        self._score(step, query, lse, valid, scaling, weights)
+        if step.evicts:
+            self._score(step, Unscored(query, lse, scaling, weights))
+        elif self.config.scorer is not None or self._needs:
+            self.unscored = Unscored(query, lse, scaling, weights)
         if step.local is not None:  # sizes are known before the last layer ran
             self.compress(step, step.local())
         return step.restored(output)
@@ -186,34 +208,44 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         index = self.index[:, :1]
         return step.once("valid", index if self.index.shape[1] > 1 else self.index, lambda: index >= 0)
 
-    def _score(
-        self,
-        step: Step,
-        query: Tensor,
-        lse: Tensor | None,
-        valid: Tensor | None,
-        scaling: float,
-        weights: Callable[[], LayerWeights],
-    ) -> None:
-        """Scores every slot by what this step shows, and takes the statistics that the allocator reads."""
+    def settle(self, step: Step, gone: int) -> None:
+        """Scores what was left unscored, by the queries of all its columns but the last so many."""
+        unscored, self.unscored = self.unscored, None
+        if unscored is not None and gone < unscored.query.shape[2]:
+            self._score(step, unscored, gone)
+
+    def _score(self, step: Step, of: Unscored, gone: int = 0) -> None:
+        """Scores every slot by what a step shows, and takes the statistics that the allocator reads.
+
+        Args:
+            step: the step in progress.
+            of: queries of the step that is to score.
+            gone: last columns of that step, which are about to be taken back.
+        """
         scorer, needs, index = self.config.scorer, self._needs, self.index
         observed = step.reduction is not None and step.reduction.observes(self.number)
         if scorer is None and not needs and not observed:
             return
         assert index is not None
         keys, values = self.every_slot()
+        query, lse, valid = of.query, of.lse, self._valid(step)
+        if gone:
+            slots, queries = index.shape[2] - gone, query.shape[2] - gone
+            keys, values, index = keys[:, :, :slots], values[:, :, :slots], index[:, :, :slots]
+            query, lse = query[:, :, :queries], None if lse is None else lse[:, :, :queries]
+            valid = None if valid is None else valid[:, :, :slots]
         context = LayerContext(
             layer=self.number,
             query=query,
             keys=keys,
             values=values,
             lse=lse if self._reads_attention else None,
-            scaling=scaling,
+            scaling=of.scaling,
             index=index,
             seen=step.seen_on(query.device),
             valid=valid,
             is_image=step.once("images", index, lambda: self.sequence.images_at(index)),
-            weights=weights() if scorer is not None else LayerWeights(),
+            weights=of.weights() if scorer is not None else LayerWeights(),
             heads=self.heads,
         )
         if observed:

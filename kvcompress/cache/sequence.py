@@ -55,10 +55,9 @@ class Sequence:
         self.scored = Scored(*(np.zeros(0, dtype=np.int64) for _ in range(3)))
         self.decoded: list[tuple[Counts, Counts]] = []
         self.went_into: dict[int, Int[Tensor, "batch columns"]] = {}
-        self._unscored_before = (
-            self.scored.end,
-            self.scored.end,
-        )  # tokens without a score when the last such step began
+        # Before the last step that scored: the step before it, and the tokens that had no score.
+        self._scored_before = self.scored
+        self._unscored_before = (self.scored.end, self.scored.end)
 
     @property
     def batch(self) -> int:
@@ -86,6 +85,7 @@ class Sequence:
         if not self.batch:
             self.row_seen = np.zeros(len(row_new), dtype=np.int64)
             self.scored = Scored(*(np.zeros(len(row_new), dtype=np.int64) for _ in range(3)))
+            self._scored_before = self.scored
         before = self.row_seen
         if new_valid is not None or (self.valid is not None and scored):
             device = new_valid.device if new_valid is not None else self.valid.device  # type: ignore[union-attr]
@@ -96,7 +96,7 @@ class Sequence:
         if scored:
             some = row_new > 0
             queries = np.where(some, row_new, self.scored.queries)
-            self._unscored_before = (self.scored.end, before)
+            self._unscored_before, self._scored_before = (self.scored.end, before), self.scored
             self.scored = Scored(self.row_seen, queries, np.where(some, before, self.scored.first))
         elif self.decoded and (self.decoded[-1][1] == before).all():
             self.decoded[-1] = (self.decoded[-1][0], self.row_seen)
@@ -241,7 +241,12 @@ class Sequence:
             rows: the same on the host.
         """
         self.row_seen = self.row_seen[rows]
-        self.scored = Scored(*(counts[rows] for counts in vars(self.scored).values()))
+        self.scored, self._scored_before = (
+            Scored(*(counts[rows] if len(counts) else counts for counts in vars(scored).values()))
+            for scored in (self.scored, self._scored_before)
+        )
+        first, end = (counts[rows] if len(counts) else counts for counts in self._unscored_before)
+        self._unscored_before = first, end
         self.decoded = [(first[rows], end[rows]) for first, end in self.decoded]
         if self.valid is not None:
             self.valid = self.valid.index_select(0, index.to(self.valid.device))
@@ -250,22 +255,34 @@ class Sequence:
         for layers, into in self.went_into.items():
             self.went_into[layers] = into.index_select(0, index.to(into.device))
 
+    def scored_end(self, before_last_step: bool) -> Counts:
+        """Tokens of each row that have a score, after the last step that scored or before it."""
+        return (self._scored_before if before_last_step else self.scored).end
+
     def tokens_after(self, columns: int) -> Counts:
         """Tokens of each row that stand after the first `columns` columns; waits for the device if there is padding."""
         if self.valid is None or columns >= self.valid.shape[1]:
             return np.full(self.batch, self.seen - columns)
         return self.known_valid(self.valid.device)[:, columns:].sum(1).cpu().numpy()
 
-    def crop(self, columns: int, gone: Counts) -> None:
-        """Forgets all but the first `columns` columns, and so many tokens of each row."""
+    def crop(self, columns: int, gone: Counts, whole_step: bool = False) -> None:
+        """Forgets all but the first `columns` columns, and so many tokens of each row.
+
+        Args:
+            columns: columns that stay.
+            gone: tokens of each row that go.
+            whole_step: whether the last step that scored goes as a whole.
+        """
         self.row_seen = left = self.row_seen - gone
+        scored = self._scored_before if whole_step else self.scored
+        queries = np.minimum(scored.queries, np.maximum(left - scored.first, 0))
+        self.scored = Scored(np.minimum(scored.end, left), queries, scored.first)
         if self.valid is not None:
             self.valid = self.valid[:, :columns]
         if self.is_image is not None:
             self.is_image = self.is_image[:, :columns]
         self.went_into = {layers: into[:, :columns] for layers, into in self.went_into.items()}
         self.decoded = [(first, np.minimum(end, left)) for first, end in self.decoded if (first < left).any()]
-        self.scored = Scored(np.minimum(self.scored.end, left), self.scored.queries, self.scored.first)
         self.seen = columns
 
     def hide(self, hidden: Bool[Tensor, "batch columns"]) -> Int[Tensor, "batch tokens"]:
