@@ -298,7 +298,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def close_ranks(self, room: int) -> None:
         """Brings the tokens of rows with padding between them together, in the first slots."""
         assert self.index is not None
-        if (self.held != self.index.shape[2]).any() and self.store.packed == 0:
+        if (self.held != self.index.shape[2]).any():
             self._take(self.index >= 0, self.held, room)
 
     def tidy(self, table: SlotTable) -> None:
@@ -372,11 +372,12 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         quantized = mask[..., :packed].sum(-1)
         quantized = self.heads.gather(quantized) if self.heads_part else quantized
         least, largest = torch.stack([quantized.amin(1), quantized.amax(1)]).cpu().numpy()
-        stay, dense = int(least.max()), counts - least
+        dense, surplus = counts - least, bool((least != largest).any())
         begin = torch.as_tensor(least, device=order.device)[:, None, None]
         place = torch.arange(int(dense.max(initial=0)), device=order.device)
-        rest = order.gather(-1, (begin + place).clamp(max=order.shape[2] - 1).expand(-1, order.shape[1], -1))
-        self._keep(order[..., :stay], least, rest, dense, room, surplus=bool((least != largest).any()))
+        rest = order.gather(-1, (begin + place).clamp(max=max(0, order.shape[2] - 1)).expand(-1, order.shape[1], -1))
+        first = None if not surplus and (least == self.packed_rows).all() else order[..., : int(least.max())]
+        self._keep(first, least, rest, dense, room, surplus)
 
     def _keep(
         self,

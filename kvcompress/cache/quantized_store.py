@@ -195,18 +195,17 @@ class QuantizedStore(DenseStore):
                     old.joined(group, before, more) for old, group in zip(self._packed, new, strict=True)
                 )
             self.packed_rows = before + more
-            self.drop_first(more)
+            self._drop_first(more, int((dense_rows - more).max()))
         return more
 
-    def drop_first(self, more: Counts) -> None:
-        """Gives back the first slots of full precision, each row's own number of them."""
+    def _drop_first(self, more: Counts, left: int) -> None:
+        """Gives back the first slots of full precision, each row's own number of them; so many are left in use."""
         keys, values = self.dense()
         if (more == more[0]).all():
             count = int(more[0])
             self._hold(keys[:, :, count:].clone(), values[:, :, count:].clone())
         else:
-            slots = self.capacity - int(more.min())
-            order = torch.arange(slots, device=keys.device) + torch.as_tensor(more, device=keys.device)[:, None]
+            order = torch.arange(left, device=keys.device) + torch.as_tensor(more, device=keys.device)[:, None]
             order = order.clamp(max=self.capacity - 1).unsqueeze(1)
             self._hold(rows_at(keys, order), rows_at(values, order))
 
