@@ -44,7 +44,7 @@ DIALOGUE = {
 }
 QUESTION = {"question_id": 1, "question": "q", "answer": "a", "image": "a.png", "capability": ["ocr"]}
 CONFIG = CompressionConfig.preset("prefixkv", quantizer="quanto4", merger="nearest").model_dump(mode="json")
-YAML = "budget: {fraction: 0.2, sink: 4}\nscorer: {name: attention, window: 16}\nallocator: prefix\nevictor:\n  name: topk"
+YAML = "budget: {fraction: 0.2, sink: 4}\nscorer: {name: attention, window: 16}\nevictor:\n  name: topk"
 
 ODD: list[Any] = [
     None, True, 0, -1, 2**31, 2**63, 10**30, 0.5, 1e308, float("inf"), float("nan"), "", "none", "\0", "\u2028", "../x",

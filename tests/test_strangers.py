@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -115,6 +116,9 @@ def test_nor_does_yes_on_stdin_run_it(folders: dict[str, Path], tmp_path: Path) 
     shutil.copytree(folders["text"], folder)
     ASKS["config"](folder)
     command = [sys.executable, "-m", "kvcompress", "generate", "--model", str(folder), "--prompt", "a"]
-    done = subprocess.run(command, input="y\n" * 100, capture_output=True, text=True, cwd=tmp_path, timeout=200)
+    this = {**os.environ, "PYTHONPATH": str(PACKAGE.parent)}  # the package that is tested, from whatever folder
+    done = subprocess.run(
+        command, input="y\n" * 100, capture_output=True, text=True, cwd=tmp_path, env=this, timeout=200
+    )
     assert done.returncode == 1 and done.stderr.startswith("error: model "), done.stderr
     assert not list(tmp_path.rglob("ran"))
