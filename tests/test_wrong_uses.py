@@ -14,7 +14,14 @@ import transformers
 from torch import Tensor
 
 from kvcompress import SCORERS, CompressedCache, CompressionConfig, KVCompressError
-from kvcompress.errors import BudgetWarning, CacheStateError, PolicyError, UnsupportedModeError, UnsupportedModelError
+from kvcompress.errors import (
+    BudgetWarning,
+    CacheStateError,
+    KVCompressWarning,
+    PolicyError,
+    UnsupportedModeError,
+    UnsupportedModelError,
+)
 from kvcompress.integrations import LlamaAdapter, adapter_for, base, register_adapter
 from kvcompress.policies.base import Allocator, Evictor, Scorer
 from kvcompress.policies.context import LayerContext
@@ -333,6 +340,14 @@ def test_a_wrapped_model_is_refused_with_the_way_to_the_model_inside(wrap: Calla
         cache, twin = (CompressedCache(model, "prefixkv", budget=0.5) for _ in range(2))
         found = wrapped(**prompt(), **tiny.with_cache(cache)).logits
         assert torch.equal(found, model(**prompt(), **tiny.with_cache(twin)).logits)
+
+
+def test_our_own_warnings_alone_are_errors_in_the_tests() -> None:
+    for ours in (KVCompressWarning, BudgetWarning):
+        with pytest.raises(ours):
+            warnings.warn("one of ours", ours, stacklevel=1)
+    with pytest.warns(FutureWarning):
+        warnings.warn("one of a dependency", FutureWarning, stacklevel=1)
 
 
 def test_an_adapter_of_ones_own_opens_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
