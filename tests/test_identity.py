@@ -57,6 +57,7 @@ def test_logits_are_those_of_dynamic_cache(name: str, preset: str, tokens: int, 
     torch.testing.assert_close(found_steps, wanted_steps, rtol=0, atol=1e-5)
 
 
+@pytest.mark.quick
 @every_preset
 @every_model
 def test_generated_tokens_are_those_of_dynamic_cache(name: str, preset: str) -> None:
@@ -126,6 +127,7 @@ def test_half_precision_stays_near_float32(name: str, dtype: torch.dtype, tolera
     assert cache.report().retention == 1.0
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["llama", "llava"])
 def test_a_model_with_a_compressed_cache_before_is_as_it_was(name: str) -> None:
     """With another cache, or after `restore`, a model gives what one that kvcompress never met gives."""

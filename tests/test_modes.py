@@ -84,6 +84,7 @@ def test_beams_and_assisted_decoding_at_full_budget_are_those_of_dynamic_cache(p
         assert torch.equal(found, expected), how
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("preset", SQUEEZED)
 def test_several_turns_on_one_cache(preset: str) -> None:
     cache = CompressedCache(tiny.model("llama"), preset, budget=0.5)
@@ -126,6 +127,7 @@ def test_a_prompt_of_one_token_grows_into_its_budget(preset: str) -> None:
         assert {*range(min(sinks, step + 1)), step} <= set(report.columns(0, 0))
 
 
+@pytest.mark.quick
 @torch.no_grad()
 def test_two_caches_on_one_model_take_turns() -> None:
     model, ids = tiny.model("llama"), tiny.token_ids(1, 40, seed=9)
@@ -311,6 +313,7 @@ def test_a_cache_moves_between_inference_mode_and_none(preset: str) -> None:
     torch.testing.assert_close(found.detach(), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.quick
 @torch.no_grad()
 @pytest.mark.parametrize("name", tiny.IMAGE_MODELS)
 def test_policies_are_told_which_tokens_are_images(name: str) -> None:
@@ -354,6 +357,7 @@ def test_stride_estimates_the_sum_and_mean_divides_by_what_could_see() -> None:
     assert torch.equal(mean.importance(scores["all"], queries), scores["all"] / queries)
 
 
+@pytest.mark.quick
 def test_a_restored_model_refuses_old_caches_and_serves_new_ones() -> None:
     model = tiny.build("llama")
     CompressedCache(model, "prefixkv")

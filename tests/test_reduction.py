@@ -241,6 +241,7 @@ def test_a_reducer_that_breaks_its_contract_is_named_with_its_layer(model: Any, 
         model(**inputs, **tiny.with_cache(cache))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("where", ["reducer", 1, 2])
 @pytest.mark.usefixtures("own")
 @torch.no_grad()
@@ -308,6 +309,7 @@ def test_an_image_in_a_forward_that_may_be_undone_is_refused(model: Any) -> None
     assert cache.report().vision_retention < 0.9
 
 
+@pytest.mark.quick
 @torch.no_grad()
 def test_a_chunk_of_an_image_is_refused(model: Any) -> None:
     inputs = tiny.prompt("llava_36", [4, 0, 5], seed=4)
@@ -391,6 +393,7 @@ def test_beams_are_those_of_one_row_after_another() -> None:
         assert torch.equal(model.generate(**row, **tiny.with_cache(CompressedCache(model, config)), **how)[0], found)
 
 
+@pytest.mark.quick
 @every_reducer
 @torch.no_grad()
 def test_turns_with_and_without_another_image(reducer: Any) -> None:
@@ -484,6 +487,7 @@ def test_one_document_many_questions() -> None:
     assert cache.report() == before
 
 
+@pytest.mark.quick
 @torch.no_grad()
 def test_caches_with_and_without_a_reducer_take_turns_and_others_are_as_ever() -> None:
     model, inputs = tiny.build("llava_36"), tiny.prompt("llava_36", [4, 0, 8], seed=12)
@@ -509,6 +513,7 @@ def test_caches_with_and_without_a_reducer_take_turns_and_others_are_as_ever() -
     assert torch.equal(model(**inputs, **tiny.with_cache(again)).logits, alone[1][0])
 
 
+@pytest.mark.quick
 @every_model
 @torch.no_grad()
 def test_logits_and_hidden_states_have_the_columns_of_the_prompt(name: str) -> None:

@@ -21,6 +21,20 @@ from kvcompress.errors import UnsupportedModeError
 
 NAME = "kvcompress"
 _LAYER = "_kvcompress_layer"  # on the key tensor of a forward
+# What models hand to every attention, and what the attention of the models we know does not read.
+_WITHOUT_MEANING = frozenset(
+    {
+        "cache_position",
+        "mm_token_type_ids",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "position_ids",
+        "return_dict",
+        "token_type_ids",
+        "use_cache",
+    }
+)
 _PREVIOUS = "_kvcompress_previous_attention"  # on attention modules
 
 
@@ -60,14 +74,24 @@ def compressed_attention(
         attention_mask: what the sdpa mask function made.
         dropout: unused with a compressed cache, which refuses training.
         scaling: factor on the logits.
-        **kwargs: passed on to the model's former attention.
+        **kwargs: passed on to the model's former attention; with a compressed cache, all that would change what
+            attention means has to be None.
 
     Returns:
         Output `[batch, queries, heads, head_dim]`, and no attention weights unless the former attention gives some.
+
+    Raises:
+        UnsupportedModeError: for an argument that it does not know.
     """
     layer: Attends | None = getattr(key, _LAYER, None)
     if layer is None:
         return _former_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    for name in kwargs.keys() - _WITHOUT_MEANING:
+        if kwargs[name] is not None:
+            raise UnsupportedModeError(
+                f"{name}: a compressed cache does not know this argument of attention and will not pass over it; leave "
+                "it out, or use another cache"
+            )
     scaling = scaling or query.shape[-1] ** -0.5
     if not torch.is_grad_enabled():
         output = layer.attend(module, query, key, value, attention_mask, scaling)
@@ -82,11 +106,16 @@ def compressed_attention(
 def install(decoder: PreTrainedModel, attention_modules: list[nn.Module]) -> None:
     """Makes "kvcompress" the attention of a decoder and remembers what it had before."""
     if not is_installed(decoder):
-        AttentionInterface.register(NAME, compressed_attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
+        register()
         for module in attention_modules:
             setattr(module, _PREVIOUS, decoder.config._attn_implementation)
         decoder.set_attn_implementation(NAME)
+
+
+def register() -> None:
+    """Makes "kvcompress" known to transformers."""
+    AttentionInterface.register(NAME, compressed_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def uninstall(decoder: PreTrainedModel, attention_modules: list[nn.Module]) -> None:
@@ -135,6 +164,8 @@ def _former_attention(
 def _additive_mask(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
     """The mask that eager attention adds to logits; sdpa's None stands for plain causality."""
     queries, tokens = query.shape[2], key.shape[2]
+    if mask is not None and mask.dtype != torch.bool:
+        return mask  # one of four dimensions that the user made comes as it is
     if mask is None:
         if queries == 1:
             return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvcompress.cache import attention, hooks
+from kvcompress.cache.calls import Calls
 from kvcompress.cache.engine import Engine
 from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.report import CacheReport
@@ -139,17 +141,40 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if self.config.reducer is not None:
             self.config.reducer.acts_after(layers)  # complains before anything is touched
         self._engine = Engine(self.config, layers, adapter.head_group(model))
-        self._decoder = weakref.ref(adapter.decoder(model))
+        decoder = adapter.decoder(model)
+        self._decoder = weakref.ref(decoder)
+        # A bare decoder may be part of a model that sees images, which its adapter cannot know.
+        may_see_images = adapter.sees_images or decoder is model
+        reduces = self.config.reducer is not None
+        self._calls = Calls(reduces or (may_see_images and self.config.reads_modality), adapter.sees_images, reduces)
         super().__init__(
             layers=[CompressedLayer(self._engine, index, adapter, self._decoder) for index in range(layers)]
         )
-        attention.install(adapter.decoder(model), adapter.attention_modules(model))
-        hooks.observe(model, adapter)
+        attention.install(decoder, adapter.attention_modules(model))
+        hooks.observe(model, decoder, adapter)
         if self.config.reducer is not None:
             hooks.reduce_between(adapter.layers(model))
 
     def __repr__(self) -> str:
         return f"CompressedCache({self.config!r}, seen={self.get_seq_length()})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompressedCache:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return twin
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuses to be pickled, since the model stays behind.
+
+        Raises:
+            UnsupportedModeError: naming the ways out.
+        """
+        raise UnsupportedModeError(
+            "cache: it belongs to a model of this process and cannot be pickled; within the process, take "
+            "copy.deepcopy(cache); for another one, write cache.config.dump(path), make a CompressedCache(model, path) "
+            "there and run the prompt again"
+        )
 
     # -- transformers' contract ----------------------------------------------------------------------------------------
 
@@ -159,12 +184,14 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """Takes the new tokens of a layer; the attention function stores them.
 
         Raises:
-            CacheStateError: if an earlier forward failed half-way, or the cache belongs to another model.
+            CacheStateError: if an earlier forward failed half-way, the cache belongs to another model, or the hooks did
+                not see the call.
             UnsupportedModeError: if the model trains or its attention was switched away.
         """
         if layer_idx == 0:
             self._check_decoder()
             self._engine.check_ready()
+        self._calls.check(layer_idx)
         if layer_idx >= len(self.layers):
             raise CacheStateError(f"layer {layer_idx}: the cache was made for a model of {len(self.layers)} layers")
         return self.layers[layer_idx].update(key_states, value_states)  # type: ignore[union-attr]
@@ -190,6 +217,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     def reset(self) -> None:
         """Forgets everything, also after a forward that failed."""
         self._engine.reset()
+        self._calls.crop(0)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders rows for beam search."""
@@ -220,6 +248,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             )
         with self._engine.writable():
             self._engine.crop(-tokens_to_remove)
+        self._calls.crop(self.get_seq_length())
 
     def activate_past_recording(self) -> None:
         """Lets eviction wait for `crop` after each forward, as assisted decoding needs it."""
@@ -240,9 +269,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             UnsupportedModelError: if the places of image tokens in their images cannot be known, which a reducer needs.
             CacheStateError: for an attention mask that does not cover what was seen.
         """
-        hooks.check_inputs(inputs, self.get_seq_length())
         engine = self._engine
-        engine.layout = None
+        self._calls.model(inputs, self.get_seq_length(), engine.recording)
+        self._forget_images()
         if is_image is not None:
             if self.config.reducer is not None and bool(is_image.any()):
                 if engine.recording:
@@ -254,8 +283,36 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 engine.layout = layout()
             engine.sequence.mark_images(is_image)
 
+    def before_decoder(self, decoder: nn.Module, inputs: dict[str, Any]) -> None:
+        """Looks at the decoder that is about to run and at its inputs; called by the hook on it.
+
+        Raises:
+            CacheStateError: if the cache was made for another model.
+            UnsupportedModeError: if the decoder was called by itself where a policy has to know what is an image.
+        """
+        own = self._decoder()
+        if own is None:
+            raise CacheStateError("cache: the model it was made for no longer exists; make a new cache for this one")
+        if own is not decoder:
+            raise CacheStateError(
+                f"cache: it was made for another model than this {type(decoder).__name__}; make a CompressedCache for "
+                "each model, also for a copy of one"
+            )
+        if self._calls.decoder(inputs, self.get_seq_length()):
+            self._forget_images()
+
+    def before_turn(self, inputs: dict[str, Any]) -> None:
+        """Looks at what `generate` was given, before it cuts off what was seen.
+
+        Raises:
+            CacheStateError: if the ids do not begin with what the cache has seen, or the mask does not cover it.
+            UnsupportedModeError: for a row of padding alone.
+        """
+        self._calls.turn(inputs, self.get_seq_length())
+
     def reduce(self, layer: int, hidden: Tensor) -> tuple[Tensor, Reduction] | None:
         """What goes into a decoder layer where a reducer acts; called by the hooks on the layers."""
+        self._calls.layer(layer)
         with self._engine.writable():
             found = self._engine.reduce(layer, hidden)
         return None if found is None else (_usable(found[0]), found[1])
@@ -281,6 +338,13 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     def _select_rows(self, index: Tensor) -> None:
         with self._engine.writable():
             self._engine.select_rows(index)
+        self._calls.select_rows(index)
+
+    def _forget_images(self) -> None:
+        """Drops what an earlier call said of images that never came."""
+        self._engine.layout, sequence = None, self._engine.sequence
+        if sequence.is_image is not None and sequence.is_image.shape[1] > sequence.seen:
+            sequence.is_image = sequence.is_image[:, : sequence.seen]
 
     def _check_decoder(self) -> None:
         decoder = self._decoder()
@@ -304,7 +368,7 @@ def restore(model: PreTrainedModel) -> None:
     """
     adapter = adapter_for(model)
     attention.uninstall(adapter.decoder(model), adapter.attention_modules(model))
-    for module in (model, *adapter.layers(model)):
+    for module in (model, adapter.decoder(model), *adapter.layers(model)):
         hooks.remove(module)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -11,17 +13,18 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kvcompress.cache import attention
 from kvcompress.cache.argument import cache_among, under_installed_name
+from kvcompress.cache.inputs import refuse_images
 from kvcompress.cache.reduction import Reduction
-from kvcompress.errors import CacheStateError, UnsupportedModeError, UnsupportedModelError
 from kvcompress.integrations import Adapter
 from kvcompress.policies.images import ImageLayout
 
-_HOOK = "_kvcompress_hook"  # on the model and on decoder layers
+_HOOK = "_kvcompress_hook"  # on the model, its decoder and decoder layers
 
 
 class ObservesInputs(ABC):
-    """A cache that wants to see a model's inputs."""
+    """A cache that wants to see what a model and its decoder are called with."""
 
     @abstractmethod
     def before_forward(
@@ -34,6 +37,14 @@ class ObservesInputs(ABC):
             is_image: which input ids are images, if there are several ids and the model sees images.
             layout: finds out where in their images they belong.
         """
+
+    @abstractmethod
+    def before_decoder(self, decoder: nn.Module, inputs: dict[str, Any]) -> None:
+        """Gets the decoder that is about to run and its arguments by name."""
+
+    @abstractmethod
+    def before_turn(self, inputs: dict[str, Any]) -> None:
+        """Gets the arguments of `generate` by name, before it cuts off what it takes to be seen."""
 
 
 class ReducesTokens(ABC):
@@ -48,28 +59,89 @@ class ReducesTokens(ABC):
         """What comes out of the last layer, in the columns that went into the first; None if nothing was reduced."""
 
 
-def observe(model: PreTrainedModel, adapter: Adapter) -> None:
-    """Puts the hook on a model unless it is there; it is inert for every other cache."""
-    if _HOOK in model.__dict__:
-        return
-    names = tuple(inspect.signature(model.forward).parameters)
+def observe(model: PreTrainedModel, decoder: PreTrainedModel, adapter: Adapter) -> None:
+    """Puts hooks on a model and its decoder unless they are there; they are inert for every other cache."""
+    if model is not decoder and not _is_hooked(model):
+        model.__dict__[_HOOK] = [model.register_forward_pre_hook(_ModelHook(model, adapter), with_kwargs=True)]
+        if model.can_generate():
+            model.__dict__.setdefault("generate", _Generate(model))
+    if not _is_hooked(decoder):
+        decoder.__dict__[_HOOK] = [decoder.register_forward_pre_hook(_DecoderHook(decoder), with_kwargs=True)]
 
-    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        kwargs = under_installed_name(kwargs)
-        inputs = {**dict(zip(names, args, strict=False)), **kwargs}
+
+class _Hook:
+    """A pre-hook that knows the names of a module's arguments; holds no reference to it, and can be pickled."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.names = tuple(inspect.signature(module.forward).parameters)
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        inputs = under_installed_name(kwargs)
+        changed = None if inputs is kwargs else (args, inputs)
+        if args:
+            inputs = {**dict(zip(self.names, args, strict=False)), **inputs}
         cache = cache_among(inputs)
         if isinstance(cache, ObservesInputs):
-            if inputs.get("pixel_values") is not None and not adapter.sees_images:
-                kind = type(module).__name__
-                raise UnsupportedModelError(f"pixel_values: {kind} is a text model; an image needs a LLaVA model")
-            ids = inputs.get("input_ids")
-            several = ids is not None and ids.shape[1] > 1
-            is_image = adapter.image_tokens(module, ids) if several else None  # type: ignore[arg-type]
-            layout = partial(adapter.image_layout, module, ids, inputs)  # type: ignore[arg-type]
-            cache.before_forward(inputs, is_image, layout)
-        return args, kwargs
+            if inputs.get("output_attentions") is None and getattr(module.config, "output_attentions", False):
+                inputs = {**inputs, "output_attentions": True}
+            self.look(module, inputs, cache)
+        return changed
 
-    model.__dict__[_HOOK] = [model.register_forward_pre_hook(look, with_kwargs=True)]
+    def look(self, module: nn.Module, inputs: dict[str, Any], cache: ObservesInputs) -> None:
+        raise NotImplementedError
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        attention.register()  # a model that is read from a pickle may be the first of its process
+
+
+class _ModelHook(_Hook):
+    def __init__(self, model: PreTrainedModel, adapter: Adapter) -> None:
+        super().__init__(model)
+        self.adapter = adapter
+
+    def look(self, module: nn.Module, inputs: dict[str, Any], cache: ObservesInputs) -> None:
+        if not self.adapter.sees_images:
+            refuse_images(module, inputs)
+        ids = inputs.get("input_ids")
+        several = ids is not None and ids.shape[1] > 1
+        is_image = self.adapter.image_tokens(module, ids) if several else None  # type: ignore[arg-type]
+        layout = partial(self.adapter.image_layout, module, ids, inputs)  # type: ignore[arg-type]
+        cache.before_forward(inputs, is_image, layout)
+
+
+class _DecoderHook(_Hook):
+    def look(self, module: nn.Module, inputs: dict[str, Any], cache: ObservesInputs) -> None:
+        cache.before_decoder(module, inputs)
+
+
+class _Generate:
+    """A model's `generate`, with a look at what a turn begins with before it is cut.
+
+    It holds the model by weak reference, so that the model goes when nobody else holds it.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        functools.update_wrapper(self, type(model).generate)  # type: ignore[attr-defined]
+        self.model = weakref.ref(model)
+
+    def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        model, kwargs = self.model(), under_installed_name(kwargs)
+        cache = cache_among(kwargs)
+        if isinstance(cache, ObservesInputs):
+            cache.before_turn(kwargs if inputs is None else {**kwargs, "input_ids": inputs})
+        return type(model).generate(model, inputs, *args, **kwargs)  # type: ignore[union-attr]
+
+    def __reduce__(self) -> tuple[type[_Generate], tuple[PreTrainedModel | None]]:
+        return type(self), (self.model(),)
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether a module still has its hooks, which somebody may have cleared."""
+    handles = module.__dict__.get(_HOOK)
+    return handles is not None and all(handle.id in (handle.hooks_dict_ref() or ()) for handle in handles)
 
 
 def reduce_between(layers: list[nn.Module]) -> None:
@@ -78,7 +150,7 @@ def reduce_between(layers: list[nn.Module]) -> None:
     A layer after a reduction gets the hidden states, position ids and rotary embeddings of the tokens that go on, and
     no mask, since the cache knows which are padding. The last layer's output has all columns again.
     """
-    if _HOOK in layers[0].__dict__:
+    if all(map(_is_hooked, layers)):
         return
     for index, layer in enumerate(layers):
         layer.__dict__[_HOOK] = [layer.register_forward_pre_hook(partial(_reduce, index), with_kwargs=True)]
@@ -109,48 +181,8 @@ def _spread(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
 
 
 def remove(module: nn.Module) -> None:
-    """Takes the hooks off a model or a layer."""
+    """Takes the hooks off a model, a decoder or a layer."""
+    if isinstance(module.__dict__.get("generate"), _Generate):
+        del module.__dict__["generate"]
     for handle in module.__dict__.pop(_HOOK, ()):
         handle.remove()
-
-
-def check_inputs(inputs: dict[str, Any], seen: int) -> None:
-    """Refuses what a compressed cache cannot serve, before anything ran.
-
-    Args:
-        inputs: the model's arguments by name.
-        seen: columns that the cache has seen.
-
-    Raises:
-        UnsupportedModeError: for labels, masks that are not two-dimensional, and right padding in `generate`.
-        CacheStateError: for an attention mask that does not cover what was seen.
-    """
-    if inputs.get("labels") is not None:
-        raise UnsupportedModeError(
-            "labels: a loss over a sequence whose cache is compressed on the way means little; leave labels out and "
-            "compute the loss from the logits"
-        )
-    mask = inputs.get("attention_mask")
-    tokens = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
-    if mask is None or tokens is None:
-        return
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        raise UnsupportedModeError("attention_mask: must be [batch, columns] with 1 for tokens and 0 for padding")
-    new = tokens.shape[1]
-    if mask.shape[1] < seen + new:
-        raise CacheStateError(too_short(seen, new))
-    keep = inputs.get("logits_to_keep")
-    last_logits_only = isinstance(keep, int) and keep == 1  # what generate() asks for
-    if last_logits_only and new > 1 and not bool(mask[:, -1].all()):
-        raise UnsupportedModeError(
-            "attention_mask: a row ends in padding, so the logits of its last column mean nothing; pad on the left "
-            "(tokenizer.padding_side = 'left')"
-        )
-
-
-def too_short(seen: int, new: int) -> str:
-    """What is wrong with a turn that does not carry the whole conversation."""
-    return (
-        f"input: the cache has seen {seen} tokens, and with the {new} new ones attention_mask must cover {seen + new}; "
-        "pass the ids and the mask of the whole conversation, or call reset() for a new one"
-    )

@@ -97,6 +97,12 @@ class CompressionConfig(Configured):
             raise unknown_name("config", "preset", name, PRESETS)
         return cls(**PRESETS[name][1]).override(**overrides)
 
+    @property
+    def reads_modality(self) -> bool:
+        """Whether one of the policies treats image tokens otherwise than text."""
+        chosen = (self.scorer, self.allocator, self.evictor, self.merger, self.reducer)
+        return any(policy is not None and policy.reads_modality for policy in chosen)
+
     def override(self, **overrides: Any) -> CompressionConfig:
         """A copy with some fields replaced, validated anew; a bare budget keeps sinks and recents."""
         if "budget" in overrides:

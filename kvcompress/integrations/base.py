@@ -86,9 +86,14 @@ class Adapter(ABC):
             kinds = ["sliding_attention"] * config.num_hidden_layers
         odd = [index for index, kind in enumerate(kinds) if kind != "full_attention"]
         if odd:
+            fields = [name for name in ("use_sliding_window", "sliding_window") if hasattr(config, name)]
+            full = [f"config.{name} = {False if name.startswith('use') else None}" for name in fields]
+            if getattr(config, "layer_types", None):
+                full.append("config.layer_types = ['full_attention'] * config.num_hidden_layers")
             raise UnsupportedModelError(
                 f"model: layers {_ranges(odd)} of {type(model).__name__} are {kinds[odd[0]]}; a compressed cache needs "
-                "full attention in every layer. Set config.sliding_window = None where the checkpoint allows it"
+                "full attention in every layer. Sequences that stay within the window lose nothing by it: before the "
+                f"model is made from its (text) config, set {'; '.join(full)}"
             )
 
 
@@ -120,7 +125,11 @@ def adapter_for(model: Any) -> Adapter:
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if not isinstance(model, PreTrainedModel):
-        raise UnsupportedModelError(f"model: must be a transformers model, got {type(model).__name__}")
+        inner = _unwrapping(model)
+        raise UnsupportedModelError(
+            f"model: must be a transformers model, got {type(model).__name__}"
+            + (f"; make the cache for the model inside, {inner}, and go on calling this one" if inner else "")
+        )
     if model_type not in _ADAPTERS:
         raise UnsupportedModelError(
             f"model: no adapter for the model type '{model_type}' ({type(model).__name__}); known: "
@@ -131,6 +140,21 @@ def adapter_for(model: Any) -> Adapter:
     adapter = _ADAPTERS[model_type]()
     adapter.check(model)
     return adapter
+
+
+def _unwrapping(model: Any) -> str:
+    """The expression that gives the model inside a wrapper (PEFT, torch.compile, DataParallel); empty if it is none."""
+    found, expression = model, "model"
+    while not isinstance(found, PreTrainedModel):
+        if callable(getattr(found, "get_base_model", None)):
+            found, expression = found.get_base_model(), f"{expression}.get_base_model()"
+        elif isinstance(getattr(found, "_orig_mod", None), nn.Module):
+            found, expression = found._orig_mod, f"{expression}._orig_mod"
+        elif isinstance(getattr(found, "module", None), nn.Module):
+            found, expression = found.module, f"{expression}.module"
+        else:
+            return ""
+    return expression
 
 
 def _ranges(numbers: list[int]) -> str:

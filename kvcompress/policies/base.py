@@ -39,6 +39,11 @@ class Policy(Configured, ABC):
     stage: ClassVar[str]
     name: ClassVar[str] = ""
 
+    @property
+    def reads_modality(self) -> bool:
+        """Whether it treats image tokens otherwise than text, so that the ids of a prompt must be known."""
+        return False
+
 
 class Scorer(Policy):
     """Gives every slot of a layer an importance, higher = keep.
@@ -104,6 +109,11 @@ class Allocator(Policy):
     reads_mass: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
     splits_modality: ClassVar[bool] = False
+
+    @property
+    def reads_modality(self) -> bool:
+        """Those that split by modality do, and those that read the attention of what follows an image."""
+        return self.splits_modality or "attention_sparsity" in self.needs
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Wraps the subclass's `allocate` in the checks of the contract."""
@@ -259,6 +269,11 @@ class Reducer(Policy):
 
     stage = "reducer"
     reads_attention: ClassVar[bool] = False
+
+    @property
+    def reads_modality(self) -> bool:
+        """Every reducer does."""
+        return True
 
     positions: Literal["original", "contiguous"] = "original"
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BeforeValidator, PlainSerializer
 
-from kvcompress.errors import ConfigError, UnknownPolicyError, shown
+from kvcompress.errors import ConfigError, KVCompressWarning, UnknownPolicyError, shown
 from kvcompress.policies.base import Allocator, Evictor, Merger, Policy, Quantizer, Reducer, Scorer
 
 ENTRY_POINT_GROUP = "kvcompress.policies"
@@ -140,7 +140,9 @@ def _load_entry_points() -> None:
         try:
             importlib.import_module(point.module)
         except Exception as error:  # another package's fault must not take this one down
-            warnings.warn(f"entry point '{point.name}' of {ENTRY_POINT_GROUP} failed: {error!r}", stacklevel=3)
+            warnings.warn(
+                f"entry point '{point.name}' of {ENTRY_POINT_GROUP} failed: {error!r}", KVCompressWarning, stacklevel=3
+            )
 
 
 SCORERS: Registry[Scorer] = Registry(Scorer)  # type: ignore[type-abstract]

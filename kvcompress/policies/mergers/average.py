@@ -27,6 +27,11 @@ class Average(Merger):
 
     within_modality: bool = True
 
+    @property
+    def reads_modality(self) -> bool:
+        """Unless tokens merge into either modality."""
+        return self.within_modality
+
     def merge(self, layer: MergeContext) -> Merged:
         """Takes the plain mean of each kept slot and what is most similar to it."""
         pairs, one = most_similar(layer, self.within_modality), torch.ones(1, 1, 1, device=layer.keys.device)

@@ -27,6 +27,11 @@ class Pivotal(Merger):
 
     within_modality: bool = True
 
+    @property
+    def reads_modality(self) -> bool:
+        """Unless tokens merge into either modality."""
+        return self.within_modality
+
     def merge(self, layer: MergeContext) -> Merged:
         """Writes the mean of the midpoints as one weighted sum."""
         pairs = most_similar(layer, self.within_modality)

@@ -28,6 +28,11 @@ class Weighted(Merger):
 
     within_modality: bool = True
 
+    @property
+    def reads_modality(self) -> bool:
+        """Unless tokens merge into either modality."""
+        return self.within_modality
+
     def merge(self, layer: MergeContext) -> Merged:
         """Weighs evicted slots with the cosines of their keys, their values as well."""
         pairs, one = most_similar(layer, self.within_modality), torch.ones(1, 1, 1, device=layer.keys.device)

@@ -67,6 +67,11 @@ class Attention(Scorer):
         """Scores of the last queries replace earlier ones, sums go on."""
         return not self.queries.startswith(("window", "post_vision"))
 
+    @property
+    def reads_modality(self) -> bool:
+        """With factors that differ, and where the queries after the image count."""
+        return self.image_weight != self.text_weight or self.queries == "post_vision"
+
     def score(self, layer: LayerContext) -> Importance:
         """Sums the attention mass over the chosen queries, in float32, and weighs it by modality."""
         starts = self._starts(layer)

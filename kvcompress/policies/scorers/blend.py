@@ -51,6 +51,11 @@ class Blend(Scorer):
         return any(scorer.reads_attention for scorer in self.scorers)
 
     @property
+    def reads_modality(self) -> bool:
+        """If one of its parts does."""
+        return any(scorer.reads_modality for scorer in self.scorers)
+
+    @property
     def protects(self) -> int:
         """The most that any part protects."""
         return max(scorer.protects for scorer in self.scorers)

@@ -1,0 +1,170 @@
+"""What the hooks tell a cache of the call in progress, and whether they told it: a hook that is dead says nothing."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import transformers
+from torch import Tensor
+
+from kvcompress.cache.inputs import check_inputs, check_rows, not_the_conversation, shape_of, too_short
+from kvcompress.errors import CacheStateError, UnsupportedModeError
+
+_MOST = 256  # ids of a prompt that are remembered
+
+
+class _Read(NamedTuple):
+    """Some of the ids of a prompt: every `stride`-th one from column `first` on; zero in `mask` marks padding."""
+
+    first: int
+    stride: int
+    ids: Tensor
+    mask: Tensor | None
+
+
+class Calls:
+    """Follows each call from the model through its decoder to the first layer.
+
+    Attributes:
+        needs_ids: whether a policy has to know which tokens are images.
+        sees_images: whether the model does.
+        reduces: whether the hooks on the layers have to be there too.
+    """
+
+    def __init__(self, needs_ids: bool, sees_images: bool, reduces: bool) -> None:
+        """Starts with nothing told."""
+        self.needs_ids = needs_ids
+        self.sees_images = sees_images
+        self.reduces = reduces
+        self._announced: tuple[int, int] | None = None  # by the model: rows and tokens
+        self._entered = False  # the decoder
+        self._layer: int | None = None  # that a layer's hook spoke of
+        self._read: list[_Read] = []
+
+    # -- what hooks tell -----------------------------------------------------------------------------------------------
+
+    def model(self, inputs: dict[str, Any], seen: int, recording: bool) -> None:
+        """The model was called.
+
+        Raises:
+            UnsupportedModeError: for what `check_inputs` refuses, and embeddings where ids are needed.
+            CacheStateError: for a turn that does not carry the conversation.
+        """
+        check_inputs(inputs, seen)
+        shape, ids = shape_of(inputs), inputs.get("input_ids")
+        if ids is None and self.needs_ids and shape is not None and shape[1] > 1:
+            raise UnsupportedModeError(
+                "inputs_embeds: a policy of this cache treats image tokens otherwise than text and cannot tell them "
+                "from embeddings; pass input_ids, or choose policies that do not (reducer=None, image_weight=1)"
+            )
+        self._announced, self._entered, self._layer = shape, False, None
+        if ids is not None and ids.shape[1] > 1 and not recording:
+            self._remember(ids, inputs.get("attention_mask"), seen)
+
+    def decoder(self, inputs: dict[str, Any], seen: int) -> bool:
+        """The decoder was called; whether the user did that, rather than the model.
+
+        Raises:
+            UnsupportedModeError: for what `check_inputs` refuses, and where a policy needs to see the model's own call.
+            CacheStateError: for a turn that does not carry the conversation.
+        """
+        shape, announced = shape_of(inputs), self._announced
+        self._announced = None
+        direct = announced is None or announced != shape
+        if direct:
+            several = shape is not None and shape[1] > 1
+            if self.needs_ids and several and (self.sees_images or inputs.get("input_ids") is None):
+                raise UnsupportedModeError(
+                    "model: its decoder was called by itself, and a policy of this cache has to know which tokens are "
+                    "images, which only the call of the whole model tells; call model(input_ids, ...), or choose "
+                    "policies that treat images as text (reducer=None, image_weight=1)"
+                )
+            check_inputs(inputs, seen)
+        self._entered, self._layer = True, None
+        return direct
+
+    def layer(self, index: int) -> None:
+        """A layer was called."""
+        self._layer = index
+
+    # -- what the cache asks -------------------------------------------------------------------------------------------
+
+    def check(self, layer: int) -> None:
+        """Refuses to go on where a hook that should have spoken did not.
+
+        Raises:
+            CacheStateError: naming the installed transformers and the ways out.
+        """
+        if layer == 0:
+            entered, self._entered = self._entered, False
+            if not entered:
+                raise CacheStateError(_unseen("the call of the model", "its"))
+        if self.reduces:
+            reached, self._layer = self._layer, None
+            if reached != layer:
+                raise CacheStateError(_unseen(f"the call of layer {layer}", "the layers'"))
+
+    def turn(self, inputs: dict[str, Any], seen: int) -> None:
+        """`generate` begins.
+
+        Raises:
+            UnsupportedModeError: for a row of padding alone.
+            CacheStateError: for ids that do not begin with what was seen, and a mask that does not cover it.
+        """
+        mask, shape = inputs.get("attention_mask"), shape_of(inputs)
+        check_rows(mask)
+        if not seen or shape is None:
+            return
+        tokens, ids = shape[1], inputs.get("input_ids")
+        covered = mask.shape[1] if isinstance(mask, Tensor) else tokens
+        if covered > tokens:  # the new ids alone, with the mask of all
+            if covered < seen + tokens:
+                raise CacheStateError(too_short(seen, tokens))
+        elif tokens <= seen or not (ids is None or self._begins(ids)):
+            raise CacheStateError(not_the_conversation(seen, tokens))
+
+    # -- the conversation ----------------------------------------------------------------------------------------------
+
+    def crop(self, columns: int) -> None:
+        """Forgets what was told of all but the first columns."""
+        kept = []
+        for read in self._read:
+            left = -(-(columns - read.first) // read.stride)
+            if left > 0:
+                mask = None if read.mask is None else read.mask[:, :left]
+                kept.append(read._replace(ids=read.ids[:, :left], mask=mask))
+        self._read = kept
+
+    def select_rows(self, index: Tensor) -> None:
+        """Reorders, repeats or drops rows."""
+        for number, read in enumerate(self._read):
+            index = index.to(read.ids.device)
+            mask = None if read.mask is None else read.mask.index_select(0, index)
+            self._read[number] = read._replace(ids=read.ids.index_select(0, index), mask=mask)
+
+    def _remember(self, ids: Tensor, mask: Tensor | None, seen: int) -> None:
+        self.crop(seen)  # a forward that failed may have come this far
+        stride = -(-ids.shape[1] // _MOST)
+        own = None if mask is None else mask[:, seen : seen + ids.shape[1] : stride].to(ids.device)
+        self._read.append(_Read(seen, stride, ids[:, ::stride].clone(), own))
+
+    def _begins(self, ids: Tensor) -> bool:
+        """Whether the ids begin with what was read; columns of padding may hold anything."""
+        for read in self._read:
+            if len(read.ids) % len(ids) == 0:  # `generate` repeats rows for beams and several answers
+                ids = ids.repeat_interleave(len(read.ids) // len(ids), dim=0)
+            own = ids[:, read.first :: read.stride][:, : read.ids.shape[1]].to(read.ids.device)
+            if own.shape == read.ids.shape:
+                same = own == read.ids
+                if not bool((same if read.mask is None else same | (read.mask == 0)).all()):
+                    return False
+        return True
+
+
+def _unseen(what: str, whose: str) -> str:
+    return (
+        f"cache: no hook saw {what} that uses this cache (transformers {transformers.__version__}). If that is another "
+        f"model than the cache was made for, make a CompressedCache for it. If {whose} hooks were removed, make a new "
+        "CompressedCache(model, ...), which puts them back. Otherwise this release of transformers calls its models in "
+        "a way that kvcompress does not know: install one between 5.20 and 5.24"
+    )
