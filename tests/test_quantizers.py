@@ -13,7 +13,8 @@ from hypothesis.stateful import rule
 from torch import Tensor
 from transformers import GenerationConfig
 
-from kvcompress import QUANTIZERS, Budget, CompressedCache, CompressionConfig, quantized
+from kvcompress import QUANTIZERS, Budget, CompressedCache, CompressionConfig
+from kvcompress.cache import quantized_store
 from kvcompress.cache.quantized_store import QuantizedStore
 from kvcompress.cache.store import DenseStore
 from kvcompress.errors import ConfigError
@@ -30,7 +31,7 @@ names = pytest.mark.parametrize("name", QUANTIZERS.names())
 def small_blocks() -> Iterator[None]:
     """Attention decodes a few slots at a time, so that a handful of tokens already makes several blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantized, "_BLOCK", 8)
+        patch.setattr(quantized_store, "_BLOCK", 8)
         yield
 
 

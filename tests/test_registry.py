@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from kvcompress import ALLOCATORS, CompressedCache, CompressionConfig, KVCompressError, registry
+from kvcompress import ALLOCATORS, CompressedCache, CompressionConfig, KVCompressError
+from kvcompress.policies import registry
 from kvcompress.policies.base import Allocator
 from kvcompress.policies.registry import REGISTRIES
 from tests import strategies, tiny
