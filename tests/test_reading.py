@@ -72,7 +72,7 @@ def refusal(name: str, folder: Path, content: str | bytes) -> str:
         ("a: !!timestamp 2024-13-45", "the tag"),
         ("a: !!binary x", "the tag"),
         ("[" * (DEPTH + 2) + "]" * (DEPTH + 2), "nested more than"),
-        ("[" * 100_000, "nested more than"),
+        ("[" * 100_000, "nest"),  # libyaml has a limit of its own
         ("- " * 100_000, "nested more than"),
         ("{a: " * 100_000, "nested more than"),
         ("a: " + "9" * 5000, "digits"),

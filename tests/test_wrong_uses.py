@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -13,7 +14,14 @@ import transformers
 from torch import Tensor
 
 from kvcompress import SCORERS, CompressedCache, CompressionConfig, KVCompressError
-from kvcompress.errors import BudgetWarning, CacheStateError, PolicyError, UnsupportedModeError, UnsupportedModelError
+from kvcompress.errors import (
+    BudgetWarning,
+    CacheStateError,
+    KVCompressWarning,
+    PolicyError,
+    UnsupportedModeError,
+    UnsupportedModelError,
+)
 from kvcompress.integrations import LlamaAdapter, adapter_for, base, register_adapter
 from kvcompress.policies.base import Allocator, Evictor, Scorer
 from kvcompress.policies.context import LayerContext
@@ -269,6 +277,78 @@ def sliding_qwen2() -> Any:
 def test_a_model_that_cannot_be_served_is_refused(make: Callable[[], Any], says: str) -> None:
     with pytest.raises(UnsupportedModelError, match=says):
         adapter_for(make())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [sliding_mistral, sliding_qwen2])
+def test_the_advice_on_sliding_windows_opens_the_model(make: Callable[[], Any]) -> None:
+    model, ids = make(), tiny.token_ids(1, 8, seed=0)  # as long as the window
+    with pytest.raises(UnsupportedModelError) as refusal:
+        adapter_for(model)
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = None
+    exec(str(refusal.value).rpartition(", set ")[2], {"config": config})
+    opened = type(model)(config).eval()
+    opened.load_state_dict(model.state_dict())
+    found = opened(ids, **tiny.with_cache(CompressedCache(opened, "full"))).logits
+    torch.testing.assert_close(found, model.eval()(ids).logits)
+
+
+class Peft(torch.nn.Module):
+    """Calls the model inside as PEFT does: past its hooks."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.inside = model
+
+    def get_base_model(self) -> Any:
+        return self.inside
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inside.forward(*args, **kwargs)
+
+
+class Parallel(torch.nn.Module):
+    """Wraps as DistributedDataParallel does."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.module = model
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("wrap", "inside"),
+    [
+        (Peft, "model.get_base_model()"),
+        (Parallel, "model.module"),
+        (lambda model: torch.compile(model, backend="eager"), "model._orig_mod"),
+        (lambda model: torch.compile(Parallel(Peft(model))), "model._orig_mod.module.get_base_model()"),
+    ],
+    ids=["peft", "parallel", "compiled", "all"],
+)
+def test_a_wrapped_model_is_refused_with_the_way_to_the_model_inside(wrap: Callable[[Any], Any], inside: str) -> None:
+    model = tiny.build("llama")
+    wrapped = wrap(model)
+    with pytest.raises(UnsupportedModelError, match=re.escape(f"the model inside, {inside}, and")):
+        adapter_for(wrapped)
+    assert eval(inside, {"model": wrapped}) is model
+    if isinstance(wrapped, (Peft, Parallel)):
+        cache, twin = (CompressedCache(model, "prefixkv", budget=0.5) for _ in range(2))
+        found = wrapped(**prompt(), **tiny.with_cache(cache)).logits
+        assert torch.equal(found, model(**prompt(), **tiny.with_cache(twin)).logits)
+
+
+def test_our_own_warnings_alone_are_errors_in_the_tests() -> None:
+    for ours in (KVCompressWarning, BudgetWarning):
+        with pytest.raises(ours):
+            warnings.warn("one of ours", ours, stacklevel=1)
+    with warnings.catch_warnings(record=True) as shown:  # under the filters of the tests
+        warnings.warn("one of a dependency", FutureWarning, stacklevel=1)
+    assert len(shown) == 1
 
 
 def test_an_adapter_of_ones_own_opens_another_model(monkeypatch: pytest.MonkeyPatch) -> None:

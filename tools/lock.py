@@ -30,15 +30,17 @@ def resolve(python: str, requirements: tuple[str, ...]) -> dict[str, str]:
     environment = {name: value for name, value in os.environ.items() if "CONSTRAINT" not in name}
     with tempfile.TemporaryDirectory() as folder:
         try:
-            subprocess.run([f"python{python}", "-m", "venv", folder], check=True, capture_output=True, text=True)
+            pip = [f"{folder}/bin/python", "-m", "pip", "install", "--quiet"]
+            # The newest pip reads what packages need without fetching them: of torch, gigabytes.
+            for command in ([f"python{python}", "-m", "venv", folder], [*pip, "--upgrade", "pip"]):
+                subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
         except (OSError, subprocess.CalledProcessError) as error:
             sys.exit(f"lock: Python {python} has to be on the PATH as python{python}; got {error}")
         found: dict[str, str] = {}
         for wanted, more in ((requirements, ()), (WITHOUT_DEPENDENCIES, ("--no-deps",))):
-            command = [f"{folder}/bin/python", "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed"]
             report = Path(folder, "report.json")
             done = subprocess.run(
-                [*command, "--report", str(report), *more, *wanted],
+                [*pip, "--dry-run", "--ignore-installed", "--report", str(report), *more, *wanted],
                 cwd=ROOT,
                 env=environment,
                 capture_output=True,
@@ -50,6 +52,7 @@ def resolve(python: str, requirements: tuple[str, ...]) -> dict[str, str]:
                 if "dir_info" not in item["download_info"]:  # the project itself
                     name = re.sub(r"[-_.]+", "-", item["metadata"]["name"]).lower()
                     found[name] = item["metadata"]["version"].partition("+")[0]  # +cpu and the like are the machine's
+    print(f"Python {python}: {len(found)} packages", flush=True)
     return found
 
 

@@ -38,6 +38,7 @@ def _check_numbers(value: Any, name: str) -> None:
     """Raises ConfigError for numbers of 2^31 or more, which overflow later; what a mapping becomes checks itself."""
     level, depth = [value], 0
     while level and depth <= DEPTH:
+        level = list({id(one): one for one in level}.values())  # a list may stand in many places
         for one in level:
             if isinstance(one, (int, float)) and abs(one) >= _LARGEST:
                 raise ConfigError(f"{name}: a number must be less than 2^31 ({_LARGEST:,}); got {shown(one)}")
