@@ -310,6 +310,10 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """
         self._calls.turn(inputs, self.get_seq_length())
 
+    def after_turn(self) -> None:
+        """Forgets what `generate` was about to read."""
+        self._calls.due = None
+
     def reduce(self, layer: int, hidden: Tensor) -> tuple[Tensor, Reduction] | None:
         """What goes into a decoder layer where a reducer acts; called by the hooks on the layers."""
         self._calls.layer(layer)
