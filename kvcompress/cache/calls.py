@@ -162,9 +162,9 @@ class Calls:
         due = _repeated(due, len(ids))[:, : ids.shape[1]].to(ids.device)
         if not torch.equal(due, ids):
             raise CacheStateError(
-                f"input: generate of transformers {transformers.__version__} is about to read other tokens than the new "
-                "ones: releases before 5.24 read a conversation from its start with prefill_chunk_size; leave it out in "
-                "later turns"
+                f"input: generate of transformers {transformers.__version__} is about to read other tokens than the "
+                "new ones: with prefill_chunk_size, some releases before 5.24 read a conversation from its start; leave "
+                "it out in later turns"
             )
 
     def _begins(self, ids: Tensor) -> bool:
