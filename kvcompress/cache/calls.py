@@ -163,8 +163,8 @@ class Calls:
         if not torch.equal(due, ids):
             raise CacheStateError(
                 f"input: generate of transformers {transformers.__version__} is about to read other tokens than the "
-                "new ones: with prefill_chunk_size, some releases before 5.24 read a conversation from its start; leave "
-                "it out in later turns"
+                "new ones: with prefill_chunk_size, some releases before 5.24 read a conversation from its start; "
+                "leave it out in later turns"
             )
 
     def _begins(self, ids: Tensor) -> bool:
