@@ -806,6 +806,10 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if sequence.is_image is not None and sequence.is_image.shape[1] > sequence.seen:
             sequence.is_image = sequence.is_image[:, : sequence.seen]
 
+    def after_turn(self) -> None:
+        """Forgets what `generate` was about to read."""
+        self._calls.due = None
+
     # -- kvcompress's own ----------------------------------------------------------------------------------------------
 
     def compress(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import transformers
 from torch import Tensor
 
@@ -29,6 +30,7 @@ class Calls:
         needs_ids: whether a policy has to know which tokens are images.
         sees_images: whether the model does.
         reduces: whether the hooks on the layers have to be there too.
+        due: ids that `generate` was given and has not read; None but for the first call of a later turn.
     """
 
     def __init__(self, needs_ids: bool, sees_images: bool, reduces: bool) -> None:
@@ -40,6 +42,7 @@ class Calls:
         self._entered = False  # the decoder
         self._layer: int | None = None  # that a layer's hook spoke of
         self._read: list[_Read] = []
+        self.due: Tensor | None = None
 
     # -- what hooks tell -----------------------------------------------------------------------------------------------
 
@@ -52,6 +55,7 @@ class Calls:
         """
         check_inputs(inputs, seen)
         shape, ids = shape_of(inputs), inputs.get("input_ids")
+        self._check_due(ids)
         if ids is None and self.needs_ids and shape is not None and shape[1] > 1:
             raise UnsupportedModeError(
                 "inputs_embeds: a policy of this cache treats image tokens otherwise than text and cannot tell them "
@@ -122,6 +126,8 @@ class Calls:
                 raise CacheStateError(too_short(seen, tokens))
         elif tokens <= seen or not (ids is None or self._begins(ids)):
             raise CacheStateError(not_the_conversation(seen, tokens))
+        if ids is not None:
+            self.due = ids if covered > tokens else ids[:, seen:]
 
     # -- the conversation ----------------------------------------------------------------------------------------------
 
@@ -148,17 +154,35 @@ class Calls:
         own = None if mask is None else mask[:, seen : seen + ids.shape[1] : stride].to(ids.device)
         self._read.append(_Read(seen, stride, ids[:, ::stride].clone(), own))
 
+    def _check_due(self, ids: Tensor | None) -> None:
+        """Refuses what is not the first of the new tokens, the first time that `generate` calls the model in a turn."""
+        due, self.due = self.due, None
+        if due is None or ids is None:
+            return
+        due = _repeated(due, len(ids))[:, : ids.shape[1]].to(ids.device)
+        if not torch.equal(due, ids):
+            raise CacheStateError(
+                f"input: generate of transformers {transformers.__version__} is about to read other tokens than the "
+                "new ones: with prefill_chunk_size, some releases before 5.24 read a conversation from its start; "
+                "leave it out in later turns"
+            )
+
     def _begins(self, ids: Tensor) -> bool:
         """Whether the ids begin with what was read; columns of padding may hold anything."""
         for read in self._read:
-            if len(read.ids) % len(ids) == 0:  # `generate` repeats rows for beams and several answers
-                ids = ids.repeat_interleave(len(read.ids) // len(ids), dim=0)
-            own = ids[:, read.first :: read.stride][:, : read.ids.shape[1]].to(read.ids.device)
+            own = _repeated(ids, len(read.ids))[:, read.first :: read.stride][:, : read.ids.shape[1]].to(
+                read.ids.device
+            )
             if own.shape == read.ids.shape:
                 same = own == read.ids
                 if not bool((same if read.mask is None else same | (read.mask == 0)).all()):
                     return False
         return True
+
+
+def _repeated(ids: Tensor, rows: int) -> Tensor:
+    """The ids as `generate` repeats them for beams and several answers."""
+    return ids if rows % len(ids) else ids.repeat_interleave(rows // len(ids), dim=0)
 
 
 def _unseen(what: str, whose: str) -> str:

@@ -49,6 +49,10 @@ class ObservesInputs(ABC):
     def before_turn(self, inputs: dict[str, Any]) -> None:
         """Gets the arguments of `generate` by name, before it cuts off what it takes to be seen."""
 
+    @abstractmethod
+    def after_turn(self) -> None:
+        """Hears that `generate` has ended, or failed."""
+
 
 class ReducesTokens(ABC):
     """A cache that lets fewer tokens go on from one decoder layer to the next."""
@@ -140,7 +144,12 @@ class _Generate:
         cache = cache_among(kwargs)
         if isinstance(cache, ObservesInputs):
             cache.before_turn(kwargs if inputs is None else {**kwargs, "input_ids": inputs})
-        return type(model).generate(model, inputs, *args, **kwargs)  # type: ignore[union-attr]
+        try:
+            return type(model).generate(model, inputs, *args, **kwargs)  # type: ignore[union-attr]
+
+        finally:
+            if isinstance(cache, ObservesInputs):
+                cache.after_turn()
 
     def __reduce__(self) -> tuple[type[_Generate], tuple[PreTrainedModel | None]]:
         return type(self), (self.model(),)
