@@ -14,10 +14,10 @@ import torch
 import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
-from kvcompress.cache.selection import _rank_by_rank
 from torch import Tensor
 
 from kvcompress import ALLOCATORS, EVICTORS, Budget, CompressedCache, CompressionConfig, KVCompressError
+from kvcompress.cache.selection import _rank_by_rank
 from kvcompress.errors import ConfigError, PolicyError
 from kvcompress.policies.allocators.apportionment import apportion
 from kvcompress.policies.base import Allocator

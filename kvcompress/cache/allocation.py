@@ -61,7 +61,8 @@ class Rule:
 
     def least(self, row_seen: Counts) -> Counts:
         """Protected tokens per row: sinks and recents, as far as the row has them."""
-        return np.minimum(row_seen, self.sinks + self.recents)
+        least: Counts = np.minimum(row_seen, self.sinks + self.recents)
+        return least
 
 
 @dataclass
@@ -87,7 +88,8 @@ class Allocation:
         """
         totals = rule.totals(row_seen)
         shares = np.where(self.spent > 0, self.budgets * totals // np.maximum(self.spent, 1), totals // rule.layers)
-        return np.maximum(shares, rule.least(row_seen))
+        limits: np.ndarray = np.maximum(shares, rule.least(row_seen))
+        return limits
 
     def select_rows(self, index: Tensor, rows: Counts) -> None:
         """Reorders, repeats or drops rows."""
@@ -149,8 +151,8 @@ def _warn_if_below_floor(rule: Rule, total: Counts, floor: np.ndarray) -> None:
     if (total < protected).any():
         row = int((total < protected).argmax())
         warnings.warn(
-            f"the budget of {total[row]} slots over all layers is below the {protected[row]} that its {rule.sinks} sinks "
-            f"and {rule.recents} recents need (row {row}); the protected tokens are kept",
+            f"the budget of {total[row]} slots over all layers is below the {protected[row]} that its {rule.sinks} "
+            f"sinks and {rule.recents} recents need (row {row}); the protected tokens are kept",
             BudgetWarning,
             stacklevel=2,
         )

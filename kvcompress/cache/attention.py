@@ -137,7 +137,7 @@ def padding_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask that transformers makes for this attention: of padding alone, `[batch, 1, 1, columns]`, in prefill steps.
+    """The mask that transformers makes for this attention: of padding alone, `[batch, 1, 1, columns]`, in prefill.
 
     A compressed cache, told by its offset, needs to know which columns are padding; causality is its own, and decode
     steps need no mask at all, so that it keeps one shape when they are compiled. Any other cache gets the mask of sdpa.
@@ -145,7 +145,8 @@ def padding_mask(
     if kv_offset in (COMPRESSED, COMPRESSED_UNREAD):
         unsaid = attention_mask is None or (q_length == 1 and kv_offset == COMPRESSED)
         return None if unsaid else attention_mask[:, None, None].to(torch.bool)  # type: ignore[index]
-    return sdpa_mask(*args, q_length=q_length, kv_offset=kv_offset, attention_mask=attention_mask, **kwargs)  # type: ignore[arg-type]
+    known = {"q_length": q_length, "kv_offset": kv_offset, "attention_mask": attention_mask, **kwargs}
+    return sdpa_mask(*args, **known)
 
 
 def padding_in(mask: Any) -> Any:

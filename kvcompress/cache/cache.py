@@ -252,28 +252,29 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         columns = mask.to(torch.bool)
         past, new = columns[:, :seen], columns[:, seen : seen + queries]
         known = sequence.known_valid(columns.device) if seen else past
-        flags = (known & ~past).any(), (past & ~known).any(), new.all(), (new[:, 1:] < new[:, :-1]).any(), new[:, -1].any()
+        hidden, unordered = known & ~past, new[:, 1:] < new[:, :-1]
+        flags = hidden.any(), (past & ~known).any(), new.all(), unordered.any(), new[:, -1].any()
         counts = torch.cat([torch.stack(flags).long(), new.sum(1)]).tolist()
         hides, shows, whole, mixed, any_last = map(bool, counts[:5])
         if seen and not any_last:
             raise CacheStateError(
-                f"attention_mask: hides the last of the {queries} new tokens in every row; it must cover the {seen} tokens "
-                "seen and the new ones. For a new conversation call reset()"
+                f"attention_mask: hides the last of the {queries} new tokens in every row; it must cover the {seen} "
+                "tokens seen and the new ones. For a new conversation call reset()"
             )
         if shows:
             row, column = (past & ~known).nonzero()[0].tolist()
             raise CacheStateError(
-                f"attention_mask: shows column {column} of row {row}, which an earlier mask hid, so the cache no longer "
-                "holds it; go on hiding it, or call reset() and run the whole conversation again"
+                f"attention_mask: shows column {column} of row {row}, which an earlier mask hid, so the cache no "
+                "longer holds it; go on hiding it, or call reset() and run the whole conversation again"
             )
         if whole and not hides:
             return None
         order = new.to(torch.uint8).argsort(dim=1, stable=True) if mixed else None
         row_new = np.asarray(counts[5:], dtype=np.int64)
-        return Mask(known & ~past if hides else None, None if whole else new, row_new, order)
+        return Mask(hidden if hides else None, None if whole else new, row_new, order)
 
     def _says_nothing(self, mask: Tensor) -> bool:
-        """Whether a mask on the CPU, where numpy looks at it without waiting, shows all that was seen and all that is new."""
+        """Whether a mask shows all that was seen and all that is new; on the CPU, where nobody has to wait for it."""
         if mask.device.type != "cpu":
             return False
         shown, known = mask.numpy() != 0, self._sequence.valid
@@ -344,7 +345,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if evictor is None or evictor.frees == "nothing":
             return [self._reserve] * len(self.layers)
         later = allocation.limits(self._rule, row_seen + self._reserve).max(1)
-        return (np.minimum(np.maximum(0, later - allocation.budgets.max(1)), self._reserve) + 1).tolist()
+        grown = np.minimum(np.maximum(0, later - allocation.budgets.max(1)), self._reserve)
+        return [int(slots) + 1 for slots in grown]
 
     def _budget_rule(self) -> Rule:
         """What the budget says of a row; bytes are shared by all rows, layers and processes."""
@@ -513,19 +515,6 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             return {}
         rotary = getattr(self._decoder(), "rotary_emb", None)
         return moved_back(positions, lost, getattr(rotary, "inv_freq", None))
-
-    def _lost_before(self, layer: int) -> Tensor | None:
-        """Tokens of each row that a layer never got of earlier forwards, where its positions count its own alone.
-
-        None where they do not, or nothing was lost; on the device, without waiting for it.
-        """
-        reducer, step = self.config.reducer, self._step
-        if reducer is None or reducer.positions != "per_layer" or step is None or step.next_layer != layer:
-            return None
-        tokens = 1 if step.index is None else step.index.shape[-1]
-        earlier = self._sequence.seen - (tokens if step.reduction is None else step.reduction.queries)
-        missing = self._sequence.missing(layer)
-        return None if missing is None or not earlier else missing[:, :earlier].sum(1)
 
     def _lost_before(self, layer: int) -> Tensor | None:
         """Tokens of each row that a layer never got in earlier steps, where its positions count its own alone.
@@ -724,9 +713,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         left = sequence.row_seen - sequence.tokens_after(sequence.seen - columns)
         if (left < sequence.scored_end(before_last_step=recorded > 0)).any():
             return (
-                f"crop: the last {columns} tokens include some whose queries scored older tokens, which cannot be taken "
-                "back; call activate_past_recording() before a forward that may be undone, or take copy.deepcopy(cache) "
-                "before it"
+                f"crop: the last {columns} tokens include some whose queries scored older tokens, which cannot be "
+                "taken back; call activate_past_recording() before a forward that may be undone, or take "
+                "copy.deepcopy(cache) before it"
             )
         return None
 
@@ -787,8 +776,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             self._forget_images()
         shape = shape_of(inputs)
         batch = self._sequence.batch
-        fits = shape is not None and batch in (0, shape[0])  # else the first layer says so
-        self._mask = self._read_mask(inputs.get("attention_mask"), shape[1]) if fits else None
+        self._mask = None
+        if shape is not None and batch in (0, shape[0]):  # else the first layer says so
+            self._mask = self._read_mask(inputs.get("attention_mask"), shape[1])
 
     def before_turn(self, inputs: dict[str, Any]) -> None:
         """Looks at what `generate` was given, before it cuts off what was seen.
@@ -865,14 +855,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     def _state(self) -> list[tuple[Any, dict[str, Any]]]:
         """What the cache and its parts refer to, so that they can be made to do so again; the cache itself last."""
-        parts = [self._sequence, self._calls, *self.layers, *(layer.store for layer in self.layers)]
-        if self._table is not None:
-            parts.append(self._table)
-        if self._allocation is not None:
-            parts.append(self._allocation)
-        return [(part, {name: copy.copy(value) if isinstance(value, list | dict) else value for name, value in vars(part).items()}) for part in parts] + [
-            (self, dict(vars(self)))
-        ]
+        parts: list[Any] = [self._sequence, self._calls, *self.layers, *(layer.store for layer in self.layers)]
+        parts += [part for part in (self._table, self._allocation) if part is not None]
+        return [(part, {name: _apart(value) for name, value in vars(part).items()}) for part in (*parts, self)]
 
     def _evict_waiting(self) -> None:
         """Lets the decode rule free as many slots as decode steps did not while the past was recorded."""
@@ -1095,3 +1080,8 @@ def _in_all_columns(into: Tensor, step: Step, seen: int) -> Tensor:
         into = torch.empty_like(into).scatter_(1, step.first_order, into)
     every[:, first:] = torch.where(into < 0, -1, into + first)
     return every
+
+
+def _apart(value: Any) -> Any:
+    """A list or a mapping of its own, with the same things in it."""
+    return copy.copy(value) if isinstance(value, list | dict) else value

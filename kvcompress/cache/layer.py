@@ -206,7 +206,8 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if (self.held == self.index.shape[2]).all():
             return None
         index = self.index[:, :1]
-        return step.once("valid", index if self.index.shape[1] > 1 else self.index, lambda: index >= 0)
+        valid: Tensor = step.once("valid", index if self.index.shape[1] > 1 else self.index, lambda: index >= 0)
+        return valid
 
     def settle(self, step: Step, gone: int) -> None:
         """Scores what was left unscored, by the queries of all its columns but the last so many."""
@@ -405,7 +406,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._arrange(torch.cat([first, rest], 2) if first.shape[2] else rest, packed_rows, rows)
 
     def _arrange(self, arrangement: Tensor, packed_rows: Counts, rows: Counts) -> None:
-        """Brings what belongs to slots into a new order, of which each row's first so many mean something in each part."""
+        """Brings what belongs to slots into a new order; in each part, a row's first so many mean something."""
         assert self.index is not None
         width, before = int(rows.max(initial=0)), self.index.shape[2]
         stay = arrangement.shape[2] - width
@@ -421,7 +422,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.slots, self.held = width, packed_rows + rows
 
     def _pin(self) -> None:
-        """Decides which tokens decode steps never evict by age: sinks, those to come included, and what the evictor pins."""
+        """Decides which tokens decode steps never evict by age: sinks, those to come too, and what an evictor pins."""
         evictor = self.config.evictor
         if evictor is not None and evictor.frees == "oldest":
             sinks, recents = protection(self.config)
@@ -547,7 +548,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return parts[0]
 
     def free(self, step: Step, table: SlotTable) -> None:
-        """Frees the slot that the evictor names where the layer is over its limit; merges what goes, if that is asked for."""
+        """Frees the slot that the evictor names where the layer is over its limit; merges what goes, if asked for."""
         evictor, number = self.config.evictor, self.number
         if step.over is not None and evictor is not None:
             index = table.index[number]
@@ -561,8 +562,8 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             victims = self.heads.own(victims)
             if victims.shape[1] > table.sets:
                 raise PolicyError(
-                    f"evictor {evictor.name}: layer {number}: named a slot for each head, but its by_head says that heads "
-                    "hold the same tokens; let by_head be True"
+                    f"evictor {evictor.name}: layer {number}: named a slot for each head, but its by_head says that "
+                    "heads hold the same tokens; let by_head be True"
                 )
             table.choose(number, step.over[number], victims)
         merger = self.config.merger

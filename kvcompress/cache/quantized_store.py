@@ -166,7 +166,8 @@ class QuantizedStore(DenseStore):
     def quantizable(self, dense_rows: Counts) -> Counts:
         """Tokens of each row, in whole groups, that leave the residual in full precision."""
         group = self.quantizer.group
-        return np.maximum(dense_rows - self.quantizer.residual, 0) // group * group
+        whole: Counts = np.maximum(dense_rows - self.quantizer.residual, 0) // group * group
+        return whole
 
     def pack(self, dense_rows: Counts) -> Counts:
         """Quantizes the oldest tokens of full precision, as many whole groups of each row as leave the residual.

@@ -24,7 +24,7 @@ Ranked: TypeAlias = tuple[Tensor, Tensor | None]  # token index and importance o
 
 
 def importance_of(scorer: Scorer, scores: Tensor, index: Tensor, sequence: Sequence, layer: int) -> Tensor:
-    """Importance of every slot of a layer, NaN where a token came after the last step that scored, 0 where there is none."""
+    """Importance of every slot of a layer; NaN where a token came after the last step that scored, 0 in empty slots."""
     importance = scores
     if type(scorer).importance is not Scorer.importance:
         with policy_errors(scorer, layer):
@@ -47,7 +47,7 @@ def gather_importance(
     """Head-mean importance of every layer on one device, padded to the longest layer, with what belongs to it."""
     slots, device = max(index.shape[2] for index, _ in ranked), ranked[-1][0].device
     means, indices = [], []
-    for (index, score), layer in zip(ranked, layers, strict=True):
+    for index, score in ranked:
         if score is None:
             score = torch.zeros(index.shape[0], 1, index.shape[2], device=index.device, dtype=torch.float32)
         elif index.shape[1] > 1:

@@ -181,10 +181,11 @@ class Sequence:
 
     def first_given(self, layer: int, count: int) -> Counts:
         """How many of the first `count` tokens of each row a layer got; waits for the device where a reducer acted."""
-        seen, missing = np.minimum(self.row_seen, count), self.missing(layer)
-        if missing is None or not count:
-            return seen
-        return seen - self.by_index(missing)[:, :count].sum(1).cpu().numpy()
+        seen: Counts = np.minimum(self.row_seen, count)
+        missing = self.missing(layer)
+        if missing is not None and count:
+            seen = seen - self.by_index(missing)[:, :count].sum(1).cpu().numpy()
+        return seen
 
     # -- what slots hold, by the index of their tokens -----------------------------------------------------------------
 
@@ -197,8 +198,8 @@ class Sequence:
             layer: index of the decoder layer; only where a reducer acts do layers differ.
         """
         queries = self._rows(self.row_seen, index) - index
-        for first, end in self.decoded:
-            first, end = self._rows(first, index), self._rows(end, index)
+        for run in self.decoded:
+            first, end = (self._rows(counts, index) for counts in run)
             queries = queries - (end - index.clamp(first, end))
         scored, missing = self._rows(self.scored.queries, index), self.missing(layer)
         if missing is not None:
@@ -301,7 +302,8 @@ class Sequence:
         rows = np.arange(self.batch)
 
         def left(counts: Counts) -> Counts:
-            return until[rows, np.clip(counts, 0, until.shape[1] - 1)]
+            found: Counts = until[rows, np.clip(counts, 0, until.shape[1] - 1)]
+            return found
 
         first, end = self.scored.first, self.scored.first + self.scored.queries
         self.scored = Scored(left(self.scored.end), np.maximum(left(end) - left(first), 1), left(first))

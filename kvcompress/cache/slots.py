@@ -207,7 +207,8 @@ class SlotTable:
             limits = self._allocation.limits(self._rule, row_seen + taken) - self._packed_rows
             limits = np.maximum(limits, self._pinned_rows) if self._by_age else limits
             grown = np.minimum(grown, np.maximum(lengths, limits) + 1)
-        return np.maximum(grown, self.extent).max(1)
+        most: np.ndarray = np.maximum(grown, self.extent).max(1)
+        return most
 
     # -- between steps -------------------------------------------------------------------------------------------------
 

@@ -182,7 +182,7 @@ class Evictor(Policy):
 
     @property
     def by_head(self) -> bool:
-        """Whether heads of a layer may hold different tokens; while decoding, one set of slots is kept unless it says so."""
+        """Whether heads of a layer may hold different tokens while decoding."""
         return False
 
     @property
