@@ -137,7 +137,7 @@ def test_a_profile_comes_from_a_file(tmp_path: Path, suffix: str, keyed: bool) -
         ({"retention": [0.5, 1.5]}, None, "retention.1"),
         ({"retention": [0.5, float("nan")]}, None, "retention.1"),
         ({"retention": 0.5}, None, "retention"),
-        ({"path": "missing.json"}, None, "missing.json cannot be read"),
+        ({"path": "missing.json"}, None, "missing.json: cannot be read"),
         ({"path": "profile.toml"}, "", ".json, .yaml or .yml"),
         ({"path": "profile.json"}, "{", "is not valid JSON"),
         ({"path": "profile.yaml"}, "[1", "is not valid YAML"),

@@ -303,6 +303,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 self._compress_all(step)
             step.problems.refuse()
             self._make_table()
+            if self._reserve:
+                self._grow_for(self._reserve)
         elif self._recording:
             self._waiting = Phase.DECODE
         elif self.config.quantizer is not None:
@@ -871,13 +873,16 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             if (held <= limits).all():
                 return
             table.free_now()
-            for layer in self.layers:
-                step = Step(Phase.DECODE, over=table.over() if evictor.frees == "chosen" else None)
-                layer.free(step, table)
+            if evictor.frees == "chosen":
+                step = Step(Phase.DECODE, over=table.over())
+                for layer in self.layers:
+                    layer.free(step, table)
             table.learn_holes()
             if not table.hole.any():
                 return
             for layer in self.layers:
+                if self.config.merger is not None and self.config.merger.merges_decoding:
+                    layer.merge_freed(table, in_place=False)
                 layer.tidy(table)
             table = self._make_table()
 

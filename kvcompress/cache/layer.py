@@ -433,7 +433,13 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.pinned = pinned + np.maximum(0, sinks - self.sequence.row_seen)
 
     def _merge(
-        self, kept: Tensor, evicted: Tensor, importance: Tensor | None, most: tuple[int, int], decoding: bool
+        self,
+        kept: Tensor,
+        evicted: Tensor,
+        importance: Tensor | None,
+        most: tuple[int, int],
+        decoding: bool,
+        in_place: bool = False,
     ) -> None:
         """Lets the kept slots take up those that go, whose keys and values are still there."""
         merger, index = self.config.merger, self.index
@@ -460,7 +466,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             first_head=self.heads.first(keys.shape[1]),
         )
         result = merged(merger, self.number, context)
-        if decoding:
+        if in_place:
             self.store.overwrite(result.keys, result.values)
         else:
             self.store.replace(result.keys, result.values)
@@ -568,10 +574,10 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             table.choose(number, step.over[number], victims)
         merger = self.config.merger
         if step.merges and merger is not None:
-            self._merge_freed(table)
+            self.merge_freed(table, in_place=True)
 
-    def _merge_freed(self, table: SlotTable) -> None:
-        """Merges what this decode step freed into the slots that stay."""
+    def merge_freed(self, table: SlotTable, in_place: bool) -> None:
+        """Merges what a decode step freed into the slots that stay."""
         number, width = self.number, int(table.extent[self.number].max())
         if not table.hole[number].any():
             return
@@ -583,7 +589,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             padded = F.pad(importance, (0, max(0, width - importance.shape[2])))[..., :width]
             importance = importance_of(self.config.scorer, padded, self.index, self.sequence, number)
         kept = (self.index >= 0) & ~freed
-        self._merge(kept, freed & (self.index >= 0), importance, (width, 1), decoding=True)
+        self._merge(kept, freed & (self.index >= 0), importance, (width, 1), decoding=True, in_place=in_place)
         self.index = own
 
     # -- transformers' contract ----------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class Mask:
         order: the new columns with each row's padding first; None if it is first already.
     """
 
-    hidden: Bool[Tensor, "batch columns"] | None
+    hidden: Bool[Tensor, "batch seen"] | None
     new_valid: Bool[Tensor, "batch columns"] | None
     row_new: Counts
     order: Int[Tensor, "batch columns"] | None
@@ -74,8 +74,8 @@ class Step:
     index: Int[Tensor, "rows tokens"] | None = None
     valid: Bool[Tensor, "batch tokens"] | None = None
     row_new: Counts = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    order: Int[Tensor, "batch tokens"] | None = None
-    first_order: Int[Tensor, "batch tokens"] | None = None
+    order: Int[Tensor, "batch columns"] | None = None
+    first_order: Int[Tensor, "batch columns"] | None = None
     local: Callable[[], Allocation] | None = None
     room: list[int] = field(default_factory=list)
     evicts: bool = True
