@@ -257,7 +257,7 @@ def test_an_exception_on_the_way_leaves_model_and_cache_usable(model: Any, where
 
     cache = CompressedCache(model, "full", reducer={"name": "own", "kind": "raises"} if where == "reducer" else LIGHT)
     hook = None if where == "reducer" else model.get_decoder().layers[where].mlp.register_forward_pre_hook(fail)
-    with pytest.raises(ArithmeticError, match="in a "):
+    with pytest.raises((ArithmeticError, PolicyError), match="in a "):
         model(**inputs, **tiny.with_cache(cache))
     if hook is not None:
         hook.remove()
@@ -278,7 +278,7 @@ def test_a_forward_that_fails_before_the_decoder_leaves_the_report_right(model: 
     wrong = tiny.prompt("llava_36", [0, 2], seed=5)
     del wrong["attention_mask"]
     wrong["pixel_values"] = wrong["pixel_values"][:, :, :5]
-    with pytest.raises(ValueError, match="size"):
+    with pytest.raises(UnsupportedModelError, match="36 image tokens, and its 1 images would have 6"):
         model(**wrong, **tiny.with_cache(cache))
     assert cache.report() == before
     model(tiny.token_ids(1, 3, 0), **tiny.with_cache(cache))
