@@ -68,9 +68,15 @@ class ValueAware(Attention):
             return _length(layer.values, 2)
         if self.norm == "largest_l1":
             kind, _, count = self.queries.partition(":")
-            window = min(int(count), layer.query.shape[2]) if kind == "window" else 0
-            lengths = layer.at_tokens(_length(layer.values, 1))
-            return lengths[..., : (layer.keys.shape[2] - window) or None].amax(-1, keepdim=True).expand(lengths.shape)
+            lengths, tokens = layer.at_tokens(_length(layer.values, 1)), layer.keys.shape[2]
+            before = tokens - min(int(count), layer.query.shape[2]) if kind == "window" else tokens
+            largest = lengths.amax(-1, keepdim=True)
+            if before and layer.valid is None:
+                largest = lengths[..., :before].amax(-1, keepdim=True)
+            elif before and layer.valid is not None:  # a row that is all window has nothing before it
+                some = layer.valid[..., :before].any(-1, keepdim=True)
+                largest = torch.where(some, lengths[..., :before].amax(-1, keepdim=True), largest)
+            return largest.expand(lengths.shape)
         return _projected_norm(layer, 1 if self.norm == "projected_l1" else 2)
 
 
