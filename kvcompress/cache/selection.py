@@ -125,7 +125,7 @@ def order_of(mask: Tensor, index: Tensor, kept: int, ordered: bool) -> Tensor:
     if not ordered:
         latest = torch.iinfo(index.dtype).max
         return torch.where(mask, index, latest).argsort(dim=-1)[..., :kept]
-    place = torch.where(mask, mask.cumsum(-1) - 1, kept)
+    place = torch.where(mask, mask.cumsum(-1) - 1, kept).clamp_(max=kept)  # too many marked is told later
     slots = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
     order = torch.zeros((*mask.shape[:2], kept + 1), dtype=torch.int64, device=mask.device)
     return order.scatter_(-1, place, slots)[..., :kept]
