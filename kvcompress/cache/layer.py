@@ -311,6 +311,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         freed = slots == table.free[self.number].unsqueeze(-1)
         index = table.index[self.number, :, :, :width].masked_fill(freed, -1).to(self.index.device)
         order = order_of(index >= 0, index, int(rows.max()), ordered=False)
+        self.heads_part = self.heads_part or table.sets > 1
         before = self.index[..., :packed].expand(-1, index.shape[1], -1)
         self.index, self.slots = torch.cat([before, index], 2), width
         self._keep(None, self.packed_rows, order + packed, rows, room=0)
@@ -559,7 +560,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if step.over is not None and evictor is not None:
             index = table.index[number]
             importance = None if self.ranks is None else torch.where(index < table.scored_end, self.ranks, torch.nan)
-            of_all = self.heads.gather(index) if self.heads_part else index
+            of_all = self.heads.gather(index) if table.sets > 1 else index
             every = None if importance is None else self.heads.gather(importance)
             with policy_errors(evictor, number):
                 victims = evictor.victim(DecodeContext(of_all, table.protected(of_all), every))
