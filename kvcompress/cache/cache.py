@@ -905,12 +905,19 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             layer_budgets=None if limits is None else limits.tolist(),
             held_columns=[self._held_columns(layer) for layer in self.layers],
             kv_bytes=sum(layer.store.nbytes for layer in self.layers),
-            index_bytes=sum(layer.index_nbytes for layer in self.layers) + (0 if table is None else table.nbytes),
+            index_bytes=self._index_nbytes(),
             full_kv_bytes=slot_nbytes * sequence.seen * sequence.batch,
             went_into={layers: into.tolist() for layers, into in sequence.went_into.items()},
             threshold=None if threshold is None else threshold.tolist(),
             notes=self._notes(),
         )
+
+    def _index_nbytes(self) -> int:
+        """Bytes allocated for what belongs to slots beside keys and values, those that layers share once."""
+        tensors = [tensor for layer in self.layers for tensor in layer.index_tensors()]
+        tensors += [] if self._table is None else self._table.tensors()
+        storages = [tensor.untyped_storage() for tensor in tensors]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def _held_columns(self, layer: CompressedLayer) -> list[list[list[int]]]:
         """Columns of the tokens that a layer holds, ascending, per row and set."""

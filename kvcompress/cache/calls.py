@@ -11,7 +11,7 @@ from torch import Tensor
 from kvcompress.cache.inputs import check_inputs, check_rows, not_the_conversation, shape_of, too_short
 from kvcompress.errors import CacheStateError, UnsupportedModeError
 
-_MOST = 256  # ids of a prompt that are remembered
+_MOST = 128  # ids of a prompt that are remembered
 
 
 class _Read(NamedTuple):
@@ -151,8 +151,8 @@ class Calls:
     def _remember(self, ids: Tensor, mask: Tensor | None, seen: int) -> None:
         self.crop(seen)  # a forward that failed may have come this far
         stride = -(-ids.shape[1] // _MOST)
-        own = None if mask is None else mask[:, seen : seen + ids.shape[1] : stride].to(ids.device)
-        self._read.append(_Read(seen, stride, ids[:, ::stride].clone(), own))
+        own = None if mask is None else (mask[:, seen : seen + ids.shape[1] : stride] != 0).to(ids.device)
+        self._read.append(_Read(seen, stride, ids[:, ::stride].to(torch.int32, copy=True), own))
 
     def _check_due(self, ids: Tensor | None) -> None:
         """Refuses what is not the first of the new tokens, the first time that `generate` calls the model in a turn."""

@@ -505,11 +505,10 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Key/value heads of the layer that this process holds; 0 before the first token."""
         return 0 if self.store.keys is None else self.store.keys.shape[1]
 
-    @property
-    def index_nbytes(self) -> int:
-        """Bytes of what belongs to slots beside keys and values."""
+    def index_tensors(self) -> list[Tensor]:
+        """What belongs to slots beside keys and values; layers may share some of it."""
         tensors = (self.index, self.scores, self.ranks, self.merger_state)
-        return sum(tensor.untyped_storage().nbytes() for tensor in tensors if tensor is not None)
+        return [tensor for tensor in tensors if tensor is not None]
 
     # -- decoding ------------------------------------------------------------------------------------------------------
 

@@ -123,10 +123,9 @@ class SlotTable:
         """1 where all heads of a layer hold the same tokens, else one for each key/value head."""
         return self.index.shape[2]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in vars(self).values() if isinstance(tensor, Tensor))
+    def tensors(self) -> list[Tensor]:
+        """All of its tensors."""
+        return [tensor for tensor in vars(self).values() if isinstance(tensor, Tensor)]
 
     # -- a step, on the device -----------------------------------------------------------------------------------------
 
