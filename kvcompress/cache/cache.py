@@ -692,9 +692,10 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     def _settle(self, step: Step, gone: int) -> None:
         """Lets the last step score, if it has not, by all its columns but the last so many."""
         sequence = self._sequence
-        step.row_seen = sequence.row_seen - (sequence.tokens_after(sequence.seen - gone) if gone else 0)
+        of_rows = sequence.tokens_after(sequence.seen - gone)
+        step.row_seen = sequence.row_seen - of_rows
         for layer in self.layers:
-            layer.settle(step, gone)
+            layer.settle(step, of_rows)
 
     def _drop_unscored(self) -> None:
         for layer in self.layers:

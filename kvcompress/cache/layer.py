@@ -23,7 +23,7 @@ from kvcompress.cache.selection import (
     selection_message,
     without_unknown,
 )
-from kvcompress.cache.sequence import Counts, Sequence, taken
+from kvcompress.cache.sequence import Counts, Sequence, taken, with_last, without_last
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.step import Phase, Step
 from kvcompress.cache.store import DenseStore, fix_address
@@ -209,19 +209,19 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         valid: Tensor = step.once("valid", index if self.index.shape[1] > 1 else self.index, lambda: index >= 0)
         return valid
 
-    def settle(self, step: Step, gone: int) -> None:
-        """Scores what was left unscored, by the queries of all its columns but the last so many."""
+    def settle(self, step: Step, gone: Counts) -> None:
+        """Scores what was left unscored, by the queries of each row but its last so many."""
         unscored, self.unscored = self.unscored, None
-        if unscored is not None and gone < unscored.query.shape[2]:
+        if unscored is not None and gone.min(initial=0) < unscored.query.shape[2]:
             self._score(step, unscored, gone)
 
-    def _score(self, step: Step, of: Unscored, gone: int = 0) -> None:
+    def _score(self, step: Step, of: Unscored, gone: Counts | None = None) -> None:
         """Scores every slot by what a step shows, and takes the statistics that the allocator reads.
 
         Args:
             step: the step in progress.
             of: queries of the step that is to score.
-            gone: last columns of that step, which are about to be taken back.
+            gone: last tokens of each row in that step, which are about to be taken back.
         """
         scorer, needs, index = self.config.scorer, self._needs, self.index
         observed = step.reduction is not None and step.reduction.observes(self.number)
@@ -230,11 +230,12 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         assert index is not None
         keys, values = self.every_slot()
         query, lse, valid = of.query, of.lse, self._valid(step)
-        if gone:
-            slots, queries = index.shape[2] - gone, query.shape[2] - gone
-            keys, values, index = keys[:, :, :slots], values[:, :, :slots], index[:, :, :slots]
-            query, lse = query[:, :, :queries], None if lse is None else lse[:, :, :queries]
-            valid = None if valid is None else valid[:, :, :slots]
+        if gone is not None and gone.any():
+            keys, values, query, index = (without_last(tensor, gone) for tensor in (keys, values, query, index))
+            lse = None if lse is None else without_last(lse, gone)
+            more = torch.as_tensor(gone - gone.min(), device=index.device)[:, None, None]
+            index = index.masked_fill(torch.arange(index.shape[2], device=index.device) < more, -1)
+            valid = index[:, :1] >= 0
         context = LayerContext(
             layer=self.number,
             query=query,
@@ -266,6 +267,8 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             raise PolicyError(f"{label} [batch, kv_heads, tokens]; got the shape {shape}")
         step.problems.note(f"{label} [batch, kv_heads, tokens]; got NaN or infinite scores", ~scores.isfinite().all())
         scores = scores.to(torch.float32)
+        if gone is not None and gone.any():
+            scores, index = with_last(scores, gone), self.index
         if scorer.accumulates and self.scores is not None:
             known, unscored = self.scores, self.sequence.unscored_before(index[..., : self.scores.shape[2]])
             known = known if unscored is None else known.masked_fill(unscored, 0.0)
@@ -578,18 +581,20 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def merge_freed(self, table: SlotTable, in_place: bool) -> None:
         """Merges what a decode step freed into the slots that stay."""
-        number, width = self.number, int(table.extent[self.number].max())
+        number, width, packed = self.number, int(table.extent[self.number].max()), self.store.packed
         if not table.hole[number].any():
             return
-        own, slots = self.index, torch.arange(width, device=table.index.device)
-        self.index, self.slots = table.index[number, :, :, :width], width
-        freed = slots == table.free[number].unsqueeze(-1)
-        importance = self.scores
+        own, index = self.index, table.index[number, :, :, :width]
+        assert own is not None
+        freed = torch.arange(width, device=index.device) == table.free[number].unsqueeze(-1)
+        self.index, self.slots = torch.cat([own[..., :packed].expand(-1, index.shape[1], -1), index], 2), width
+        freed = F.pad(freed, (packed, 0)) & (self.index >= 0)
+        importance, slots = self.scores, packed + width
         if self.config.scorer is not None and importance is not None:
-            padded = F.pad(importance, (0, max(0, width - importance.shape[2])))[..., :width]
+            padded = F.pad(importance, (0, max(0, slots - importance.shape[2])))[..., :slots]
             importance = importance_of(self.config.scorer, padded, self.index, self.sequence, number)
         kept = (self.index >= 0) & ~freed
-        self._merge(kept, freed & (self.index >= 0), importance, (width, 1), decoding=True, in_place=in_place)
+        self._merge(kept, freed, importance, (slots, 1), decoding=True, in_place=in_place)
         self.index = own
 
     # -- transformers' contract ----------------------------------------------------------------------------------------

@@ -318,3 +318,29 @@ def taken(of_tokens: Tensor, index: Int[Tensor, "batch sets slots"], fill: bool 
         return torch.full(index.shape, fill, dtype=of_tokens.dtype, device=index.device)
     flat = index.flatten(1).clamp(min=0, max=of_tokens.shape[1] - 1).long()
     return of_tokens.gather(1, flat).view(index.shape).masked_fill(index < 0, fill)
+
+
+def without_last(tensor: Tensor, gone: Counts) -> Tensor:
+    """All slots of each row but its last so many; in rows that lose more than others, padding comes before them.
+
+    Args:
+        tensor: what belongs to slots, `[batch, heads, slots, ...]`.
+        gone: slots that each row loses.
+
+    Returns:
+        `[batch, heads, slots - least, ...]`; what is padding means nothing.
+    """
+    return _moved(tensor, tensor.shape[2] - int(gone.min()), gone.min() - gone)
+
+
+def with_last(tensor: Tensor, gone: Counts) -> Tensor:
+    """What belongs to slots that `without_last` left, each where its slot was before; without the least of the last."""
+    return _moved(tensor, tensor.shape[2], gone - gone.min())
+
+
+def _moved(tensor: Tensor, slots: int, by: Counts) -> Tensor:
+    if not by.any():
+        return tensor[:, :, :slots]
+    place = torch.as_tensor(np.arange(slots) + by[:, None], device=tensor.device).clamp(0, tensor.shape[2] - 1)
+    place = place.view(len(by), 1, slots, *[1] * (tensor.ndim - 3))
+    return tensor.gather(2, place.expand(-1, tensor.shape[1], -1, *tensor.shape[3:]))
