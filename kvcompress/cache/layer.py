@@ -52,6 +52,12 @@ class Unscored:
     scaling: float
     weights: Callable[[], LayerWeights]
 
+    def of_rows(self, index: Tensor) -> Unscored:
+        """The same of some rows."""
+        index = index.to(self.query.device)
+        lse = None if self.lse is None else self.lse.index_select(0, index)
+        return replace(self, query=self.query.index_select(0, index), lse=lse)
+
 
 class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One decoder layer of a `CompressedCache`: its store, its scores, and what becomes of them in a step.
@@ -502,6 +508,8 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
         for name, known in self.statistics.items():
             self.statistics[name] = known.index_select(0, index.to(known.device))
+        if self.unscored is not None:
+            self.unscored = self.unscored.of_rows(index)
 
     @property
     def kv_heads(self) -> int:
