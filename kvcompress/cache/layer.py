@@ -367,8 +367,6 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
             every = None if importance is None else self.heads.gather(importance)
             with policy_errors(evictor, number):
                 victims = evictor.victim(DecodeContext(of_all, table.protected(of_all), every))
-                sets = victims.shape[1]
-            self.heads_part = self.heads_part or sets > 1
             victims = self.heads.own(victims)
             if victims.shape[1] > table.sets:
                 raise PolicyError(
