@@ -72,6 +72,8 @@ def make_table(state: CacheState) -> SlotTable:
         packed=packed if packed.any() else None,
         sets=layers[0].kv_heads if evictor is not None and evictor.by_head else 1,
     )
+    for layer in layers:
+        layer.heads_part = layer.heads_part or state.table.sets > 1
     if frees == "chosen" and layers[0].unscored is None:
         for layer in layers:
             layer.rank_slots(state.table.capacity)

@@ -142,7 +142,18 @@ class HeldTokens:
     def _take(self, mask: Tensor, counts: Counts, room: int) -> None:
         """Keeps the marked slots, `counts[row]` in every set of a row, in the order of their tokens."""
         assert self.index is not None
-        order, packed = order_of(mask, self.index, int(counts.max(initial=0)), ordered=True), self.store.packed
+        self.take(mask, order_of(mask, self.index, int(counts.max(initial=0)), ordered=True), counts, room)
+
+    def take(self, mask: Tensor, order: Tensor, counts: Counts, room: int) -> None:
+        """Keeps slots and gives the others back.
+
+        Args:
+            mask: slots that stay, `[batch, sets, slots]`, `counts[row]` in every set of a row.
+            order: the same slots in the order of their tokens.
+            counts: how many stay in each row.
+            room: slots to allocate beyond them.
+        """
+        packed = self.store.packed
         if not packed:
             self._keep(None, self.packed_rows, order, counts, room)
             return
@@ -177,9 +188,9 @@ class HeldTokens:
         """
         packed = self.store.packed
         self.store.take(F.pad(rest, (0, room)) if room else rest, first, packed_rows, surplus)
-        if first is None:
+        if first is None and packed:
             first = torch.arange(packed, device=rest.device).expand(*rest.shape[:2], -1)
-        self._arrange(torch.cat([first, rest], 2) if first.shape[2] else rest, packed_rows, rows)
+        self._arrange(rest if first is None else torch.cat([first, rest], 2), packed_rows, rows)
 
     def _arrange(self, arrangement: Tensor, packed_rows: Counts, rows: Counts) -> None:
         """Brings what belongs to slots into a new order; in each part, a row's first so many mean something."""
@@ -193,7 +204,8 @@ class HeldTokens:
             counts = [torch.as_tensor(n, device=place.device)[:, None, None] for n in (packed_rows, stay + rows)]
             self.index = self.index.masked_fill(torch.where(place < stay, place >= counts[0], place >= counts[1]), -1)
         if self.scores is not None:
-            scores = F.pad(self.scores, (0, before - self.scores.shape[2]))  # tokens that came since have none
+            more = before - self.scores.shape[2]  # tokens that came since have none
+            scores = F.pad(self.scores, (0, more)) if more else self.scores
             self.scores = scores.gather(-1, arrangement.expand(-1, scores.shape[1], -1))
         self.slots, self.held = width, packed_rows + rows
 
