@@ -143,7 +143,7 @@ def check_generate(name: str, config: CompressionConfig, rows: list[dict[str, An
 
 
 @every_config
-@examples(4)
+@examples(2)
 @given(budget=budgets, lengths=st.lists(st.integers(1, 30), min_size=2, max_size=4), seed=strategies.seeds)
 def test_a_left_padded_row_generates_as_alone(
     config: CompressionConfig, budget: Any, lengths: list[int], seed: int
@@ -246,7 +246,7 @@ def with_images(ids: Tensor, number: int) -> Tensor:
 
 
 @every_config
-@examples(5)
+@examples(3)
 @given(budget=budgets, data=st.data(), rows=st.integers(2, 3), seed=strategies.seeds)
 def test_a_row_padded_on_any_side_is_as_alone(
     config: CompressionConfig, budget: Any, data: st.DataObject, rows: int, seed: int
