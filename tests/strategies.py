@@ -24,6 +24,7 @@ from kvcompress.policies.registry import Registry
 from kvcompress.policies.statistics import STATISTICS
 
 seeds = st.integers(0, 2**31 - 1)
+THOROUGH = settings.default.max_examples > 25  # pytest --hypothesis-profile=thorough
 
 
 def examples(number: int) -> settings:
@@ -160,8 +161,13 @@ def config_with(given: Policy, **fields: Any) -> CompressionConfig:
     raise AssertionError(f"no configuration goes with {given!r}")
 
 
-def configs() -> Iterator[Any]:
+@functools.cache
+def configs() -> tuple[Any, ...]:
     """Presets, and one configuration around every other policy; each with a test id."""
+    return tuple(_configs())
+
+
+def _configs() -> Iterator[Any]:
     for name in PRESETS:
         yield pytest.param(CompressionConfig.preset(name), id=f"preset-{name}")
     positions = itertools.cycle(("original", "contiguous", "per_layer"))
