@@ -18,8 +18,8 @@ from tests import type_checker
 jaxtyping.jaxtyped = type_checker.jaxtyped
 jaxtyping.install_import_hook("kvcompress", f"{type_checker.__name__}.check")
 
-# Examples run whole models, so how long one takes says nothing about the strategy that drew it. CONTRIBUTING.md says how
-# to search longer. Explaining a failure would trace every line of the models.
+# Examples run whole models, so how long one takes says nothing about the strategy that drew it. How to search longer:
+# CONTRIBUTING.md. Explaining a failure would trace every line of the models.
 settings.register_profile(
     "quick",
     deadline=None,
