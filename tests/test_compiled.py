@@ -11,13 +11,16 @@ import pytest
 from kvcompress import CompressedCache
 from kvcompress.config.presets import PRESETS
 from tests import tiny
+from tests.strategies import THOROUGH
 
 # Whose steps cannot be compiled, since the host has to merge between them.
 IN_PYTHON = {"prefixkv+merge", "lookm"}
-COMPILED = [name for name in PRESETS if name not in IN_PYTHON]
+# By age, by score, without scores, quantized; the thorough profile takes all others as well.
+KINDS = ["prefixkv", "h2o", "streaming", "prefixkv+int4"]
+OTHERS = [name for name in PRESETS if name not in (*IN_PYTHON, *KINDS)]
 
 
-@pytest.mark.parametrize("names", [COMPILED[start::4] for start in range(4)], ids=" ".join)
+@pytest.mark.parametrize("names", [KINDS[:2], KINDS[2:], *([OTHERS] if THOROUGH else [])], ids=" ".join)
 def test_compiled_steps_keep_the_laws(names: list[str]) -> None:
     """Tokens and what layers hold are those of steps in Python, in padded rows and alone, at any budget, and after."""
     done = subprocess.run(
