@@ -1,4 +1,4 @@
-"""Figures of docs/benchmarks.md on SmolLM2, paired in one process: `python -m kvcompress.evaluation.bench`.
+"""Figures of docs/benchmarks.md on SmolLM2, paired in one process: `python -m benchmarks.smollm2`.
 
 Every figure is a ratio of runs that take turns, and the median of those ratios, since a busy machine changes its mind
 about what a second is.
@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, QuantizedCache
 
+from benchmarks.machine import about_line
 from kvcompress.cache import CompressedCache
 from kvcompress.cache.argument import cache_argument
 from kvcompress.config import CompressionConfig
@@ -185,7 +186,7 @@ def scorer_costs(rounds: int, tokens: int = 4000) -> dict[str, float]:
 
 def peak_bytes(case: str, tokens: int) -> int:
     """Memory that the prefill of a fresh process takes on top of the loaded model (Linux)."""
-    command = [sys.executable, "-m", "kvcompress.evaluation.bench", "--peak", case, "--tokens", str(tokens)]
+    command = [sys.executable, "-m", "benchmarks.smollm2", "--peak", case, "--tokens", str(tokens)]
     return int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
 
 
@@ -236,9 +237,7 @@ def main(
         print(own_peak_bytes(peak, tokens))
         return
     console, bench = Console(), Bench(tokens)
-    console.print(
-        f"SmolLM2-135M, bfloat16, {tokens} tokens, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
+    console.print(f"SmolLM2-135M, bfloat16, {tokens} tokens; {about_line()}")
     decode, floor = bench.decode(10 * rounds)
     own, full = decode["kvcompress prefixkv, 20 %"], decode["kvcompress, everything"]
     against = {
