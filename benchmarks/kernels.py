@@ -27,7 +27,7 @@ def seconds(functions: Pair, device: str, repeats: int) -> list[float]:
     for _ in range(repeats):
         for number, function in enumerate(functions):
             if device == "cuda":
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
                 start.record()
                 function()
                 end.record()
