@@ -358,8 +358,31 @@ def test_snapkv_is_its_formula(layer: LayerContext, window: int, kernel: int, po
             assert float(score[row, head, slot]) == pytest.approx(expected, abs=1e-5)
 
 
+@given(layer=contexts, window=st.integers(1, 8), kernel=st.sampled_from([1, 3, 5]), projected=st.booleans())
+def test_defensive_is_its_formula(layer: LayerContext, window: int, kernel: int, projected: bool) -> None:
+    """The highest of all pooled votes of a group, at least their mean over tokens, times the share of the value."""
+    score = SCORERS.create("defensive", window=window, kernel=kernel, projected=projected).score(layer)
+    kv_heads, tokens = layer.keys.shape[1:3]
+    votes, before = dense(layer)[:, :, -window:].unflatten(1, (kv_heads, -1)).flatten(2, 3), tokens - window
+    parts = layer.weights.output.double().unflatten(1, (kv_heads, -1, DIM))  # [hidden, kv_heads, group, DIM]
+    norms = torch.einsum("hkgd,bktd->bkgth", parts, layer.values.double()).abs().sum(-1).mean(2)
+    for row in range(len(votes)):
+        for head in range(kv_heads):
+            pooled = []
+            for vote in votes[row, head].tolist():
+                near = [[i for i in range(s - kernel // 2, s + kernel // 2 + 1) if 0 <= i < before] for s in range(before)]
+                means = [sum(vote[i] for i in around) / kernel for around in near]
+                pooled.append([mean * sum(vote[:before]) / sum(means) for mean in means] if before > 0 else [])
+            highest = [max(of_query[slot] for of_query in pooled) for slot in range(before)]
+            expected = [max(own, sum(highest) / before) for own in highest]
+            expected += [float(votes[row, head, :, slot].max()) for slot in range(max(0, before), tokens)]
+            for slot, wanted in enumerate(expected):
+                share = float(norms[row, head, slot] / norms[row, :, slot].sum()) if projected else 1.0
+                assert float(score[row, head, slot]) == pytest.approx(wanted * share, abs=1e-5)
+
+
 @pytest.mark.parametrize(
-    ("name", "fields", "kept"), [("snapkv", {"window": 3}, 3), ("snapkv", {}, 30), ("lagkv", {"lag": 4}, 4)], ids=str
+    ("name", "fields", "kept"), [("defensive", {"window": 3}, 3), ("snapkv", {"window": 3}, 3), ("snapkv", {}, 30), ("lagkv", {"lag": 4}, 4)], ids=str
 )
 @pytest.mark.parametrize("budget", [0.2, 0.6])
 def test_the_window_is_kept(name: str, fields: dict[str, Any], kept: int, budget: float) -> None:
@@ -689,13 +712,19 @@ class Decomposed(LoRALinear):
 
 
 @pytest.mark.parametrize("adapter", [Stranger, Decomposed])
+@pytest.mark.parametrize(
+    ("fields", "way_out"), [({"scorer": "value_aware"}, "own_l2"), ({"evictor": "critical"}, "another evictor")]
+)
 @torch.no_grad()
-def test_an_adapter_whose_weight_is_unknown_is_refused_by_the_scorer_that_reads_it(adapter: Any) -> None:
+def test_an_adapter_whose_weight_is_unknown_is_refused_by_the_policy_that_reads_it(
+    adapter: Any, fields: dict[str, Any], way_out: str
+) -> None:
     """And by no other."""
     model, inputs = tiny.build("llama"), tiny.inputs("llama", 12, seed=8)
     model.model.layers[1].self_attn.o_proj = adapter(model.model.layers[1].self_attn.o_proj)
-    cache = CompressedCache(model, "prefixkv", scorer="value_aware")
-    with pytest.raises(UnsupportedModelError, match=r"layer 1: the output projection .*merge_and_unload.*own_l2"):
+    cache = CompressedCache(model, "prefixkv", **fields)
+    says = rf"{next(iter(fields))} .*: layer 1: the output projection .*merge_and_unload.*{way_out}"
+    with pytest.raises(UnsupportedModelError, match=says):
         model(**inputs, **tiny.with_cache(cache))
     for scorer in ({"name": "value_aware", "norm": "own_l2"}, "attention"):
         model(**inputs, **tiny.with_cache(CompressedCache(model, "prefixkv", scorer=scorer)))

@@ -33,6 +33,7 @@ from kvcompress.kernels import attend_blocks, attention_with_lse, attention_with
 from kvcompress.parallel import ALONE, HeadGroup
 from kvcompress.policies.context import DecodeContext, LayerContext, LayerWeights, MergeContext, SelectionContext
 from kvcompress.policies.faults import policy_errors
+from kvcompress.policies.projection import projected_norm
 from kvcompress.policies.statistics import STATISTICS
 
 
@@ -97,6 +98,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.pinned: Counts = np.zeros(0, dtype=np.int64)
         self.merger_state: Tensor | None = None
         self.unscored: Unscored | None = None
+        self._weights: Callable[[], LayerWeights] = LayerWeights
         self.heads_part = False
         self.device: torch.device | None = None
 
@@ -132,6 +134,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             output = self._attend_one(step, table, query, scaling)
             self.free(step, table)
             return output
+        self._weights = weights
         query, key, value = (step.aligned(tensor) for tensor in (query, key, value))
         past = self._append(step, key, value)
         valid = self._valid(step)
@@ -160,6 +163,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 is_image=step.once("images", index, lambda: self.sequence.images_at(index)),
                 image_budget=None if images is None else images[self.number].to(index.device),
                 problems=step.problems,
+                value_norms=self._value_norms() if evictor.reads_value_norms else None,
             )
             mask, wrong = checked_selection(evictor, self.number, context)
             step.problems.note(lambda: selection_message(evictor, self.number, mask, context), wrong)
@@ -298,6 +302,13 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _protected(self, index: Tensor) -> Tensor:
         return self.sequence.protected(index, *protection(self.config))
+
+    def _value_norms(self) -> Tensor:
+        """Norm of each slot's value after the output projection, over all heads of the layer."""
+        evictor = self.config.evictor
+        assert evictor is not None
+        asks = f"evictor {evictor.name}: layer {self.number}: {{}}, or choose another evictor"
+        return self.heads.gather(projected_norm(self.every_slot()[1], self._weights(), 1, asks))
 
     def close_ranks(self, room: int) -> None:
         """Brings the tokens of rows with padding between them together, in the first slots."""

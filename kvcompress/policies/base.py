@@ -160,11 +160,15 @@ class Evictor(Policy):
 
     Class attributes:
         reads_importance: whether it ranks by importance, which needs a scorer.
+        reads_mass: whether it treats importance as mass, which not every scorer gives.
+        reads_value_norms: whether `SelectionContext.value_norms` is given; costs nothing where it is False.
         keeps_modality: whether `select` keeps `SelectionContext.image_budget` image tokens where one is given.
     """
 
     stage = "evictor"
     reads_importance: ClassVar[bool] = True
+    reads_mass: ClassVar[bool] = False
+    reads_value_norms: ClassVar[bool] = False
     keeps_modality: ClassVar[bool] = False
 
     @abstractmethod

@@ -193,6 +193,8 @@ class SelectionContext:
         is_image: which slots hold image tokens; None for text-only sequences.
         image_budget: how many of the budget are for image tokens; None unless the allocator splits it by modality.
         problems: where the evictor puts checks of what is on the device, which are read for all layers together.
+        value_norms: L1 norm of each slot's value after the output projection, mean over each group of heads; None
+            unless the evictor declares `reads_value_norms`.
     """
 
     budget: Int[Tensor, " batch"]
@@ -203,6 +205,7 @@ class SelectionContext:
     is_image: Bool[Tensor, "batch sets slots"] | None = None
     image_budget: Int[Tensor, " batch"] | None = None
     problems: Problems = field(default_factory=Problems)
+    value_norms: Float[Tensor, "batch kv_heads slots"] | None = None
 
 
 @dataclass(frozen=True)
