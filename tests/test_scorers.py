@@ -730,6 +730,95 @@ def test_an_adapter_whose_weight_is_unknown_is_refused_by_the_policy_that_reads_
         model(**inputs, **tiny.with_cache(CompressedCache(model, "prefixkv", scorer=scorer)))
 
 
+# -- leverage, mixkv, rkv ----------------------------------------------------------------------------------------------
+
+
+def standardised(scores: dict[tuple[int, int], float]) -> dict[tuple[int, int], float]:
+    """By head and slot, with the mean 0 and the deviation 1 over both."""
+    mean = sum(scores.values()) / len(scores)
+    deviation = math.sqrt(sum((score - mean) ** 2 for score in scores.values()) / len(scores))
+    return {key: (score - mean) / max(deviation, 1e-6) for key, score in scores.items()}
+
+
+@given(layer=contexts, blend=st.sampled_from([0.0, 0.35, 2.0]), chunk=st.integers(1, 9))
+def test_leverage_is_its_formula(layer: LayerContext, blend: float, chunk: int) -> None:
+    """Keys turned back one by one, the inverse of a matrix, and a softmax over each query's chunk."""
+    score = SCORERS.create("leverage", blend=blend, chunk=chunk).score(layer)
+    kv_heads, tokens = layer.keys.shape[1:3]
+    past, queries = tokens - layer.query.shape[2], layer.query.shape[2]
+    group, frequencies = layer.query.shape[1] // kv_heads, layer.weights.inverse_frequencies
+    for row in range(len(score)):
+        leverages, attention = {}, {}
+        for head in range(kv_heads):
+            keys = layer.keys[row, head].double().clone()
+            for slot, index in enumerate(layer.index[row, 0].tolist()):
+                for pair, frequency in enumerate([] if frequencies is None else frequencies.double().tolist()):
+                    point = complex(keys[slot, pair], keys[slot, pair + DIM // 2])
+                    point *= complex(math.cos(index * frequency), -math.sin(index * frequency))
+                    keys[slot, pair], keys[slot, pair + DIM // 2] = point.real, point.imag
+            x = keys - keys.mean(0)
+            inverse = torch.linalg.inv(x.T @ x + 0.01 * torch.eye(DIM, dtype=torch.double))
+            leverages |= {(head, slot): float(x[slot] @ inverse @ x[slot]) for slot in range(tokens)}
+            got = [0.0] * queries
+            for q in range(queries):
+                last = queries - 1 - (queries - 1 - q) // chunk * chunk
+                own = range(max(0, last - chunk + 1), last + 1)
+                for query in layer.query[row, head * group : (head + 1) * group, q].double():
+                    weights = [math.exp(float(query @ layer.keys[row, head, past + k].double())) for k in own]
+                    for k, weight in zip(own, weights, strict=True):
+                        got[k] += weight / sum(weights) / group
+            got = [own * float(layer.values[row, head, past + k].double().norm()) for k, own in enumerate(got)]
+            pooled = [sum(got[max(0, k - 1) : k + 2]) / 3 for k in range(queries)]
+            attention |= {(head, past + k): own for k, own in enumerate(pooled)}
+        leverages, attention = standardised(leverages), standardised(attention)
+        for (head, slot), own in leverages.items():
+            expected = blend * own + attention.get((head, slot), 0.0)
+            assert float(score[row, head, slot]) == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+@given(layer=contexts)
+def test_mixkv_is_its_formula(layer: LayerContext) -> None:
+    """The mean cosine of all pairs of keys decides how much diversity counts against votes and norms."""
+    score = SCORERS.create("mixkv", window=2, kernel=3).score(layer)
+    votes = SnapKV(window=2, kernel=3).score(layer).double()
+    for row in range(len(score)):
+        for head in range(score.shape[1]):
+            unit = torch.nn.functional.normalize(layer.keys[row, head].double(), dim=-1)
+            count, own = len(unit), votes[row, head]
+            pairs = [float(unit[a] @ unit[b]) for a in range(count) for b in range(count) if a != b]
+            share = min(max(sum(pairs) / max(1, len(pairs)), 0.0), 0.999)
+            mean = torch.nn.functional.normalize(unit.mean(0), dim=0)
+            expected = (1 - share) * own
+            for weight, kind in ((1 - share, layer.values[row, head].double().norm(dim=-1)), (share, -(unit @ mean))):
+                above = kind - kind.min()
+                if float(above.sum()) > 0:
+                    expected = expected + weight * above / above.mean() * own.mean()
+            if count > 1:  # else rounding decides
+                close(score[row, head], expected)
+
+
+@given(layer=contexts, threshold=st.sampled_from([-0.5, 0.0, 0.5]), share=st.sampled_from([0.0, 0.07, 0.5, 1.0]))
+def test_rkv_is_its_formula(layer: LayerContext, threshold: float, share: float) -> None:
+    """Of the cosines of a key that are above the threshold, the one with the latest token does not count."""
+    score = SCORERS.create("rkv", window=2, kernel=3, threshold=threshold, share=share).score(layer)
+    votes = SnapKV(window=2, kernel=3, pool="max").score(layer).double()
+    tokens = layer.keys.shape[2]
+    for row in range(len(score)):
+        for head in range(score.shape[1]):
+            unit = torch.nn.functional.normalize(layer.keys[row, head].double(), dim=-1).tolist()
+            mean = [0.0] * tokens
+            for one in range(tokens):
+                others = [slot for slot in range(tokens) if slot != one]
+                cosine = {slot: sum(a * b for a, b in zip(unit[one], unit[slot], strict=True)) for slot in others}
+                copies = [slot for slot in others if cosine[slot] > threshold]
+                left_out = max(copies, key=lambda slot: int(layer.index[row, 0, slot]), default=None)
+                for slot in others:
+                    mean[slot] += cosine[slot] / tokens if slot != left_out else 0.0
+            total = sum(math.exp(own) for own in mean)
+            redundancy = torch.tensor([math.exp(own) / total for own in mean])
+            close(score[row, head], share * votes[row, head] - (1 - share) * redundancy)
+
+
 # -- random, position --------------------------------------------------------------------------------------------------
 
 
