@@ -262,7 +262,7 @@ class Merged:
 
 @dataclass(frozen=True)
 class Codes:
-    """Quantized keys or values: `code * scale - shift` gives them back.
+    """Quantized keys or values: `code * scale - shift` gives them back, as they were or as a quantizer turned them.
 
     Attributes:
         data: codes of every slot, packed into bytes or in a narrow dtype; its last axis holds a slot's dimensions.
