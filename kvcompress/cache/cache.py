@@ -149,8 +149,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         scaling: float,
     ) -> Tensor:
         """Takes a layer through the step in progress, which the first layer begins and the last ends."""
-        if layer == 0:
-            self._begin(query)
+        step = self._step
+        if layer == 0 and not (step is not None and step.early and step.next_layer == 0):
+            self._begin(query.shape[0], query.shape[2], query.device)
         step = self._step
         if step is None or step.next_layer != layer:
             raise self._broken()
@@ -162,13 +163,12 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 self._end(step)
         return _usable(output)
 
-    def _begin(self, query: Tensor) -> None:
+    def _begin(self, batch: int, queries: int, device: torch.device) -> None:
         """Makes the step of a forward, and takes note of its tokens."""
         if torch.compiler.is_compiling():  # only decode steps are compiled, after a prefill step that made the table
             self._begin_decode()
             return
         self._check_ready()
-        batch, _, queries, _ = query.shape
         sequence = self._sequence
         if sequence.batch not in (0, batch):
             raise CacheStateError(
@@ -182,7 +182,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if queries == 1 and sequence.seen and says is None:
             self._begin_decode()
         else:
-            self._begin_prefill(query, says or Mask(None, None, np.full(batch, queries), None))
+            self._begin_prefill(batch, queries, device, says or Mask(None, None, np.full(batch, queries), None))
 
     def _begin_decode(self) -> None:
         sequence, table = self._sequence, self._table
@@ -211,8 +211,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         merger = self.config.merger
         step.merges = evicts and merger is not None and merger.merges_decoding
 
-    def _begin_prefill(self, query: Tensor, mask: Mask) -> None:
-        batch, _, queries, _ = query.shape
+    def _begin_prefill(self, batch: int, queries: int, device: torch.device, mask: Mask) -> None:
         self._catch_up_if_needed()
         sequence, first = self._sequence, self._sequence.seen
         step = Step(Phase.PREFILL, columns=queries, evicts=not self._recording, row_new=mask.row_new)
@@ -223,7 +222,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             self._hide(mask.hidden)
         sequence.extend(new_valid, queries, step.row_new)
         step.row_seen = sequence.row_seen
-        index = sequence.index_of_columns(query.device)[:, first:]
+        index = sequence.index_of_columns(device)[:, first:]
         if step.order is not None:
             index = index.gather(1, step.order)
             new_valid = index >= 0
@@ -236,7 +235,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if not (self.config.evictor is None or self._recording or step.reduction is not None):
             if not self.config.allocator.reads_importance:
                 before = [np.broadcast_to(layer.held if len(layer.held) else 0, batch) for layer in self.layers]
-                step.local = partial(self._allocate_once, np.stack(before) + step.row_new, query.device)
+                step.local = partial(self._allocate_once, np.stack(before) + step.row_new, device)
 
     def _read_mask(self, mask: Tensor | None, queries: int) -> Mask | None:
         """What a mask says; None if it says nothing but that tokens are as they were and all new columns hold one.
@@ -498,6 +497,12 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if torch.compiler.is_compiling():
             return None
         self._calls.layer(layer)
+        if layer == 0 and self._acts_first():
+            self._check_ready()
+            if self._layout is not None:
+                self._begin(hidden.shape[0], hidden.shape[1], hidden.device)
+                assert self._step is not None
+                self._step.early = True
         step = self._step
         if step is None or step.reduction is None or step.next_layer != layer or layer < step.reduction.points[0]:
             return None
@@ -509,6 +514,11 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 step.index, step.valid = reduction.index.to(torch.int32).unsqueeze(1), reduction.valid
                 step.row_new, step.order = np.asarray(reduction.row_tokens), None
         return _usable(hidden), reduction
+
+    def _acts_first(self) -> bool:
+        """Whether the reducer acts before the first layer."""
+        reducer = self.config.reducer
+        return reducer is not None and 0 in reducer.acts_after(len(self.layers))
 
     def renumber(self, layer: int, positions: dict[str, Any]) -> dict[str, Any]:
         """Positions that count a layer's own tokens, for reducers that have such; called by the hooks on the layers."""
@@ -524,9 +534,11 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         None where they do not, or nothing was lost; on the device, without waiting for it.
         """
         reducer, step, sequence = self.config.reducer, self._step, self._sequence
-        if reducer is None or reducer.positions != "per_layer" or step is None or step.next_layer != layer:
+        if reducer is None or reducer.positions != "per_layer":
             return None
-        missing, earlier = sequence.missing(layer), sequence.seen - step.columns
+        if (step is None and layer) or (step is not None and step.next_layer != layer):
+            return None
+        missing, earlier = sequence.missing(layer), sequence.seen - (0 if step is None else step.columns)
         return None if missing is None or not earlier else missing[:, :earlier].sum(1)
 
     def spread(self, hidden: Tensor) -> Tensor | None:
@@ -549,7 +561,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if not torch.compiler.is_compiling():
             if layer_idx == 0:
                 self._check_decoder()
-                self._check_ready()
+                if self._step is None or not self._step.early:
+                    self._check_ready()
             self._calls.check(layer_idx)
         if layer_idx >= len(self.layers):
             raise CacheStateError(f"layer {layer_idx}: the cache was made for a model of {len(self.layers)} layers")

@@ -66,6 +66,7 @@ class Step:
         reduction: what a reducer does to its images; None if there are none.
         problems: what may be wrong with policies' answers, all read at once.
         next_layer: layer that attends next.
+        early: prefill: whether it began before the first layer, for a reducer that acts there.
         row_seen: tokens of each row, this step included.
     """
 
@@ -86,6 +87,7 @@ class Step:
     reduction: Reduction | None = None
     problems: Problems = field(default_factory=Problems)
     next_layer: int = 0
+    early: bool = False
     row_seen: Counts = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     _known: dict[str, tuple[Tensor, Any]] = field(default_factory=dict)
 

@@ -272,7 +272,7 @@ class Quantizer(Policy):
 class Reducer(Policy):
     """Lets fewer image tokens go on from one decoder layer to the next, in the forward that brings the image.
 
-    A layer that has run keeps the keys and values of all tokens it saw; the layers after it see, and store, fewer. Text
+    It may act before the first layer too, on what goes into the decoder. A layer that has run keeps the keys and values of all tokens it saw; the layers after it see, and store, fewer. Text
     always goes on as it is, and so does the last token of a row, which counts as text here even if it ends an image.
     All rows are reduced at once, each as it would be alone.
 
@@ -297,7 +297,7 @@ class Reducer(Policy):
 
     @abstractmethod
     def acts_after(self, layers: int) -> tuple[int, ...]:
-        """How many layers have run when it acts, once for each reduction, ascending.
+        """How many layers have run when it acts, once for each reduction, ascending; 0 before the first.
 
         Args:
             layers: number of decoder layers.

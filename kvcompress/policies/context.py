@@ -315,8 +315,8 @@ class ReductionContext:
 
     Attributes:
         stage: number of the reduction, from 0.
-        layer: index of the decoder layer that has just run.
-        hidden: hidden states that this layer gave.
+        layer: index of the decoder layer that has just run; -1 before the first.
+        hidden: hidden states that this layer gave, or that go into the first.
         index: number of tokens of the row that came before each token; -1 for padding.
         is_image: which of them are image tokens; never the last, from whose state the next token is read.
         grids: grids of each row's images.
@@ -324,7 +324,7 @@ class ReductionContext:
         cell: row and column that each token has had in its grid from the start; meaningless where there is no grid.
         size: height and width of that grid; meaningless where there is no grid.
         image_tokens: image tokens of each row in this forward before the first reduction; known on the host.
-        guidance: what the reducer's `guidance` gave for them at this layer; None without one.
+        guidance: what the reducer's `guidance` gave for them at this layer; None without one, and before the first.
     """
 
     stage: int
