@@ -17,7 +17,16 @@ from kvcompress import CompressionConfig
 from kvcompress.errors import ConfigError
 from kvcompress.policies.context import LayerContext, Reduced, ReductionContext
 from kvcompress.policies.images import ImageGrid
-from kvcompress.policies.reducers import CDPruner, DivPrune, FastV, LightKV, PyramidDrop, RandomReducer, ToMe, UniformGrid
+from kvcompress.policies.reducers import (
+    CDPruner,
+    DivPrune,
+    FastV,
+    LightKV,
+    PyramidDrop,
+    RandomReducer,
+    ToMe,
+    UniformGrid,
+)
 from tests import reduction_oracle, strategies
 from tests.image_rows import Row, reduced_by, rows
 from tests.strategies import examples
@@ -110,7 +119,16 @@ def test_a_merged_state_is_a_convex_mean_of_its_sources(drawn: Row, across: int,
 @given(drawn=rows(), dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
 def test_states_keep_their_dtype_and_text_its_bits(drawn: Row, dtype: torch.dtype) -> None:
     row = replace(drawn.row, hidden=drawn.row.hidden.to(dtype), guidance=torch.rand(1, len(drawn.places)))
-    for reducer in (LightKV(windows=(1,), after=(1,)), ToMe(), FastV(), PyramidDrop(), RandomReducer(), UniformGrid(), DivPrune(), CDPruner()):
+    for reducer in (
+        LightKV(windows=(1,), after=(1,)),
+        ToMe(),
+        FastV(),
+        PyramidDrop(),
+        RandomReducer(),
+        UniformGrid(),
+        DivPrune(),
+        CDPruner(),
+    ):
         reduced = reducer.reduce(row)
         text = ~row.is_image
         assert reduced.hidden.dtype == dtype

@@ -19,7 +19,16 @@ from kvcompress.cache.reduction import Reduction
 from kvcompress.errors import PolicyError
 from kvcompress.policies.base import Reducer
 from kvcompress.policies.context import LayerContext, Reduced, ReductionContext
-from kvcompress.policies.reducers import CDPruner, DivPrune, FastV, LightKV, PyramidDrop, RandomReducer, ToMe, UniformGrid
+from kvcompress.policies.reducers import (
+    CDPruner,
+    DivPrune,
+    FastV,
+    LightKV,
+    PyramidDrop,
+    RandomReducer,
+    ToMe,
+    UniformGrid,
+)
 from tests.image_rows import Row, layout_of, reduction_of, rows, side_by_side
 from tests.strategies import examples
 

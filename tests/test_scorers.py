@@ -370,7 +370,9 @@ def test_defensive_is_its_formula(layer: LayerContext, window: int, kernel: int,
         for head in range(kv_heads):
             pooled = []
             for vote in votes[row, head].tolist():
-                near = [[i for i in range(s - kernel // 2, s + kernel // 2 + 1) if 0 <= i < before] for s in range(before)]
+                near = [
+                    [i for i in range(s - kernel // 2, s + kernel // 2 + 1) if 0 <= i < before] for s in range(before)
+                ]
                 means = [sum(vote[i] for i in around) / kernel for around in near]
                 pooled.append([mean * sum(vote[:before]) / sum(means) for mean in means] if before > 0 else [])
             highest = [max(of_query[slot] for of_query in pooled) for slot in range(before)]
@@ -382,7 +384,9 @@ def test_defensive_is_its_formula(layer: LayerContext, window: int, kernel: int,
 
 
 @pytest.mark.parametrize(
-    ("name", "fields", "kept"), [("defensive", {"window": 3}, 3), ("snapkv", {"window": 3}, 3), ("snapkv", {}, 30), ("lagkv", {"lag": 4}, 4)], ids=str
+    ("name", "fields", "kept"),
+    [("defensive", {"window": 3}, 3), ("snapkv", {"window": 3}, 3), ("snapkv", {}, 30), ("lagkv", {"lag": 4}, 4)],
+    ids=str,
 )
 @pytest.mark.parametrize("budget", [0.2, 0.6])
 def test_the_window_is_kept(name: str, fields: dict[str, Any], kept: int, budget: float) -> None:

@@ -83,7 +83,9 @@ class Registry(Generic[PolicyT]):
         """
         registered, bits = self._read(name)
         if bits is not None and fields.setdefault("bits", bits) != bits:
-            raise ConfigError(f"{self.stage} {name}: the name says {bits} bits, the field {shown(fields['bits'])}; give one")
+            raise ConfigError(
+                f"{self.stage} {name}: the name says {bits} bits, the field {shown(fields['bits'])}; give one"
+            )
         try:
             return self._policies[registered](**fields)
         except ConfigError as error:

@@ -55,9 +55,7 @@ class Choosing(Dropping):
         """What `drop` leaves."""
         return 1.0 - self.drop
 
-    def chosen(
-        self, layer: ReductionContext, images: Images, keep: list[int]
-    ) -> Bool[Tensor, "batch images"]:
+    def chosen(self, layer: ReductionContext, images: Images, keep: list[int]) -> Bool[Tensor, "batch images"]:
         """Marks as many of each row's image tokens as `keep` says, all where it has no more."""
         raise NotImplementedError
 

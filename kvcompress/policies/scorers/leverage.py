@@ -51,7 +51,9 @@ class Leverage(Scorer):
         attention = self._attention(layer, new) * torch.linalg.vector_norm(layer.values[:, :, new].float(), dim=-1)
         if valid is not None:
             attention = attention * valid
-        attention = F.pad(_standardised(F.avg_pool1d(attention, 3, 1, 1), valid, layer), (layer.keys.shape[2] - queries, 0))
+        attention = F.pad(
+            _standardised(F.avg_pool1d(attention, 3, 1, 1), valid, layer), (layer.keys.shape[2] - queries, 0)
+        )
         leverage = _standardised(_leverage(_before_rotation(layer), layer.valid), layer.valid, layer)
         return layer.at_tokens((self.blend * leverage + attention).float())
 
@@ -90,7 +92,7 @@ def _before_rotation(layer: LayerContext) -> Float[Tensor, "batch kv_heads token
 
 
 def _leverage(keys: Keys, valid: Tensor | None) -> Importance:
-    """x' (X'X + ridge)^-1 x of each key, less the mean."""
+    """X' (X'X + ridge)^-1 x of each key, less the mean."""
     if valid is None:
         centred = keys - keys.mean(2, keepdim=True)
     else:
