@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcompress import CompressionConfig
+from kvcompress import REDUCERS, CompressionConfig
 from kvcompress.errors import ConfigError
 from kvcompress.policies.context import LayerContext, Reduced, ReductionContext
 from kvcompress.policies.images import ImageGrid
@@ -463,7 +463,7 @@ def test_layers_that_the_decoder_does_not_have_are_refused(after: tuple[Any, ...
 @pytest.mark.parametrize("name", ["lightkv", "pyramiddrop"])
 def test_before_the_first_layer_there_is_no_attention_to_read(name: str) -> None:
     fields = {"keep_shares": [0.5]} if name == "pyramiddrop" else {}
-    reducer = CompressionConfig(reducer={"name": name, "after": [0], **fields}).reducer
+    reducer = REDUCERS.create(name, after=[0], **fields)
     with pytest.raises(ConfigError, match=rf"reducer {name}: after=\[0\]: it reads the attention .* begin with 1"):
         reducer.acts_after(3)
 

@@ -272,9 +272,10 @@ class Quantizer(Policy):
 class Reducer(Policy):
     """Lets fewer image tokens go on from one decoder layer to the next, in the forward that brings the image.
 
-    It may act before the first layer too, on what goes into the decoder. A layer that has run keeps the keys and values of all tokens it saw; the layers after it see, and store, fewer. Text
-    always goes on as it is, and so does the last token of a row, which counts as text here even if it ends an image.
-    All rows are reduced at once, each as it would be alone.
+    It may act before the first layer too, on what goes into the decoder. A layer that has run keeps the keys and values
+    of all tokens it saw; the layers after it see, and store, fewer. Text always goes on as it is, and so does the last
+    token of a row, which counts as text here even if it ends an image. All rows are reduced at once, each as it would
+    be alone.
 
     Class attributes:
         reads_attention: whether `guidance` is called at the layers after which it acts.

@@ -21,8 +21,8 @@ class Turned(Affine):
         """Each slot times H, in float32."""
         dim = tensor.shape[-1]
         size = dim & -dim
-        blocks = tensor.float().unflatten(-1, (dim // size, size))
-        return (blocks @ _hadamard(size, tensor.device)).flatten(-2)
+        blocks = tensor.float().reshape(*tensor.shape[:-1], dim // size, size)
+        return (blocks @ _hadamard(size, tensor.device)).reshape(tensor.shape)
 
     def decode(self, codes: Codes) -> Keys:
         """Rescales in float32 and turns back."""
@@ -67,4 +67,5 @@ def _hadamard(size: int, device: torch.device) -> Tensor:
         both, parity = number & number[:, None], torch.zeros(size, size, dtype=torch.long, device=device)
         for bit in range(size.bit_length()):
             parity ^= both >> bit & 1
-        return (1 - 2 * parity).float() * size**-0.5
+        signs: Tensor = (1 - 2 * parity).float()
+        return signs.mul_(size**-0.5)

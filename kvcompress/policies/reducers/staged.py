@@ -42,8 +42,8 @@ def layers_at(reducer: Reducer, after: tuple[int | float, ...], layers: int) -> 
             found.append(number)
     if any(second <= first for first, second in pairwise(found)) or (found and found[-1] >= layers):
         raise ConfigError(
-            f"reducer {reducer.name}: after={list(after)} must ascend and stay below the {layers} layers of the model's "
-            "decoder; give numbers of layers, or fractions of the depth"
+            f"reducer {reducer.name}: after={list(after)} must ascend and stay below the {layers} layers of the "
+            "model's decoder; give numbers of layers, or fractions of the depth"
         )
     return tuple(found)
 

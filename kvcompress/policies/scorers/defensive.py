@@ -27,8 +27,8 @@ class Defensive(SnapKV):
     one layer at a time this is the paper's plain form; with one that compares layers, its layer-wise form.
 
     *Deviates:* the code first keeps the tokens that hold 90 % of the window's attention (but for the window's own
-    share); here all are ranked by the score, and the evictor `critical` has a first stage of its own. After an eviction,
-    neighbours are the tokens that are left. Every later turn votes anew, and its scores replace earlier ones.
+    share); here all are ranked by the score, and the evictor `critical` has a first stage of its own. After an
+    eviction, neighbours are the tokens that are left. Every later turn votes anew, and its scores replace earlier ones.
 
     Args:
         window: number of last queries (tokens) that vote, and of last tokens that are protected.
@@ -43,7 +43,7 @@ class Defensive(SnapKV):
         """Costs window x heads x tokens numbers in float32."""
         probability = layer.attention_probabilities(self.window)
         before, order = layer.keys.shape[2] - self.window, layer.in_order()
-        (batch, _, queries, tokens), kv_heads = probability.shape, layer.keys.shape[1]
+        (batch, *_, tokens), kv_heads = probability.shape, layer.keys.shape[1]
         probability = probability.view(batch, kv_heads, -1, tokens)  # the queries of each group
         if before > 0:
             order = None if order is None else order.expand(-1, kv_heads, -1)
