@@ -18,7 +18,7 @@ from kvcompress.errors import UnsupportedModelError
 from kvcompress.kernels import attention_with_lse
 from kvcompress.policies.base import Scorer
 from kvcompress.policies.context import LayerContext, LayerWeights
-from kvcompress.policies.scorers import Attention, Blend, SnapKV
+from kvcompress.policies.scorers import Attention, SnapKV
 from kvcompress.policies.statistics import STATISTICS
 from tests import strategies, tiny
 from tests.operations import Operations
@@ -886,106 +886,15 @@ def test_position_keeps_the_latest(seed: int, tokens: int) -> None:
     assert list(cache.report().columns(0, 0)) == [0, *range(tokens - 3, tokens)]
 
 
-# -- blend -------------------------------------------------------------------------------------------------------------
-
-single = [scorer for scorer in strategies.scorers() if scorer.name != "blend"]
-
-
-@pytest.mark.parametrize("normalise", ["rank", "mass"])
-@pytest.mark.parametrize("scorer", single, ids=strategies.label)
-@given(layer=contexts)
-def test_a_blend_of_one_ranks_like_it(scorer: Scorer, normalise: str, layer: LayerContext) -> None:
-    """No slot moves past another, and equal scores stay equal."""
-    if getattr(scorer, "reduce", "sum") == "mean":
-        return  # the blend divides by the queries, which `score` leaves to `importance`
-    score = scorer.score(layer)
-    blended = Blend(scorers=[scorer], weights=[3.0], normalise=normalise).score(layer)
-    order = score.argsort(dim=-1, stable=True)
-    steps, blended_steps = score.gather(-1, order).diff(dim=-1), blended.gather(-1, order).diff(dim=-1)
-    assert (blended_steps >= -1e-6).all()
-    assert (blended_steps[steps == 0] <= 1e-6).all()
-    if normalise == "rank":
-        assert (blended_steps[steps > 0] > 0).all()
-
-
-@given(layer=contexts, first=st.floats(0, 4), second=st.floats(0.25, 4))
-def test_a_blend_by_mass_adds_shares(layer: LayerContext, first: float, second: float) -> None:
-    """Of attention and of noise, weighted; the sum of the whole is the sum of the weights."""
-    score = Blend(scorers=["attention", "random"], weights=[first, second], normalise="mass").score(layer)
-    attention, noise = group_mean(dense(layer).sum(2), layer), SCORERS.create("random").score(layer).double()
-    shares = [part / part.sum(-1, keepdim=True) for part in (attention, noise)]
-    close(score, first * shares[0] + second * shares[1])
-    close(score.sum(-1), torch.full(score.shape[:2], first + second))
-
-
-@given(layer=contexts)
-def test_a_blend_by_rank_adds_ranks(layer: LayerContext) -> None:
-    """The number of slots that score as much or less, of each part, as a share."""
-    names = ["key_norm", "position"]
-    score = Blend(scorers=names).score(layer)
-    expected = torch.zeros(score.shape, dtype=torch.double)
-    for name in names:
-        part = SCORERS.create(name).score(layer)
-        expected += (part.unsqueeze(-1) >= part.unsqueeze(-2)).double().mean(-1)
-    close(score, expected)
-
-
-@given(layer=contexts, scale=st.sampled_from([1e-3, 7.0, 1e3]))
-def test_the_unit_of_scores_does_not_matter_in_a_blend_by_mass(layer: LayerContext, scale: float) -> None:
-    """Keys in another unit give the same softmax of their norms."""
-    blend = Blend(scorers=["key_norm"], normalise="mass")
-    if layer.keys.shape[2] > 2:
-        close(blend.score(dataclasses.replace(layer, keys=layer.keys * scale)), blend.score(layer), 1e-3)
-
-
-def test_parts_of_a_blend_are_averaged_over_the_queries_that_saw_them() -> None:
-    """A part that reduces by the mean does so for the queries of this forward."""
-    layer = context(7)
-    blend = Blend(scorers=[{"name": "attention", "reduce": "mean"}], normalise="mass")
-    saw = torch.arange(9, 0, -1).clamp(max=6)
-    mean = group_mean(dense(layer).sum(2), layer) / saw
-    close(blend.score(layer), mean / mean.sum(-1, keepdim=True))
-
-
-def test_equal_scores_have_equal_shares() -> None:
-    """Also where they are all zero, and where they are no mass."""
-    layer = dataclasses.replace(context(8), keys=torch.ones(2, 2, 9, DIM))
-    for part in ({"name": "attention", "image_weight": 0, "text_weight": 0}, "key_norm", "key_diff"):
-        close(Blend(scorers=[part], normalise="mass").score(layer), torch.full((2, 2, 9), 1 / 9), 1e-6)
-
-
-@given(seed=strategies.seeds)
-def test_rounding_is_not_blown_up_in_a_blend_by_mass(seed: int) -> None:
-    """Keys of one length in any direction have nearly equal shares, though their norms differ in the last digit."""
-    layer = context(seed)
-    layer = dataclasses.replace(layer, keys=torch.nn.functional.normalize(layer.keys, dim=-1) * 3.3)
-    score = Blend(scorers=["key_norm"], normalise="mass").score(layer)
-    torch.testing.assert_close(score, torch.full((2, 2, 9), 1 / 9), atol=0, rtol=0.02)
-
-
-def test_a_blend_declares_what_its_parts_need() -> None:
-    """Attention as soon as one reads it, and the most protected tokens; it is mass and adds up over no forwards."""
-    keys = Blend(scorers=["key_norm", {"name": "lagkv", "lag": 7}])
-    both = Blend(scorers=["key_norm", {"name": "snapkv", "window": 9}, {"name": "blend", "scorers": [keys]}])
-    assert (keys.reads_attention, keys.protects) == (False, 7)
-    assert (both.reads_attention, both.protects) == (True, 9)
-    assert both.mass and not both.accumulates
-    CompressionConfig(scorer=both, allocator="prefix")
-
+# -- wrong uses -------------------------------------------------------------------------------------------------------
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
-    ("blend", {}, "scorers: Field required"),
-    ("blend", {"scorers": []}, "scorers: List should have at least 1 item"),
-    ("blend", {"scorers": ["atention"]}, "did you mean 'attention'"),
-    ("blend", {"scorers": ["none"]}, "scorers"),
-    ("blend", {"scorers": [{"name": "snapkv", "window": 0}]}, "scorer snapkv: window"),
-    ("blend", {"scorers": ["tova"], "weights": [1, 2]}, "weights: 2 for 1 scorers; give one each"),
-    ("blend", {"scorers": ["tova"], "weights": [0.0]}, "weights: all zero"),
-    ("blend", {"scorers": ["tova"], "weights": [-1.0]}, "greater than or equal to 0"),
-    ("blend", {"scorers": ["tova"], "weights": [math.inf]}, "finite"),
     ("snapkv", {"kernel": 4}, "kernel: Value error, must be odd"),
     ("snapkv", {"window": 0}, "window"),
     ("lagkv", {"lag": 0}, "lag"),
+    ("defensive", {"kernel": 2}, "kernel: Value error, must be odd"),
+    ("leverage", {"blend": -1.0}, "blend"),
+    ("rkv", {"share": 1.5}, "share"),
     ("attention", {"queries": "postvision"}, "queries"),
     ("attention", {"image_weight": -0.1}, "image_weight"),
     ("attention", {"text_weight": math.nan}, "text_weight"),

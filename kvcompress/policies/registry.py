@@ -16,7 +16,11 @@ from kvcompress.errors import ConfigError, KVCompressWarning, UnknownPolicyError
 from kvcompress.policies.base import Allocator, Evictor, Merger, Policy, Quantizer, Reducer, Scorer
 
 # What policies of former names are now: (stage, name) -> how to ask for them.
-_NOW: dict[tuple[str, str], str] = {}
+_NOW = {
+    ("merger", "average"): "'lookm'",
+    ("merger", "pivotal"): "'lookm' with rule='pivotal'",
+    ("merger", "weighted"): "'lookm' with rule='weighted'",
+}
 ENTRY_POINT_GROUP = "kvcompress.policies"
 PolicyT = TypeVar("PolicyT", bound=Policy)
 
@@ -173,7 +177,6 @@ QUANTIZERS: Registry[Quantizer] = Registry(Quantizer)  # type: ignore[type-abstr
 REDUCERS: Registry[Reducer] = Registry(Reducer)  # type: ignore[type-abstract]
 
 # Fields of policies that are made of other policies: a name, a dict with `name`, or an object.
-ScorerField = Annotated[Scorer, BeforeValidator(SCORERS.parse), PlainSerializer(SCORERS.dump)]
 AllocatorField = Annotated[Allocator, BeforeValidator(ALLOCATORS.parse), PlainSerializer(ALLOCATORS.dump)]
 
 REGISTRIES: tuple[Registry[Any], ...] = (SCORERS, ALLOCATORS, EVICTORS, MERGERS, QUANTIZERS, REDUCERS)

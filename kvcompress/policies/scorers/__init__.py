@@ -1,7 +1,6 @@
 """Scorers: which slots of a layer matter, higher = keep."""
 
 from kvcompress.policies.scorers.attention import Attention
-from kvcompress.policies.scorers.blend import Blend
 from kvcompress.policies.scorers.defensive import Defensive
 from kvcompress.policies.scorers.expected_attention import ExpectedAttention
 from kvcompress.policies.scorers.key_diff import KeyDiff
@@ -20,7 +19,6 @@ __all__ = [
     "RKV",
     "TOVA",
     "Attention",
-    "Blend",
     "Defensive",
     "ExpectedAttention",
     "KeyDiff",
