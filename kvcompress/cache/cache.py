@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -17,10 +18,12 @@ from transformers.cache_utils import Cache
 
 from kvcompress.cache import attention, decoding, hooks, prefill, rows, undoing
 from kvcompress.cache.allocation import Allocation
+from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.calls import Calls
 from kvcompress.cache.inputs import shape_of
 from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.masks import Mask, read_mask
+from kvcompress.cache.reconstruction import reconstruct
 from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.renumbering import lost_before, moved_back
 from kvcompress.cache.report import CacheReport, report_on
@@ -82,7 +85,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             with policy_errors(self.config.reducer):
                 self.config.reducer.acts_after(layers)  # complains before anything is touched
         decoder = adapter.decoder(model)
-        self._adapter, self._decoder = adapter, weakref.ref(decoder)
+        self._adapter, self._decoder, self._model = adapter, weakref.ref(decoder), weakref.ref(model)
         # A bare decoder may be part of a model that sees images, which its adapter cannot know.
         may_see_images, reduces = adapter.sees_images or decoder is model, self.config.reducer is not None
         calls = Calls(reduces or (may_see_images and self.config.reads_modality), adapter.sees_images, reduces)
@@ -324,6 +327,36 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             CacheStateError: if one of them was evicted already (see `is_croppable`); nothing has changed then.
         """
         undoing.crop(self._state, tokens_to_remove)
+
+    def score_by_reconstruction(self, tokenizer: Any, inputs: Mapping[str, Any], *, chunk: int = 2048) -> None:
+        """Reads a prompt, asks the model to repeat it, and keeps what that looks at: compression without a question.
+
+        For the scorer `kvzip`, and many questions on one document: ask them of copies (`copy.deepcopy(cache)`). The
+        prompt is held whole until it is scored; the repetition is taken back.
+
+        Source: KVzip (arXiv 2505.23416, section 3; its released code for the words of the request).
+
+        Args:
+            tokenizer: the model's, for the request; its chat template, if it has one, tells how an answer begins.
+            inputs: what the model is called with: `input_ids` `[batch, tokens]`, `attention_mask` where rows have
+                padding, and what images need. A prompt with images is repeated as a whole.
+            chunk: tokens that are repeated at a time.
+
+        Raises:
+            ConfigError: if the scorer is not made for it, or the inputs hold no ids.
+            CacheStateError: if the cache has seen tokens already. What fails later leaves an empty cache.
+        """
+        model = self._model()
+        if model is None:
+            raise CacheStateError("cache: the model it was made for no longer exists; make a new cache for this one")
+        try:
+            with torch.no_grad():
+                forward = partial(model, **cache_argument(self))
+                reconstruct(self._state, model, forward, tokenizer, inputs, chunk)
+        except BaseException:
+            if self._state.recording:
+                self.reset()
+            raise
 
     def activate_past_recording(self) -> None:
         """Lets eviction wait for `crop` after each forward, as assisted decoding needs it."""

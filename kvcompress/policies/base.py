@@ -52,12 +52,14 @@ class Scorer(Policy):
         mass: whether scores are non-negative and add up over tokens, so that a share of their sum means something.
         reads_attention: whether `LayerContext.attention_mass` is called; costs nothing where it is False.
         accumulates: whether scores of a later forward add to those a slot has (else they replace them).
+        reconstructs: whether it is made for `CompressedCache.score_by_reconstruction`.
         independent: whether the score of a token follows from that token alone, so that it stays right when later
             tokens are taken back.
     """
 
     stage = "scorer"
     mass: ClassVar[bool] = False
+    reconstructs: ClassVar[bool] = False
     reads_attention: ClassVar[bool] = False
     independent: ClassVar[bool] = False
 

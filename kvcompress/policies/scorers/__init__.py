@@ -5,6 +5,7 @@ from kvcompress.policies.scorers.defensive import Defensive
 from kvcompress.policies.scorers.expected_attention import ExpectedAttention
 from kvcompress.policies.scorers.key_diff import KeyDiff
 from kvcompress.policies.scorers.key_norm import KeyNorm
+from kvcompress.policies.scorers.kvzip import KVzip
 from kvcompress.policies.scorers.lagkv import LagKV
 from kvcompress.policies.scorers.leverage import Leverage
 from kvcompress.policies.scorers.mixkv import MixKV
@@ -21,6 +22,7 @@ __all__ = [
     "Attention",
     "Defensive",
     "ExpectedAttention",
+    "KVzip",
     "KeyDiff",
     "KeyNorm",
     "LagKV",
