@@ -8,47 +8,94 @@ import torch
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Decode, Phase
+from kvcompress.errors import PolicyError
 from kvcompress.kernels import decode_bias
+from kvcompress.policies.context import DecodeContext
+from kvcompress.policies.faults import policy_errors
 
 _COMPILED_BLOCK = 256  # steps that buffers get room for at once where steps are compiled
 _BLOCK = 16  # slots by which a buffer grows at least, unless `reserve` says more
 
 
 def begin(state: CacheState) -> None:
-    """Makes the step of a forward of one token for every row, and takes note of it."""
-    sequence, table = state.sequence, state.table
-    if table is None:
-        table = make_table(state)
-    evicts = not state.recording
-    step = state.step = Decode()  # from here on, what is interrupted has failed
-    alike = False
+    """Makes the step of a forward of one token for every row, and advances the table."""
     if torch.compiler.is_compiling():
-        table.exact = False
-    else:
-        sequence.extend(None, 1, np.ones(sequence.batch, dtype=np.int64), scored=False)
-        table.count(sequence.row_seen, evicts)
-        if table.exact:
-            step.widths = table.extent.max(1).tolist()
-            alike = bool((table.extent == table.extent[:, :1]).all())
+        state.step = Decode(evicts=not state.recording)
+        assert state.table is not None
+        state.table.exact = False
+    elif not state.device_only:
+        count(state)
+    step, table, alike = state.step, state.table, False
+    assert isinstance(step, Decode) and table is not None
+    if not host_is_left_out(state) and table.exact:
+        step.widths = table.extent.max(1).tolist()
+        alike = bool((table.extent == table.extent[:, :1]).all())
     with state.writable():
-        if step.widths is not None:
-            _make_room(state)
-        table.advance(evicts)
+        table.advance(step.evicts)
     if not alike:
         step.bias = decode_bias(table.length, table.capacity, state.dtype)
-    evictor = state.config.evictor
-    if evicts and evictor is not None and evictor.frees == "chosen" and state.allocation is not None:
-        step.over = table.over()
-    merger = state.config.merger
-    step.merges = evicts and merger is not None and merger.merges_decoding
+
+
+def count(state: CacheState) -> None:
+    """What the host does for a decode step before the device: it takes note of the tokens, and lets buffers grow."""
+    sequence, table = state.sequence, state.table or make_table(state)
+    step = state.step = Decode(evicts=not state.recording)  # from here on, what is interrupted has failed
+    sequence.extend(None, 1, np.ones(sequence.batch, dtype=np.int64), scored=False)
+    table.count(sequence.row_seen, step.evicts)
+    if table.exact:
+        with state.writable():
+            _make_room(state)
 
 
 def end(state: CacheState) -> None:
-    """Quantizes what has become old enough, unless the step may be undone."""
+    """Frees a slot of every layer over its limit, unless that has to wait."""
+    step, table, merger = state.step, state.table, state.config.merger
+    assert isinstance(step, Decode) and table is not None
+    if step.evicts:
+        _choose(state, table)
+        if merger is not None and merger.merges_decoding:
+            for layer in state.layers:
+                layer.merge_freed(table, in_place=True)
+    state.ran = "compiled" if torch.compiler.is_compiling() else "eager"
+    if not host_is_left_out(state):
+        finish(state)
+    elif torch.compiler.is_compiling():
+        state.step = None
+
+
+def finish(state: CacheState) -> None:
+    """What the host does after a decode step: it quantizes what has become old enough, and forgets the step."""
     if state.recording:
         state.waiting = Phase.DECODE
     elif state.config.quantizer is not None:
         _pack(state)
+    state.step = None
+
+
+def host_is_left_out(state: CacheState) -> bool:
+    """Whether only what is asked of the device counts: in steps that are traced or captured."""
+    return torch.compiler.is_compiling() or state.device_only
+
+
+def _choose(state: CacheState, table: SlotTable) -> None:
+    """Frees the slots that an evictor chooses, if it does."""
+    evictor, heads = state.config.evictor, state.heads
+    if evictor is None or evictor.frees != "chosen" or state.allocation is None:
+        return
+    index, protected, importance = table.index, table.protected(), table.importance()
+    layers, batch = index.shape[:2]
+    index = index.flatten(0, 1) if table.sets == 1 else heads.gather(index.flatten(0, 1))
+    protected = protected.flatten(0, 1) if table.sets == 1 else heads.gather(protected.flatten(0, 1))
+    importance = None if importance is None else heads.gather(importance.flatten(0, 1))
+    with policy_errors(evictor):
+        victims = evictor.victim(DecodeContext(index, protected, importance))
+        sets = victims.shape[1]
+    if sets > max(table.sets, index.shape[1]):
+        raise PolicyError(
+            f"evictor {evictor.name}: named a slot for each head, but its by_head says that heads hold the same "
+            "tokens; let by_head be True"
+        )
+    table.choose(heads.own(victims).view(layers, batch, -1))
 
 
 def make_table(state: CacheState) -> SlotTable:
@@ -58,6 +105,8 @@ def make_table(state: CacheState) -> SlotTable:
     held = np.stack([layer.held for layer in layers])
     pinned = np.stack([layer.pinned if len(layer.pinned) else layer.held * 0 for layer in layers])
     frees = "nothing" if evictor is None else evictor.frees
+    chooses = frees == "chosen" and layers[0].unscored is None
+    ranks = [ranks for layer in layers if (ranks := layer.ranks()) is not None] if chooses else []
     state.table = SlotTable(
         [layer.index[..., layer.store.packed :] for layer in layers],  # type: ignore[index]
         held - packed,
@@ -70,13 +119,11 @@ def make_table(state: CacheState) -> SlotTable:
         by_age=frees == "oldest",
         scored_end=sequence.scored.end,
         packed=packed if packed.any() else None,
+        ranks=ranks or None,
         sets=layers[0].kv_heads if evictor is not None and evictor.by_head else 1,
     )
     for layer in layers:
         layer.heads_part = layer.heads_part or state.table.sets > 1
-    if frees == "chosen" and layers[0].unscored is None:
-        for layer in layers:
-            layer.rank_slots(state.table.capacity)
     return state.table
 
 
@@ -101,7 +148,7 @@ def prepare_step(state: CacheState) -> None:
     needed = table.bound(1)
     if any(layer.store.capacity < slots for layer, slots in zip(state.layers, needed.tolist(), strict=True)):
         catch_up_if_needed(state)
-        grow_for(state, state.reserve or _block(state, int(needed.max())))
+        grow_for(state, state.room or _block(state, int(needed.max())))
 
 
 def grow_for(state: CacheState, steps: int, needed: np.ndarray | None = None) -> None:
@@ -112,17 +159,15 @@ def grow_for(state: CacheState, steps: int, needed: np.ndarray | None = None) ->
     with state.writable():
         if wanted.max() > table.capacity:
             table.grow(int(wanted.max()))
-            for layer in state.layers:
-                layer.rank_more(table.capacity)
         for layer, least, most in zip(state.layers, needed.tolist(), wanted.tolist(), strict=True):
-            if layer.store.capacity < least or state.reserve:
+            if layer.store.capacity < least or state.room:
                 layer.store.grow(max(least, most))
 
 
 def _block(state: CacheState, slots: int) -> int:
     """Steps that buffers get room for where they grow: what is reserved, or a few where nothing is compiled."""
-    if state.reserve:
-        return state.reserve
+    if state.room:
+        return state.room
     on_cpu = state.layers[0].device is None or state.layers[0].device.type == "cpu"
     return max(_BLOCK - 1, slots // 100) if on_cpu else _COMPILED_BLOCK
 
@@ -178,10 +223,7 @@ def evict_waiting(state: CacheState) -> None:
         if (held <= limits).all():
             return
         table.free_now()
-        if evictor.frees == "chosen":
-            step = Decode(over=table.over())
-            for layer in state.layers:
-                layer.free(step, table)
+        _choose(state, table)
         table.learn_holes()
         if not table.hole.any():
             return

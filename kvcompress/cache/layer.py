@@ -23,7 +23,7 @@ from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.step import Decode, Prefill, Step
 from kvcompress.errors import PolicyError
 from kvcompress.kernels import attend_blocks, attention_with_lse, attention_with_mask, merge_attention
-from kvcompress.policies.context import DecodeContext, LayerContext, LayerWeights, MergeContext
+from kvcompress.policies.context import LayerContext, LayerWeights, MergeContext
 from kvcompress.policies.faults import policy_errors
 from kvcompress.policies.projection import projected_norm
 from kvcompress.policies.statistics import STATISTICS
@@ -102,9 +102,7 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         if isinstance(step, Decode):
             assert table is not None
             self.store.write(key, value, table.write[self.number])
-            output = self._attend_one(step, table, query, scaling)
-            self.free(step, table)
-            return output
+            return self._attend_one(step, table, query, scaling)
         self._weights = weights
         query, key, value = (step.aligned(tensor) for tensor in (query, key, value))
         past = self._append(step, key, value)
@@ -238,12 +236,24 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
             importance = without_unknown(importance)
         return index, self.heads.gather(importance)
 
-    def merge(self, kept: Tensor, importance: Tensor | None, budget: Counts) -> None:
-        """Lets the slots that stay, `budget[row]` in each head, take up those that are about to go."""
+    def let_stay(self, mask: Tensor, order: Tensor, budget: Counts, importance: Tensor | None, room: int) -> None:
+        """Merges the slots that go into those that stay, if asked for, and gives them back.
+
+        Args:
+            mask: slots that stay, `[batch, sets, slots or more]`.
+            order: the same in the order of their tokens.
+            budget: how many stay in each row.
+            importance: importance of every slot; None without a scorer.
+            room: slots to allocate beyond them.
+        """
         assert self.index is not None
-        most = int(budget.max()), int((self.held - budget).max())
-        importance = None if importance is None else importance[..., : kept.shape[2]].to(kept.device)
-        self._merge(kept, (self.index >= 0) & ~kept, importance, most, decoding=False)
+        slots = self.index.shape[2]
+        kept = mask[..., :slots].to(self.index.device)
+        if self.config.merger is not None:
+            most = int(budget.max()), int((self.held - budget).max())
+            importance = None if importance is None else importance[..., :slots].to(kept.device)
+            self._merge(kept, (self.index >= 0) & ~kept, importance, most, decoding=False)
+        self.take(kept, order.to(kept.device), budget, room)
 
     def _merge(
         self,
@@ -327,27 +337,6 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
             parts, first = part if parts is None else merge_attention(*parts, *part), end
         assert parts is not None
         return parts[0]
-
-    def free(self, step: Decode, table: SlotTable) -> None:
-        """Frees the slot that the evictor names where the layer is over its limit; merges what goes, if asked for."""
-        evictor, number = self.config.evictor, self.number
-        if step.over is not None and evictor is not None:
-            index = table.index[number]
-            importance = None if self.ranks is None else torch.where(index < table.scored_end, self.ranks, torch.nan)
-            of_all = self.heads.gather(index) if table.sets > 1 else index
-            every = None if importance is None else self.heads.gather(importance)
-            with policy_errors(evictor, number):
-                victims = evictor.victim(DecodeContext(of_all, table.protected(of_all), every))
-            victims = self.heads.own(victims)
-            if victims.shape[1] > table.sets:
-                raise PolicyError(
-                    f"evictor {evictor.name}: layer {number}: named a slot for each head, but its by_head says that "
-                    "heads hold the same tokens; let by_head be True"
-                )
-            table.choose(number, step.over[number], victims)
-        merger = self.config.merger
-        if step.merges and merger is not None:
-            self.merge_freed(table, in_place=True)
 
     def merge_freed(self, table: SlotTable, in_place: bool) -> None:
         """Merges what a decode step freed into the slots that stay."""

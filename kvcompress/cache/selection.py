@@ -130,36 +130,24 @@ def compress(
     """
     numbers = [layer.number for layer in layers]
     budgets, held = allocation.budgets[numbers], np.stack([layer.held for layer in layers])
-    changed = (budgets != held).any(1).tolist()
-    evictor, batch = layers[0].config.evictor, budgets.shape[1]
-    assert evictor is not None
-    if any(changed):
+    changed, batch = (budgets != held).any(1), budgets.shape[1]
+    if changed.any():
         ranking = ranking or ranking_of(layers, layers[0].config, step)
-        images, heads = allocation.image_budgets, layers[0].heads
-        context = SelectionContext(
-            budget=torch.as_tensor(budgets.reshape(-1), device=ranking.index.device),
-            valid=ranking.valid,
-            protected=ranking.protected,
-            index=ranking.index,
-            importance=ranking.importance,
-            is_image=ranking.is_image,
-            image_budget=None if images is None else images[numbers].flatten().to(ranking.index.device),
-            problems=step.problems,
-            value_norms=_value_norms(layers, ranking) if evictor.reads_value_norms else None,
-        )
-        full = bool((held == ranking.index.shape[2]).all())
-        mask = _selected(evictor, numbers, context, full)
-        own = heads.own(mask)
-        order = order_of(own, ranking.index, int(budgets.max(initial=0)), ordered=True)
-    for at, (layer, change) in enumerate(zip(layers, changed, strict=True)):
+        whole = _selected(layers, step, allocation, ranking)
+        mask = layers[0].heads.own(whole)
+        order = order_of(mask, ranking.index, int(budgets.max()), ordered=True)
+        importance = None if ranking.importance is None else layers[0].heads.own(ranking.importance)
+    for at, layer in enumerate(layers):
         room, rows = step.room[layer.number], slice(at * batch, (at + 1) * batch)
-        if change:
-            layer.heads_part = layer.heads_part or mask.shape[1] > 1
-            kept = own[rows, :, : layer.index.shape[2]].to(layer.device)
-            if layer.config.merger is not None:
-                importance = None if ranking.importance is None else heads.own(ranking.importance)[rows]
-                layer.merge(kept, importance, budgets[at])
-            layer.take(kept, order[rows, :, : int(budgets[at].max())].to(layer.device), budgets[at], room)
+        if changed[at]:
+            layer.heads_part = layer.heads_part or whole.shape[1] > 1
+            layer.let_stay(
+                mask[rows],
+                order[rows, :, : int(budgets[at].max())],
+                budgets[at],
+                None if importance is None else importance[rows],
+                room,
+            )
         else:
             layer.close_ranks(room)
         layer.pack()
@@ -172,21 +160,28 @@ def _value_norms(layers: List[CompressedLayer], ranking: Ranking) -> Tensor:
     return layers[0].heads.gather(norms)
 
 
-def _selected(evictor: Evictor, layers: List[int], context: SelectionContext, full: bool) -> Tensor:
-    """Which slots stay, `[layers * batch, sets, slots]`; what may be wrong with the answer is noted.
-
-    Args:
-        evictor: the policy.
-        layers: numbers of the layers.
-        context: what it sees.
-        full: whether every slot holds a token.
+def _selected(layers: List[CompressedLayer], step: Prefill, allocation: Allocation, ranking: Ranking) -> Tensor:
+    """Which slots stay, `[layers * batch, sets, slots]`, over all heads; what may be wrong with the answer is noted.
 
     Raises:
         PolicyError: if the answer has the wrong shape or dtype.
     """
+    numbers, evictor, images = [layer.number for layer in layers], layers[0].config.evictor, allocation.image_budgets
+    assert evictor is not None
+    context = SelectionContext(
+        budget=torch.as_tensor(allocation.budgets[numbers].reshape(-1), device=ranking.index.device),
+        valid=ranking.valid,
+        protected=ranking.protected,
+        index=ranking.index,
+        importance=ranking.importance,
+        is_image=ranking.is_image,
+        image_budget=None if images is None else images[numbers].flatten().to(ranking.index.device),
+        problems=step.problems,
+        value_norms=_value_norms(layers, ranking) if evictor.reads_value_norms else None,
+    )
     sets = (1, context.valid.shape[1], 0 if context.importance is None else context.importance.shape[1])
     rows, _, slots = context.valid.shape
-    number = layers[0] if len(layers) == 1 else None
+    number = numbers[0] if len(numbers) == 1 else None
     with policy_errors(evictor, number):
         mask = evictor.select(context)
         fits = mask.dtype == torch.bool and mask.ndim == 3
@@ -196,10 +191,9 @@ def _selected(evictor: Evictor, layers: List[int], context: SelectionContext, fu
             f"{label}: select must return bool [{rows}, 1 or kv_heads, {slots}], got {mask.dtype} {tuple(mask.shape)}"
         )
     wrong = mask.sum(-1) != context.budget[:, None]
-    if not full:
+    if any((layer.held != slots).any() for layer in layers):
         wrong = wrong | (mask > context.valid).any(-1)
-    wrong = wrong.any()
-    context.problems.note(lambda: _selection_message(evictor, layers, mask, context), wrong)
+    step.problems.note(lambda: _selection_message(evictor, numbers, mask, context), wrong.any())
     return mask
 
 

@@ -198,7 +198,7 @@ class Sequence:
             last: whether only the last scoring step counts, since its scores replaced earlier ones.
             layer: index of the decoder layer; only where a reducer acts do layers differ.
         """
-        queries = self._rows(self.row_seen, index) - index
+        queries: Tensor = self._rows(self.row_seen, index) - index
         for run in self.decoded:
             first, end = (self._rows(counts, index) for counts in run)
             queries = queries - (end - index.clamp(first, end))
@@ -215,7 +215,8 @@ class Sequence:
 
     def unscored(self, index: Int[Tensor, "batch sets slots"]) -> Bool[Tensor, "batch sets slots"]:
         """Which tokens came after the last step that scored."""
-        return index >= self._rows(self.scored.end, index)
+        unscored: Tensor = index >= self._rows(self.scored.end, index)
+        return unscored
 
     def unscored_before(self, index: Int[Tensor, "batch sets slots"]) -> Bool[Tensor, "batch sets slots"] | None:
         """Which tokens had no score when the step in progress, which scores, began; None if all older ones had."""
@@ -231,7 +232,8 @@ class Sequence:
 
     def protected(self, index: Int[Tensor, "batch sets slots"], sinks: int, recents: int) -> Tensor:
         """Which slots hold one of a row's first `sinks` or last `recents` tokens."""
-        return (index >= 0) & ((index < sinks) | (index >= self._rows(self.row_seen - recents, index)))
+        latest: Tensor = index >= self._rows(self.row_seen - recents, index)
+        return (index >= 0) & ((index < sinks) | latest)
 
     def _rows(self, counts: Counts, like: Tensor) -> Any:
         """Numbers per row, to be compared with indices, which may be of several layers, one after the other.

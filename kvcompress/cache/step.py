@@ -90,8 +90,7 @@ class Decode:
         widths: slots that attention reads per layer; None to read all that are allocated.
         bias: what is added to the logits of each layer, `[layers, batch, sets, 1, slots]`; None while all slots read
             are in use.
-        over: which rows hold more than their limit, for evictors that choose, `[layers, batch, sets]`.
-        merges: whether what is freed is merged.
+        evicts: whether layers over their budget free a slot in this step.
         next_layer: layer that attends next.
     """
 
@@ -99,8 +98,7 @@ class Decode:
     columns: ClassVar[int] = 1
     widths: list[int] | None = None
     bias: Tensor | None = None
-    over: Tensor | None = None
-    merges: bool = False
+    evicts: bool = True
     next_layer: int = 0
 
 

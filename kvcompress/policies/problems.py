@@ -46,7 +46,7 @@ class Problems:
         Raises:
             PolicyError: with the first message that is true.
         """
-        flags = []
+        flags: list[Tensor] = []
         if self._totals:
             totals = torch.stack([total.to(self._totals[0].device) for total in self._totals])
             flags.extend(totals.isfinite().logical_not_().unbind())
