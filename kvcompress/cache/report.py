@@ -64,6 +64,8 @@ class CacheReport:
     def vision_retention(self) -> float | None:
         """Image tokens that layers were given / image tokens seen, mean over layers; None without images."""
         seen = sum(self.image_tokens[0]) if self.image_tokens else 0
+        for row in self.went_into.get(0, []):  # what the first layer never got
+            seen += sum(into != column for column, into in enumerate(row))
         return sum(map(sum, self.image_tokens)) / (seen * len(self.image_tokens)) if seen else None
 
     def columns(self, layer: int, row: int, head: int | None = None) -> list[int]:
