@@ -396,7 +396,7 @@ def test_the_window_is_kept(name: str, fields: dict[str, Any], kept: int, budget
     with torch.no_grad():
         tiny.model("llama")(**tiny.inputs("llama", 30, seed=6), **tiny.with_cache(cache))
     for layer in range(3):
-        assert set(range(30 - kept, 30)) <= set(cache.report().columns(layer, 0))
+        assert set(range(30 - kept, 30)) <= set(cache.report().positions(layer, 0))
 
 
 @given(layer=contexts)
@@ -883,7 +883,7 @@ def test_position_keeps_the_latest(seed: int, tokens: int) -> None:
     cache = CompressedCache(tiny.model("llama"), config)
     with torch.no_grad():
         tiny.model("llama")(**tiny.inputs("llama", tokens, seed), **tiny.with_cache(cache))
-    assert list(cache.report().columns(0, 0)) == [0, *range(tokens - 3, tokens)]
+    assert list(cache.report().positions(0, 0)) == [0, *range(tokens - 3, tokens)]
 
 
 # -- wrong uses -------------------------------------------------------------------------------------------------------

@@ -369,12 +369,12 @@ def test_the_papers_fixed_point(kept: int) -> None:
     config = CompressionConfig.preset("prefixkv", budget=kept, scorer=Scripted(), allocator="uniform")
     cache, valid = started(config, [60], seed=0)
     stay = kept - 25 if kept > 25 else kept // 2
-    first = cache.report().columns(0, 0)
+    first = cache.report().positions(0, 0)
     model = list(first)
     for number in range(60):
         valid = step(cache, valid, seed=number)
         model = [*model[:stay], *model[stay + 1 :], 60 + number]
-        assert cache.report().columns(0, 0) == model
+        assert cache.report().positions(0, 0) == model
     assert model == [*first[:stay], *range(120 - (kept - stay), 120)]
 
 
