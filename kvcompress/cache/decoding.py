@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Decode, Phase
-from kvcompress.kernels import decode_bias
+from kvcompress.kernels import decode_bias, runs_triton
 
 _COMPILED_BLOCK = 256  # steps that buffers get room for at once where steps are compiled
 _BLOCK = 16  # slots by which a buffer grows at least, unless `reserve` says more
@@ -19,6 +21,8 @@ def begin(state: CacheState) -> None:
     sequence, table = state.sequence, state.table
     if table is None:
         table = make_table(state)
+    if not torch.compiler.is_compiling():
+        pack_if_due(state)
     evicts = not state.recording
     step = state.step = Decode()  # from here on, what is interrupted has failed
     alike = False
@@ -34,7 +38,9 @@ def begin(state: CacheState) -> None:
         if step.widths is not None:
             _make_room(state)
         table.advance(evicts)
-    if not alike:
+    if state.has_kernels:
+        step.length = table.length
+    elif not alike:
         step.bias = decode_bias(table.length, table.capacity, state.dtype)
     evictor = state.config.evictor
     if evicts and evictor is not None and evictor.frees == "chosen" and state.allocation is not None:
@@ -44,11 +50,9 @@ def begin(state: CacheState) -> None:
 
 
 def end(state: CacheState) -> None:
-    """Quantizes what has become old enough, unless the step may be undone."""
+    """Takes note of a step that may be undone."""
     if state.recording:
         state.waiting = Phase.DECODE
-    elif state.config.quantizer is not None:
-        _pack(state)
 
 
 def make_table(state: CacheState) -> SlotTable:
@@ -69,7 +73,7 @@ def make_table(state: CacheState) -> SlotTable:
         state.rule,
         by_age=frees == "oldest",
         scored_end=sequence.scored.end,
-        packed=packed if packed.any() else None,
+        packed=packed if packed.any() or state.config.quantizer is not None else None,
         sets=layers[0].kv_heads if evictor is not None and evictor.by_head else 1,
     )
     for layer in layers:
@@ -77,6 +81,7 @@ def make_table(state: CacheState) -> SlotTable:
     if frees == "chosen" and layers[0].unscored is None:
         for layer in layers:
             layer.rank_slots(state.table.capacity)
+    state.has_kernels = runs_triton(state.table.index.device)
     return state.table
 
 
@@ -92,12 +97,13 @@ def _make_room(state: CacheState) -> None:
 
 
 def prepare_step(state: CacheState) -> None:
-    """Sees to it that every buffer has room for the next step, which may be a compiled one that cannot grow any."""
+    """Does what the next step needs done on the host, as it may be a compiled one: quantizes a group, grows buffers."""
     table = state.table
     if table is None or state.recording or state.step is not None:
         return
     if not table.exact:
         table.steps += 1  # at most: this may be asked more than once before a step
+    pack_if_due(state)
     needed = table.bound(1)
     if any(layer.store.capacity < slots for layer, slots in zip(state.layers, needed.tolist(), strict=True)):
         catch_up_if_needed(state)
@@ -109,14 +115,45 @@ def grow_for(state: CacheState, steps: int, needed: np.ndarray | None = None) ->
     table = state.table
     assert table is not None
     needed, wanted = table.bound(1) if needed is None else needed, table.bound(steps)
+    wanted = np.array([layer.store.room(most) for layer, most in zip(state.layers, wanted.tolist(), strict=True)])
+    wanted = np.maximum(needed, wanted)
     with state.writable():
         if wanted.max() > table.capacity:
             table.grow(int(wanted.max()))
             for layer in state.layers:
                 layer.rank_more(table.capacity)
+        later = table.held(steps)
         for layer, least, most in zip(state.layers, needed.tolist(), wanted.tolist(), strict=True):
             if layer.store.capacity < least or state.reserve:
-                layer.store.grow(max(least, most))
+                layer.store.grow(most)
+            layer.store.make_room(later[layer.number])
+
+
+def pack_if_due(state: CacheState) -> None:
+    """Quantizes what has become old enough, once some layer has a group of it; every tensor keeps its address.
+
+    Where steps are compiled, the host knows when that may be so, and asks the device then: once in a group of steps.
+    """
+    table, quantizer = state.table, state.config.quantizer
+    if table is None or quantizer is None or state.recording:
+        return
+    due = quantizer.residual + quantizer.group
+    if table.held().max(initial=0) < due:
+        return
+    catch_up_if_needed(state)
+    if table.held().max(initial=0) < due:
+        return
+    buffers = [copy.copy(layer.store) for layer in state.layers]
+    in_inference = state.layers[0].store.dense()[0].is_inference()
+    with state.changing(in_place=True), torch.inference_mode(in_inference), torch.no_grad():
+        now, later = table.held(), table.held(_block(state, due))
+        tidy(state)
+        for layer, dense in zip(state.layers, buffers, strict=True):
+            layer.store.make_room(now[layer.number], later[layer.number])
+            layer.pack()
+            layer.store.move_into(dense)
+        table.become(make_table(state))
+        state.table = table
 
 
 def _block(state: CacheState, slots: int) -> int:
@@ -153,17 +190,6 @@ def catch_up_if_needed(state: CacheState) -> None:
     """Lets the host know of compiled steps that it did not count."""
     if state.table is not None and not state.table.exact:
         _catch_up(state, state.table)
-
-
-def _pack(state: CacheState) -> None:
-    """Quantizes what has become old enough, once some layer has a group of it."""
-    table, quantizer = state.table, state.config.quantizer
-    assert table is not None and quantizer is not None
-    if ((table.extent - table.hole).max() - quantizer.residual) >= quantizer.group:
-        tidy(state)
-        for layer in state.layers:
-            layer.pack()
-        make_table(state)
 
 
 def evict_waiting(state: CacheState) -> None:

@@ -11,7 +11,7 @@ from kvcompress.cache.quantized_store import QuantizedStore
 from kvcompress.cache.selection import importance_of, order_of
 from kvcompress.cache.sequence import Counts, Sequence, taken
 from kvcompress.cache.slots import SlotTable
-from kvcompress.cache.store import DenseStore, fix_address
+from kvcompress.cache.store import DenseStore, fixed
 from kvcompress.config import CompressionConfig
 from kvcompress.parallel import ALONE, HeadGroup
 
@@ -202,14 +202,12 @@ class HeldTokens:
         scorer, self.ranks = self.config.scorer, None
         if scorer is not None and self.scores is not None and self.index is not None:
             ranks = importance_of(scorer, self.scores, self.index, self.sequence, self.number)
-            self.ranks = F.pad(ranks, (0, slots - ranks.shape[2]), value=torch.nan)
-            fix_address(self.ranks)
+            self.ranks = fixed(F.pad(ranks, (0, slots - ranks.shape[2]), value=torch.nan))
 
     def rank_more(self, slots: int) -> None:
         """Makes room for slots whose tokens have no score yet."""
         if self.ranks is not None:
-            self.ranks = F.pad(self.ranks, (0, slots - self.ranks.shape[2]), value=torch.nan)
-            fix_address(self.ranks)
+            self.ranks = fixed(F.pad(self.ranks, (0, slots - self.ranks.shape[2]), value=torch.nan))
 
     def select_rows(self, index: Tensor, rows: Counts) -> None:
         """Reorders, repeats or drops rows."""

@@ -209,6 +209,20 @@ class SlotTable:
         most: np.ndarray = np.maximum(grown, self.extent).max(1)
         return most
 
+    def held(self, steps: int = 0) -> np.ndarray:
+        """Tokens that layers and rows hold after so many steps more than now, `[layers, batch]`; at most, where the
+        host does not run the steps itself."""
+        if self.exact and not steps:
+            return self.extent - self.hole
+        lengths, row_seen = self._start
+        taken = self.steps + steps
+        held: np.ndarray = lengths + taken
+        if self._allocation is not None:  # what is freed after a step is no more than what came in it
+            limits = self._allocation.limits(self._rule, row_seen + taken) - self._packed_rows
+            limits = np.maximum(limits, self._pinned_rows) if self._by_age else limits
+            held = np.minimum(held, np.maximum(lengths, limits))
+        return held
+
     # -- between steps -------------------------------------------------------------------------------------------------
 
     def settle(self) -> int:
@@ -217,6 +231,15 @@ class SlotTable:
         self.steps = columns - self._first_column
         self.extent, self.hole = self.length[:, :, 0].cpu().numpy().copy(), (self.free[:, :, 0] >= 0).cpu().numpy()
         return columns
+
+    def become(self, table: SlotTable) -> None:
+        """Says what another table says, in its own tensors where they have the same shapes."""
+        for name, value in vars(table).items():
+            own = getattr(self, name, None)
+            if isinstance(own, Tensor) and isinstance(value, Tensor) and own.shape == value.shape:
+                own.copy_(value)
+            else:
+                setattr(self, name, value)
 
     def grow(self, capacity: int) -> None:
         """Makes room for more slots in the index."""

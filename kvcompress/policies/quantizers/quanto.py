@@ -21,6 +21,7 @@ class Quanto(Quantizer):
     """
 
     bits: ClassVar[int]
+    code_dtype: ClassVar[torch.dtype | None] = torch.uint8
 
     def encode_keys(self, keys: Keys) -> Codes:
         """One scale per channel and group of tokens."""
