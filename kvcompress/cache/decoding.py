@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import torch
 
@@ -143,15 +141,15 @@ def pack_if_due(state: CacheState) -> None:
     catch_up_if_needed(state)
     if table.held().max(initial=0) < due:
         return
-    buffers = [copy.copy(layer.store) for layer in state.layers]
-    in_inference = state.layers[0].store.dense()[0].is_inference()
+    buffers = [layer.store.settled() for layer in state.layers]
+    in_inference = buffers[0][0].is_inference()
     with state.changing(in_place=True), torch.inference_mode(in_inference), torch.no_grad():
         now, later = table.held(), table.held(_block(state, due))
         tidy(state)
-        for layer, dense in zip(state.layers, buffers, strict=True):
+        for layer, settled in zip(state.layers, buffers, strict=True):
             layer.store.make_room(now[layer.number], later[layer.number])
             layer.pack()
-            layer.store.move_into(dense)
+            layer.store.move_into(settled)
         table.become(make_table(state))
         state.table = table
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Self
 
 import numpy as np
 import torch
@@ -155,11 +154,16 @@ class QuantizedStore(DenseStore):
             self._drop_first(more, int((dense_rows - more).max()))
         return more
 
-    def move_into(self, older: Self) -> None:
-        """Puts what it holds into the buffers that it had before; codes have not moved."""
-        super().move_into(older)
-        if older.coded is not None and self.coded is not None:
-            self.coded = older.coded.copy_(self.coded)
+    def settled(self) -> list[Tensor]:
+        """Keys and values in full precision, and how many slots are quantized."""
+        return [*super().settled(), *([] if self.coded is None else [self.coded])]
+
+    def move_into(self, buffers: list[Tensor]) -> None:
+        """Puts what it holds into the buffers that it had before (see `settled`)."""
+        super().move_into(buffers)
+        for buffer in buffers[2:]:
+            assert self.coded is not None
+            self.coded = buffer.copy_(self.coded)
 
     def _drop_first(self, more: Counts, left: int) -> None:
         """Gives back the first slots of full precision, each row's own number of them; so many are left in use."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -224,11 +224,15 @@ class DenseStore:
     def make_room(self, dense_rows: Counts, later: Counts | None = None) -> None:
         """Nothing to do: all stays in full precision."""
 
-    def move_into(self, older: Self) -> None:
-        """Puts what it holds into the buffers that it had before, where compiled steps look for it."""
-        for buffer, now in zip(older.dense(), self.dense(), strict=True):
+    def settled(self) -> list[Tensor]:
+        """What has to stay where it is for compiled steps, but for codes, which never move."""
+        return list(self.dense())
+
+    def move_into(self, buffers: list[Tensor]) -> None:
+        """Puts what it holds into the buffers that it had before (see `settled`)."""
+        for buffer, now in zip(buffers, self.dense(), strict=False):
             buffer[:, :, : now.shape[2]] = now
-        self.keys, self.values = older.dense()
+        self.keys, self.values = buffers[:2]
 
     def _hold(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = fixed(keys), fixed(values)
