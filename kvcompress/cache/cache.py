@@ -235,7 +235,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """
         sequence = self._state.sequence
         if torch.compiler.is_compiling():
-            return sequence.seen + query_length, attention.COMPRESSED
+            return query_length, attention.COMPRESSED  # no mask is made, and graphs depend on no number
         if query_length == 1:
             decoding.prepare_step(self._state)
         unread = not sequence.seen or not sequence.row_seen.all()  # a prompt in chunks, of which some row had none yet

@@ -198,20 +198,12 @@ class SlotTable:
             self.hole = np.zeros_like(self.hole)
 
     def bound(self, steps: int) -> np.ndarray:
-        """At most the slots that each layer has in use after so many steps more than now, `[layers]`."""
-        lengths, row_seen = self._start
-        taken = self.steps + steps
-        grown = lengths + taken
-        if self._allocation is not None:
-            limits = self._allocation.limits(self._rule, row_seen + taken) - self._packed_rows
-            limits = np.maximum(limits, self._pinned_rows) if self._by_age else limits
-            grown = np.minimum(grown, np.maximum(lengths, limits) + 1)
-        most: np.ndarray = np.maximum(grown, self.extent).max(1)
+        """At most the slots that each layer has in use while it attends in so many steps more, `[layers]`."""
+        most: np.ndarray = np.maximum(self.held(steps - 1) + 1, self.extent).max(1)
         return most
 
     def held(self, steps: int = 0) -> np.ndarray:
-        """Tokens that layers and rows hold after so many steps more than now, `[layers, batch]`; at most, where the
-        host does not run the steps itself."""
+        """At most the tokens that layers and rows hold after so many steps more than now, `[layers, batch]`."""
         if self.exact and not steps:
             return self.extent - self.hole
         lengths, row_seen = self._start
