@@ -122,10 +122,10 @@ class QuantizedStore(DenseStore):
             return
         if later is not None:
             more = np.maximum(more, self.quantizable(later))
-        keys, values = self._packed or self._without_slots()
-        self._packed = (keys.with_room(before, more), values.with_room(before, more))
         if self.coded is None:
             self._count(before)
+        keys, values = self._packed or self._without_slots()
+        self._packed = (keys.with_room(before, more), values.with_room(before, more))
 
     def pack(self, dense_rows: Counts) -> Counts:
         """Quantizes the oldest tokens of full precision, as many whole groups of each row as leave the residual.
