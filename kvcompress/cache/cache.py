@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from kvcompress.cache import attention, decoding, hooks, prefill, rows, undoing
-from kvcompress.cache.allocation import Allocation, Rule, allocate
+from kvcompress.cache.allocation import Allocation
 from kvcompress.cache.calls import Calls
 from kvcompress.cache.inputs import shape_of
 from kvcompress.cache.layer import CompressedLayer
@@ -24,7 +24,7 @@ from kvcompress.cache.masks import Mask, read_mask
 from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.renumbering import lost_before, moved_back
 from kvcompress.cache.report import CacheReport, report_on
-from kvcompress.cache.selection import Ranked, gather_importance
+from kvcompress.cache.selection import Ranked
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Prefill
 from kvcompress.config import CompressionConfig
@@ -428,11 +428,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     def allocation_at(self, config: CompressionConfig) -> Allocation:
         """What another configuration's allocator and budget would give the layers, from the scores that are there."""
         ranked = self.ranked()
-        importance, context = gather_importance(self.layers, config, self._state.sequence, ranked)
-        held, row_seen = np.stack([layer.held for layer in self.layers]), self._state.sequence.row_seen
-        return allocate(
-            config, Rule.of(config, len(self.layers)), row_seen, held, importance.device, importance, context
-        )
+        return prefill.allocation_at(self._state, config, ranked)
 
     # -- checks --------------------------------------------------------------------------------------------------------
 

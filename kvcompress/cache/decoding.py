@@ -8,7 +8,10 @@ import torch
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Decode, Phase
+from kvcompress.errors import PolicyError
 from kvcompress.kernels import decode_bias, runs_triton
+from kvcompress.policies.context import DecodeContext
+from kvcompress.policies.faults import policy_errors
 
 _COMPILED_BLOCK = 256  # steps that buffers get room for at once where steps are compiled
 _BLOCK = 16  # slots by which a buffer grows at least, unless `reserve` says more
@@ -21,36 +24,58 @@ def begin(state: CacheState) -> None:
         table = make_table(state)
     if not torch.compiler.is_compiling():
         pack_if_due(state)
-    evicts = not state.recording
-    step = state.step = Decode()  # from here on, what is interrupted has failed
+    step = state.step = Decode(evicts=not state.recording)  # from here on, what is interrupted has failed
     alike = False
     if torch.compiler.is_compiling():
         table.exact = False
     else:
         sequence.extend(None, 1, np.ones(sequence.batch, dtype=np.int64), scored=False)
-        table.count(sequence.row_seen, evicts)
+        table.count(sequence.row_seen, step.evicts)
         if table.exact:
             step.widths = table.extent.max(1).tolist()
             alike = bool((table.extent == table.extent[:, :1]).all())
     with state.writable():
         if step.widths is not None:
             _make_room(state)
-        table.advance(evicts)
+        table.advance(step.evicts)
     if state.has_kernels:
         step.length = table.length
     elif not alike:
         step.bias = decode_bias(table.length, table.capacity, state.dtype)
-    evictor = state.config.evictor
-    if evicts and evictor is not None and evictor.frees == "chosen" and state.allocation is not None:
-        step.over = table.over()
-    merger = state.config.merger
-    step.merges = evicts and merger is not None and merger.merges_decoding
 
 
 def end(state: CacheState) -> None:
-    """Takes note of a step that may be undone."""
+    """Frees a slot of every layer over its limit, unless that has to wait."""
+    step, table, merger = state.step, state.table, state.config.merger
+    assert isinstance(step, Decode) and table is not None
+    if step.evicts:
+        _choose(state, table)
+        if merger is not None and merger.merges_decoding:
+            for layer in state.layers:
+                layer.merge_freed(table, in_place=True)
     if state.recording:
         state.waiting = Phase.DECODE
+
+
+def _choose(state: CacheState, table: SlotTable) -> None:
+    """Frees the slots that an evictor chooses, if it does."""
+    evictor, heads = state.config.evictor, state.heads
+    if evictor is None or evictor.frees != "chosen" or state.allocation is None:
+        return
+    index, protected, importance = table.index, table.protected(), table.importance()
+    layers, batch = index.shape[:2]
+    index = index.flatten(0, 1) if table.sets == 1 else heads.gather(index.flatten(0, 1))
+    protected = protected.flatten(0, 1) if table.sets == 1 else heads.gather(protected.flatten(0, 1))
+    importance = None if importance is None else heads.gather(importance.flatten(0, 1))
+    with policy_errors(evictor):
+        victims = evictor.victim(DecodeContext(index, protected, importance))
+        sets = victims.shape[1]
+    if sets > max(table.sets, index.shape[1]):
+        raise PolicyError(
+            f"evictor {evictor.name}: named a slot for each head, but its by_head says that heads hold the same "
+            "tokens; let by_head be True"
+        )
+    table.choose(heads.own(victims).view(layers, batch, -1))
 
 
 def make_table(state: CacheState) -> SlotTable:
@@ -60,6 +85,8 @@ def make_table(state: CacheState) -> SlotTable:
     held = np.stack([layer.held for layer in layers])
     pinned = np.stack([layer.pinned if len(layer.pinned) else layer.held * 0 for layer in layers])
     frees = "nothing" if evictor is None else evictor.frees
+    chooses = frees == "chosen" and layers[0].unscored is None
+    ranks = [ranks for layer in layers if (ranks := layer.ranks()) is not None] if chooses else []
     state.table = SlotTable(
         [layer.index[..., layer.store.packed :] for layer in layers],  # type: ignore[index]
         held - packed,
@@ -72,13 +99,11 @@ def make_table(state: CacheState) -> SlotTable:
         by_age=frees == "oldest",
         scored_end=sequence.scored.end,
         packed=packed if packed.any() or state.config.quantizer is not None else None,
+        ranks=ranks or None,
         sets=layers[0].kv_heads if evictor is not None and evictor.by_head else 1,
     )
     for layer in layers:
         layer.heads_part = layer.heads_part or state.table.sets > 1
-    if frees == "chosen" and layers[0].unscored is None:
-        for layer in layers:
-            layer.rank_slots(state.table.capacity)
     state.has_kernels = runs_triton(state.table.index.device)
     return state.table
 
@@ -118,8 +143,6 @@ def grow_for(state: CacheState, steps: int, needed: np.ndarray | None = None) ->
     with state.writable():
         if wanted.max() > table.capacity:
             table.grow(int(wanted.max()))
-            for layer in state.layers:
-                layer.rank_more(table.capacity)
         later = table.held(steps)
         for layer, least, most in zip(state.layers, needed.tolist(), wanted.tolist(), strict=True):
             if layer.store.capacity < least or state.reserve:
@@ -202,10 +225,7 @@ def evict_waiting(state: CacheState) -> None:
         if (held <= limits).all():
             return
         table.free_now()
-        if evictor.frees == "chosen":
-            step = Decode(over=table.over())
-            for layer in state.layers:
-                layer.free(step, table)
+        _choose(state, table)
         table.learn_holes()
         if not table.hole.any():
             return

@@ -11,7 +11,7 @@ from kvcompress.cache.quantized_store import QuantizedStore
 from kvcompress.cache.selection import importance_of, order_of
 from kvcompress.cache.sequence import Counts, Sequence, taken
 from kvcompress.cache.slots import SlotTable
-from kvcompress.cache.store import DenseStore, fixed
+from kvcompress.cache.store import DenseStore
 from kvcompress.config import CompressionConfig
 from kvcompress.parallel import ALONE, HeadGroup
 
@@ -35,7 +35,6 @@ class HeldTokens:
         slots: slots in use that are not packed, in the row that has most.
         scores: scores of the slots, `[batch, kv_heads, packed + slots]`; None before any were set. Those of tokens that
             came after the last step that scored mean nothing.
-        ranks: importance of the slots, for an evictor that chooses while decoding.
         statistics: what the allocator reads of the last step that scored, by name, `[batch]`.
         pinned: oldest tokens per row that decode steps never evict by age.
         merger_state: what the merger remembers, batch first.
@@ -56,7 +55,6 @@ class HeldTokens:
         self.held: Counts = np.zeros(0, dtype=np.int64)
         self.slots = 0
         self.scores: Tensor | None = None
-        self.ranks: Tensor | None = None
         self.statistics: dict[str, Tensor] = {}
         self.pinned: Counts = np.zeros(0, dtype=np.int64)
         self.merger_state: Tensor | None = None
@@ -142,7 +140,18 @@ class HeldTokens:
     def _take(self, mask: Tensor, counts: Counts, room: int) -> None:
         """Keeps the marked slots, `counts[row]` in every set of a row, in the order of their tokens."""
         assert self.index is not None
-        order, packed = order_of(mask, self.index, int(counts.max(initial=0)), ordered=True), self.store.packed
+        self.take(mask, order_of(mask, self.index, int(counts.max(initial=0)), ordered=True), counts, room)
+
+    def take(self, mask: Tensor, order: Tensor, counts: Counts, room: int) -> None:
+        """Keeps slots and gives the others back.
+
+        Args:
+            mask: slots that stay, `[batch, sets, slots]`, `counts[row]` in every set of a row.
+            order: the same slots in the order of their tokens.
+            counts: how many stay in each row.
+            room: slots to allocate beyond them.
+        """
+        packed = self.store.packed
         if not packed:
             self._keep(None, self.packed_rows, order, counts, room)
             return
@@ -177,9 +186,9 @@ class HeldTokens:
         """
         packed = self.store.packed
         self.store.take(F.pad(rest, (0, room)) if room else rest, first, packed_rows, surplus)
-        if first is None:
+        if first is None and packed:
             first = torch.arange(packed, device=rest.device).expand(*rest.shape[:2], -1)
-        self._arrange(torch.cat([first, rest], 2) if first.shape[2] else rest, packed_rows, rows)
+        self._arrange(rest if first is None else torch.cat([first, rest], 2), packed_rows, rows)
 
     def _arrange(self, arrangement: Tensor, packed_rows: Counts, rows: Counts) -> None:
         """Brings what belongs to slots into a new order; in each part, a row's first so many mean something."""
@@ -193,21 +202,18 @@ class HeldTokens:
             counts = [torch.as_tensor(n, device=place.device)[:, None, None] for n in (packed_rows, stay + rows)]
             self.index = self.index.masked_fill(torch.where(place < stay, place >= counts[0], place >= counts[1]), -1)
         if self.scores is not None:
-            scores = F.pad(self.scores, (0, before - self.scores.shape[2]))  # tokens that came since have none
+            more = before - self.scores.shape[2]  # tokens that came since have none
+            scores = F.pad(self.scores, (0, more)) if more else self.scores
             self.scores = scores.gather(-1, arrangement.expand(-1, scores.shape[1], -1))
         self.slots, self.held = width, packed_rows + rows
 
-    def rank_slots(self, slots: int) -> None:
-        """Takes down the importance of each slot, for an evictor that chooses while decoding."""
-        scorer, self.ranks = self.config.scorer, None
-        if scorer is not None and self.scores is not None and self.index is not None:
-            ranks = importance_of(scorer, self.scores, self.index, self.sequence, self.number)
-            self.ranks = fixed(F.pad(ranks, (0, slots - ranks.shape[2]), value=torch.nan))
-
-    def rank_more(self, slots: int) -> None:
-        """Makes room for slots whose tokens have no score yet."""
-        if self.ranks is not None:
-            self.ranks = fixed(F.pad(self.ranks, (0, slots - self.ranks.shape[2]), value=torch.nan))
+    def ranks(self) -> Tensor | None:
+        """Importance of the slots that can be written to, NaN where a token has no score; None without scores."""
+        scorer = self.config.scorer
+        if scorer is None or self.scores is None or self.index is None:
+            return None
+        ranks = importance_of(scorer, self.scores, self.index, self.sequence, self.number)
+        return ranks[..., self.store.packed :]
 
     def select_rows(self, index: Tensor, rows: Counts) -> None:
         """Reorders, repeats or drops rows."""
@@ -215,7 +221,7 @@ class HeldTokens:
             return
         self.store.select_rows(index, rows)
         self.held, self.pinned = self.held[rows], self.pinned[rows] if len(self.pinned) else self.pinned
-        for name in ("index", "scores", "ranks", "merger_state"):
+        for name in ("index", "scores", "merger_state"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
@@ -229,5 +235,5 @@ class HeldTokens:
 
     def index_tensors(self) -> list[Tensor]:
         """What belongs to slots beside keys and values; layers may share some of it."""
-        tensors = (self.index, self.scores, self.ranks, self.merger_state)
+        tensors = (self.index, self.scores, self.merger_state)
         return [tensor for tensor in tensors if tensor is not None]

@@ -10,14 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvcompress.cache.allocation import Allocation, protection
 from kvcompress.cache.contract import LayerContract
 from kvcompress.cache.selection import (
     Ranked,
-    checked_selection,
+    compress,
     importance_of,
     merged,
-    selection_message,
     without_unknown,
 )
 from kvcompress.cache.sequence import Counts, Sequence, with_last, without_last
@@ -25,7 +23,7 @@ from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.step import Decode, Prefill, Step
 from kvcompress.errors import PolicyError
 from kvcompress.kernels import attend_blocks
-from kvcompress.policies.context import DecodeContext, LayerContext, LayerWeights, MergeContext, SelectionContext
+from kvcompress.policies.context import LayerContext, LayerWeights, MergeContext
 from kvcompress.policies.faults import policy_errors
 from kvcompress.policies.statistics import STATISTICS
 
@@ -102,9 +100,7 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         if isinstance(step, Decode):
             assert table is not None
             self.store.write(key, value, table.write[self.number])
-            output = self.store.attend(query, scaling, step.used(self.number, query.device))
-            self.free(step, table)
-            return output
+            return self.store.attend(query, scaling, step.used(self.number, query.device))
         query, key, value = (step.aligned(tensor) for tensor in (query, key, value))
         past = self._append(step, key, value)
         valid = self._valid(step)
@@ -114,39 +110,8 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         elif self.config.scorer is not None or self._needs:
             self.unscored = Unscored(query, lse, scaling, weights)
         if step.local is not None:  # sizes are known before the last layer ran
-            self.compress(step, step.local())
+            compress([self], step, step.local())
         return step.restored(output)
-
-    def compress(self, step: Prefill, allocation: Allocation, ranked: Ranked | None = None) -> None:
-        """Selects the slots that stay, merges the others into them, and gives those back."""
-        budget, evictor = allocation.budgets[self.number], self.config.evictor
-        assert self.index is not None and evictor is not None
-        if (budget != self.held).any():
-            index, importance = ranked or self.ranked()
-            images = allocation.image_budgets
-            context = SelectionContext(
-                budget=torch.as_tensor(budget, device=index.device),
-                valid=index >= 0,
-                protected=step.once("protected", index, lambda: self._protected(index)),
-                index=index,
-                importance=importance,
-                is_image=step.once("images", index, lambda: self.sequence.images_at(index)),
-                image_budget=None if images is None else images[self.number].to(index.device),
-                problems=step.problems,
-            )
-            mask, wrong = checked_selection(evictor, self.number, context)
-            step.problems.note(lambda: selection_message(evictor, self.number, mask, context), wrong)
-            self.heads_part = self.heads_part or mask.shape[1] > 1
-            own = self.heads.own(mask)
-            if self.config.merger is not None:
-                most = int(budget.max()), int((self.held - budget).max())
-                own_importance = None if importance is None else self.heads.own(importance)
-                self._merge(own, (self.index >= 0) & ~own, own_importance, most, decoding=False)
-            self._take(own, budget, step.room[self.number])
-        else:
-            self.close_ranks(step.room[self.number])
-        self._pin()
-        self.pack()
 
     # -- prefill -------------------------------------------------------------------------------------------------------
 
@@ -238,8 +203,8 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         label = f"scorer {scorer.name}: layer {self.number}: must return finite scores of the shape {expected}"
         if shape != expected:
             raise PolicyError(f"{label} [batch, kv_heads, tokens]; got the shape {shape}")
-        step.problems.note(f"{label} [batch, kv_heads, tokens]; got NaN or infinite scores", ~scores.isfinite().all())
         scores = scores.to(torch.float32)
+        step.problems.note_unless_finite(f"{label} [batch, kv_heads, tokens]; got NaN or infinite scores", scores)
         if gone is not None and gone.any():
             scores = with_last(scores, gone)
         if scorer.accumulates and self.scores is not None:
@@ -255,24 +220,30 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         index = self.heads.gather(self.index) if self.heads_part else self.index
         if self.config.scorer is None or self.scores is None:
             return index, None
-        importance = importance_of(self.config.scorer, self.scores, self.index, self.sequence, self.number)
+        full = bool((self.held == self.index.shape[2]).all())
+        importance = importance_of(self.config.scorer, self.scores, self.index, self.sequence, self.number, full)
         if (self.sequence.scored.end < self.sequence.row_seen).any():
             importance = without_unknown(importance)
         return index, self.heads.gather(importance)
 
-    def _protected(self, index: Tensor) -> Tensor:
-        return self.sequence.protected(index, *protection(self.config))
+    def let_stay(self, mask: Tensor, order: Tensor, budget: Counts, importance: Tensor | None, room: int) -> None:
+        """Merges the slots that go into those that stay, if asked for, and gives them back.
 
-    def _pin(self) -> None:
-        """Decides which tokens decode steps never evict by age: sinks, those to come too, and what an evictor pins."""
-        evictor = self.config.evictor
-        if evictor is not None and evictor.frees == "oldest":
-            sinks, recents = protection(self.config)
-            first = self.sequence.first_given(self.number, sinks)
-            kept, given = torch.as_tensor(self.held), torch.as_tensor(first)
-            with policy_errors(evictor, self.number):
-                pinned = np.maximum(evictor.pinned(kept, given, recents).numpy(), first)
-            self.pinned = pinned + np.maximum(0, sinks - self.sequence.row_seen)
+        Args:
+            mask: slots that stay, `[batch, sets, slots or more]`.
+            order: the same in the order of their tokens.
+            budget: how many stay in each row.
+            importance: importance of every slot; None without a scorer.
+            room: slots to allocate beyond them.
+        """
+        assert self.index is not None
+        slots = self.index.shape[2]
+        kept = mask[..., :slots].to(self.index.device)
+        if self.config.merger is not None:
+            most = int(budget.max()), int((self.held - budget).max())
+            importance = None if importance is None else importance[..., :slots].to(kept.device)
+            self._merge(kept, (self.index >= 0) & ~kept, importance, most, decoding=False)
+        self.take(kept, order.to(kept.device), budget, room)
 
     def _merge(
         self,
@@ -315,27 +286,6 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         self.merger_state = result.state
 
     # -- decoding ------------------------------------------------------------------------------------------------------
-
-    def free(self, step: Decode, table: SlotTable) -> None:
-        """Frees the slot that the evictor names where the layer is over its limit; merges what goes, if asked for."""
-        evictor, number = self.config.evictor, self.number
-        if step.over is not None and evictor is not None:
-            index = table.index[number]
-            importance = None if self.ranks is None else torch.where(index < table.scored_end, self.ranks, torch.nan)
-            of_all = self.heads.gather(index) if table.sets > 1 else index
-            every = None if importance is None else self.heads.gather(importance)
-            with policy_errors(evictor, number):
-                victims = evictor.victim(DecodeContext(of_all, table.protected(of_all), every))
-            victims = self.heads.own(victims)
-            if victims.shape[1] > table.sets:
-                raise PolicyError(
-                    f"evictor {evictor.name}: layer {number}: named a slot for each head, but its by_head says that "
-                    "heads hold the same tokens; let by_head be True"
-                )
-            table.choose(number, step.over[number], victims)
-        merger = self.config.merger
-        if step.merges and merger is not None:
-            self.merge_freed(table, in_place=True)
 
     def merge_freed(self, table: SlotTable, in_place: bool) -> None:
         """Merges what a decode step freed into the slots that stay."""

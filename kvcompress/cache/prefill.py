@@ -13,9 +13,10 @@ from kvcompress.cache import decoding
 from kvcompress.cache.allocation import Allocation, Rule, allocate
 from kvcompress.cache.masks import Mask
 from kvcompress.cache.reduction import Reduction
-from kvcompress.cache.selection import gather_importance
+from kvcompress.cache.selection import Ranked, Ranking, compress, pin, ranking_of
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Phase, Prefill
+from kvcompress.config import CompressionConfig
 from kvcompress.policies.context import AllocationContext
 from kvcompress.policies.images import ImageLayout
 
@@ -58,6 +59,8 @@ def end(state: CacheState, step: Prefill) -> None:
             layer.pack()
     elif step.local is None:
         compress_all(state, step)
+    else:
+        pin(state.layers)
     step.problems.refuse()
     decoding.make_table(state)
     if state.reserve:
@@ -66,13 +69,32 @@ def end(state: CacheState, step: Prefill) -> None:
 
 def compress_all(state: CacheState, step: Prefill) -> None:
     """Allocates over all layers, then lets each keep what it may."""
-    ranked = [layer.ranked() for layer in state.layers]
-    importance, context = gather_importance(state.layers, state.config, state.sequence, ranked)
-    held, context = np.stack([layer.held for layer in state.layers]), replace(context, problems=step.problems)
-    state.allocation = _allocate(state, held, importance.device, importance, context)
+    ranking = ranking_of(state.layers, state.config, step)
+    importance, context = _allocation_inputs(state, state.config, ranking)
+    held = np.stack([layer.held for layer in state.layers])
+    state.allocation = _allocate(state, held, importance.device, importance, replace(context, problems=step.problems))
     step.room = _room_for(state, state.allocation)
-    for layer, known in zip(state.layers, ranked, strict=True):
-        layer.compress(step, state.allocation, known)
+    compress(state.layers, step, state.allocation, ranking)
+    pin(state.layers)
+
+
+def allocation_at(state: CacheState, config: CompressionConfig, ranked: list[Ranked]) -> Allocation:
+    """What another configuration's allocator and budget would give the layers, from the scores that are there."""
+    importance, context = _allocation_inputs(state, config, ranking_of(state.layers, config, Prefill(), ranked))
+    held, rule = np.stack([layer.held for layer in state.layers]), Rule.of(config, len(state.layers))
+    return allocate(config, rule, state.sequence.row_seen, held, importance.device, importance, context)
+
+
+def _allocation_inputs(
+    state: CacheState, config: CompressionConfig, ranking: Ranking
+) -> tuple[Tensor, AllocationContext]:
+    """What an allocator reads: the importance of every layer's slots, and what belongs to it."""
+    importance, context = ranking.means()
+    statistics = {
+        name: torch.stack([layer.statistics[name].to(importance.device) for layer in state.layers])
+        for name in config.allocator.needs
+    }
+    return importance, replace(context, statistics=statistics)
 
 
 def _allocate_once(state: CacheState, held: np.ndarray, device: torch.device) -> Allocation:

@@ -92,8 +92,7 @@ class Decode:
         bias: what is added to the logits of each layer, `[layers, batch, sets, 1, slots]`; None while all slots read
             are in use, or `length` says it.
         length: slots in use, `[layers, batch, sets]`, where kernels read these alone; None elsewhere.
-        over: which rows hold more than their limit, for evictors that choose, `[layers, batch, sets]`.
-        merges: whether what is freed is merged.
+        evicts: whether layers over their budget free a slot in this step.
         next_layer: layer that attends next.
     """
 
@@ -102,8 +101,7 @@ class Decode:
     widths: list[int] | None = None
     bias: Tensor | None = None
     length: Tensor | None = None
-    over: Tensor | None = None
-    merges: bool = False
+    evicts: bool = True
     next_layer: int = 0
 
     def used(self, layer: int, device: torch.device) -> InUse:
