@@ -18,30 +18,37 @@ _BLOCK = 16  # slots by which a buffer grows at least, unless `reserve` says mor
 
 
 def begin(state: CacheState) -> None:
-    """Makes the step of a forward of one token for every row, and takes note of it."""
-    sequence, table = state.sequence, state.table
-    if table is None:
-        table = make_table(state)
-    if not torch.compiler.is_compiling():
-        pack_if_due(state)
-    step = state.step = Decode(evicts=not state.recording)  # from here on, what is interrupted has failed
-    alike = False
+    """Makes the step of a forward of one token for every row, and advances the table."""
     if torch.compiler.is_compiling():
-        table.exact = False
-    else:
-        sequence.extend(None, 1, np.ones(sequence.batch, dtype=np.int64), scored=False)
-        table.count(sequence.row_seen, step.evicts)
-        if table.exact:
-            step.widths = table.extent.max(1).tolist()
-            alike = bool((table.extent == table.extent[:, :1]).all())
+        state.step = Decode(evicts=not state.recording)
+        assert state.table is not None
+        state.table.exact = False
+    elif not state.device_only:
+        count(state)
+    step, table, alike = state.step, state.table, False
+    assert isinstance(step, Decode) and table is not None
+    step.device_only = host_is_left_out(state)
+    if not step.device_only and table.exact:
+        step.widths = table.extent.max(1).tolist()
+        alike = bool((table.extent == table.extent[:, :1]).all())
     with state.writable():
-        if step.widths is not None:
-            _make_room(state)
         table.advance(step.evicts)
     if state.has_kernels:
         step.length = table.length
     elif not alike:
         step.bias = decode_bias(table.length, table.capacity, state.dtype)
+
+
+def count(state: CacheState) -> None:
+    """What the host does for a decode step before the device: it quantizes, counts tokens, and lets buffers grow."""
+    pack_if_due(state)
+    sequence, table = state.sequence, state.table or make_table(state)
+    step = state.step = Decode(evicts=not state.recording)  # from here on, what is interrupted has failed
+    sequence.extend(None, 1, np.ones(sequence.batch, dtype=np.int64), scored=False)
+    table.count(sequence.row_seen, step.evicts)
+    if table.exact:
+        with state.writable():
+            _make_room(state)
 
 
 def end(state: CacheState) -> None:
@@ -53,8 +60,23 @@ def end(state: CacheState) -> None:
         if merger is not None and merger.merges_decoding:
             for layer in state.layers:
                 layer.merge_freed(table, in_place=True)
+    state.ran = "compiled" if torch.compiler.is_compiling() else "eager"
+    if not host_is_left_out(state):
+        finish(state)
+    elif torch.compiler.is_compiling():
+        state.step = None
+
+
+def finish(state: CacheState) -> None:
+    """What the host does after a decode step: it forgets the step, or that it may have to be undone is noted."""
     if state.recording:
         state.waiting = Phase.DECODE
+    state.step = None
+
+
+def host_is_left_out(state: CacheState) -> bool:
+    """Whether only what is asked of the device counts: in steps that are traced or captured."""
+    return torch.compiler.is_compiling() or state.device_only
 
 
 def _choose(state: CacheState, table: SlotTable) -> None:
@@ -130,7 +152,7 @@ def prepare_step(state: CacheState) -> None:
     needed = table.bound(1)
     if any(layer.store.capacity < slots for layer, slots in zip(state.layers, needed.tolist(), strict=True)):
         catch_up_if_needed(state)
-        grow_for(state, state.reserve or _block(state, int(needed.max())))
+        grow_for(state, state.room or _block(state, int(needed.max())))
 
 
 def grow_for(state: CacheState, steps: int, needed: np.ndarray | None = None) -> None:
@@ -145,7 +167,7 @@ def grow_for(state: CacheState, steps: int, needed: np.ndarray | None = None) ->
             table.grow(int(wanted.max()))
         later = table.held(steps)
         for layer, least, most in zip(state.layers, needed.tolist(), wanted.tolist(), strict=True):
-            if layer.store.capacity < least or state.reserve:
+            if layer.store.capacity < least or state.room:
                 layer.store.grow(most)
             layer.store.make_room(later[layer.number])
 
@@ -164,23 +186,23 @@ def pack_if_due(state: CacheState) -> None:
     catch_up_if_needed(state)
     if table.held().max(initial=0) < due:
         return
-    buffers = [layer.store.settled() for layer in state.layers]
+    buffers = [layer.store.buffers() for layer in state.layers]
     in_inference = buffers[0][0].is_inference()
     with state.changing(in_place=True), torch.inference_mode(in_inference), torch.no_grad():
         now, later = table.held(), table.held(_block(state, due))
         tidy(state)
-        for layer, settled in zip(state.layers, buffers, strict=True):
+        for layer, before in zip(state.layers, buffers, strict=True):
             layer.store.make_room(now[layer.number], later[layer.number])
             layer.pack()
-            layer.store.move_into(settled)
+            layer.store.move_into(before)
         table.become(make_table(state))
         state.table = table
 
 
 def _block(state: CacheState, slots: int) -> int:
     """Steps that buffers get room for where they grow: what is reserved, or a few where nothing is compiled."""
-    if state.reserve:
-        return state.reserve
+    if state.room:
+        return state.room
     on_cpu = state.layers[0].device is None or state.layers[0].device.type == "cpu"
     return max(_BLOCK - 1, slots // 100) if on_cpu else _COMPILED_BLOCK
 

@@ -63,8 +63,8 @@ def end(state: CacheState, step: Prefill) -> None:
         pin(state.layers)
     step.problems.refuse()
     decoding.make_table(state)
-    if state.reserve:
-        decoding.grow_for(state, state.reserve)
+    if state.room:
+        decoding.grow_for(state, state.room)
 
 
 def compress_all(state: CacheState, step: Prefill) -> None:
@@ -131,7 +131,7 @@ def _room_for(state: CacheState, allocation: Allocation) -> list[int]:
 
 def _reserved(state: CacheState) -> int:
     """Slots to reserve where tokens are selected; a quantizer has yet to say how many of them stay as they are."""
-    return state.reserve if state.config.quantizer is None else 0
+    return state.room if state.config.quantizer is None else 0
 
 
 def _budget_rule(state: CacheState) -> Rule:

@@ -82,7 +82,7 @@ class QuantizedStore(DenseStore):
         """Attention of one query per row over quantized slots and those in use of full precision.
 
         On a GPU a kernel reads codes in the layout that it knows. Elsewhere slots are decoded a block at a time: those
-        in use, and without a mask where every row has as many; all that are allocated where the step is compiled.
+        in use, and without a mask where every row has as many; or all that are allocated, where the host has no say.
         """
         if self._packed is None:
             return super().attend(query, scaling, used)
@@ -96,9 +96,10 @@ class QuantizedStore(DenseStore):
         grouped = by_key_head(query, keys.shape[1])
         keys, values = keys[:, :, : used.width], values[:, :, : used.width]
         parts = _attend(grouped, keys, values, scaling, _mask(used, keys.shape[2]))
-        compiled, rows = torch.compiler.is_compiling(), self.packed_rows
-        whole = 0 if compiled or rows is None else int(rows.min())  # slots that every row has
-        for start, end in self._spans(self.codes_capacity if compiled else self.packed):
+        rows, slots, whole = self.packed_rows, self.codes_capacity, 0
+        if not used.device_only:
+            slots, whole = self.packed, 0 if rows is None else int(rows.min())  # slots that every row has
+        for start, end in self._spans(slots):
             mask = None
             if end > whole:
                 assert self.coded is not None
@@ -154,16 +155,16 @@ class QuantizedStore(DenseStore):
             self._drop_first(more, int((dense_rows - more).max()))
         return more
 
-    def settled(self) -> list[Tensor]:
-        """Keys and values in full precision, and how many slots are quantized."""
-        return [*super().settled(), *([] if self.coded is None else [self.coded])]
+    def buffers(self) -> list[Tensor]:
+        """Every tensor that it holds: keys and values, how many slots are quantized, and codes."""
+        coded = [] if self.coded is None else [self.coded]
+        return [*super().buffers(), *coded, *(tensor for packed in self._packed or () for tensor in packed.tensors())]
 
     def move_into(self, buffers: list[Tensor]) -> None:
-        """Puts what it holds into the buffers that it had before (see `settled`)."""
+        """Puts what it holds into `buffers` that it had before; codes have not moved."""
         super().move_into(buffers)
-        for buffer in buffers[2:]:
-            assert self.coded is not None
-            self.coded = buffer.copy_(self.coded)
+        if len(buffers) > 2 and self.coded is not None:
+            self.coded = buffers[2].copy_(self.coded)
 
     def _drop_first(self, more: Counts, left: int) -> None:
         """Gives back the first slots of full precision, each row's own number of them; so many are left in use."""

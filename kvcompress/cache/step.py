@@ -92,6 +92,7 @@ class Decode:
         bias: what is added to the logits of each layer, `[layers, batch, sets, 1, slots]`; None while all slots read
             are in use, or `length` says it.
         length: slots in use, `[layers, batch, sets]`, where kernels read these alone; None elsewhere.
+        device_only: whether nothing that the host knows counts, since the step is compiled or captured.
         evicts: whether layers over their budget free a slot in this step.
         next_layer: layer that attends next.
     """
@@ -101,6 +102,7 @@ class Decode:
     widths: list[int] | None = None
     bias: Tensor | None = None
     length: Tensor | None = None
+    device_only: bool = False
     evicts: bool = True
     next_layer: int = 0
 
@@ -108,7 +110,8 @@ class Decode:
         """Which slots of a layer are in use."""
         width = None if self.widths is None else self.widths[layer]
         bias = None if self.bias is None else self.bias[layer].to(device)
-        return InUse(width, bias, None if self.length is None else self.length[layer].to(device))
+        length = None if self.length is None else self.length[layer].to(device)
+        return InUse(width, bias, length, self.device_only)
 
 
 Step: TypeAlias = Prefill | Decode

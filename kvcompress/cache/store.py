@@ -24,11 +24,13 @@ class InUse:
         width: slots to read; None for all that are allocated.
         bias: what is added to the logits of each slot; None while all slots read are in use, or `length` says it.
         length: slots in use, where a kernel reads these alone; None elsewhere.
+        device_only: whether nothing that the host knows counts, since the step is compiled or captured.
     """
 
     width: int | None = None
     bias: Float[Tensor, "batch sets 1 slots"] | None = None
     length: Int[Tensor, "batch sets"] | None = None
+    device_only: bool = False
 
 
 class KVStore(Protocol):
@@ -55,6 +57,9 @@ class KVStore(Protocol):
 
     def slots_within(self, nbytes: float) -> float:
         """Slots of one row whose keys and values fit into so many bytes."""
+
+    def buffers(self) -> list[Tensor]:
+        """Every tensor that it holds."""
 
     def append(self, keys: Keys, values: Values, used: int) -> None:
         """Adds tokens after the first `used` slots that can be written to."""
@@ -141,6 +146,10 @@ class DenseStore:
         """Slots of one row whose keys and values fit into so many bytes."""
         return nbytes / self.slot_nbytes
 
+    def buffers(self) -> list[Tensor]:
+        """Every tensor that it holds, keys and values in full precision first."""
+        return [buffer for buffer in (self.keys, self.values) if buffer is not None]
+
     def append(self, keys: Keys, values: Values, used: int) -> None:
         """Adds tokens after the first `used` slots; the first tokens' own tensors become the buffers."""
         if self.keys is None or self.values is None or not used:
@@ -224,12 +233,8 @@ class DenseStore:
     def make_room(self, dense_rows: Counts, later: Counts | None = None) -> None:
         """Nothing to do: all stays in full precision."""
 
-    def settled(self) -> list[Tensor]:
-        """What has to stay where it is for compiled steps, but for codes, which never move."""
-        return list(self.dense())
-
     def move_into(self, buffers: list[Tensor]) -> None:
-        """Puts what it holds into the buffers that it had before (see `settled`)."""
+        """Puts what it holds into `buffers` that it had before, where compiled steps look for it."""
         for buffer, now in zip(buffers, self.dense(), strict=False):
             buffer[:, :, : now.shape[2]] = now
         self.keys, self.values = buffers[:2]

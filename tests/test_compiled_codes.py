@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from tests.traced_decoding import CASES
+from tests.compiled_codes import CASES
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_forty_steps_are_one_graph_that_serves_the_next_cache_too(case: str) -> None:
     """In a process of its own: the type checks that tests put on every function are none of the compiler's business."""
-    done = subprocess.run([sys.executable, "-m", "tests.traced_decoding", case], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "tests.compiled_codes", case], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
