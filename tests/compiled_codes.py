@@ -63,13 +63,19 @@ CASES: dict[str, dict[str, Any]] = {
     "prefixkv, as kernels are called": {"config": "prefixkv", "budget": 0.5, "lengths": LENGTHS, "kernels": True},
 }
 
+OWN_LOOP = "a loop of one's own"
+
 
 def main() -> None:
     """Runs the cases that are named."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    model = tiny.model("llama_shallow")
     for name in sys.argv[1:]:
-        check(tiny.model("llama_shallow"), name, **CASES[name])
+        if name == OWN_LOOP:
+            check_own_loop(model)
+        else:
+            check(model, name, **CASES[name])
 
 
 def check(
@@ -93,6 +99,23 @@ def check(
         for one, other in zip(cache.layers, plain.layers, strict=True):
             for found, wanted in zip((one.keys, one.values), (other.keys, other.values), strict=True):
                 torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def check_own_loop(model: PreTrainedModel) -> None:
+    """A loop over a compiled model quantizes if it asks for mask sizes before each step, as `generate` does."""
+    found = []
+    for forward in (model, torch.compile(model, fullgraph=True, backend="eager")):
+        cache, tokens = CompressedCache(model, "kivi4", quantizer=_FOUR_BITS, reserve=NEW), []
+        logits = model(tiny.token_ids(2, TOKENS, seed=1), **tiny.with_cache(cache)).logits[:, -1:]
+        for _ in range(NEW):
+            tokens.append(logits.argmax(-1))
+            cache.get_mask_sizes(1)
+            logits = forward(input_ids=tokens[-1], **tiny.with_cache(cache)).logits
+        found.append((torch.cat(tokens, 1).tolist(), cache.report().held_columns, cache.report().kv_bytes))
+        assert cache.layers[0].store.packed == 72
+    assert found[0] == found[1], f"{found[1]} instead of {found[0]}"
+    assert counters["stats"]["unique_graphs"] == 1, f"{counters['stats']['unique_graphs']} graphs"
 
 
 def generate(

@@ -79,29 +79,44 @@ class QuantizedStore(DenseStore):
         return whole
 
     def attend(self, query: Queries, scaling: float, used: InUse) -> Tensor:
-        """Attention of one query per row over quantized slots and those in use of full precision.
-
-        On a GPU a kernel reads codes in the layout that it knows. Elsewhere slots are decoded a block at a time: those
-        in use, and without a mask where every row has as many; or all that are allocated, where the host has no say.
-        """
+        """Attention of one query per row over quantized slots and those in use of full precision."""
         if self._packed is None:
             return super().attend(query, scaling, used)
         (keys, values), read_as = self.dense(), self.quantizer.code_dtype
-        if used.length is not None and read_as is not None and keys.shape[3] == values.shape[3]:
-            codes = [(p.codes.data.view(read_as), p.codes.scale, p.codes.shift) for p in self._packed]
-            rows = {"key_rows": self._packed[0].scale_rows, "value_rows": self._packed[1].scale_rows}
-            return decode_attention_codes(
-                query, *codes[0], *codes[1], keys, values, scaling, self.coded, used.length, **rows
-            )
+        if used.length is None or read_as is None or keys.shape[3] != values.shape[3]:
+            return self._attend_blocks(query, scaling, used)
+        of_keys, of_values = self._packed
+        return decode_attention_codes(
+            query,
+            of_keys.codes.data.view(read_as),
+            of_keys.codes.scale,
+            of_keys.codes.shift,
+            of_values.codes.data.view(read_as),
+            of_values.codes.scale,
+            of_values.codes.shift,
+            keys,
+            values,
+            scaling,
+            self.coded,
+            used.length,
+            key_rows=of_keys.scale_rows,
+            value_rows=of_values.scale_rows,
+        )
+
+    def _attend_blocks(self, query: Queries, scaling: float, used: InUse) -> Tensor:
+        """The same where no kernel reads the codes: a block of them is decoded at a time.
+
+        Blocks are those in use, without a mask where every row has as many; where the host has no say, all there are.
+        """
+        keys, values = (tensor[:, :, : used.width] for tensor in self.dense())
         grouped = by_key_head(query, keys.shape[1])
-        keys, values = keys[:, :, : used.width], values[:, :, : used.width]
         parts = _attend(grouped, keys, values, scaling, _mask(used, keys.shape[2]))
-        rows, slots, whole = self.packed_rows, self.codes_capacity, 0
+        slots, whole = self.codes_capacity, 0
         if not used.device_only:
-            slots, whole = self.packed, 0 if rows is None else int(rows.min())  # slots that every row has
+            slots, whole = self.packed, 0 if self.packed_rows is None else int(self.packed_rows.min())
         for start, end in self._spans(slots):
             mask = None
-            if end > whole:
+            if end > whole:  # some row has fewer
                 assert self.coded is not None
                 mask = (torch.arange(start, end, device=query.device) < self.coded).unsqueeze(1)
             parts = merge_attention(*parts, *_attend(grouped, *self._decoded(start, end), scaling, mask))

@@ -217,10 +217,11 @@ class SlotTable:
     def held(self, steps: int = 0) -> np.ndarray:
         """At most the tokens that layers and rows hold after so many steps more than now, `[layers, batch]`."""
         if self.exact and not steps:
-            return self.extent - self.hole
+            held: np.ndarray = self.extent - self.hole
+            return held
         lengths, row_seen = self._start
         taken = self.steps + steps
-        held: np.ndarray = lengths + taken
+        held = lengths + taken
         if self._allocation is not None:  # what is freed after a step is no more than what came in it
             limits = self._allocation.limits(self._rule, row_seen + taken) - self._packed_rows
             limits = np.maximum(limits, self._pinned_rows) if self._by_age else limits
