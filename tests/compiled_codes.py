@@ -59,6 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
         "quantizer": {"name": "fp8", "group": 8, "residual": 26},
         "lengths": LENGTHS,
     },
+    "k8v4, which turns back what it reads": {"config": "full", "quantizer": {**_FOUR_BITS, "name": "k8v4"}},
     "a quantizer of one's own": {"config": "full", "quantizer": Halves(group=4, residual=12), "lengths": LENGTHS},
     "prefixkv, as kernels are called": {"config": "prefixkv", "budget": 0.5, "lengths": LENGTHS, "kernels": True},
 }

@@ -24,6 +24,7 @@ from kvcompress.policies.registry import Registry
 from kvcompress.policies.statistics import STATISTICS
 
 seeds = st.integers(0, 2**31 - 1)
+THOROUGH = settings.default.max_examples > 25  # pytest --hypothesis-profile=thorough
 
 
 def examples(number: int) -> settings:
@@ -47,26 +48,24 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
         {"queries": "stride:3"},
         {"queries": "post_vision", "reduce": "mean", "image_weight": 0.5},
     ],
-    ("scorer", "blend"): [
-        {"scorers": [{"name": "snapkv", "window": 3}, "random"], "weights": [1, 0.25], "normalise": "mass"},
-        {"scorers": [{"name": "blend", "scorers": ["attention", "key_diff"]}, "value_aware"], "normalise": "mass"},
-    ],
+    ("scorer", "defensive"): [{"window": 3, "kernel": 3}, {"window": 1, "projected": False}],
     ("scorer", "expected_attention"): [{"future": 3, "epsilon": 0.02}, {"sink": 0}],
     ("scorer", "lagkv"): [{"lag": 4, "sink": 2}],
+    ("scorer", "leverage"): [{"chunk": 4, "blend": 1.5}],
+    ("scorer", "mixkv"): [{"window": 3, "kernel": 1}],
+    ("scorer", "rkv"): [{"window": 3, "kernel": 1, "share": 0.6, "threshold": 0.2}],
     ("scorer", "snapkv"): [{"window": 3, "kernel": 3, "pool": "max"}, {"window": 1}],
     ("scorer", "value_aware"): [
         {"queries": "window:4", "reduce": "mean", "norm": "projected_l1", "epsilon": 1e-4},
         {"queries": "window:4", "norm": "largest_l1"},
     ],
-    ("allocator", "blend"): [{"share": 0.5, "first": "pyramid", "second": "sparsity"}],
     ("allocator", "modality"): [{"image": "uniform", "text": "entropy", "image_share": 0.7}],
     ("allocator", "profile"): [{"retention": None, "retentions": [[0.6, 0.2, 0.7], [0.3, 0, 0.3]]}],
     ("evictor", "chunk"): [{"length": 3}],
-    ("merger", "average"): [{"within_modality": False}],
+    ("evictor", "critical"): [{"first": 0.25, "epsilon": 0.1}],
     ("merger", "cam"): [{"reach": 3, "seed": 1}],
-    ("merger", "pivotal"): [{"within_modality": False}],
+    ("merger", "lookm"): [{"rule": rule, "within_modality": False} for rule in ("average", "pivotal", "weighted")],
     ("merger", "threshold"): [{"beta": 0.25, "decoding": False}],
-    ("merger", "weighted"): [{"within_modality": False}],
 }
 
 
@@ -75,7 +74,8 @@ def policy(registry: Registry[Any], name: str, **fields: Any) -> Any:
     return registry.create(name, **{**FIELDS.get((registry.stage, name), {}), **fields})
 
 
-def variants(registry: Registry[Any]) -> list[Policy]:
+@functools.cache
+def variants(registry: Registry[Any]) -> tuple[Any, ...]:
     """Every registered policy of a stage with every combination of its choices (fields of Literal type), and more."""
     found = []
     for name in registry.names():
@@ -84,7 +84,7 @@ def variants(registry: Registry[Any]) -> list[Policy]:
         for values in itertools.product(*choices.values()):
             found.append(policy(registry, name, **dict(zip(choices, values, strict=True))))
         found += [policy(registry, name, **more) for more in VARIANTS.get((registry.stage, name), [])]
-    return found
+    return tuple(found)
 
 
 def label(given: Any) -> str:
@@ -92,7 +92,7 @@ def label(given: Any) -> str:
     return "none" if given is None else f"{given.name}-{'-'.join(str(v) for _, v in given)}".rstrip("-")
 
 
-def allocators() -> list[Allocator]:
+def allocators() -> tuple[Allocator, ...]:
     """Every registered allocator, for the three layers of the tiny models."""
     return variants(ALLOCATORS)
 
@@ -110,7 +110,7 @@ def for_layers(allocator: Allocator, layers: int) -> Allocator:
     return type(allocator)(**{**dict(allocator), **changed})
 
 
-def evictors() -> list[Evictor]:
+def evictors() -> tuple[Evictor, ...]:
     """Every registered evictor, in every granularity and with every decode rule."""
     return variants(EVICTORS)
 
@@ -120,22 +120,22 @@ def bounded_evictors() -> list[Evictor]:
     return [evictor for evictor in evictors() if getattr(evictor, "decode", None) != "none"]
 
 
-def scorers() -> list[Scorer]:
+def scorers() -> tuple[Scorer, ...]:
     """Every registered scorer with every choice it offers."""
     return variants(SCORERS)
 
 
-def mergers() -> list[Merger]:
+def mergers() -> tuple[Merger, ...]:
     """Every registered merger with every choice it offers."""
     return variants(MERGERS)
 
 
-def quantizers() -> list[Quantizer]:
+def quantizers() -> tuple[Quantizer, ...]:
     """Every registered quantizer with every choice it offers."""
     return variants(QUANTIZERS)
 
 
-def reducers() -> list[Reducer]:
+def reducers() -> tuple[Reducer, ...]:
     """Every registered reducer with every choice it offers."""
     return variants(REDUCERS)
 
@@ -160,8 +160,13 @@ def config_with(given: Policy, **fields: Any) -> CompressionConfig:
     raise AssertionError(f"no configuration goes with {given!r}")
 
 
-def configs() -> Iterator[Any]:
+@functools.cache
+def configs() -> tuple[Any, ...]:
     """Presets, and one configuration around every other policy; each with a test id."""
+    return tuple(_configs())
+
+
+def _configs() -> Iterator[Any]:
     for name in PRESETS:
         yield pytest.param(CompressionConfig.preset(name), id=f"preset-{name}")
     positions = itertools.cycle(("original", "contiguous", "per_layer"))
@@ -386,7 +391,8 @@ def selection_contexts(draw: st.DrawFn, modality: bool | None = None) -> Selecti
     least = protected.sum(-1).amax(-1)
     budget = [draw(st.integers(low, high)) for low, high in zip(least.tolist(), count.flatten().tolist(), strict=True)]
     score = MASSES[draw(st.sampled_from(["random", "ties", "equal", "zeros"]))]((batch, heads, slots), g)
-    context = SelectionContext(torch.tensor(budget), valid, protected, index, score)
+    norms = torch.rand(batch, heads, slots, generator=g) + 0.1
+    context = SelectionContext(torch.tensor(budget), valid, protected, index, score, value_norms=norms)
     if not (draw(st.booleans()) if modality is None else modality):
         return context
     # The same tokens are images in every set, wherever they are stored.

@@ -47,6 +47,7 @@ def cases() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     for name in ALLOCATORS.names():
         fields = {"allocator": {"name": name, **EXAMPLES.get(("allocator", name), {})}}
         yield f"allocator {name}", "llava" if name == "modality" else "llama", "generate", fields
+    yield "evictor critical", "llama_mha", "generate", {"evictor": {"name": "critical", "granularity": "head"}}
     for name in MERGERS.names():
         yield f"merger {name}", "llama_mha", "generate", {"merger": name, "evictor": LOWEST}
     for name in QUANTIZERS.names():
@@ -116,7 +117,10 @@ def played(model: PreTrainedModel, name: str, way: str, fields: dict[str, Any]) 
 def least_held(cache: CompressedCache) -> list[list[list[int]]]:
     """Tokens from some columns on that every head of a layer holds, which decides what can be taken back."""
     return [
-        [undoing.holds_from(cache._state, layer, np.full(cache.batch_size, column)).tolist() for column in range(0, TOKENS, 10)]
+        [
+            undoing.holds_from(cache._state, layer, np.full(cache.batch_size, column)).tolist()
+            for column in range(0, TOKENS, 10)
+        ]
         for layer in cache.layers
     ]
 

@@ -74,12 +74,21 @@ def test_sampling_draws_what_it_draws_without_the_cache(preset: str) -> None:
     assert torch.equal(*outputs)
 
 
+@pytest.fixture(scope="module")
+def searched() -> list[tuple[dict[str, Any], Tensor]]:
+    """Ways to look for several tokens, with what DynamicCache gives."""
+    hows = ({"num_beams": 3}, {"prompt_lookup_num_tokens": 4}, {"assistant_model": tiny.build("llama", seed=1)})
+    inputs, config = tiny.inputs("llama", 25, seed=3), tiny.model("llama").config
+    return [(how, generate(DynamicCache(config=config), inputs, new=16, **how)) for how in hows]  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("preset", PRESETS)
-def test_beams_and_assisted_decoding_at_full_budget_are_those_of_dynamic_cache(preset: str) -> None:
+def test_beams_and_assisted_decoding_at_full_budget_are_those_of_dynamic_cache(
+    preset: str, searched: list[tuple[dict[str, Any], Tensor]]
+) -> None:
     inputs = tiny.inputs("llama", 25, seed=3)
-    for how in ({"num_beams": 3}, {"prompt_lookup_num_tokens": 4}, {"assistant_model": tiny.build("llama", seed=1)}):
+    for how, expected in searched:
         found = generate(CompressedCache(tiny.model("llama"), preset, budget=1.0), inputs, new=16, **how)
-        expected = generate(DynamicCache(config=tiny.model("llama").config), inputs, new=16, **how)  # type: ignore[arg-type]
         assert torch.equal(found, expected), how
 
 
@@ -123,7 +132,7 @@ def test_a_prompt_of_one_token_grows_into_its_budget(preset: str) -> None:
         tiny.model("llama")(tiny.token_ids(1, 1, seed=step), **tiny.with_cache(cache))
         report = cache.report()
         assert report.layer_lengths == [[min(step + 1, max(6, sinks + recents))]] * 3
-        assert {*range(min(sinks, step + 1)), step} <= set(report.columns(0, 0))
+        assert {*range(min(sinks, step + 1)), step} <= set(report.positions(0, 0))
 
 
 @pytest.mark.quick
@@ -384,3 +393,11 @@ def test_a_restored_model_refuses_old_caches_and_serves_new_ones() -> None:
     cache = CompressedCache(model, "prefixkv", budget=0.5)
     model.generate(**tiny.inputs("llama", 20, seed=20), **tiny.with_cache(cache), max_new_tokens=3)
     assert cache.report().retention <= 0.5
+
+
+def test_the_former_name_of_positions_still_works() -> None:
+    """With a word that it is deprecated."""
+    cache = CompressedCache(tiny.model("llama"), "prefixkv", budget=0.5)
+    tiny.model("llama")(**tiny.inputs("llama", 20, seed=1), **tiny.with_cache(cache))
+    with pytest.warns(DeprecationWarning, match="positions"):
+        assert cache.report().columns(0, 0) == cache.report().positions(0, 0)
