@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvcompress.cache import attention, hooks
+from kvcompress.cache import attention, hooks, saving
 from kvcompress.cache.allocation import Allocation, Rule, allocate
 from kvcompress.cache.calls import Calls
 from kvcompress.cache.inputs import shape_of
@@ -132,9 +132,96 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """
         raise UnsupportedModeError(
             "cache: it belongs to a model of this process and cannot be pickled; within the process, take "
-            "copy.deepcopy(cache); for another one, write cache.config.dump(path), make a CompressedCache(model, path) "
-            "there and run the prompt again"
+            "copy.deepcopy(cache); for another one, cache.save(folder) and CompressedCache.load(model, folder) there"
         )
+
+    # -- on disk -------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes what the cache holds, to go on in another process: `cache.json` and a file of tensors (safetensors).
+
+        The cache stays as it is. Another process sees the old cache or the new one, never a part of one.
+
+        Args:
+            folder: where to; made where it is missing.
+            overwrite: whether a cache that was saved there is replaced.
+
+        Raises:
+            ConfigError: if the folder cannot be written, or holds a cache already, or a `cache.json` of somebody else.
+            CacheStateError: if a forward failed half-way, or may still be undone.
+            UnsupportedModeError: if several processes share the heads.
+
+        Example:
+            >>> cache = CompressedCache(model, "prefixkv", budget=0.5)
+            >>> output = model.generate(**inputs, cache=cache, max_new_tokens=4)
+            >>> cache.save(folder / "story")
+            >>> again = CompressedCache.load(model, folder / "story")
+            >>> again.report() == cache.report()
+            True
+        """
+        saving.save(self, self.decoder(), folder, overwrite=overwrite)
+
+    @classmethod
+    def load(cls, model: PreTrainedModel, folder: str | PathLike[str], *, reserve: int = 0) -> CompressedCache:
+        """Reads a cache that `save` wrote; decoding goes on to the bit as with the one that was saved.
+
+        Nothing in the folder is run. Policies of your own must be registered before.
+
+        Args:
+            model: the model it was saved from, in the same dtype; in any process, on any device.
+            folder: where it was saved.
+            reserve: as for a new cache.
+
+        Raises:
+            ConfigError: if the folder holds no cache, a damaged one, or one of another model or release.
+            UnsupportedModelError: as for a new cache.
+        """
+        return saving.load(cls, model, folder, reserve=reserve)[0]
+
+    def decoder(self) -> PreTrainedModel:
+        """The module that owns the decoder layers.
+
+        Raises:
+            CacheStateError: if the model no longer exists.
+        """
+        decoder = self._decoder()
+        if decoder is None:
+            raise CacheStateError("cache: the model it was made for no longer exists; make a new cache for this one")
+        return decoder
+
+    def state(self) -> dict[str, Any]:
+        """What has to be kept to go on elsewhere, as plain values; changes nothing.
+
+        Raises:
+            CacheStateError: if a forward failed half-way, or may still be undone.
+            UnsupportedModeError: if several processes share the heads.
+        """
+        self._check_ready()
+        saving.refuse_unsaveable(self._heads is not ALONE, self._waiting is not None)
+        self._catch_up_if_needed()
+        table = self._table
+        return {
+            "sequence": self._sequence.state(),
+            "calls": self._calls.state(),
+            "layers": [layer.state() for layer in self.layers if layer.is_initialized],
+            "allocation": self._allocation,
+            "rule": self._rule,
+            "recording": self._recording,
+            "table": None if table is None else table.state(),
+            "table_evicts": table is not None and table.evicts,
+        }
+
+    def restore_state(self, state: dict[str, Any], devices: list[torch.device]) -> None:
+        """Takes over what `state` gave; layers and their tensors are on those devices."""
+        self._sequence.restore(state["sequence"])
+        self._calls.restore(state["calls"])
+        if state["layers"]:
+            for layer, kept, device in zip(self.layers, state["layers"], devices, strict=True):
+                layer.restore(kept, device)
+        self._allocation, self._rule, self._recording = state["allocation"], state["rule"], bool(state["recording"])
+        if state["table"] is not None:
+            allocation = self._allocation if state["table_evicts"] else None
+            self._table = SlotTable.from_state(state["table"], allocation, self._rule)
 
     # -- a step --------------------------------------------------------------------------------------------------------
 

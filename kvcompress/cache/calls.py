@@ -44,6 +44,14 @@ class Calls:
         self._read: list[_Read] = []
         self.due: Tensor | None = None
 
+    def state(self) -> list[dict[str, Any]]:
+        """What has to be kept of the conversation to go on elsewhere."""
+        return [read._asdict() for read in self._read]
+
+    def restore(self, state: list[dict[str, Any]]) -> None:
+        """Takes over what `state` gave."""
+        self._read = [_Read(**read) for read in state]
+
     # -- what hooks tell -----------------------------------------------------------------------------------------------
 
     def model(self, inputs: dict[str, Any], seen: int, recording: bool) -> None:

@@ -35,6 +35,8 @@ from kvcompress.policies.context import DecodeContext, LayerContext, LayerWeight
 from kvcompress.policies.faults import policy_errors
 from kvcompress.policies.statistics import STATISTICS
 
+_SAVED = ("index", "held", "slots", "scores", "ranks", "statistics", "pinned", "merger_state", "heads_part")
+
 
 @dataclass(frozen=True)
 class Unscored:
@@ -502,6 +504,19 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
         for name, known in self.statistics.items():
             self.statistics[name] = known.index_select(0, index.to(known.device))
+
+    def state(self) -> dict[str, Any]:
+        """What has to be kept to go on elsewhere."""
+        return {**{name: getattr(self, name) for name in _SAVED}, "store": self.store.state(self.slots)}
+
+    def restore(self, state: dict[str, Any], device: torch.device) -> None:
+        """Takes over what `state` gave, which lies on that device."""
+        for name in _SAVED:
+            setattr(self, name, state[name])
+        self.device = device
+        self.store.restore(state["store"])
+        if self.ranks is not None:
+            fix_address(self.ranks)
 
     @property
     def kv_heads(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -248,6 +249,15 @@ class QuantizedStore(DenseStore):
         """Moves every buffer to a device, without waiting for the copy."""
         super().to(device)
         self._each_packed(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def state(self, used: int) -> dict[str, Any]:
+        """All codes, and the first `used` slots of full precision."""
+        return {**super().state(used), "packed": self._packed, "packed_rows": self.packed_rows}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over what `state` gave."""
+        super().restore(state)
+        self._packed, self.packed_rows = state["packed"], state["packed_rows"]
 
     # -- inner ---------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,6 +59,14 @@ class Sequence:
         # Before the last step that scored: the step before it, and the tokens that had no score.
         self._scored_before = self.scored
         self._unscored_before = (self.scored.end, self.scored.end)
+
+    def state(self) -> dict[str, Any]:
+        """What has to be kept to go on elsewhere."""
+        return dict(vars(self))
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes over what `state` gave."""
+        self.__dict__.update({name: state[name] for name in vars(self)})
 
     @property
     def batch(self) -> int:
