@@ -6,6 +6,7 @@ from kvcompress.config import CompressionConfig
 from kvcompress.config.budget import Budget
 from kvcompress.errors import KVCompressError
 from kvcompress.policies.registry import ALLOCATORS, EVICTORS, MERGERS, QUANTIZERS, REDUCERS, SCORERS
+from kvcompress.reuse import Chat, Document, compressing
 
 __version__ = "0.1.0"
 
@@ -18,8 +19,11 @@ __all__ = [
     "SCORERS",
     "Budget",
     "CacheReport",
+    "Chat",
     "CompressedCache",
     "CompressionConfig",
+    "Document",
     "KVCompressError",
+    "compressing",
     "restore",
 ]

@@ -20,9 +20,12 @@ NAMES = {
     "SCORERS",
     "Budget",
     "CacheReport",
+    "Chat",
     "CompressedCache",
     "CompressionConfig",
+    "Document",
     "KVCompressError",
+    "compressing",
     "restore",
 }
 

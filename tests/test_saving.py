@@ -23,7 +23,18 @@ from kvcompress.cache import saving
 from kvcompress.errors import CacheStateError, ConfigError
 from tests import tiny
 
-PRESETS = ("full", "prefixkv", "prefixkv+merge", "prefixkv+int4", "h2o", "snapkv", "streaming", "kivi4", "lookm", "cake")
+PRESETS = (
+    "full",
+    "prefixkv",
+    "prefixkv+merge",
+    "prefixkv+int4",
+    "h2o",
+    "snapkv",
+    "streaming",
+    "kivi4",
+    "lookm",
+    "cake",
+)
 REDUCING = ("lightkv", "prefixkv+lightkv", "pyramiddrop", "fastv")
 CASES = [(name, "llama") for name in PRESETS] + [(name, "llava_36") for name in (*PRESETS, *REDUCING)]
 OVERRIDES: dict[str, dict[str, Any]] = {

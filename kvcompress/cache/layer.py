@@ -383,7 +383,8 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         begin = torch.as_tensor(least, device=order.device)[:, None, None]
         place = torch.arange(int(dense.max(initial=0)), device=order.device)
         rest = order.gather(-1, (begin + place).clamp(max=max(0, order.shape[2] - 1)).expand(-1, order.shape[1], -1))
-        first = None if not surplus and (least == self.packed_rows).all() else order[..., : int(least.max())]
+        same = not surplus and (least == self.packed_rows).all()
+        first = None if same else order[..., : int(least.max())].clamp(max=packed - 1)  # beyond a row's own: anything
         self._keep(first, least, rest, dense, room, surplus)
 
     def _keep(

@@ -261,7 +261,9 @@ def _check_model(folder: Path, manifest: Manifest, decoder: PreTrainedModel) -> 
         )
 
 
-def _from_json(value: Any, tensors: dict[str, Tensor], made: dict[tuple[str, torch.device], Tensor], device: torch.device) -> Any:
+def _from_json(
+    value: Any, tensors: dict[str, Tensor], made: dict[tuple[str, torch.device], Tensor], device: torch.device
+) -> Any:
     """The inverse of `_to_json`, on a device."""
     if isinstance(value, list):
         return [_from_json(one, tensors, made, device) for one in value]
@@ -327,5 +329,3 @@ def refuse_unsaveable(shared: bool, waiting: bool) -> None:
         raise CacheStateError(
             "save: the last forward may still be undone; call crop(0) or compress() first, which ends that"
         )
-
-

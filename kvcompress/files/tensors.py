@@ -78,7 +78,7 @@ def read_tensors(path: Path, what: str, sha256: str) -> dict[str, Tensor]:
         if digest.hexdigest() != sha256:
             raise ConfigError(f"{what} {path}: is damaged: it does not hold what was written to it")
         with safe_open(path, framework="pt") as found:  # type: ignore[no-untyped-call]
-            return {name: found.get_tensor(name).clone() for name in found.keys()}  # noqa: SIM118  (no mapping)
+            return {name: found.get_tensor(name).clone() for name in found.keys()}
     except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, ConfigError):
             raise
