@@ -192,7 +192,9 @@ def load(
     try:
         state = {name: value for name, value in manifest.state["dict"]}
         made: dict[tuple[str, torch.device], Tensor] = {}
-        layers = [_from_json(one, tensors, made, place) for one, place in zip(state.pop("layers"), places)]
+        layers = [
+            _from_json(one, tensors, made, place) for one, place in zip(state.pop("layers"), places, strict=False)
+        ]
         rest = {name: _from_json(value, tensors, made, places[0]) for name, value in state.items()}
         with torch.no_grad():
             cache.restore_state({**rest, "layers": layers}, places)

@@ -41,14 +41,13 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> str:
     """
     header, end = {}, 0
     for name, tensor in tensors.items():
-        begin, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
-    for content in (len(text).to_bytes(8, "little"), text):
-        file.write(content)
-        digest.update(content)
+    begin = len(text).to_bytes(8, "little") + text
+    digest = hashlib.sha256(begin)
+    file.write(begin)
     for tensor in tensors.values():
         whole = tensor.detach().cpu().contiguous()
         content = whole.as_strided((whole.numel(),), (1,)).view(torch.uint8).numpy().data
@@ -77,7 +76,7 @@ def read_tensors(path: Path, what: str, sha256: str) -> dict[str, Tensor]:
                 digest.update(content)
         if digest.hexdigest() != sha256:
             raise ConfigError(f"{what} {path}: is damaged: it does not hold what was written to it")
-        with safe_open(path, framework="pt") as found:  # type: ignore[no-untyped-call]
+        with safe_open(path, framework="pt") as found:
             return {name: found.get_tensor(name).clone() for name in found.keys()}
     except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, ConfigError):

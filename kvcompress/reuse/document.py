@@ -111,7 +111,7 @@ class Document:
         several = [questions] if isinstance(questions, str) else list(questions)
         if batch_size < 1:
             raise ConfigError(f"batch_size: must be at least 1; got {batch_size}")
-        if not all(isinstance(question, str) and question.strip() for question in several):
+        if not all(question.strip() for question in several):
             raise ConfigError("questions: one of them is empty; ask something")
         answers: list[str] = []
         for first in range(0, len(several), batch_size):
@@ -174,8 +174,8 @@ class Document:
             raise ConfigError(f"document {folder}: is damaged; read the document again and save it")
         if vocabulary != prompter.vocabulary():
             raise ConfigError(
-                f"document {folder}: was tokenized with another vocabulary; pass the tokenizer or processor that it was "
-                "made with"
+                f"document {folder}: was tokenized with another vocabulary; pass the tokenizer or processor that it "
+                "was made with"
             )
         document = cls.__new__(cls)
         document.model, document._prompter, document.cache = model, prompter, cache
