@@ -45,7 +45,18 @@ _HOMES = {
     "kvcompress.reuse": ("Chat", "Document", "compressing"),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
-_PARTS = ("cache", "config", "errors", "evaluation", "files", "integrations", "kernels", "parallel", "policies", "reuse")
+_PARTS = (
+    "cache",
+    "config",
+    "errors",
+    "evaluation",
+    "files",
+    "integrations",
+    "kernels",
+    "parallel",
+    "policies",
+    "reuse",
+)
 
 
 def __getattr__(name: str) -> Any:

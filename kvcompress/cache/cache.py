@@ -678,6 +678,26 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """Rows that the cache holds; -1 before the first forward."""
         return self._sequence.batch or -1
 
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        """Keys and values of each layer's slots in use, `[batch, kv_heads, slots, head_dim]`; None before any token.
+
+        Slots are in no promised order, and what lies in those beyond a row's own means nothing; `report()` says which
+        tokens are held.
+        """
+        self._catch_up_if_needed()
+        return ((layer.keys, layer.values) for layer in self.layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values in full precision; the model's before the first token."""
+        return self._dtype() if self.is_initialized else self.decoder().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first layer's keys and values are; the model's before the first token."""
+        keys = self.layers[0].store.keys
+        return self.decoder().device if keys is None else keys.device
+
     @property
     def is_initialized(self) -> bool:
         """Whether the cache holds anything."""

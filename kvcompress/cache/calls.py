@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from kvcompress.cache.inputs import check_inputs, check_rows, not_the_conversation, shape_of, too_short
+from kvcompress.cache.inputs import check_inputs, check_rows, check_use, not_the_conversation, shape_of, too_short
 from kvcompress.errors import CacheStateError, UnsupportedModeError
 
 _MOST = 128  # ids of a prompt that are remembered
@@ -120,9 +120,10 @@ class Calls:
         """`generate` begins.
 
         Raises:
-            UnsupportedModeError: for a row of padding alone.
+            UnsupportedModeError: for a row of padding alone, and `use_cache=False`.
             CacheStateError: for ids that do not begin with what was seen, and a mask that does not cover it.
         """
+        check_use(inputs)
         mask, shape = inputs.get("attention_mask"), shape_of(inputs)
         check_rows(mask)
         if not seen or shape is None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib
 import sys
 from io import TextIOWrapper
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-from click import Command, Context
 from typer.core import TyperGroup
 
 from kvcompress import __version__
@@ -27,10 +26,10 @@ _COMMANDS = {
 
 
 class _Commands(TyperGroup):
-    def list_commands(self, ctx: Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         return list(_COMMANDS)
 
-    def get_command(self, ctx: Context, cmd_name: str) -> Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in _COMMANDS:
             return None
         name, function = _COMMANDS[cmd_name]
