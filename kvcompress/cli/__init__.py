@@ -12,16 +12,20 @@ from typer.core import TyperGroup
 
 from kvcompress import __version__
 
-# In the order of --help: the module and its function. Imported when they are needed, since most need torch.
+# In the order of --help: the module, its function and its epilog. Imported when needed, since most need torch.
 _COMMANDS = {
-    "generate": ("generate", "generate"),
-    "inspect": ("inspect", "inspect"),
-    "evaluate": ("evaluate", "evaluate"),
-    "tune": ("tune", "tune_command"),
-    "calibrate": ("calibrate", "calibrate_command"),
-    "bench": ("bench", "bench"),
-    "policies": ("policies", "policies"),
-    "demo": ("demo", "demo"),
+    "generate": ("generate", "generate", "EPILOG"),
+    "chat": ("chat", "chat", "EPILOG"),
+    "compress": ("documents", "compress", "COMPRESS_EPILOG"),
+    "ask": ("documents", "ask", "ASK_EPILOG"),
+    "caption": ("caption", "caption", "EPILOG"),
+    "inspect": ("inspect", "inspect", "EPILOG"),
+    "evaluate": ("evaluate", "evaluate", "EPILOG"),
+    "tune": ("tune", "tune_command", "EPILOG"),
+    "calibrate": ("calibrate", "calibrate_command", "EPILOG"),
+    "bench": ("bench", "bench", "EPILOG"),
+    "policies": ("policies", "policies", "EPILOG"),
+    "demo": ("demo", "demo", "EPILOG"),
 }
 
 
@@ -32,10 +36,10 @@ class _Commands(TyperGroup):
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in _COMMANDS:
             return None
-        name, function = _COMMANDS[cmd_name]
+        name, function, epilog = _COMMANDS[cmd_name]
         module = importlib.import_module(f"kvcompress.cli.{name}")
         one = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-        one.command(cmd_name, epilog=module.EPILOG)(getattr(module, function))
+        one.command(cmd_name, epilog=getattr(module, epilog))(getattr(module, function))
         return typer.main.get_command(one)
 
 
