@@ -43,9 +43,7 @@ def caption(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="A .jsonl for the captions; a stopped run goes on.")
     ],
-    model: Annotated[
-        str, typer.Option(metavar="NAME", help="A LLaVA: a folder, an id on the hub, or shapes.")
-    ] = "shapes",
+    model: Annotated[str, typer.Option(metavar="NAME", help="A LLaVA: a folder, an id on the hub, shapes.")] = "shapes",
     prompt: Annotated[str, typer.Option(metavar="TEXT", help="What is asked of each.")] = "describe the image.",
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 4,
     preset: PresetName = None,

@@ -11,7 +11,6 @@ from transformers import TextStreamer
 
 from kvcompress.cli.configuration import import_modules, read_config
 from kvcompress.cli.console import note, reported, warn
-from kvcompress.cli.display import size
 from kvcompress.cli.generate import load_with_spinner, open_image
 from kvcompress.cli.options import (
     BudgetSize,
@@ -26,6 +25,7 @@ from kvcompress.cli.options import (
     Settings,
 )
 from kvcompress.errors import KVCompressError
+from kvcompress.markup import size
 from kvcompress.reuse import Chat
 
 EPILOG = """

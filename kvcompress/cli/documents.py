@@ -10,7 +10,6 @@ import typer
 
 from kvcompress.cli.configuration import import_modules, read_config
 from kvcompress.cli.console import note, output, print_json, reported, working
-from kvcompress.cli.display import size
 from kvcompress.cli.generate import load_with_spinner, open_image, read_prompt
 from kvcompress.cli.options import (
     AsJson,
@@ -26,6 +25,7 @@ from kvcompress.cli.options import (
 )
 from kvcompress.errors import ConfigError
 from kvcompress.files import locked, make_folder, parse_json, read_text, write_text
+from kvcompress.markup import size
 from kvcompress.reuse import Document
 
 COMPRESS_EPILOG = """

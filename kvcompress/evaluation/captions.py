@@ -1,4 +1,4 @@
-"""Captions of many images: batches through one compressed cache each, and a file of lines that a stopped run goes on."""
+"""Captions of many images: a compressed cache for each batch, and a file of lines that a stopped run goes on."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The model `kvcompress` for EleutherAI's lm-evaluation-harness: every task with a compressed cache.
 
 The harness has no place where it looks for models of others, so this module is run in place of `lm_eval` and takes its
-arguments: `python -m kvcompress.evaluation.lm_eval --model kvcompress --model_args pretrained=...,budget=0.2 --tasks ...`.
+arguments: `python -m kvcompress.evaluation.lm_eval --model kvcompress --model_args pretrained=...,budget=0.2`.
 In Python, importing it registers the model.
 """
 
