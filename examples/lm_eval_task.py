@@ -55,7 +55,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_task(Path(folder))
         for budget in (1.0, 0.5, 0.2):
-            model = CompressedLM(loaded.model, tokenizer=loaded.tokenizer, preset="text", budget=budget)
+            model = CompressedLM(loaded.model, tokenizer=loaded.tokenizer, preset="text", budget=budget, batch_size=3)
             tasks = TaskManager(include_path=folder, include_defaults=False)
             results = lm_eval.simple_evaluate(model, tasks=["whereabouts"], task_manager=tasks, bootstrap_iters=0)
             print(f"budget {budget:.0%}: accuracy {results['results']['whereabouts']['acc,none']:.2f}")

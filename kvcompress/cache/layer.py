@@ -631,7 +631,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self.every_slot()[1] if self.is_initialized else None
 
     @property
-    def dtype(self) -> torch.dtype | None:  # type: ignore[override]
+    def dtype(self) -> torch.dtype | None:
         """Of keys and values in full precision; None before the first token."""
         return None if self.store.keys is None else self.store.keys.dtype
 
