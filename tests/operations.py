@@ -9,7 +9,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_SYNCS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "tolist")
+_SYNCS = ("_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "tolist", "cpu")
+_CALLS = {torch.Tensor.tolist: "tolist", torch.Tensor.cpu: "cpu"}  # which the dispatcher never hears of on a CPU
 
 
 class Operations(TorchDispatchMode):
@@ -26,19 +27,21 @@ class Operations(TorchDispatchMode):
         self.views: Counter[str] = Counter()
 
     def __enter__(self) -> Operations:
-        """Also counts lists made of tensors, which the dispatcher never hears of."""
-        self._lists = _Lists(self.counts)
-        self._lists.__enter__()
+        """Also counts lists made of tensors and copies to the host."""
+        self._calls = _Calls(self.counts)
+        self._calls.__enter__()
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         """Stops counting."""
         super().__exit__(*error)
-        self._lists.__exit__(*error)
+        self._calls.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Counts and goes on."""
         name = func.overloadpacket.__name__
+        if name == "scalar_tensor":  # a number among tensors, which stays on the host
+            return func(*args, **(kwargs or {}))
         self.counts[name] += 1
         # A mask as an index asks for the number of its slots.
         if name in ("index", "index_put", "index_put_") and any(
@@ -52,7 +55,7 @@ class Operations(TorchDispatchMode):
     @property
     def number(self) -> int:
         """Operations that are no views."""
-        return self.counts.total() - self.views.total() - self.counts["tolist"]
+        return self.counts.total() - self.views.total() - sum(self.counts[name] for name in _CALLS.values())
 
     @property
     def syncs(self) -> int:
@@ -60,11 +63,12 @@ class Operations(TorchDispatchMode):
         return sum(self.counts[name] for name in _SYNCS)
 
 
-class _Lists(TorchFunctionMode):
+class _Calls(TorchFunctionMode):
     def __init__(self, counts: Counter[str]) -> None:
         super().__init__()
         self.counts = counts
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.counts["tolist"] += func is torch.Tensor.tolist
+        if func in _CALLS:
+            self.counts[_CALLS[func]] += 1
         return func(*args, **(kwargs or {}))

@@ -626,7 +626,7 @@ def test_a_cache_keeps_as_many_image_columns_as_were_allocated(
     with torch.no_grad():
         for step in (inputs, {"input_ids": turn}):
             model(**step, **tiny.with_cache(cache))
-            budgets = cache._allocation.image_budgets
+            budgets = cache._state.allocation.image_budgets
             for layer, rows in enumerate(held(cache)):
                 for row, sets in enumerate(rows):
                     images = set(is_image[row].nonzero().flatten().tolist())

@@ -478,7 +478,7 @@ def check_sums(cache: CompressedCache, ids: list[Tensor]) -> None:
     """What layer 0 holds of each row adds up to all its tokens' values, which no attention has touched."""
     model, own = tiny.model("llama"), cache.layers[0]
     layer, values = model.model.layers[0], own.store.dense()[1]
-    held = (cache.index_of(own) >= 0).unsqueeze(-1)
+    held = (cache._state.index_of(own) >= 0).unsqueeze(-1)
     values = values[:, :, : held.shape[2]]
     with torch.no_grad():
         for row, tokens in enumerate(ids):
@@ -553,7 +553,11 @@ def stored(cache: CompressedCache) -> dict[tuple[int, int, int, int], Tensor]:
     found = {}
     for layer, own in enumerate(cache.layers):
         both = torch.cat([own.keys, own.values], -1)
-        columns = cache._sequence.columns_of(cache.index_of(own))[..., : both.shape[2]].expand(both.shape[:3]).tolist()
+        columns = (
+            cache._state.sequence.columns_of(cache._state.index_of(own))[..., : both.shape[2]]
+            .expand(both.shape[:3])
+            .tolist()
+        )
         for row, heads in enumerate(columns):
             for head, slots in enumerate(heads):
                 found |= {(layer, row, head, c): both[row, head, i].clone() for i, c in enumerate(slots) if c >= 0}

@@ -87,7 +87,7 @@ def test_an_exception_in_a_policy_names_it_and_leaves_no_cache_that_lies(
     switch.error = error
     with pytest.raises(PolicyError) as caught:
         forwards(cache, name, at, at + 1)
-    layer = "" if stage == "allocator" else "layer 1: " if stage == "reducer" else "layer 0: "
+    layer = "" if stage in ("allocator", "evictor") else "layer 1: " if stage == "reducer" else "layer 0: "
     assert str(caught.value) == f"{stage} broken: {layer}ZeroDivisionError: no luck"
     assert caught.value.__cause__ is error
     switch.error = None

@@ -643,7 +643,7 @@ def test_queries_that_scored_a_token_are_those_of_its_layer(reducer: Any) -> Non
         for layer in range(3):
             columns = torch.tensor(sorted(now[layer]))[None, None]
             for last, counted in ((False, given), (True, given[-1:])):
-                found = cache._sequence.queries_on(columns, last=last, layer=layer)[0, 0].tolist()
+                found = cache._state.sequence.queries_on(columns, last=last, layer=layer)[0, 0].tolist()
                 wanted = [
                     max(1, sum(query >= column for forward in counted for query in forward[layer]))
                     for column in sorted(now[layer])
@@ -684,7 +684,7 @@ def test_rows_take_what_they_lost_along() -> None:
     rows = [tiny.prompt("llava_36", parts, seed=40) for parts in ([0, 7], [3, 0, 2, 0, 4], [9])]
     talk = Talk("llava_36", "fastv")
     talk.forward(rows, left=True)
-    sequence, before = talk.cache._sequence, talk.cache.report()
+    sequence, before = talk.cache._state.sequence, talk.cache.report()
     for layer in range(3):
         given = [talk.held(row)[layer] for row in range(3)]
         for sinks in (0, 2, 5, 20, 100):

@@ -44,13 +44,13 @@ class Calls:
         self._read: list[_Read] = []
         self.due: Tensor | None = None
 
-    def state(self) -> list[dict[str, Any]]:
+    def saved(self) -> list[dict[str, Any]]:
         """What has to be kept of the conversation to go on elsewhere."""
         return [read._asdict() for read in self._read]
 
-    def restore(self, state: list[dict[str, Any]]) -> None:
-        """Takes over what `state` gave."""
-        self._read = [_Read(**read) for read in state]
+    def restore(self, saved: list[dict[str, Any]]) -> None:
+        """Takes over what `saved` gave."""
+        self._read = [_Read(**read) for read in saved]
 
     # -- what hooks tell -----------------------------------------------------------------------------------------------
 

@@ -250,14 +250,14 @@ class QuantizedStore(DenseStore):
         super().to(device)
         self._each_packed(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def state(self, used: int) -> dict[str, Any]:
+    def saved(self, used: int) -> dict[str, Any]:
         """All codes, and the first `used` slots of full precision."""
-        return {**super().state(used), "packed": self._packed, "packed_rows": self.packed_rows}
+        return {**super().saved(used), "packed": self._packed, "packed_rows": self.packed_rows}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Takes over what `state` gave."""
-        super().restore(state)
-        self._packed, self.packed_rows = state["packed"], state["packed_rows"]
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Takes over what `saved` gave."""
+        super().restore(saved)
+        self._packed, self.packed_rows = saved["packed"], saved["packed_rows"]
 
     # -- inner ---------------------------------------------------------------------------------------------------------
 

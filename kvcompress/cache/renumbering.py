@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from kvcompress.cache.state import CacheState
 from kvcompress.errors import UnsupportedModelError
 
 
@@ -43,3 +44,15 @@ def moved_back(
             (sine * back - cosine * across).to(sine.dtype),
         )
     return changed
+
+
+def lost_before(state: CacheState, layer: int) -> Tensor | None:
+    """Tokens of each row that a layer never got in earlier steps, where its positions count its own alone.
+
+    None where they do not, or nothing was lost; on the device, without waiting for it.
+    """
+    reducer, step, sequence = state.config.reducer, state.step, state.sequence
+    if reducer is None or reducer.positions != "per_layer" or step is None or step.next_layer != layer:
+        return None
+    missing, earlier = sequence.missing(layer), sequence.seen - step.columns
+    return None if missing is None or not earlier else missing[:, :earlier].sum(1)

@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import numpy as np
+
+from kvcompress.cache import decoding
+from kvcompress.cache.layer import CompressedLayer
+from kvcompress.cache.state import CacheState
 from kvcompress.markup import bars, size, table
 
 
@@ -104,3 +109,55 @@ class CacheReport:
         fields = asdict(self)
         del fields["held_columns"], fields["went_into"]
         return {**fields, "retention": self.retention, "vision_retention": self.vision_retention}
+
+
+def report_on(state: CacheState) -> CacheReport:
+    """What the cache holds now, in tokens and bytes; waits for the device."""
+    decoding.catch_up_if_needed(state)
+    sequence, table, numbers = state.sequence, state.table, range(len(state.layers))
+    held = np.stack([layer.held for layer in state.layers])
+    if table is not None and table.steps:
+        held = table.extent - table.hole + np.stack([layer.packed_rows for layer in state.layers])
+    limits = state.limits()
+    threshold = None if state.allocation is None else state.allocation.notes.get("threshold")
+    slot_nbytes = sum(layer.store.slot_nbytes for layer in state.layers)
+    return CacheReport(
+        tokens_seen=sequence.seen,
+        row_tokens_seen=sequence.row_seen.tolist(),
+        layer_tokens=[sequence.given(number).tolist() for number in numbers],
+        image_tokens=[sequence.images_given(number).tolist() for number in numbers],
+        layer_lengths=held.tolist(),
+        layer_budgets=None if limits is None else limits.tolist(),
+        held_columns=[_held_columns(state, layer) for layer in state.layers],
+        kv_bytes=sum(layer.store.nbytes for layer in state.layers),
+        index_bytes=_index_nbytes(state),
+        full_kv_bytes=slot_nbytes * sequence.seen * sequence.batch,
+        went_into={layers: into.tolist() for layers, into in sequence.went_into.items()},
+        threshold=None if threshold is None else threshold.tolist(),
+        notes=_notes(state),
+    )
+
+
+def _index_nbytes(state: CacheState) -> int:
+    """Bytes allocated for what belongs to slots beside keys and values, those that layers share once."""
+    tensors = [tensor for layer in state.layers for tensor in layer.index_tensors()]
+    tensors += [] if state.table is None else state.table.tensors()
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _held_columns(state: CacheState, layer: CompressedLayer) -> list[list[list[int]]]:
+    """Columns of the tokens that a layer holds, ascending, per row and set."""
+    if layer.index is None:
+        return []
+    columns = state.sequence.columns_of(state.index_of(layer)).tolist()
+    return [[sorted(column for column in held if column >= 0) for held in row] for row in columns]
+
+
+def _notes(state: CacheState) -> list[str]:
+    evictor, notes = state.config.evictor, []
+    if evictor is not None and evictor.frees == "nothing":
+        notes.append("decode rule 'none': layers grow by every generated token, past their budget")
+    if state.recording:
+        notes.append("past recording: eviction waits for crop")
+    return notes

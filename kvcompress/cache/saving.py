@@ -6,11 +6,12 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvcompress.cache.allocation import Allocation, Rule
+from kvcompress.cache.decoding import catch_up_if_needed
 from kvcompress.cache.quantized_store import Packed
+from kvcompress.cache.report import report_on
 from kvcompress.cache.sequence import Scored
+from kvcompress.cache.state import CacheState
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import CacheStateError, ConfigError, KVCompressError, UnsupportedModeError
 from kvcompress.files import (
@@ -33,12 +37,10 @@ from kvcompress.files import (
     write_tensors,
     write_text,
 )
+from kvcompress.parallel import ALONE
 from kvcompress.policies.configured import Configured
 from kvcompress.policies.context import Codes
 from kvcompress.policies.fingerprint import Fingerprint, fingerprint_of
-
-if TYPE_CHECKING:
-    from kvcompress.cache.cache import CompressedCache
 
 MANIFEST = "cache.json"
 FORMAT = 1
@@ -83,7 +85,7 @@ class Manifest(Configured):
 
 
 def save(
-    cache: CompressedCache,
+    cache: CacheState,
     model: PreTrainedModel,
     folder: str | PathLike[str],
     *,
@@ -93,7 +95,7 @@ def save(
     """Writes a cache to a folder; see `CompressedCache.save`.
 
     Args:
-        cache: the cache.
+        cache: what the cache knows.
         model: the decoder that it belongs to.
         folder: where to.
         overwrite: whether a cache that is there is replaced.
@@ -101,7 +103,7 @@ def save(
     """
     folder = Path(folder)
     manifest_path = folder / MANIFEST
-    whole = cache.state()  # refuses before anything is made
+    whole = _whole(cache)  # refuses before anything is made
     make_folder(folder, "cache")
     with locked(manifest_path, "cache"):
         before = None
@@ -137,6 +139,22 @@ def save(
                 (folder / before.tensors).unlink()
 
 
+def _whole(cache: CacheState) -> dict[str, Any]:
+    """What a cache holds, as plain values; refuses what could not go on elsewhere."""
+    cache.check_ready()
+    if cache.heads is not ALONE:
+        raise UnsupportedModeError(
+            "save: several processes share the heads of this cache, and each holds its own alone; save a cache of the "
+            "model in one process"
+        )
+    if cache.waiting is not None:
+        raise CacheStateError(
+            "save: the last forward may still be undone; call crop(0) or compress() first, which ends that"
+        )
+    catch_up_if_needed(cache)
+    return cache.saved()
+
+
 def _to_json(value: Any, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:
     """A value in JSON, its tensors by name; the same tensor has one name, however often it comes."""
     if value is None or isinstance(value, bool | int | float | str):
@@ -162,50 +180,78 @@ def _to_json(value: Any, tensors: dict[str, Tensor], names: dict[int, str]) -> A
 # -- loading -----------------------------------------------------------------------------------------------------------
 
 
-def load(
-    make: Callable[..., CompressedCache], model: PreTrainedModel, folder: str | PathLike[str], *, reserve: int = 0
-) -> tuple[CompressedCache, dict[str, Any]]:
-    """Reads a cache from a folder; see `CompressedCache.load`.
+@dataclass(frozen=True)
+class Saved:
+    """A cache that was saved, as it was read; whether it fits a model is not known yet.
 
-    Args:
-        make: the class, which makes a cache from a model and its configuration.
-        model: the model that will use it.
-        folder: where it was saved.
-        reserve: tokens that are about to be generated.
-
-    Returns:
-        The cache, and what else was saved with it; its tensors are on the CPU.
+    Attributes:
+        folder: where it was read from.
+        config: how the cache compresses.
     """
-    folder = Path(folder)
-    manifest, tensors = _read(folder)
-    try:
-        config = CompressionConfig.read(manifest.config)
-    except KVCompressError as error:
-        raise ConfigError(
-            f"cache {folder}: its configuration cannot be used here: {error}. Policies of your own have to be "
-            "registered before it is loaded (import the module that defines them)"
-        ) from None
-    cache = make(model, config, reserve=reserve)
-    decoder = cache.decoder()
-    _check_model(folder, manifest, decoder)
-    places = [_place(layer, decoder) for layer in decoder.layers]  # type: ignore[union-attr]
-    try:
-        state = {name: value for name, value in manifest.state["dict"]}
-        made: dict[tuple[str, torch.device], Tensor] = {}
-        layers = [
-            _from_json(one, tensors, made, place) for one, place in zip(state.pop("layers"), places, strict=False)
-        ]
-        rest = {name: _from_json(value, tensors, made, places[0]) for name, value in state.items()}
-        with torch.no_grad():
-            cache.restore_state({**rest, "layers": layers}, places)
-            _check_state(cache)
-        extra: dict[str, Any] = _from_json(manifest.extra, tensors, {}, torch.device("cpu"))
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"cache {folder}: does not hold what this release of kvcompress reads ({type(error).__name__}: {error}); "
-            f"{_WAY_OUT}"
-        ) from None
-    return cache, extra
+
+    folder: Path
+    config: CompressionConfig
+    _manifest: Manifest
+    _tensors: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, folder: str | PathLike[str]) -> Saved:
+        """Reads a folder.
+
+        Raises:
+            ConfigError: if it holds no cache, a damaged one, or one of another release or with unknown policies.
+        """
+        folder = Path(folder)
+        manifest, tensors = _read(folder)
+        try:
+            config = CompressionConfig.read(manifest.config)
+        except KVCompressError as error:
+            raise ConfigError(
+                f"cache {folder}: its configuration cannot be used here: {error}. Policies of your own have to be "
+                "registered before it is loaded (import the module that defines them)"
+            ) from None
+        return cls(folder, config, manifest, tensors)
+
+    def fill(self, state: CacheState, decoder: PreTrainedModel) -> None:
+        """Lets a new cache hold what was saved.
+
+        Args:
+            state: of the new cache, made with `config`.
+            decoder: that it belongs to.
+
+        Raises:
+            ConfigError: if it was saved from another model, or does not hold what this release reads.
+        """
+        _check_model(self.folder, self._manifest, decoder)
+        places = [_place(layer, decoder) for layer in decoder.layers]  # type: ignore[union-attr]
+        with self._told(), torch.no_grad():
+            parts = dict(self._manifest.state["dict"])
+            made: dict[tuple[str, torch.device], Tensor] = {}
+            pairs = zip(parts.pop("layers"), places, strict=False)  # none before the first token
+            layers = [_from_json(one, self._tensors, made, place) for one, place in pairs]
+            rest = {name: _from_json(part, self._tensors, made, places[0]) for name, part in parts.items()}
+            state.restore({**rest, "layers": layers}, places)
+            _check_state(state, decoder)
+
+    def extra(self) -> dict[str, Any]:
+        """What else was saved with it; tensors are on the CPU.
+
+        Raises:
+            ConfigError: if it does not hold what this release reads.
+        """
+        with self._told():
+            found: dict[str, Any] = _from_json(self._manifest.extra, self._tensors, {}, torch.device("cpu"))
+        return found
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+            raise ConfigError(
+                f"cache {self.folder}: does not hold what this release of kvcompress reads ({type(error).__name__}: "
+                f"{error}); {_WAY_OUT}"
+            ) from None
 
 
 def _read(folder: Path) -> tuple[Manifest, dict[str, Tensor]]:
@@ -286,16 +332,15 @@ def _from_json(
     return _KNOWN[value["object"]](**fields)
 
 
-def _check_state(cache: CompressedCache) -> None:
+def _check_state(state: CacheState, decoder: PreTrainedModel) -> None:
     """Whether what was read fits together and to the model; what was saved does."""
-    report = cache.report()
-    batch, config = len(report.row_tokens_seen), cache.decoder().config
-    for layer in cache.layers:
+    report = report_on(state)
+    batch, heads = len(report.row_tokens_seen), decoder.config.num_key_value_heads
+    for layer in state.layers:
         keys, values, index = layer.store.keys, layer.store.values, layer.index
         assert (keys is None) == (index is None), "a layer without its keys"
         if keys is None or values is None or index is None:
             continue
-        heads = config.num_key_value_heads
         assert keys.shape[:2] == values.shape[:2] == (batch, heads), f"keys of the shape {tuple(keys.shape)}"
         slots = layer.store.packed + layer.slots
         assert index.shape[0] in (1, batch) and index.shape[1] in (1, heads), "the shape of an index"
@@ -313,21 +358,3 @@ def _place(layer: nn.Module, decoder: PreTrainedModel) -> torch.device:
 
 def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def refuse_unsaveable(shared: bool, waiting: bool) -> None:
-    """Refuses what could not go on elsewhere.
-
-    Raises:
-        UnsupportedModeError: for heads that are shared by several processes.
-        CacheStateError: for evictions that wait.
-    """
-    if shared:
-        raise UnsupportedModeError(
-            "save: several processes share the heads of this cache, and each holds its own alone; save a cache of the "
-            "model in one process"
-        )
-    if waiting:
-        raise CacheStateError(
-            "save: the last forward may still be undone; call crop(0) or compress() first, which ends that"
-        )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as List
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvcompress.cache.allocation import protection
+from kvcompress.cache.allocation import Allocation, protection
 from kvcompress.cache.sequence import Sequence
+from kvcompress.cache.step import Prefill
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import PolicyError
 from kvcompress.policies.base import Evictor, Merger, Scorer
@@ -23,7 +26,9 @@ if TYPE_CHECKING:
 Ranked: TypeAlias = tuple[Tensor, Tensor | None]  # token index and importance of a layer's slots, over all heads
 
 
-def importance_of(scorer: Scorer, scores: Tensor, index: Tensor, sequence: Sequence, layer: int) -> Tensor:
+def importance_of(
+    scorer: Scorer, scores: Tensor, index: Tensor, sequence: Sequence, layer: int, full: bool = False
+) -> Tensor:
     """Importance of every slot of a layer; NaN where a token came after the last step that scored, 0 in empty slots."""
     importance = scores
     if type(scorer).importance is not Scorer.importance:
@@ -31,7 +36,7 @@ def importance_of(scorer: Scorer, scores: Tensor, index: Tensor, sequence: Seque
             importance = scorer.importance(scores, sequence.queries_on(index, last=not scorer.accumulates, layer=layer))
     if (sequence.scored.end < sequence.row_seen).any():
         importance = importance.masked_fill(sequence.unscored(index), torch.nan)
-    return importance.masked_fill(index < 0, 0.0)
+    return importance if full else importance.masked_fill(index < 0, 0.0)
 
 
 def without_unknown(importance: Tensor) -> Tensor:
@@ -41,32 +46,173 @@ def without_unknown(importance: Tensor) -> Tensor:
     return torch.where(unknown, highest.masked_fill(highest == -torch.inf, 0.0), importance)
 
 
-def gather_importance(
-    layers: List[CompressedLayer], config: CompressionConfig, sequence: Sequence, ranked: List[Ranked]
-) -> tuple[Tensor, AllocationContext]:
-    """Head-mean importance of every layer on one device, padded to the longest layer, with what belongs to it."""
-    slots, device = max(index.shape[2] for index, _ in ranked), ranked[-1][0].device
-    means, indices = [], []
-    for index, score in ranked:
-        if score is None:
-            score = torch.zeros(index.shape[0], 1, index.shape[2], device=index.device, dtype=torch.float32)
-        elif index.shape[1] > 1:
-            score = _rank_by_rank(score, index, sequence.images_at(index))
-        means.append(_padded(score.mean(1), slots, 0.0).to(device))
-        indices.append(_padded(index[:, 0], slots, -1).to(device))
-    every = torch.stack(indices)
-    flat = every.transpose(0, 1)  # [batch, layers, slots], as if layers were sets
-    images, protected = sequence.images_at(flat), sequence.protected(flat, *protection(config))
-    context = AllocationContext(
-        valid=every >= 0,
-        is_image=None if images is None else images.transpose(0, 1),
-        statistics={
-            name: torch.stack([layer.statistics[name].to(device) for layer in layers])
-            for name in config.allocator.needs
-        },
-        protected=protected.transpose(0, 1),
+@dataclass(frozen=True)
+class Ranking:
+    """The slots of some layers as policies see them, the rows of one layer after those of the other.
+
+    Attributes:
+        layers: how many layers.
+        index: token index of each slot, `[layers * batch, sets, slots]`; layers that hold less than others have empty
+            slots at their end.
+        importance: importance of each slot over all heads, `[layers * batch, kv_heads, slots]`; None without a scorer.
+        valid: which slots hold a token.
+        protected: which slots must stay.
+        is_image: which slots hold image tokens; None for text alone.
+    """
+
+    layers: int
+    index: Tensor
+    importance: Tensor | None
+    valid: Tensor
+    protected: Tensor
+    is_image: Tensor | None
+
+    def means(self) -> tuple[Tensor, AllocationContext]:
+        """Head-mean importance of every layer, `[layers, batch, slots]`, with what else allocators read of slots."""
+        shape = (self.layers, -1, self.index.shape[2])
+        valid, protected = (mask[:, 0].view(shape) for mask in (self.valid, self.protected))
+        images = None if self.is_image is None else self.is_image[:, 0].view(shape)
+        if self.importance is None:
+            mean = torch.zeros(valid.shape, dtype=torch.float32, device=self.index.device)
+        else:
+            importance = self.importance
+            if self.index.shape[1] > 1:
+                importance = _rank_by_rank(importance, self.index, self.is_image)
+            mean = importance.mean(1).view(shape)
+        return mean, AllocationContext(valid=valid, is_image=images, protected=protected)
+
+
+def ranking_of(
+    layers: List[CompressedLayer], config: CompressionConfig, step: Prefill, ranked: List[Ranked] | None = None
+) -> Ranking:
+    """What policies see of the slots of some layers, on the device of the last.
+
+    Args:
+        layers: the layers.
+        config: says what is protected.
+        step: the step in progress, which knows what layers share.
+        ranked: what `ranked` of each says, if known.
+    """
+    sequence, ranked = layers[0].sequence, [layer.ranked() for layer in layers] if ranked is None else ranked
+    indices, scores = [index for index, _ in ranked], [score for _, score in ranked]
+    index = indices[-1]
+    slots, sets = max(other.shape[2] for other in indices), max(other.shape[1] for other in indices)
+    if len(layers) > 1:
+        if all(other is index for other in indices):  # as it is until layers have lost different tokens
+            index = index.repeat(len(layers), 1, 1)
+        else:
+            device = index.device
+            index = torch.cat([_padded(other.to(device), slots, -1).expand(-1, sets, -1) for other in indices])
+    known = [_padded(score.to(index.device), slots, 0.0) for score in scores if score is not None]
+    return Ranking(
+        layers=len(layers),
+        index=index,
+        importance=None if not known else known[0] if len(known) == 1 else torch.cat(known),
+        valid=step.once("valid", index, lambda: index >= 0),
+        protected=step.once("protected", index, lambda: sequence.protected(index, *protection(config))),
+        is_image=step.once("images", index, lambda: sequence.images_at(index)),
     )
-    return torch.stack(means), context
+
+
+def compress(
+    layers: List[CompressedLayer], step: Prefill, allocation: Allocation, ranking: Ranking | None = None
+) -> None:
+    """Selects the slots that stay in some layers, merges the others into them, and gives those back.
+
+    Args:
+        layers: layers that are to be compressed at once.
+        step: the step in progress.
+        allocation: the budgets.
+        ranking: what `ranking_of` says of these layers, if known.
+
+    Raises:
+        PolicyError: if the evictor's answer has the wrong shape or dtype; what else is wrong with it is noted.
+    """
+    numbers = [layer.number for layer in layers]
+    budgets, held = allocation.budgets[numbers], np.stack([layer.held for layer in layers])
+    changed, batch = (budgets != held).any(1), budgets.shape[1]
+    if changed.any():
+        ranking = ranking or ranking_of(layers, layers[0].config, step)
+        whole = _selected(layers, step, allocation, ranking)
+        mask = layers[0].heads.own(whole)
+        order = order_of(mask, ranking.index, int(budgets.max()), ordered=True)
+        importance = None if ranking.importance is None else layers[0].heads.own(ranking.importance)
+    for at, layer in enumerate(layers):
+        room, rows = step.room[layer.number], slice(at * batch, (at + 1) * batch)
+        if changed[at]:
+            layer.heads_part = layer.heads_part or whole.shape[1] > 1
+            layer.let_stay(
+                mask[rows],
+                order[rows, :, : int(budgets[at].max())],
+                budgets[at],
+                None if importance is None else importance[rows],
+                room,
+            )
+        else:
+            layer.close_ranks(room)
+        layer.pack()
+
+
+def _selected(layers: List[CompressedLayer], step: Prefill, allocation: Allocation, ranking: Ranking) -> Tensor:
+    """Which slots stay, `[layers * batch, sets, slots]`, over all heads; what may be wrong with the answer is noted.
+
+    Raises:
+        PolicyError: if the answer has the wrong shape or dtype.
+    """
+    numbers, evictor, images = [layer.number for layer in layers], layers[0].config.evictor, allocation.image_budgets
+    assert evictor is not None
+    context = SelectionContext(
+        budget=torch.as_tensor(allocation.budgets[numbers].reshape(-1), device=ranking.index.device),
+        valid=ranking.valid,
+        protected=ranking.protected,
+        index=ranking.index,
+        importance=ranking.importance,
+        is_image=ranking.is_image,
+        image_budget=None if images is None else images[numbers].flatten().to(ranking.index.device),
+        problems=step.problems,
+    )
+    sets = (1, context.valid.shape[1], 0 if context.importance is None else context.importance.shape[1])
+    rows, _, slots = context.valid.shape
+    number = numbers[0] if len(numbers) == 1 else None
+    with policy_errors(evictor, number):
+        mask = evictor.select(context)
+        fits = mask.dtype == torch.bool and mask.ndim == 3
+    if not fits or mask.shape[1] not in sets or mask.shape[::2] != (rows, slots):
+        label = f"evictor {evictor.name}" if number is None else f"evictor {evictor.name}: layer {number}"
+        raise PolicyError(
+            f"{label}: select must return bool [{rows}, 1 or kv_heads, {slots}], got {mask.dtype} {tuple(mask.shape)}"
+        )
+    wrong = mask.sum(-1) != context.budget[:, None]
+    if any((layer.held != slots).any() for layer in layers):
+        wrong = wrong | (mask > context.valid).any(-1)
+    step.problems.note(lambda: _selection_message(evictor, numbers, mask, context), wrong.any())
+    return mask
+
+
+def _selection_message(evictor: Evictor, layers: List[int], mask: Tensor, context: SelectionContext) -> str:
+    """What is wrong with an evictor's answer, once it is known that something is."""
+    counts, budgets = mask.sum(-1).view(len(layers), -1, mask.shape[1]), context.budget.view(len(layers), -1)
+    empty = (mask & ~context.valid).flatten(1).any(1).view(len(layers), -1)
+    at = int(((counts != budgets[..., None]).any(-1) | empty).any(1).long().argmax())
+    return (
+        f"evictor {evictor.name}: layer {layers[at]}: select must mark as many slots as the budget "
+        f"({budgets[at].tolist()} per row), none of them empty; got {counts[at].tolist()}"
+    )
+
+
+def pin(layers: List[CompressedLayer]) -> None:
+    """Decides which tokens decode steps never evict by age: sinks, those to come too, and what an evictor pins."""
+    evictor = layers[0].config.evictor
+    if evictor is None or evictor.frees != "oldest":
+        return
+    sequence, (sinks, recents) = layers[0].sequence, protection(layers[0].config)
+    first = np.stack([sequence.first_given(layer.number, sinks) for layer in layers])
+    kept = np.stack([layer.held for layer in layers])
+    with policy_errors(evictor):
+        pinned = evictor.pinned(torch.as_tensor(kept.reshape(-1)), torch.as_tensor(first.reshape(-1)), recents).numpy()
+    to_come = np.maximum(0, sinks - sequence.row_seen)
+    for layer, own in zip(layers, np.maximum(pinned.reshape(first.shape), first) + to_come, strict=True):
+        layer.pinned = own
 
 
 def _padded(tensor: Tensor, slots: int, fill: float) -> Tensor:
@@ -85,34 +231,6 @@ def _rank_by_rank(score: Tensor, index: Tensor, images: Tensor | None) -> Tensor
     return torch.zeros_like(ranked).scatter_(-1, order[:, :1], ranked)
 
 
-def checked_selection(evictor: Evictor, layer: int, context: SelectionContext) -> tuple[Tensor, Tensor]:
-    """Which slots stay, `[batch, sets, slots]`, and a flag on the device: whether the answer breaks the contract.
-
-    Raises:
-        PolicyError: if the answer has the wrong shape or dtype.
-    """
-    sets = (1, context.valid.shape[1], 0 if context.importance is None else context.importance.shape[1])
-    batch, _, slots = context.valid.shape
-    with policy_errors(evictor, layer):
-        mask = evictor.select(context)
-        fits = mask.dtype == torch.bool and mask.ndim == 3
-    if not fits or mask.shape[1] not in sets or mask.shape[::2] != (batch, slots):
-        raise PolicyError(
-            f"evictor {evictor.name}: layer {layer}: select must return bool [{batch}, 1 or kv_heads, {slots}], got "
-            f"{mask.dtype} {tuple(mask.shape)}"
-        )
-    wrong = (mask.sum(-1) != context.budget[:, None]).any() | (mask & ~context.valid).any()
-    return mask, wrong
-
-
-def selection_message(evictor: Evictor, layer: int, mask: Tensor, context: SelectionContext) -> str:
-    """What is wrong with an evictor's answer, once it is known that something is."""
-    return (
-        f"evictor {evictor.name}: layer {layer}: select must mark as many slots as the budget "
-        f"({context.budget.tolist()} per row), none of them empty; got {mask.sum(-1).tolist()}"
-    )
-
-
 def order_of(mask: Tensor, index: Tensor, kept: int, ordered: bool) -> Tensor:
     """Slots that stay, in the order of their tokens; where a row has fewer than `kept`, any slot in their place.
 
@@ -125,10 +243,10 @@ def order_of(mask: Tensor, index: Tensor, kept: int, ordered: bool) -> Tensor:
     if not ordered:
         latest = torch.iinfo(index.dtype).max
         return torch.where(mask, index, latest).argsort(dim=-1)[..., :kept]
-    place = torch.where(mask, mask.cumsum(-1) - 1, kept).clamp_(max=kept)  # too many marked is told later
+    place = mask.cumsum(-1).mul_(mask).clamp_(max=kept)  # from 1 on; too many marked is told later
     slots = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
     order = torch.zeros((*mask.shape[:2], kept + 1), dtype=torch.int64, device=mask.device)
-    return order.scatter_(-1, place, slots)[..., :kept]
+    return order.scatter_(-1, place, slots)[..., 1:]
 
 
 def merged(merger: Merger, layer: int, context: MergeContext) -> Merged:

@@ -60,13 +60,13 @@ class Sequence:
         self._scored_before = self.scored
         self._unscored_before = (self.scored.end, self.scored.end)
 
-    def state(self) -> dict[str, Any]:
+    def saved(self) -> dict[str, Any]:
         """What has to be kept to go on elsewhere."""
         return dict(vars(self))
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Takes over what `state` gave."""
-        self.__dict__.update({name: state[name] for name in vars(self)})
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Takes over what `saved` gave."""
+        self.__dict__.update({name: saved[name] for name in vars(self)})
 
     @property
     def batch(self) -> int:
@@ -206,7 +206,7 @@ class Sequence:
             last: whether only the last scoring step counts, since its scores replaced earlier ones.
             layer: index of the decoder layer; only where a reducer acts do layers differ.
         """
-        queries = self._rows(self.row_seen, index) - index
+        queries: Tensor = self._rows(self.row_seen, index) - index
         for run in self.decoded:
             first, end = (self._rows(counts, index) for counts in run)
             queries = queries - (end - index.clamp(first, end))
@@ -215,12 +215,16 @@ class Sequence:
             until = F.pad(self.by_index(missing.to(index.device)).cumsum(1), (1, 0))  # missing before each, and all
             whole = until[:, -1:, None]
             queries = queries - (whole - taken(until, index))
-            scored = scored - (whole - taken(until, self._rows(self.scored.first, index)))
-        return (queries.minimum(scored) if last else queries).clamp(min=1)
+            since = torch.as_tensor(self._rows(self.scored.first, index), dtype=index.dtype, device=index.device)
+            scored = scored - (whole - taken(until, since.reshape(-1, 1, 1)))
+        if not last:
+            return queries.clamp(min=1)
+        return queries.clamp(1, scored) if isinstance(scored, int) else queries.minimum(scored).clamp(min=1)
 
     def unscored(self, index: Int[Tensor, "batch sets slots"]) -> Bool[Tensor, "batch sets slots"]:
         """Which tokens came after the last step that scored."""
-        return index >= self._rows(self.scored.end, index)
+        unscored: Tensor = index >= self._rows(self.scored.end, index)
+        return unscored
 
     def unscored_before(self, index: Int[Tensor, "batch sets slots"]) -> Bool[Tensor, "batch sets slots"] | None:
         """Which tokens had no score when the step in progress, which scores, began; None if all older ones had."""
@@ -229,16 +233,24 @@ class Sequence:
 
     def images_at(self, index: Int[Tensor, "batch sets slots"]) -> Tensor | None:
         """Which slots hold image tokens, from the indices of their tokens."""
-        return None if self.is_image is None else taken(self.by_index(self.is_image.to(index.device)), index)
+        if self.is_image is None:
+            return None
+        images = self.by_index(self.is_image.to(index.device))
+        return taken(images.repeat(index.shape[0] // images.shape[0], 1), index)
 
     def protected(self, index: Int[Tensor, "batch sets slots"], sinks: int, recents: int) -> Tensor:
         """Which slots hold one of a row's first `sinks` or last `recents` tokens."""
-        return (index >= 0) & ((index < sinks) | (index >= self._rows(self.row_seen - recents, index)))
+        latest: Tensor = index >= self._rows(self.row_seen - recents, index)
+        return (index >= 0) & ((index < sinks) | latest)
 
-    def _rows(self, counts: Counts, like: Tensor) -> Tensor:
-        """Numbers per row, to be compared with indices."""
-        if (counts == counts[0]).all():  # no copy to the device, then
-            return torch.full((1, 1, 1), int(counts[0]), dtype=like.dtype, device=like.device)
+    def _rows(self, counts: Counts, like: Tensor) -> Any:
+        """Numbers per row, to be compared with indices, which may be of several layers, one after the other.
+
+        A plain number where all rows have the same, which nobody has to copy to the device.
+        """
+        if (counts == counts[0]).all():
+            return int(counts[0])
+        counts = np.tile(counts, like.shape[0] // len(counts))
         return torch.as_tensor(counts, dtype=like.dtype, device=like.device)[:, None, None]
 
     # -- rows and rollback ---------------------------------------------------------------------------------------------

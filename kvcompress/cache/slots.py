@@ -32,6 +32,8 @@ class SlotTable:
         free: the slot that the last step freed; -1 if none.
         write: the slot that this step's token goes to.
         index: number of tokens of the row before each slot's token; -1 where a slot was never used.
+        ranks: importance of the slots' tokens, `[layers, batch, kv_heads, slots]`, for an evictor that chooses by it;
+            NaN where there is none.
         seen: tokens of each row.
         columns: columns seen, padding included.
         scored_end: tokens of each row that have a score, `[batch, 1, 1]`.
@@ -55,6 +57,7 @@ class SlotTable:
         packed: np.ndarray | None = None,
         scored_end: Counts | None = None,
         sets: int = 1,
+        ranks: list[Tensor] | None = None,
     ) -> None:
         """Starts after a prefill step, whose tokens lie in order in the first slots.
 
@@ -70,6 +73,7 @@ class SlotTable:
             by_age: whether a layer over its limit loses its oldest loose token.
             scored_end: tokens of each row that have a score.
             sets: at least so many sets of heads, which may hold different tokens from now on.
+            ranks: importance of each layer's slots, `[batch, kv_heads, slots]`; None unless an evictor chooses by it.
             packed: tokens per layer and row that lie elsewhere and count as held; None if none.
         """
         device, sets = index[0].device, max(sets, *(held.shape[1] for held in index))
@@ -77,6 +81,13 @@ class SlotTable:
         self.index = torch.full((*shape, max(capacities)), -1, dtype=torch.int32, device=device)
         for layer, held in enumerate(index):
             self.index[layer, :, :, : held.shape[2]] = held.to(device)
+        self.ranks: Tensor | None = None
+        if ranks is not None:
+            self.ranks = torch.full(
+                (*lengths.shape, ranks[0].shape[1], max(capacities)), torch.nan, device=device, dtype=torch.float32
+            )
+            for layer, known in enumerate(ranks):
+                self.ranks[layer, :, :, : known.shape[2]] = known.to(device)
         self.length = torch.as_tensor(lengths, device=device).unsqueeze(-1).repeat(1, 1, sets)
         self.free = torch.full_like(self.length, -1)
         self.write = torch.zeros_like(self.length)
@@ -121,15 +132,15 @@ class SlotTable:
         """Whether layers over their budget lose tokens."""
         return self._allocation is not None
 
-    def state(self) -> dict[str, Any]:
+    def saved(self) -> dict[str, Any]:
         """What has to be kept to go on elsewhere, beside the allocation and the rule."""
         return {name: value for name, value in vars(self).items() if name not in _DERIVED}
 
     @classmethod
-    def from_state(cls, state: dict[str, Any], allocation: Allocation | None, rule: Rule) -> SlotTable:
-        """The table that `state` was taken from."""
+    def from_saved(cls, saved: dict[str, Any], allocation: Allocation | None, rule: Rule) -> SlotTable:
+        """The table that `saved` gave."""
         table = cls.__new__(cls)
-        table.__dict__.update(state, _allocation=allocation, _rule=rule, _age=None)
+        table.__dict__.update(saved, _allocation=allocation, _rule=rule, _age=None)
         table._none = torch.full((), -1, dtype=torch.int64, device=table.index.device)
         table._derive()
         return table
@@ -169,16 +180,13 @@ class SlotTable:
         if not evicts or self._allocation is None:
             self.free.fill_(-1)
         elif self._age is not None:
-            over = self._over() & (self.length > self._pinned)
+            over = self.over() & (self.length > self._pinned)
             torch.where(over, self._age.argmin(-1), self._none, out=self.free)
         else:
             self.free.fill_(-1)  # until the layers have chosen
 
     def over(self) -> Tensor:
         """Which layers, rows and head sets hold more than their limit, bool `[layers, batch, sets]`."""
-        return self._over()
-
-    def _over(self) -> Tensor:
         least = self.seen.clamp(max=self._rule.sinks + self._rule.recents)[:, None]
         share = self._share
         if self._rule.fraction is not None:
@@ -187,24 +195,28 @@ class SlotTable:
         held = self.length if self._packed is None else self.length + self._packed
         return held > torch.maximum(share, least)
 
-    def protected(self, index: Tensor) -> Tensor:
-        """Which slots hold one of a row's first or last protected tokens, from the indices of their tokens."""
-        first = self.seen[:, None, None] - self._rule.recents
+    def protected(self) -> Tensor:
+        """Which slots hold one of a row's first or last protected tokens, bool `[layers, batch, sets, slots]`."""
+        index, first = self.index, self.seen[:, None, None] - self._rule.recents
         return (index >= 0) & ((index < self._rule.sinks) | (index >= first))
+
+    def importance(self) -> Tensor | None:
+        """`ranks`, NaN in slots whose tokens came after the last step that scored."""
+        return None if self.ranks is None else torch.where(self.index < self.scored_end, self.ranks, torch.nan)
 
     def free_now(self) -> None:
         """Frees the oldest loose slot of every layer over its limit, as a step would have."""
         if self._age is not None:
-            over = self._over() & (self.length > self._pinned)
+            over = self.over() & (self.length > self._pinned)
             self.free = torch.where(over, self._age.argmin(-1), -1)
 
     def learn_holes(self) -> None:
         """Reads which layers and rows have a free slot; waits for the device."""
         self.hole = (self.free >= 0).any(-1).cpu().numpy()
 
-    def choose(self, layer: int, over: Tensor, victims: Int[Tensor, "batch sets"]) -> None:
-        """Frees the slots of a layer that its evictor names, in rows that are over their limit."""
-        self.free[layer] = torch.where(over, victims, -1)
+    def choose(self, victims: Int[Tensor, "layers batch sets"]) -> None:
+        """Frees the slots that an evictor names, in layers and rows that are over their limit."""
+        torch.where(self.over(), victims, self._none, out=self.free)
 
     # -- a step, as the host knows it ----------------------------------------------------------------------------------
 
@@ -244,6 +256,8 @@ class SlotTable:
         more = capacity - self.capacity
         if more > 0:
             self.index = torch.nn.functional.pad(self.index, (0, more), value=-1)
+            if self.ranks is not None:
+                self.ranks = torch.nn.functional.pad(self.ranks, (0, more), value=torch.nan)
             self._derive()
 
     def select_rows(self, index: Tensor, rows: Counts) -> None:
@@ -257,6 +271,7 @@ class SlotTable:
             ("seen", 0),
             ("scored_end", 0),
             ("index", 1),
+            ("ranks", 1),
             ("length", 1),
             ("free", 1),
             ("write", 1),

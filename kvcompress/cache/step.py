@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -26,52 +26,29 @@ class Phase(enum.Enum):
 
 
 @dataclass
-class Mask:
-    """What an attention mask says of a step's columns.
+class Prefill:
+    """A forward of several tokens in progress, or another change of what every layer holds.
 
     Attributes:
-        hidden: which of the columns seen it hides from now on; None if none.
-        new_valid: which of the new columns hold a token; None if all do.
-        row_new: tokens of each row among these.
-        order: the new columns with each row's padding first; None if it is first already.
-    """
-
-    hidden: Bool[Tensor, "batch seen"] | None
-    new_valid: Bool[Tensor, "batch columns"] | None
-    row_new: Counts
-    order: Int[Tensor, "batch columns"] | None
-
-
-@dataclass
-class Step:
-    """A forward of the model in progress.
-
-    Attributes:
-        phase: what it does.
         columns: columns of the model's inputs.
-        index: prefill: number of tokens of the row before each of this step's, `[1 or batch, tokens]`; -1 for padding,
-            which comes first in each row.
-        valid: prefill: which of them are tokens; None if all are.
-        row_new: prefill: tokens of each row.
-        order: prefill: where each of these columns was in the model's; None if they are where they were.
-        first_order: prefill: the same before a reducer acted.
-        local: prefill: gives the budgets, where they need no scores, so that a layer is compressed as soon as it ran.
-        room: prefill: slots to allocate beyond each layer's budget.
+        index: number of tokens of the row before each of this step's, `[1 or batch, 1, tokens]`; -1 for padding, which
+            comes first in each row.
+        valid: which of them are tokens; None if all are.
+        row_new: tokens of each row.
+        order: where each of these columns was in the model's; None if they are where they were.
+        first_order: the same before a reducer acted.
+        local: gives the budgets, where they need no scores, so that a layer is compressed as soon as it ran.
+        room: slots to allocate beyond each layer's budget.
         evicts: whether layers over their budget give tokens up in this step.
-        widths: decode: slots that attention reads per layer; None to read all that are allocated.
-        bias: decode: what is added to the logits of each layer, `[layers, batch, sets, 1, slots]`; None while all slots
-            read are in use.
-        over: decode: which rows hold more than their limit, for evictors that choose, `[layers, batch, sets]`.
-        merges: decode: whether what is freed is merged.
         reduction: what a reducer does to its images; None if there are none.
         problems: what may be wrong with policies' answers, all read at once.
         next_layer: layer that attends next.
         row_seen: tokens of each row, this step included.
     """
 
-    phase: Phase
+    phase: ClassVar[Phase] = Phase.PREFILL
     columns: int = 1
-    index: Int[Tensor, "rows tokens"] | None = None
+    index: Int[Tensor, "rows 1 tokens"] | None = None
     valid: Bool[Tensor, "batch tokens"] | None = None
     row_new: Counts = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     order: Int[Tensor, "batch columns"] | None = None
@@ -79,10 +56,6 @@ class Step:
     local: Callable[[], Allocation] | None = None
     room: list[int] = field(default_factory=list)
     evicts: bool = True
-    widths: list[int] | None = None
-    bias: Tensor | None = None
-    over: Tensor | None = None
-    merges: bool = False
     reduction: Reduction | None = None
     problems: Problems = field(default_factory=Problems)
     next_layer: int = 0
@@ -107,6 +80,29 @@ class Step:
     def restored(self, tensor: Tensor) -> Tensor:
         """The output of attention in the model's own columns."""
         return tensor if self.order is None else _rows(tensor, self.order.argsort(dim=1))
+
+
+@dataclass
+class Decode:
+    """A forward of one token of every row in progress.
+
+    Attributes:
+        widths: slots that attention reads per layer; None to read all that are allocated.
+        bias: what is added to the logits of each layer, `[layers, batch, sets, 1, slots]`; None while all slots read
+            are in use.
+        evicts: whether layers over their budget free a slot in this step.
+        next_layer: layer that attends next.
+    """
+
+    phase: ClassVar[Phase] = Phase.DECODE
+    columns: ClassVar[int] = 1
+    widths: list[int] | None = None
+    bias: Tensor | None = None
+    evicts: bool = True
+    next_layer: int = 0
+
+
+Step: TypeAlias = Prefill | Decode
 
 
 def _rows(tensor: Tensor, order: Tensor) -> Tensor:

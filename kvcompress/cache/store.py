@@ -81,11 +81,11 @@ class KVStore(Protocol):
     def to(self, device: torch.device) -> None:
         """Moves every buffer to a device, without waiting for the copy."""
 
-    def state(self, used: int) -> dict[str, Any]:
+    def saved(self, used: int) -> dict[str, Any]:
         """What has to be kept of all packed slots and the first `used` others to go on elsewhere."""
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Takes over what `state` gave."""
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Takes over what `saved` gave."""
 
 
 class DenseStore:
@@ -185,14 +185,14 @@ class DenseStore:
         if self.keys is not None and self.values is not None:
             self._hold(*(buffer.to(device, non_blocking=True) for buffer in self.dense()))
 
-    def state(self, used: int) -> dict[str, Any]:
+    def saved(self, used: int) -> dict[str, Any]:
         """The first `used` slots, and how many there are."""
         keys, values = self.dense()
         return {"keys": keys[:, :, :used], "values": values[:, :, :used], "capacity": self.capacity}
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Takes over what `state` gave."""
-        self._hold(_grown(state["keys"], state["capacity"]), _grown(state["values"], state["capacity"]))
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Takes over what `saved` gave."""
+        self._hold(_grown(saved["keys"], saved["capacity"]), _grown(saved["values"], saved["capacity"]))
 
     def _hold(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values

@@ -182,7 +182,10 @@ class AllocationContext:
 
 @dataclass(frozen=True)
 class SelectionContext:
-    """What an evictor sees when it selects the slots of one layer that stay.
+    """What an evictor sees when it selects the slots that stay, in one layer or in several at once.
+
+    Of several layers, `batch` counts the rows of all, those of one layer after those of the other. So an evictor treats
+    every row by itself.
 
     Attributes:
         budget: slots to keep per row, at least as many as are protected.
@@ -291,7 +294,10 @@ class Codes:
 
 @dataclass(frozen=True)
 class DecodeContext:
-    """What an evictor sees at a decode step when a layer is a slot over its budget.
+    """What an evictor sees at a decode step when layers may be a slot over their budget.
+
+    All layers are shown at once: `batch` counts the rows of every layer, those of one after those of the other. So an
+    evictor treats every row by itself.
 
     Attributes:
         index: number of tokens of the row that came before each slot's token, -1 where the slot is empty.

@@ -145,7 +145,7 @@ class Document:
         """
         about = {"ids": self._ids, "after": self._after, "vocabulary": self._prompter.vocabulary()}
         about["chat"] = self._prompter.chat
-        saving.save(self.cache, self.cache.decoder(), folder, overwrite=overwrite, extra={"document": about})
+        self.cache.save(folder, overwrite=overwrite, extra={"document": about})
 
     @classmethod
     def load(cls, model: PreTrainedModel, processor: Any, folder: str | PathLike[str]) -> Document:
@@ -160,8 +160,8 @@ class Document:
             ConfigError: if the folder holds no document, a damaged one, or one of another model or tokenizer.
         """
         folder = Path(folder)
-        cache, extra = saving.load(CompressedCache, model, folder)
-        about = extra.get("document")
+        saved = saving.Saved.read(folder)
+        cache, about = CompressedCache.from_saved(model, saved), saved.extra().get("document")
         if about is None:
             raise ConfigError(f"document {folder}: is a cache without a document; read it with CompressedCache.load")
         prompter = Prompter(model, processor, False)

@@ -77,7 +77,7 @@ class TopK(Evictor):
         self, score: Float[Tensor, "batch sets slots"], layer: SelectionContext
     ) -> Int[Tensor, "batch sets slots"]:
         """Slots in the order in which they are kept: the protected first, empty ones last."""
-        score = torch.where(layer.valid, torch.where(layer.protected, torch.inf, score), -torch.inf)
+        score = torch.where(layer.valid, score.masked_fill(layer.protected, torch.inf), -torch.inf)
         return score.argsort(dim=-1, descending=True, stable=True)
 
     def pinned(self, kept: Int[Tensor, " batch"], sinks: Int[Tensor, " batch"], recents: int) -> Int[Tensor, " batch"]:

@@ -1,0 +1,212 @@
+"""A forward of one token for every row, and the room that buffers have for those to come."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from kvcompress.cache.slots import SlotTable
+from kvcompress.cache.state import CacheState
+from kvcompress.cache.step import Decode, Phase
+from kvcompress.errors import PolicyError
+from kvcompress.kernels import decode_bias
+from kvcompress.policies.context import DecodeContext
+from kvcompress.policies.faults import policy_errors
+
+_COMPILED_BLOCK = 256  # steps that buffers get room for at once where steps are compiled
+_BLOCK = 16  # slots by which a buffer grows at least, unless `reserve` says more
+
+
+def begin(state: CacheState) -> None:
+    """Makes the step of a forward of one token for every row, and takes note of it."""
+    sequence, table = state.sequence, state.table
+    if table is None:
+        table = make_table(state)
+    step = state.step = Decode(evicts=not state.recording)  # from here on, what is interrupted has failed
+    alike = False
+    if torch.compiler.is_compiling():
+        table.exact = False
+    else:
+        sequence.extend(None, 1, np.ones(sequence.batch, dtype=np.int64), scored=False)
+        table.count(sequence.row_seen, step.evicts)
+        if table.exact:
+            step.widths = table.extent.max(1).tolist()
+            alike = bool((table.extent == table.extent[:, :1]).all())
+    with state.writable():
+        if step.widths is not None:
+            _make_room(state)
+        table.advance(step.evicts)
+    if not alike:
+        step.bias = decode_bias(table.length, table.capacity, state.dtype)
+
+
+def end(state: CacheState) -> None:
+    """Frees a slot of every layer over its limit and quantizes what has become old enough, unless that has to wait."""
+    step, table, merger = state.step, state.table, state.config.merger
+    assert isinstance(step, Decode) and table is not None
+    if step.evicts:
+        _choose(state, table)
+        if merger is not None and merger.merges_decoding:
+            for layer in state.layers:
+                layer.merge_freed(table, in_place=True)
+    if state.recording:
+        state.waiting = Phase.DECODE
+    elif state.config.quantizer is not None:
+        _pack(state)
+
+
+def _choose(state: CacheState, table: SlotTable) -> None:
+    """Frees the slots that an evictor chooses, if it does."""
+    evictor, heads = state.config.evictor, state.heads
+    if evictor is None or evictor.frees != "chosen" or state.allocation is None:
+        return
+    index, protected, importance = table.index, table.protected(), table.importance()
+    layers, batch = index.shape[:2]
+    index = index.flatten(0, 1) if table.sets == 1 else heads.gather(index.flatten(0, 1))
+    protected = protected.flatten(0, 1) if table.sets == 1 else heads.gather(protected.flatten(0, 1))
+    importance = None if importance is None else heads.gather(importance.flatten(0, 1))
+    with policy_errors(evictor):
+        victims = evictor.victim(DecodeContext(index, protected, importance))
+        sets = victims.shape[1]
+    if sets > max(table.sets, index.shape[1]):
+        raise PolicyError(
+            f"evictor {evictor.name}: named a slot for each head, but its by_head says that heads hold the same "
+            "tokens; let by_head be True"
+        )
+    table.choose(heads.own(victims).view(layers, batch, -1))
+
+
+def make_table(state: CacheState) -> SlotTable:
+    """The table for the decode steps to come, from what the layers hold now."""
+    layers, sequence, evictor = state.layers, state.sequence, state.config.evictor
+    packed = np.stack([layer.packed_rows for layer in layers])
+    held = np.stack([layer.held for layer in layers])
+    pinned = np.stack([layer.pinned if len(layer.pinned) else layer.held * 0 for layer in layers])
+    frees = "nothing" if evictor is None else evictor.frees
+    chooses = frees == "chosen" and layers[0].unscored is None
+    ranks = [ranks for layer in layers if (ranks := layer.ranks()) is not None] if chooses else []
+    state.table = SlotTable(
+        [layer.index[..., layer.store.packed :] for layer in layers],  # type: ignore[index]
+        held - packed,
+        np.maximum(0, np.maximum(pinned, packed) - packed),
+        [layer.store.capacity for layer in layers],
+        sequence.row_seen,
+        sequence.seen,
+        None if frees == "nothing" else state.allocation,
+        state.rule,
+        by_age=frees == "oldest",
+        scored_end=sequence.scored.end,
+        packed=packed if packed.any() else None,
+        ranks=ranks or None,
+        sets=layers[0].kv_heads if evictor is not None and evictor.by_head else 1,
+    )
+    for layer in layers:
+        layer.heads_part = layer.heads_part or state.table.sets > 1
+    return state.table
+
+
+def _make_room(state: CacheState) -> None:
+    """Lets the buffers grow that this step needs larger, by a block."""
+    table = state.table
+    assert table is not None
+    needed = table.extent.max(1)
+    for layer, slots in zip(state.layers, needed.tolist(), strict=True):
+        layer.slots = slots
+    if any(layer.store.capacity < layer.slots for layer in state.layers):
+        grow_for(state, _block(state, int(needed.max())), needed)
+
+
+def prepare_step(state: CacheState) -> None:
+    """Sees to it that every buffer has room for the next step, which may be a compiled one that cannot grow any."""
+    table = state.table
+    if table is None or state.recording or state.step is not None:
+        return
+    if not table.exact:
+        table.steps += 1  # at most: this may be asked more than once before a step
+    needed = table.bound(1)
+    if any(layer.store.capacity < slots for layer, slots in zip(state.layers, needed.tolist(), strict=True)):
+        catch_up_if_needed(state)
+        grow_for(state, state.reserve or _block(state, int(needed.max())))
+
+
+def grow_for(state: CacheState, steps: int, needed: np.ndarray | None = None) -> None:
+    """Gives every buffer that is too small for what is needed, or for the next step, room for so many steps."""
+    table = state.table
+    assert table is not None
+    needed, wanted = table.bound(1) if needed is None else needed, table.bound(steps)
+    with state.writable():
+        if wanted.max() > table.capacity:
+            table.grow(int(wanted.max()))
+        for layer, least, most in zip(state.layers, needed.tolist(), wanted.tolist(), strict=True):
+            if layer.store.capacity < least or state.reserve:
+                layer.store.grow(max(least, most))
+
+
+def _block(state: CacheState, slots: int) -> int:
+    """Steps that buffers get room for where they grow: what is reserved, or a few where nothing is compiled."""
+    if state.reserve:
+        return state.reserve
+    on_cpu = state.layers[0].device is None or state.layers[0].device.type == "cpu"
+    return max(_BLOCK - 1, slots // 100) if on_cpu else _COMPILED_BLOCK
+
+
+def tidy(state: CacheState) -> None:
+    """Brings the tokens of every layer in order again after decode steps."""
+    table, state.table = state.table, None
+    if table is None:
+        return
+    if not table.exact:
+        _catch_up(state, table)
+    if table.steps:
+        with state.writable():
+            for layer in state.layers:
+                layer.tidy(table)
+
+
+def _catch_up(state: CacheState, table: SlotTable) -> None:
+    """Learns from the device how far it has come; waits for it."""
+    more = table.settle() - state.sequence.seen
+    for layer, slots in zip(state.layers, table.extent.max(1).tolist(), strict=True):
+        layer.slots = slots
+    if more:
+        state.sequence.extend(None, more, np.full(state.sequence.batch, more), scored=False)
+
+
+def catch_up_if_needed(state: CacheState) -> None:
+    """Lets the host know of compiled steps that it did not count."""
+    if state.table is not None and not state.table.exact:
+        _catch_up(state, state.table)
+
+
+def _pack(state: CacheState) -> None:
+    """Quantizes what has become old enough, once some layer has a group of it."""
+    table, quantizer = state.table, state.config.quantizer
+    assert table is not None and quantizer is not None
+    if ((table.extent - table.hole).max() - quantizer.residual) >= quantizer.group:
+        tidy(state)
+        for layer in state.layers:
+            layer.pack()
+        make_table(state)
+
+
+def evict_waiting(state: CacheState) -> None:
+    """Lets the decode rule free as many slots as decode steps did not while the past was recorded."""
+    evictor = state.config.evictor
+    if evictor is None or evictor.frees == "nothing" or state.allocation is None:
+        return
+    table = make_table(state)
+    limits = state.allocation.limits(state.rule, state.sequence.row_seen)
+    while True:
+        held = np.stack([layer.held for layer in state.layers])
+        if (held <= limits).all():
+            return
+        table.free_now()
+        _choose(state, table)
+        table.learn_holes()
+        if not table.hole.any():
+            return
+        for layer in state.layers:
+            if state.config.merger is not None and state.config.merger.merges_decoding:
+                layer.merge_freed(table, in_place=False)
+            layer.tidy(table)
+        table = make_table(state)

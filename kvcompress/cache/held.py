@@ -1,0 +1,255 @@
+"""What a layer holds, and in which order it lies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvcompress.cache.quantized_store import QuantizedStore
+from kvcompress.cache.selection import importance_of, order_of
+from kvcompress.cache.sequence import Counts, Sequence, taken
+from kvcompress.cache.slots import SlotTable
+from kvcompress.cache.store import DenseStore
+from kvcompress.config import CompressionConfig
+from kvcompress.parallel import ALONE, HeadGroup
+
+_SAVED = ("index", "held", "slots", "scores", "statistics", "pinned", "merger_state", "heads_part")
+
+
+class HeldTokens:
+    """Keys and values of one decoder layer, and what belongs to their slots.
+
+    Between steps the tokens lie in the store: packed ones first, then `slots` others, in the order of their age. While
+    the model decodes, the cache's slot table says where they lie.
+
+    Attributes:
+        number: index of the decoder layer.
+        config: the policies and the budget.
+        heads: the processes that share the layer's heads.
+        sequence: what was seen.
+        store: keys and values.
+        device: where they are; None before the first token.
+        index: number of tokens of the row before each slot's token, `[batch, sets, packed + slots]`; -1 where a row has
+            none. What the table says goes before.
+        held: tokens that the layer holds per row.
+        slots: slots in use that are not packed, in the row that has most.
+        scores: scores of the slots, `[batch, kv_heads, packed + slots]`; None before any were set. Those of tokens that
+            came after the last step that scored mean nothing.
+        statistics: what the allocator reads of the last step that scored, by name, `[batch]`.
+        pinned: oldest tokens per row that decode steps never evict by age.
+        merger_state: what the merger remembers, batch first.
+        heads_part: whether the heads of the layer, in any process, hold different tokens.
+    """
+
+    def __init__(self, number: int, config: CompressionConfig, sequence: Sequence, heads: HeadGroup = ALONE) -> None:
+        """Starts with nothing held."""
+        self.number, self.config, self.heads = number, config, heads
+        self.forget(sequence)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Starts anew, with what is seen from now on in `sequence`."""
+        quantizer = self.config.quantizer
+        self.sequence = sequence
+        self.store: DenseStore = DenseStore() if quantizer is None else QuantizedStore(quantizer, self.number)
+        self.index: Tensor | None = None
+        self.held: Counts = np.zeros(0, dtype=np.int64)
+        self.slots = 0
+        self.scores: Tensor | None = None
+        self.statistics: dict[str, Tensor] = {}
+        self.pinned: Counts = np.zeros(0, dtype=np.int64)
+        self.merger_state: Tensor | None = None
+        self.heads_part = False
+        self.device: torch.device | None = None
+
+    def every_slot(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the slots in use; a copy in full precision where some are packed."""
+        blocks = list(self.store.blocks(self.slots))
+        if len(blocks) == 1:
+            return blocks[0]
+        keys, values = zip(*blocks, strict=True)
+        return torch.cat(keys, 2), torch.cat(values, 2)
+
+    def close_ranks(self, room: int) -> None:
+        """Brings the tokens of rows with padding between them together, in the first slots."""
+        assert self.index is not None
+        if (self.held != self.index.shape[2]).any():
+            self._take(self.index >= 0, self.held, room)
+
+    def tidy(self, table: SlotTable) -> None:
+        """Brings the tokens in the order of their age again after decode steps, and takes note of what is held."""
+        extent, hole, packed = table.extent[self.number], table.hole[self.number], self.store.packed
+        width, rows = int(extent.max()), extent - hole
+        assert self.index is not None
+        slots = torch.arange(width, device=table.index.device)
+        freed = slots == table.free[self.number].unsqueeze(-1)
+        index = table.index[self.number, :, :, :width].masked_fill(freed, -1).to(self.index.device)
+        order = order_of(index >= 0, index, int(rows.max()), ordered=False)
+        self.heads_part = self.heads_part or table.sets > 1
+        before = self.index[..., :packed].expand(-1, index.shape[1], -1)
+        self.index, self.slots = torch.cat([before, index], 2), width
+        self._keep(None, self.packed_rows, order + packed, rows, room=0)
+
+    def drop_from(self, first: Counts) -> None:
+        """Drops the tokens of each row from a token index on."""
+        if self.index is None:
+            return
+        limit = torch.as_tensor(first, dtype=self.index.dtype, device=self.index.device)[:, None, None]
+        mask = (self.index >= 0) & (self.index < limit)
+        left = mask[:, 0].sum(-1).cpu().numpy()
+        if (left != self.held).any():
+            self._take(mask, left, room=0)
+
+    def renumber(self, new_index: Tensor) -> None:
+        """Gives tokens new indices, and drops those that have none any more."""
+        if self.index is None:
+            return
+        self.index = taken(new_index.to(self.index.device), self.index, fill=-1).to(self.index.dtype)
+        counts = (self.index >= 0).sum(-1)
+        counts = self.heads.gather(counts) if self.heads_part else counts
+        least, most = torch.stack([counts.amin(1), counts.amax(1)]).cpu().numpy()
+        if (least != most).any():  # heads that hold more than others give up their oldest tokens
+            latest = (self.index >= 0).cumsum(-1)
+            limit = torch.as_tensor(least, device=self.index.device)[:, None, None]
+            kept = (self.index >= 0) & (latest > latest[..., -1:] - limit)
+            self._take(kept, least, room=0)
+        elif (least != self.held).any():
+            self._take(self.index >= 0, least, room=0)
+
+    def pack(self) -> None:
+        """Quantizes what is old enough, while tokens lie in the order of their age."""
+        if not isinstance(self.store, QuantizedStore) or self.index is None:
+            return
+        before, packed, dense = self.packed_rows, self.store.packed, self.held - self.packed_rows
+        more = self.store.pack(dense)
+        if not more.any():
+            return
+        after, left = before + more, dense - more
+        stay, width, device = self.store.packed, int(left.max()), self.index.device
+        begin, moved = (torch.as_tensor(counts, device=device)[:, None, None] for counts in (before, more))
+        place = torch.arange(stay, device=device)
+        first = torch.where(place < begin, place, packed + place - begin)
+        rest = packed + moved + torch.arange(width, device=device)
+        arrangement = torch.cat([first, rest], 2).clamp(max=self.index.shape[2] - 1)
+        self._arrange(arrangement, after, left)
+
+    @property
+    def packed_rows(self) -> Counts:
+        """Tokens of each row that are packed."""
+        return np.zeros_like(self.held) if self.store.packed_rows is None else self.store.packed_rows
+
+    def _take(self, mask: Tensor, counts: Counts, room: int) -> None:
+        """Keeps the marked slots, `counts[row]` in every set of a row, in the order of their tokens."""
+        assert self.index is not None
+        self.take(mask, order_of(mask, self.index, int(counts.max(initial=0)), ordered=True), counts, room)
+
+    def take(self, mask: Tensor, order: Tensor, counts: Counts, room: int) -> None:
+        """Keeps slots and gives the others back.
+
+        Args:
+            mask: slots that stay, `[batch, sets, slots]`, `counts[row]` in every set of a row.
+            order: the same slots in the order of their tokens.
+            counts: how many stay in each row.
+            room: slots to allocate beyond them.
+        """
+        packed = self.store.packed
+        if not packed:
+            self._keep(None, self.packed_rows, order, counts, room)
+            return
+        quantized = mask[..., :packed].sum(-1)
+        quantized = self.heads.gather(quantized) if self.heads_part else quantized
+        least, largest = torch.stack([quantized.amin(1), quantized.amax(1)]).cpu().numpy()
+        dense, surplus = counts - least, bool((least != largest).any())
+        begin = torch.as_tensor(least, device=order.device)[:, None, None]
+        place = torch.arange(int(dense.max(initial=0)), device=order.device)
+        rest = order.gather(-1, (begin + place).clamp(max=max(0, order.shape[2] - 1)).expand(-1, order.shape[1], -1))
+        same = not surplus and (least == self.packed_rows).all()
+        first = None if same else order[..., : int(least.max())].clamp(max=packed - 1)  # beyond a row's own: anything
+        self._keep(first, least, rest, dense, room, surplus)
+
+    def _keep(
+        self,
+        first: Tensor | None,
+        packed_rows: Counts,
+        rest: Tensor,
+        rows: Counts,
+        room: int,
+        surplus: bool = False,
+    ) -> None:
+        """Keeps slots in a new order.
+
+        Args:
+            first: slots that stay packed, `[batch, sets, slots]`; None if all do, where they are.
+            packed_rows: how many of them each row has.
+            rest: the other slots.
+            rows: how many of them each row has.
+            room: slots to allocate beyond them.
+            surplus: whether some of the others were packed before.
+        """
+        packed = self.store.packed
+        self.store.take(F.pad(rest, (0, room)) if room else rest, first, packed_rows, surplus)
+        if first is None and packed:
+            first = torch.arange(packed, device=rest.device).expand(*rest.shape[:2], -1)
+        self._arrange(rest if first is None else torch.cat([first, rest], 2), packed_rows, rows)
+
+    def _arrange(self, arrangement: Tensor, packed_rows: Counts, rows: Counts) -> None:
+        """Brings what belongs to slots into a new order; in each part, a row's first so many mean something."""
+        assert self.index is not None
+        width, before = int(rows.max(initial=0)), self.index.shape[2]
+        stay = arrangement.shape[2] - width
+        sets = max(arrangement.shape[1], self.index.shape[1])
+        self.index = self.index.expand(-1, sets, -1).gather(-1, arrangement.expand(-1, sets, -1))
+        if (packed_rows != stay).any() or (rows != width).any():
+            place = torch.arange(stay + width, device=self.index.device)
+            counts = [torch.as_tensor(n, device=place.device)[:, None, None] for n in (packed_rows, stay + rows)]
+            self.index = self.index.masked_fill(torch.where(place < stay, place >= counts[0], place >= counts[1]), -1)
+        if self.scores is not None:
+            more = before - self.scores.shape[2]  # tokens that came since have none
+            scores = F.pad(self.scores, (0, more)) if more else self.scores
+            self.scores = scores.gather(-1, arrangement.expand(-1, scores.shape[1], -1))
+        self.slots, self.held = width, packed_rows + rows
+
+    def ranks(self) -> Tensor | None:
+        """Importance of the slots that can be written to, NaN where a token has no score; None without scores."""
+        scorer = self.config.scorer
+        if scorer is None or self.scores is None or self.index is None:
+            return None
+        ranks = importance_of(scorer, self.scores, self.index, self.sequence, self.number)
+        return ranks[..., self.store.packed :]
+
+    def select_rows(self, index: Tensor, rows: Counts) -> None:
+        """Reorders, repeats or drops rows."""
+        if self.index is None:
+            return
+        self.store.select_rows(index, rows)
+        self.held, self.pinned = self.held[rows], self.pinned[rows] if len(self.pinned) else self.pinned
+        for name in ("index", "scores", "merger_state"):
+            tensor = getattr(self, name)
+            if tensor is not None:
+                setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
+        for name, known in self.statistics.items():
+            self.statistics[name] = known.index_select(0, index.to(known.device))
+
+    def saved(self) -> dict[str, Any]:
+        """What has to be kept to go on elsewhere."""
+        return {**{name: getattr(self, name) for name in _SAVED}, "store": self.store.saved(self.slots)}
+
+    def restore(self, saved: dict[str, Any], device: torch.device) -> None:
+        """Takes over what `saved` gave, which lies on that device."""
+        for name in _SAVED:
+            setattr(self, name, saved[name])
+        self.device = device
+        self.store.restore(saved["store"])
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads of the layer that this process holds; 0 before the first token."""
+        return 0 if self.store.keys is None else self.store.keys.shape[1]
+
+    def index_tensors(self) -> list[Tensor]:
+        """What belongs to slots beside keys and values; layers may share some of it."""
+        tensors = (self.index, self.scores, self.merger_state)
+        return [tensor for tensor in tensors if tensor is not None]

@@ -1,0 +1,77 @@
+"""What an attention mask says of a step's columns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from kvcompress.cache.sequence import Counts, Sequence
+from kvcompress.errors import CacheStateError
+
+
+@dataclass
+class Mask:
+    """What an attention mask says of a step's columns.
+
+    Attributes:
+        hidden: which of the columns seen it hides from now on; None if none.
+        new_valid: which of the new columns hold a token; None if all do.
+        row_new: tokens of each row among these.
+        order: the new columns with each row's padding first; None if it is first already.
+    """
+
+    hidden: Bool[Tensor, "batch seen"] | None
+    new_valid: Bool[Tensor, "batch columns"] | None
+    row_new: Counts
+    order: Int[Tensor, "batch columns"] | None
+
+
+def read_mask(sequence: Sequence, mask: Tensor | None, queries: int) -> Mask | None:
+    """What a mask says; None if it says nothing but that tokens are as they were and all new columns hold one.
+
+    Waits for the device once if there is a mask, unless it is on the CPU and says nothing. Changes nothing.
+
+    Raises:
+        CacheStateError: if the mask does not cover what was seen, or shows what was padding.
+    """
+    seen = sequence.seen
+    if mask is None or _says_nothing(sequence, mask):
+        return None
+    columns = mask.to(torch.bool)
+    past, new = columns[:, :seen], columns[:, seen : seen + queries]
+    known = sequence.known_valid(columns.device) if seen else past
+    hidden, unordered = known & ~past, new[:, 1:] < new[:, :-1]
+    flags = hidden.any(), (past & ~known).any(), new.all(), unordered.any(), new[:, -1].any()
+    counts = torch.cat([torch.stack(flags).long(), new.sum(1)]).tolist()
+    hides, shows, whole, mixed, any_last = map(bool, counts[:5])
+    if seen and not any_last:
+        raise CacheStateError(
+            f"attention_mask: hides the last of the {queries} new tokens in every row; it must cover the {seen} "
+            "tokens seen and the new ones. For a new conversation call reset()"
+        )
+    if shows:
+        row, column = (past & ~known).nonzero()[0].tolist()
+        raise CacheStateError(
+            f"attention_mask: shows column {column} of row {row}, which an earlier mask hid, so the cache no "
+            "longer holds it; go on hiding it, or call reset() and run the whole conversation again"
+        )
+    if whole and not hides:
+        return None
+    order = new.to(torch.uint8).argsort(dim=1, stable=True) if mixed else None
+    row_new = np.asarray(counts[5:], dtype=np.int64)
+    return Mask(hidden if hides else None, None if whole else new, row_new, order)
+
+
+def _says_nothing(sequence: Sequence, mask: Tensor) -> bool:
+    """Whether a mask shows all that was seen and all that is new; on the CPU, where nobody has to wait for it."""
+    if mask.device.type != "cpu":
+        return False
+    shown, known = mask.numpy() != 0, sequence.valid
+    if known is None:
+        return bool(shown.all())
+    width = known.shape[1]
+    return bool((shown[:, :width] == known.numpy()).all() and shown[:, width:].all())

@@ -1,0 +1,193 @@
+"""A forward of several tokens: how it begins, and how the layers get their budgets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvcompress.cache import decoding
+from kvcompress.cache.allocation import Allocation, Rule, allocate
+from kvcompress.cache.masks import Mask
+from kvcompress.cache.reduction import Reduction
+from kvcompress.cache.selection import Ranked, Ranking, compress, pin, ranking_of
+from kvcompress.cache.state import CacheState
+from kvcompress.cache.step import Phase, Prefill
+from kvcompress.config import CompressionConfig
+from kvcompress.policies.context import AllocationContext
+from kvcompress.policies.images import ImageLayout
+
+
+def begin(state: CacheState, query: Tensor, mask: Mask, layout: ImageLayout | None) -> None:
+    """Makes the step of a forward of several tokens, and takes note of them."""
+    batch, _, queries, _ = query.shape
+    decoding.catch_up_if_needed(state)
+    sequence, first = state.sequence, state.sequence.seen
+    step = Prefill(columns=queries, evicts=not state.recording, row_new=mask.row_new)
+    state.step, state.reduced = step, None  # from here on, what is interrupted has failed
+    decoding.tidy(state)
+    new_valid, step.order, step.first_order = mask.new_valid, mask.order, mask.order
+    if mask.hidden is not None:
+        _hide(state, mask.hidden)
+    sequence.extend(new_valid, queries, step.row_new)
+    step.row_seen = sequence.row_seen
+    index = sequence.index_of_columns(query.device)[:, first:]
+    if step.order is not None:
+        index = index.gather(1, step.order)
+        new_valid = index >= 0
+    step.index, step.valid = index.expand(batch, -1).to(torch.int32).unsqueeze(1), new_valid
+    if layout is not None and state.config.reducer is not None:
+        points = state.config.reducer.acts_after(len(state.layers))
+        if points:
+            step.reduction = _reduction(state, step, layout, points)
+    if not (state.config.evictor is None or state.recording or step.reduction is not None):
+        if not state.config.allocator.reads_importance:
+            before = [np.broadcast_to(layer.held if len(layer.held) else 0, batch) for layer in state.layers]
+            step.local = partial(_allocate_once, state, np.stack(before) + step.row_new, query.device)
+
+
+def end(state: CacheState, step: Prefill) -> None:
+    """Compresses all layers where their sizes depend on each other, and makes the table for decoding."""
+    if state.recording:
+        state.waiting = Phase.PREFILL
+    elif state.config.evictor is None:
+        for layer in state.layers:
+            layer.close_ranks(room=state.reserve)
+            layer.pack()
+    elif step.local is None:
+        compress_all(state, step)
+    else:
+        pin(state.layers)
+    step.problems.refuse()
+    decoding.make_table(state)
+    if state.reserve:
+        decoding.grow_for(state, state.reserve)
+
+
+def compress_all(state: CacheState, step: Prefill) -> None:
+    """Allocates over all layers, then lets each keep what it may."""
+    ranking = ranking_of(state.layers, state.config, step)
+    importance, context = _allocation_inputs(state, state.config, ranking)
+    held = np.stack([layer.held for layer in state.layers])
+    state.allocation = _allocate(state, held, importance.device, importance, replace(context, problems=step.problems))
+    step.room = _room_for(state, state.allocation)
+    compress(state.layers, step, state.allocation, ranking)
+    pin(state.layers)
+
+
+def allocation_at(state: CacheState, config: CompressionConfig, ranked: list[Ranked]) -> Allocation:
+    """What another configuration's allocator and budget would give the layers, from the scores that are there."""
+    importance, context = _allocation_inputs(state, config, ranking_of(state.layers, config, Prefill(), ranked))
+    held, rule = np.stack([layer.held for layer in state.layers]), Rule.of(config, len(state.layers))
+    return allocate(config, rule, state.sequence.row_seen, held, importance.device, importance, context)
+
+
+def _allocation_inputs(
+    state: CacheState, config: CompressionConfig, ranking: Ranking
+) -> tuple[Tensor, AllocationContext]:
+    """What an allocator reads: the importance of every layer's slots, and what belongs to it."""
+    importance, context = ranking.means()
+    statistics = {
+        name: torch.stack([layer.statistics[name].to(importance.device) for layer in state.layers])
+        for name in config.allocator.needs
+    }
+    return importance, replace(context, statistics=statistics)
+
+
+def _allocate_once(state: CacheState, held: np.ndarray, device: torch.device) -> Allocation:
+    """The budgets of a step whose allocator reads no scores; found when the first layer has its tokens."""
+    step = state.step
+    assert isinstance(step, Prefill)
+    if step.next_layer == 0:
+        state.allocation = _allocate(state, held, device)
+        step.room = _room_for(state, state.allocation)
+    assert state.allocation is not None
+    return state.allocation
+
+
+def _allocate(
+    state: CacheState,
+    held: np.ndarray,
+    device: torch.device,
+    importance: Tensor | None = None,
+    context: AllocationContext | None = None,
+) -> Allocation:
+    state.rule = _budget_rule(state)
+    return allocate(state.config, state.rule, state.sequence.row_seen, held, device, importance, context)
+
+
+def _room_for(state: CacheState, allocation: Allocation) -> list[int]:
+    """Slots to allocate beyond each layer's budget: for the token that comes, and what is reserved."""
+    evictor, row_seen = state.config.evictor, state.sequence.row_seen
+    if evictor is None or evictor.frees == "nothing":
+        return [state.reserve] * len(state.layers)
+    later = allocation.limits(state.rule, row_seen + state.reserve).max(1)
+    grown = np.minimum(np.maximum(0, later - allocation.budgets.max(1)), state.reserve)
+    return [int(slots) + 1 for slots in grown]
+
+
+def _budget_rule(state: CacheState) -> Rule:
+    """What the budget says of a row; bytes are shared by all rows, layers and processes."""
+    budget, layers = state.config.budget, len(state.layers)
+    if budget.bytes is None:
+        return Rule.of(state.config, layers)
+    shares = layers * state.sequence.batch * state.heads.size
+    known = [layer.store for layer in state.layers if layer.store.capacity]
+    slots = sum(store.slots_within(budget.bytes / shares) for store in known) * layers / len(known)
+    return Rule.of(state.config, layers, slots)
+
+
+def _reduction(state: CacheState, step: Prefill, layout: ImageLayout, points: tuple[int, ...]) -> Reduction:
+    """A reducer at work in a step whose images are known."""
+    assert state.config.reducer is not None and step.index is not None
+    index, images = step.index[:, 0], state.sequence.images_at(step.index)
+    assert images is not None
+    order = step.order
+    return Reduction(
+        state.config.reducer,
+        points,
+        layout if order is None else layout.aligned(order),
+        index=index,
+        valid=step.valid,
+        is_image=images[:, 0],
+        order=order,
+    )
+
+
+def _hide(state: CacheState, hidden: Tensor) -> None:
+    """Gives up tokens that an attention mask hides from now on, as if they had been padding."""
+    new_index = state.sequence.hide(hidden)
+    with state.writable():
+        for layer in state.layers:
+            layer.renumber(new_index)
+
+
+def reduce(state: CacheState, layer: int, hidden: Tensor) -> tuple[Tensor, Reduction] | None:
+    """What goes into a decoder layer where a reducer acts; None for what was about to."""
+    step = state.step
+    if not isinstance(step, Prefill) or step.reduction is None or step.next_layer != layer:
+        return None
+    reduction = step.reduction
+    if layer < reduction.points[0]:
+        return None
+    if layer in reduction.points:
+        with state.writable():
+            hidden = reduction.reduce(layer, hidden)
+            state.sequence.reduce(layer, _in_all_columns(reduction.into[layer], step, state.sequence.seen))
+            step.index, step.valid = reduction.index.to(torch.int32).unsqueeze(1), reduction.valid
+            step.row_new, step.order = np.asarray(reduction.row_tokens), None
+    return hidden, reduction
+
+
+def _in_all_columns(into: Tensor, step: Prefill, seen: int) -> Tensor:
+    """What became of a step's columns, in the numbers of all columns seen; older ones are their own."""
+    first = seen - into.shape[1]
+    every = torch.arange(seen, device=into.device).repeat(len(into), 1)
+    if step.first_order is not None:  # from columns with padding first to the model's
+        into = torch.where(into < 0, -1, step.first_order.gather(1, into.clamp(min=0)))
+        into = torch.empty_like(into).scatter_(1, step.first_order, into)
+    every[:, first:] = torch.where(into < 0, -1, into + first)
+    return every

@@ -1,0 +1,111 @@
+"""What a step asks of the device, counted: few operations, whatever the batch, and no waiting for an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache
+
+from kvcompress import CompressedCache
+from kvcompress.kernels import mass
+from tests import tiny
+from tests.operations import Operations
+
+LAYERS, TOKENS = 8, 200
+BATCHES = {"one row": (1, False), "16 rows": (16, False), "16 padded rows": (16, True)}
+BY_AGE = ("uniform", "prefixkv", "snapkv", "streaming", "pyramidkv")
+BY_SCORE = ("h2o", "tova")
+
+
+@cache
+def model() -> Any:
+    """A LLaMA of eight layers."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@contextmanager
+def mass_is_one(counted: Operations) -> Iterator[list[int]]:
+    """Counts the tiles of the attention mass apart: on a GPU it is one kernel, here as many as suit the processor."""
+    tiles, apart = mass._in_tiles, [0]
+
+    def counting(*args: Any) -> torch.Tensor:
+        before = counted.number
+        result = tiles(*args)
+        apart[0] += counted.number - before - 1
+        return result
+
+    mass._in_tiles = counting
+    try:
+        yield apart
+    finally:
+        mass._in_tiles = tiles
+
+
+@cache
+@torch.no_grad()
+def counts(name: str, rows: str) -> tuple[int, int, int, int]:
+    """Operations and syncs of a prompt, and of a decode step in which no buffer grows, with a cache of this name."""
+    batch, padded = BATCHES[rows]
+    ids = tiny.token_ids(batch, TOKENS, seed=1)
+    mask = torch.ones_like(ids)
+    if padded:
+        for row in range(batch):
+            mask[row, : 7 * row % 100] = 0
+    if name == "DynamicCache":
+        held = DynamicCache(config=model().config)
+    else:
+        held = CompressedCache(model(), name, **({} if name == "full" else {"budget": 0.3}))
+    prefill, steps = Operations(), []
+    with mass_is_one(prefill) as apart, prefill:
+        model()(ids, attention_mask=mask, **tiny.with_cache(held))
+    for _ in range(4):
+        mask = torch.cat([mask, mask.new_ones(batch, 1)], 1)
+        positions = mask.sum(1, keepdim=True) - 1
+        with Operations() as step:
+            model()(ids[:, :1], attention_mask=mask, position_ids=positions, **tiny.with_cache(held))
+        steps.append(step)
+    return prefill.number - apart[0], prefill.syncs, min(s.number for s in steps), max(s.syncs for s in steps)
+
+
+@pytest.mark.parametrize("rows", BATCHES)
+@pytest.mark.parametrize("name", [*BY_AGE, *BY_SCORE, "full"])
+def test_a_decode_step_is_quiet(name: str, rows: str) -> None:
+    """It waits for nothing, and starts little more than the model does by itself, whatever leaves by which rule."""
+    _, _, operations, syncs = counts(name, rows)
+    assert syncs == 0
+    per_layer = 4 if name in BY_SCORE else 2  # the victims of all layers are found at once
+    assert operations <= counts("DynamicCache", rows)[2] + per_layer * LAYERS + 15
+
+
+@pytest.mark.parametrize("rows", BATCHES)
+@pytest.mark.parametrize("name", [*BY_AGE, *BY_SCORE])
+def test_compressing_a_prompt_takes_few_operations(name: str, rows: str) -> None:
+    """Some 45 a layer more than keeping everything at most, the attention mass as one, and few syncs for all layers."""
+    operations, syncs, *_ = counts(name, rows)
+    full, full_syncs, *_ = counts("full", rows)
+    assert operations <= full + 45 * LAYERS
+    assert syncs <= full_syncs + 3  # of the budgets, of the checks, and of padding
+
+
+@pytest.mark.parametrize("name", [*BY_AGE, *BY_SCORE])
+def test_rows_cost_no_operations(name: str) -> None:
+    """16 rows take as many operations as one, and within a tenth as many if they are padded."""
+    one, many, padded = (counts(name, rows)[0] for rows in BATCHES)
+    padding = counts("full", "16 padded rows")[0] - counts("full", "16 rows")[0]  # what it costs without eviction
+    assert abs(one - many) <= 2
+    assert padded - padding <= 1.1 * many
