@@ -23,6 +23,7 @@ from kvcompress import CompressedCache, CompressionConfig
 from kvcompress.cache import saving
 from kvcompress.errors import CacheStateError, ConfigError
 from tests import tiny
+from tests.strategies import Scripted
 
 PRESETS = (
     "full",
@@ -284,6 +285,13 @@ def test_what_may_still_be_undone_is_not_saved(tmp_path: Path) -> None:
     assert not (tmp_path / "saved").exists()
     cache.compress()
     cache.save(tmp_path / "saved")
+
+
+def test_a_policy_that_could_not_be_read_again_is_refused_at_once(tmp_path: Path) -> None:
+    cache = CompressedCache(tiny.model("llama"), CompressionConfig(scorer=Scripted()))
+    with pytest.raises(ConfigError, match=r"save: .*unknown policy 'scripted'.*register policies of your own"):
+        cache.save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
 
 
 def test_a_full_disk_leaves_the_cache_that_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,7 +131,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             extra: what else to keep with it: text, numbers, tensors, lists and mappings (`saving.Saved.extra`).
 
         Raises:
-            ConfigError: if the folder cannot be written, or holds a cache already, or a `cache.json` of somebody else.
+            ConfigError: if the folder cannot be written, or holds a cache already, or a `cache.json` of somebody else;
+                or a policy is not registered, so that it could not be read again.
             CacheStateError: if a forward failed half-way, or may still be undone.
             UnsupportedModeError: if several processes share the heads.
 

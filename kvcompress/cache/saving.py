@@ -151,6 +151,13 @@ def _whole(cache: CacheState) -> dict[str, Any]:
         raise CacheStateError(
             "save: the last forward may still be undone; call crop(0) or compress() first, which ends that"
         )
+    try:
+        CompressionConfig.read(cache.config.model_dump(mode="json"))
+    except KVCompressError as error:
+        raise ConfigError(
+            f"save: its configuration could not be read again: {error}; register policies of your own, as in "
+            '@SCORERS.register("mine")'
+        ) from None
     catch_up_if_needed(cache)
     return cache.saved()
 
