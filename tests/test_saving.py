@@ -39,6 +39,11 @@ PRESETS = (
 )
 REDUCING = ("lightkv", "prefixkv+lightkv", "pyramiddrop")
 CASES = [(name, "llama") for name in (*PRESETS, "cake")] + [(name, "llava_36") for name in (*PRESETS, *REDUCING)]
+REMEMBERING: list[dict[str, Any]] = [
+    {"evictor": {"name": "topk", "decode": "lowest_score"}},
+    {"merger": "threshold"},
+    {"scorer": {"name": "attention", "reduce": "mean"}, "allocator": "uniform"},
+]
 OVERRIDES: dict[str, dict[str, Any]] = {
     "kivi4": {"quantizer": {"name": "quanto4", "group": 8, "residual": 8}},
     "prefixkv+int4": {
@@ -89,6 +94,16 @@ def test_what_is_loaded_goes_on_to_the_bit_as_what_was_saved(name: str, model_na
     loaded = CompressedCache.load(model, tmp_path / "saved")
     assert cache.report() == before, "saving changed the cache"
     assert loaded.report() == before and loaded.config == cache.config
+    assert same(goes_on(model, loaded), goes_on(model, cache))
+    assert loaded.report() == cache.report()
+
+
+@pytest.mark.parametrize("overrides", REMEMBERING, ids=lambda fields: next(iter(fields)))
+def test_what_policies_remember_from_step_to_step_is_saved(overrides: dict[str, Any], tmp_path: Path) -> None:
+    model, cache = tiny.model("llama"), start("prefixkv", "llama", decoded=9, **overrides)
+    cache.save(tmp_path)
+    loaded = CompressedCache.load(model, tmp_path)
+    assert loaded.report() == cache.report()
     assert same(goes_on(model, loaded), goes_on(model, cache))
     assert loaded.report() == cache.report()
 
