@@ -27,7 +27,7 @@ def main() -> None:
 
     text = load_model(options.text)
     with compressing(text.model, "text", budget=0.5) as session:
-        write = pipeline("text-generation", model=text.model, tokenizer=text.tokenizer)
+        write = pipeline("text-generation", model=text.model, tokenizer=text.tokenizer, trust_remote_code=False)
         messages = [{"role": "user", "content": story}]
         print("pipeline:", write(messages, max_new_tokens=16)[0]["generated_text"][-1]["content"])
 
@@ -45,7 +45,7 @@ def main() -> None:
     scene = draw_scene(sample_scene(7))
     said = [{"type": "image", "image": scene}, {"type": "text", "text": "describe the image."}]
     with compressing(image.model, "snapkv", budget=0.5) as session:
-        look = pipeline("image-text-to-text", model=image.model, processor=image.processor)
+        look = pipeline("image-text-to-text", model=image.model, processor=image.processor, trust_remote_code=False)
         print("image:", look(text=[{"role": "user", "content": said}], max_new_tokens=32)[0]["generated_text"][-1])
     print(*session.reports, sep="\n")
 

@@ -145,6 +145,20 @@ def test_a_conversation_goes_on_from_what_was_said(template: str | None) -> None
             break  # bytes that are no text cannot be written down and read again
 
 
+def test_a_conversation_about_images_goes_on(sighted: Pair) -> None:
+    model, processor = sighted
+    chat, plain, pixels = Chat(model, processor, "full"), copy.deepcopy(model), []
+    restore(plain)
+    for number, question in enumerate(QUESTIONS):
+        images = [picture(number)] if number != 1 else []  # one at the start, one later
+        pixels += [processor.image_processor(image, return_tensors="pt").pixel_values for image in images]
+        answer = chat.say(question, images=images, max_new_tokens=5)
+        ids = chat._ids[:, :-5]
+        assert int((ids == model.config.image_token_id).sum()) == 4 * len(pixels)
+        output = plain.generate(ids, pixel_values=torch.cat(pixels), max_new_tokens=5, do_sample=False)
+        assert answer == processor.tokenizer.decode(output[0, -5:], skip_special_tokens=True)
+
+
 def test_a_conversation_stays_within_its_budget_and_begins_anew() -> None:
     chat = Chat(*text(), "prefixkv", budget=24)
     first = [chat.say(question, max_new_tokens=20) for question in QUESTIONS]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -262,7 +263,7 @@ def test_a_forged_file_with_right_checksums_is_loaded_or_refused(data: st.DataOb
     fields = json.loads(path.read_text())
     tensors = load_file(folder / fields["tensors"])
     name = data.draw(st.sampled_from(sorted(tensors)))
-    kind = data.draw(st.sampled_from(["shape", "dtype", "values", "gone", "name", "state"]))
+    kind = data.draw(st.sampled_from(["shape", "dtype", "values", "gone", "name", "state", "room", "repeats"]))
     if kind == "shape":
         tensors[name] = tensors[name].reshape(-1)[:1].clone()
     elif kind == "dtype":
@@ -273,6 +274,10 @@ def test_a_forged_file_with_right_checksums_is_loaded_or_refused(data: st.DataOb
         del tensors[name]
     elif kind == "name":
         fields["tensors"] = data.draw(st.sampled_from(["../x.safetensors", "/etc/passwd", "", "cache.json", "\0"]))
+    elif kind in ("room", "repeats"):
+        what, more = ("capacity", "") if kind == "room" else ("shape", "[")
+        text = re.sub(rf'("{what}"[,:] {re.escape(more)})\d+', rf"\g<1>{2**40}", json.dumps(fields["state"]))
+        fields["state"] = json.loads(text)
     else:
         parts = fields["state"]["dict"]
         parts[data.draw(st.integers(0, len(parts) - 1))][1] = data.draw(
@@ -287,6 +292,8 @@ def test_a_forged_file_with_right_checksums_is_loaded_or_refused(data: st.DataOb
         CompressedCache.load(tiny.model("llama"), folder)
     except ConfigError as error:
         assert str(folder) in str(error)
+    else:
+        assert kind not in ("gone", "name", "room", "repeats")
 
 
 def test_what_may_still_be_undone_is_not_saved(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ from kvcompress.policies.fingerprint import Fingerprint, fingerprint_of
 MANIFEST = "cache.json"
 FORMAT = 1
 _BYTES = 64 * 2**20  # of the manifest
+_REPEATS = 2**20  # of what is the same for all rows, such as token indices
 _TENSORS = re.compile(r"cache-[0-9a-f]{16}\.safetensors")
 _KNOWN: dict[str, Callable[..., Any]] = {one.__name__: one for one in (Allocation, Rule, Scored, Packed, Codes)}
 _WAY_OUT = "save the cache again, or make a new CompressedCache and run the prompt again"
@@ -237,6 +238,7 @@ class Saved:
             pairs = zip(parts.pop("layers"), places, strict=False)  # none before the first token
             layers = [_from_json(one, self._tensors, made, place) for one, place in pairs]
             rest = {name: _from_json(part, self._tensors, made, places[0]) for name, part in parts.items()}
+            _check_room(layers, rest["table"])
             state.restore({**rest, "layers": layers}, places)
             _check_state(state, decoder)
 
@@ -327,7 +329,9 @@ def _from_json(
     if "tensor" in value:
         name = value["tensor"], device
         if name not in made:
-            made[name] = tensors[value["tensor"]].to(device).expand(value["shape"])
+            stored, shape = tensors[value["tensor"]], value["shape"]
+            assert all(have == size or size <= _REPEATS for have, size in zip(stored.shape, shape, strict=True)), shape
+            made[name] = stored.to(device).expand(shape)
         return made[name]
     if "array" in value:
         return _from_json(value["array"], tensors, {}, torch.device("cpu")).contiguous().numpy()
@@ -337,6 +341,14 @@ def _from_json(
         return {key: _from_json(one, tensors, made, device) for key, one in value["dict"]}
     fields = {name: _from_json(one, tensors, made, device) for name, one in value["fields"].items()}
     return _KNOWN[value["object"]](**fields)
+
+
+def _check_room(layers: list[dict[str, Any]], table: dict[str, Any] | None) -> None:
+    """Whether buffers have no more room than what is there accounts for, before any is allocated."""
+    width = 0 if table is None else table["index"].shape[-1]
+    for layer in layers:
+        store = layer["store"]
+        assert 0 <= store["capacity"] <= max(width, store["keys"].shape[2]), f"room for {store['capacity']} tokens"
 
 
 def _check_state(state: CacheState, decoder: PreTrainedModel) -> None:
