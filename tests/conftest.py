@@ -8,19 +8,18 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import jaxtyping
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, settings
 
-import tests.type_checker  # the hook finds it by name, and only once it is imported
+from tests import type_checker
 
 # Before anything imports the package: every annotated type and shape of it is checked while the tests run.
-jaxtyping.install_import_hook("kvcompress", f"{tests.type_checker.__name__}.check")
+jaxtyping.jaxtyped = type_checker.jaxtyped
+jaxtyping.install_import_hook("kvcompress", f"{type_checker.__name__}.check")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from hypothesis import HealthCheck, Phase, settings  # noqa: E402
-
-# Examples run whole models, so how long one takes says nothing about the strategy that drew it. Longer searches:
-# pytest --hypothesis-profile=thorough --timeout=0
-# Explaining a failure would trace every line of the models.
+# Examples run whole models, so how long one takes says nothing about the strategy that drew it. How to search longer:
+# CONTRIBUTING.md. Explaining a failure would trace every line of the models.
 settings.register_profile(
     "quick",
     deadline=None,
@@ -46,6 +45,11 @@ def pytest_configure(config: pytest.Config) -> None:
 
     Named here, since naming a class of ours in pyproject.toml would import the package before the hook above.
     """
+    if config.getoption("dist", "no") != "no":  # the process that only hands tests to others needs no package
+        return
+    # First, since the hook compiles anew whatever the package is the first to import: 1,500 modules.
+    import transformers.modeling_utils  # noqa: F401
+
     config.addinivalue_line("filterwarnings", "error::kvcompress.errors.KVCompressWarning")
     # Drawn prompts are often so short that sinks and recents alone are more than the budget, of which this one tells.
     config.addinivalue_line("filterwarnings", "ignore:budget. 1 means:kvcompress.errors.BudgetWarning")

@@ -24,6 +24,7 @@ from kvcompress.policies.registry import Registry
 from kvcompress.policies.statistics import STATISTICS
 
 seeds = st.integers(0, 2**31 - 1)
+THOROUGH = settings.default.max_examples > 25  # pytest --hypothesis-profile=thorough
 
 
 def examples(number: int) -> settings:
@@ -75,7 +76,8 @@ def policy(registry: Registry[Any], name: str, **fields: Any) -> Any:
     return registry.create(name, **{**FIELDS.get((registry.stage, name), {}), **fields})
 
 
-def variants(registry: Registry[Any]) -> list[Policy]:
+@functools.cache
+def variants(registry: Registry[Any]) -> tuple[Any, ...]:
     """Every registered policy of a stage with every combination of its choices (fields of Literal type), and more."""
     found = []
     for name in registry.names():
@@ -84,7 +86,7 @@ def variants(registry: Registry[Any]) -> list[Policy]:
         for values in itertools.product(*choices.values()):
             found.append(policy(registry, name, **dict(zip(choices, values, strict=True))))
         found += [policy(registry, name, **more) for more in VARIANTS.get((registry.stage, name), [])]
-    return found
+    return tuple(found)
 
 
 def label(given: Any) -> str:
@@ -92,7 +94,7 @@ def label(given: Any) -> str:
     return "none" if given is None else f"{given.name}-{'-'.join(str(v) for _, v in given)}".rstrip("-")
 
 
-def allocators() -> list[Allocator]:
+def allocators() -> tuple[Allocator, ...]:
     """Every registered allocator, for the three layers of the tiny models."""
     return variants(ALLOCATORS)
 
@@ -110,7 +112,7 @@ def for_layers(allocator: Allocator, layers: int) -> Allocator:
     return type(allocator)(**{**dict(allocator), **changed})
 
 
-def evictors() -> list[Evictor]:
+def evictors() -> tuple[Evictor, ...]:
     """Every registered evictor, in every granularity and with every decode rule."""
     return variants(EVICTORS)
 
@@ -120,22 +122,22 @@ def bounded_evictors() -> list[Evictor]:
     return [evictor for evictor in evictors() if getattr(evictor, "decode", None) != "none"]
 
 
-def scorers() -> list[Scorer]:
+def scorers() -> tuple[Scorer, ...]:
     """Every registered scorer with every choice it offers."""
     return variants(SCORERS)
 
 
-def mergers() -> list[Merger]:
+def mergers() -> tuple[Merger, ...]:
     """Every registered merger with every choice it offers."""
     return variants(MERGERS)
 
 
-def quantizers() -> list[Quantizer]:
+def quantizers() -> tuple[Quantizer, ...]:
     """Every registered quantizer with every choice it offers."""
     return variants(QUANTIZERS)
 
 
-def reducers() -> list[Reducer]:
+def reducers() -> tuple[Reducer, ...]:
     """Every registered reducer with every choice it offers."""
     return variants(REDUCERS)
 
@@ -160,8 +162,13 @@ def config_with(given: Policy, **fields: Any) -> CompressionConfig:
     raise AssertionError(f"no configuration goes with {given!r}")
 
 
-def configs() -> Iterator[Any]:
+@functools.cache
+def configs() -> tuple[Any, ...]:
     """Presets, and one configuration around every other policy; each with a test id."""
+    return tuple(_configs())
+
+
+def _configs() -> Iterator[Any]:
     for name in PRESETS:
         yield pytest.param(CompressionConfig.preset(name), id=f"preset-{name}")
     positions = itertools.cycle(("original", "contiguous", "per_layer"))

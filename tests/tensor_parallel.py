@@ -116,7 +116,10 @@ def played(model: PreTrainedModel, name: str, way: str, fields: dict[str, Any]) 
 def least_held(cache: CompressedCache) -> list[list[list[int]]]:
     """Tokens from some columns on that every head of a layer holds, which decides what can be taken back."""
     return [
-        [undoing.holds_from(cache._state, layer, np.full(cache.batch_size, column)).tolist() for column in range(0, TOKENS, 10)]
+        [
+            undoing.holds_from(cache._state, layer, np.full(cache.batch_size, column)).tolist()
+            for column in range(0, TOKENS, 10)
+        ]
         for layer in cache.layers
     ]
 

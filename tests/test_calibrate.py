@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import json
-import subprocess
-import sys
+import os
+import socket
 import warnings
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from kvcompress.errors import BudgetWarning, ConfigError
 from kvcompress.evaluation import LoadedModel, load_model
 from kvcompress.evaluation.calibration import calibrate, retentions
 from kvcompress.evaluation.data import Sample, data_hash, encode_sample, load_samples
-from tests import tiny
+from tests import forks, tiny
 from tests.test_profile import write_prefixkv
 
 
@@ -180,15 +180,23 @@ def test_what_goes_wrong_is_one_line_and_no_file(
     assert not (tmp_path / "p.json").exists()
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
     """Each reads its share of three prompts; the first writes, bit for bit the same."""
     alone, together = tmp_path / "alone.json", tmp_path / "together.json"
     wanted = ("calibrate", "--model", "shapes", "--data", "shapes", "--samples", 3, "--device", "cpu", "--budget", 0.4)
     assert run(*wanted, "--output", alone).exit_code == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "kvcompress"]
-    done = subprocess.run(
-        [*launch, *map(str, wanted), "--output", str(together)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = [
+        forks.Command(
+            tmp_path / f"said{rank}", *wanted, "--output", together,
+            RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+        )
+        for rank in "01"
+    ]  # fmt: skip
+    ended = [process.wait() for process in started]
+    assert [process.code for process in ended] == [0, 0], ended
     assert together.read_text() == alone.read_text()
-    assert done.stdout.count("wrote ") == 1
+    assert [process.stdout.count("wrote ") for process in ended] == [1, 0]

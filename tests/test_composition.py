@@ -9,38 +9,104 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvcompress import CompressedCache
-from kvcompress.config.composition import NEIGHBOURS, Pair, as_markdown, pairs, presets_as_markdown
+from kvcompress import CompressedCache, CompressionConfig
+from kvcompress.config.composition import NEIGHBOURS, Pair, as_markdown, pairs, policies_of, presets_as_markdown
+from kvcompress.errors import ConfigError
 from tests import tiny
+from tests.strategies import THOROUGH
 
+STAGES = ("scorer", "allocator", "evictor", "merger", "quantizer", "reducer")
+LABELS = {stage: list(policies_of(stage)) for stage in STAGES}
 ALL = list(itertools.chain(*(pairs(*stages) for stages in NEIGHBOURS)))
 VALID = [pair for pair in ALL if pair.config is not None]
+Names = frozenset[tuple[str, str]]  # two stages, each with the label of its policy
 
 
-def label(pair: Pair) -> str:
-    """A readable test id."""
-    return "-".join((*pair.stages, *pair.labels)).replace(", ", "-")
+def names(pair: Pair) -> Names:
+    """What a pair is called, in a set."""
+    return frozenset(zip(pair.stages, pair.labels, strict=True))
 
 
-@pytest.mark.parametrize("pair", VALID, ids=label)
+def labels(config: CompressionConfig) -> dict[str, str]:
+    """The label of the policy of each stage that has one."""
+    chosen = {stage: getattr(config, stage) for stage in STAGES}
+    return {
+        stage: next(label for label, policy in LABELS[stage] if policy == given)
+        for stage, given in chosen.items()
+        if given is not None
+    }
+
+
+def names_in(config: CompressionConfig) -> set[Names]:
+    """The pairs of neighbours in a configuration."""
+    found = labels(config)
+    return {
+        frozenset([(first, found[first]), (second, found[second])])
+        for first, second in NEIGHBOURS
+        if first in found and second in found
+    }
+
+
+def covering() -> list[CompressionConfig]:
+    """Configurations of up to six stages that contain every valid pair at least once: a sixth as many as pairs."""
+    valid = {names(pair): pair.config for pair in VALID}
+    left, rows = dict(valid), []
+    while left:
+        missing, config = next(iter(left.items()))
+        for stage in STAGES:
+            if stage in dict(missing):
+                continue
+            others = {other: label for other, label in labels(config).items() if other != stage}
+            gains = []
+            for number, (label, policy) in enumerate(LABELS[stage]):
+                made = [
+                    frozenset([(stage, label), (other, others[other])])
+                    for first, second in NEIGHBOURS
+                    for other in {first, second} - {stage}
+                    if stage in (first, second) and other in others
+                ]
+                if all(pair in valid for pair in made):
+                    gains.append((-sum(pair in left for pair in made), number, policy))
+            for gain, _, policy in sorted(gains, key=lambda found: found[:2]):
+                if gain == 0:
+                    break
+                try:  # stages that are no neighbours may rule each other out too
+                    config = CompressionConfig(**{**dict(config), stage: policy})
+                    break
+                except ConfigError:
+                    continue
+        for pair in names_in(config):
+            left.pop(pair, None)
+        rows.append(config)
+    return rows
+
+
+CONFIGS = [pair.config for pair in VALID] if THOROUGH else covering()
+
+
+def test_every_valid_pair_is_in_a_configuration_that_runs() -> None:
+    assert set().union(*map(names_in, CONFIGS)) >= {names(pair) for pair in VALID}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: "-".join(labels(config).values()).replace(", ", "-"))
 @pytest.mark.parametrize("sees", ["text", "images"])
 @torch.no_grad()
-def test_a_valid_pair_runs(pair: Pair, sees: str) -> None:
+def test_a_valid_combination_runs(config: CompressionConfig, sees: str) -> None:
     """A prompt, decode steps and another turn: finite logits, and layers within what the budget allows.
 
     A reducer sees an image of one grid, or of several, in a model that gives it something to do.
     """
     family = {"text": "llama", "images": "llava"}[sees]
-    if pair.config.reducer is not None:
+    if config.reducer is not None:
         family = tiny.LARGE_IMAGE_MODELS[sees == "images"]
     model = tiny.model(family)
-    cache = CompressedCache(model, pair.config)
+    cache = CompressedCache(model, config)
     logits = model(**tiny.inputs(family, tokens=300, seed=1), **tiny.with_cache(cache)).logits
     for number, tokens in enumerate([1, 1, 1, 4, 1]):
         assert logits.isfinite().all()
         logits = model(tiny.token_ids(1, tokens, seed=number), **tiny.with_cache(cache)).logits
     report = cache.report()
-    if pair.config.reducer is not None:
+    if config.reducer is not None:
         images = [count for (count,) in report.image_tokens]
         assert images == sorted(images, reverse=True) and images[0] == tiny.image_tokens(family) > images[2]
         assert [count for (count,) in report.layer_tokens] == [308 + count for count in images]
@@ -50,7 +116,7 @@ def test_a_valid_pair_runs(pair: Pair, sees: str) -> None:
         assert report.retention <= 0.5
         for held, most in zip(report.layer_lengths, report.layer_budgets, strict=True):
             assert held <= most
-    if pair.config.quantizer is not None:
+    if config.quantizer is not None:
         assert report.kv_bytes < report.retention * report.full_kv_bytes
 
 

@@ -3,22 +3,41 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import importlib
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from kvcompress import CompressedCache
+from kvcompress import CompressedCache, restore
 from kvcompress.cli import app
+from kvcompress.evaluation import smollm2
 from tests import checkpoints, tiny
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _SLOW = ("kvcompress demo",)  # minutes; `make demo` runs it
+
+
+@pytest.fixture(scope="module", autouse=True)
+def smollm2_is_read_once() -> Iterator[None]:
+    """Reading its file takes longer than what most of the documents do with it."""
+    read = functools.cache(smollm2.load)
+
+    def load(*given: Any) -> Any:
+        model, tokenizer = read(*given)
+        restore(model)
+        return model, tokenizer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(smollm2, "load", load)
+        yield
 
 
 def blocks(page: Path, language: str) -> list[str]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -35,7 +37,7 @@ from kvcompress.evaluation.grid import FULL_CACHE, Cell, cells_of
 from kvcompress.evaluation.likelihood import read_answer
 from kvcompress.evaluation.metrics import METRICS
 from kvcompress.evaluation.results import samples_path, without_timings
-from tests import checkpoints, tiny
+from tests import checkpoints, forks, tiny
 
 QUESTIONS = [
     Sample("fox", "What does the quick brown fox jump over?", "A lazy dog."),
@@ -360,25 +362,26 @@ def test_three_kills_in_a_row_change_nothing_and_nothing_is_measured_twice(
     assert len(measured) == len(set(measured)) == 9
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_process_leaves_a_file_that_the_next_one_completes(
     text_model: LoadedModel, text_folder: Path, tmp_path: Path
 ) -> None:
     data, path = questions_file(tmp_path / "questions.jsonl"), tmp_path / "grid.jsonl"
     options = ["--model", text_folder, "--data", data, "--preset", "prefixkv", "--budget", "0.3,0.6"]
-    options += ["--metric", "rougeL", "--max-new-tokens", 40]
-    command = [sys.executable, "-m", "kvcompress", "evaluate", *options, "--output", path]
-    process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    options += ["--metric", "rougeL", "--max-new-tokens", 12]
+    command = ["evaluate", *options, "--output", path]
+    process = forks.Command(tmp_path / "said", *command)
     beside, deadline = samples_path(path), time.monotonic() + 120
     while not (beside.exists() and beside.read_bytes().count(b"\n") >= 3) and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.kill()
-    assert process.wait() < 0, "the run was over before it was killed"
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait().code < 0, "the run was over before it was killed"
     before = beside.read_bytes()
-    resumed = run(*command[3:])
+    resumed = run(*command)
     assert resumed.exit_code == 0, resumed.output
     assert beside.read_bytes().startswith(before[: before.rfind(b"\n") + 1])
     whole = tmp_path / "whole.jsonl"
-    assert run(*command[3:-1], whole).exit_code == 0
+    assert run(*command[:-1], whole).exit_code == 0
     assert lasting(path) == lasting(whole)
 
 

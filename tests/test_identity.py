@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from typing import Any
 
 import pytest
@@ -43,6 +45,28 @@ def generated(model: PreTrainedModel, cache: Cache, inputs: dict[str, Any], **se
     return model.generate(**inputs, **tiny.with_cache(cache), **settings)[:, inputs["input_ids"].shape[1] :].tolist()
 
 
+@functools.cache
+def plain(name: str, tokens: int, seed: int, batch: int = 1, **settings: Any) -> list[list[int]]:
+    """What the untouched model generates for some inputs; random draws start from seed 0."""
+    inputs = tiny.inputs(name, tokens, seed, batch)
+    if "prompt_lookup_num_tokens" in settings:
+        inputs = repeated(inputs)
+    torch.manual_seed(0)
+    return generated(tiny.untouched(name), DynamicCache(), inputs, **settings)
+
+
+def repeated(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A prompt that repeats itself, so that a lookup in it finds drafts."""
+    return {key: value.repeat(1, 2) for key, value in inputs.items()}
+
+
+@functools.cache
+def in_float32(name: str, tokens: int, seed: int) -> Tensor:
+    """Logits of the untouched model."""
+    with torch.no_grad():
+        return tiny.untouched(name)(**tiny.inputs(name, tokens, seed)).logits
+
+
 @every_preset
 @every_model
 @examples(2)
@@ -64,7 +88,7 @@ def test_generated_tokens_are_those_of_dynamic_cache(name: str, preset: str) -> 
     """`generate` gives the same tokens, and the cache holds every token it saw."""
     inputs, model = tiny.inputs(name, 24, seed=5, batch=2), tiny.model(name)
     cache = CompressedCache(model, everything(preset))
-    assert generated(model, cache, inputs) == generated(tiny.untouched(name), DynamicCache(), inputs)
+    assert generated(model, cache, inputs) == plain(name, 24, seed=5, batch=2)
     report = cache.report()
     assert report.retention == 1.0
     assert report.layer_lengths == [[inputs["input_ids"].shape[1] + 7] * 2] * len(report.layer_lengths)
@@ -77,7 +101,7 @@ def test_a_budget_beyond_the_prompt_is_the_whole_prompt(name: str, budget: Any, 
     """Budgets in tokens and bytes that no prompt reaches change nothing either."""
     inputs, model = tiny.inputs(name, 12, seed=6), tiny.model(name)
     cache = CompressedCache(model, everything(preset, budget))
-    assert generated(model, cache, inputs) == generated(tiny.untouched(name), DynamicCache(), inputs)
+    assert generated(model, cache, inputs) == plain(name, 12, seed=6)
     assert cache.report().retention == 1.0
 
 
@@ -99,25 +123,28 @@ def test_a_budget_beyond_the_prompt_is_the_whole_prompt(name: str, budget: Any, 
 def test_every_way_to_generate_gives_the_same_tokens(name: str, how: dict[str, Any], preset: str) -> None:
     """Chunked prefill, beam search, sampling of several sequences and drafts that are checked change nothing."""
     model, inputs = tiny.model(name), tiny.inputs(name, 17, seed=7)
-    if "prompt_lookup_num_tokens" in how:  # a prompt that repeats itself, so that there are drafts
-        inputs = {key: value.repeat(1, 2) for key, value in inputs.items()}
+    if "prompt_lookup_num_tokens" in how:
+        inputs = repeated(inputs)
+    wanted = plain(name, 17, seed=7, **how)
     torch.manual_seed(0)
-    found = generated(model, CompressedCache(model, everything(preset)), inputs, **how)
-    torch.manual_seed(0)
-    assert found == generated(tiny.untouched(name), DynamicCache(), inputs, **how)
+    assert generated(model, CompressedCache(model, everything(preset)), inputs, **how) == wanted
 
 
-@every_preset
-@every_model
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.25), (torch.float16, 0.04)], ids=str)
-def test_half_precision_stays_near_float32(name: str, dtype: torch.dtype, tolerance: float, preset: str) -> None:
+HALF = itertools.cycle([(torch.bfloat16, 0.25), (torch.float16, 0.04)])  # in turn: each preset and model meets both
+
+
+@pytest.mark.parametrize(
+    ("name", "preset", "dtype", "tolerance"),
+    [(name, preset, *next(HALF)) for preset, name in itertools.product(PRESETS, tiny.MODELS)],
+)
+def test_half_precision_stays_near_float32(name: str, preset: str, dtype: torch.dtype, tolerance: float) -> None:
     """In half precision logits are finite and as near to those of DynamicCache in float32 as its own are."""
     inputs = tiny.inputs(name, 20, seed=8)
     half = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
     model = tiny.model(name, dtype)
     with torch.no_grad():
         found = model(**half, **tiny.with_cache(CompressedCache(model, everything(preset)))).logits
-        exact = tiny.untouched(name)(**inputs).logits
+    exact = in_float32(name, 20, seed=8)
     cache = CompressedCache(model, everything(preset))
     tokens = generated(model, cache, half)
     assert found.dtype == dtype

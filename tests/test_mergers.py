@@ -553,7 +553,11 @@ def stored(cache: CompressedCache) -> dict[tuple[int, int, int, int], Tensor]:
     found = {}
     for layer, own in enumerate(cache.layers):
         both = torch.cat([own.keys, own.values], -1)
-        columns = cache._state.sequence.columns_of(cache._state.index_of(own))[..., : both.shape[2]].expand(both.shape[:3]).tolist()
+        columns = (
+            cache._state.sequence.columns_of(cache._state.index_of(own))[..., : both.shape[2]]
+            .expand(both.shape[:3])
+            .tolist()
+        )
         for row, heads in enumerate(columns):
             for head, slots in enumerate(heads):
                 found |= {(layer, row, head, c): both[row, head, i].clone() for i, c in enumerate(slots) if c >= 0}

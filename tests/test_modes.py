@@ -74,12 +74,21 @@ def test_sampling_draws_what_it_draws_without_the_cache(preset: str) -> None:
     assert torch.equal(*outputs)
 
 
+@pytest.fixture(scope="module")
+def searched() -> list[tuple[dict[str, Any], Tensor]]:
+    """Ways to look for several tokens, with what DynamicCache gives."""
+    hows = ({"num_beams": 3}, {"prompt_lookup_num_tokens": 4}, {"assistant_model": tiny.build("llama", seed=1)})
+    inputs, config = tiny.inputs("llama", 25, seed=3), tiny.model("llama").config
+    return [(how, generate(DynamicCache(config=config), inputs, new=16, **how)) for how in hows]  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("preset", PRESETS)
-def test_beams_and_assisted_decoding_at_full_budget_are_those_of_dynamic_cache(preset: str) -> None:
+def test_beams_and_assisted_decoding_at_full_budget_are_those_of_dynamic_cache(
+    preset: str, searched: list[tuple[dict[str, Any], Tensor]]
+) -> None:
     inputs = tiny.inputs("llama", 25, seed=3)
-    for how in ({"num_beams": 3}, {"prompt_lookup_num_tokens": 4}, {"assistant_model": tiny.build("llama", seed=1)}):
+    for how, expected in searched:
         found = generate(CompressedCache(tiny.model("llama"), preset, budget=1.0), inputs, new=16, **how)
-        expected = generate(DynamicCache(config=tiny.model("llama").config), inputs, new=16, **how)  # type: ignore[arg-type]
         assert torch.equal(found, expected), how
 
 

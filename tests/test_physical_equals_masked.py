@@ -68,7 +68,7 @@ def check(name: str, cache: CompressedCache, steps: list[Step]) -> None:
 
 
 @pytest.mark.parametrize("config", plain)
-@examples(6)
+@examples(4)
 @given(
     budget=budgets,
     lengths=st.lists(st.integers(1, 24), min_size=1, max_size=3),

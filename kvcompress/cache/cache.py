@@ -18,7 +18,8 @@ from transformers.cache_utils import Cache
 from kvcompress.cache import attention, decoding, hooks, prefill, rows, saving, undoing
 from kvcompress.cache.allocation import Allocation
 from kvcompress.cache.calls import Calls
-from kvcompress.cache.inputs import shape_of
+from kvcompress.cache.capture import GRAPHS, CapturedDecoding
+from kvcompress.cache.inputs import shape_of, tokens_to_come
 from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.masks import Mask, read_mask
 from kvcompress.cache.reduction import Reduction
@@ -29,12 +30,14 @@ from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Prefill
 from kvcompress.config import CompressionConfig
 from kvcompress.config.profile import LayerProfile, check_profiles, profile_override
-from kvcompress.errors import CacheStateError, UnsupportedModeError
+from kvcompress.errors import CacheStateError, ConfigError, UnsupportedModeError
 from kvcompress.integrations import Adapter, adapter_for
 from kvcompress.parallel import ALONE
 from kvcompress.policies.context import LayerWeights
 from kvcompress.policies.faults import policy_errors
 from kvcompress.policies.images import ImageLayout
+
+_WORTH_CAPTURING = 32  # tokens to come
 
 
 class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
@@ -48,7 +51,11 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         config: a preset's name, a `CompressionConfig`, a dict, or the path of a .yaml or .json file.
         profile: a `LayerProfile` or its file, in place of the allocator.
         reserve: tokens that are about to be generated: buffers get room for so many at once where they grow, in place
-            of a little at a time. To be given where decoding is compiled by hand.
+            of a little at a time. To be given where decoding is compiled by hand; `generate` says it by itself.
+        decoding: how `generate` decodes on a GPU: "captured" lets a CUDA graph replay the first steps, where some 32
+            tokens or more are to come; "compiled" lets transformers generate code, which takes a minute at first;
+            "eager" runs every step in Python. The report says which it was. On a CPU every step is eager. A
+            `compile_config` or `disable_compile` that `generate` is given goes before it.
         **overrides: fields of the configuration to replace, for instance `budget=0.2`.
 
     Raises:
@@ -72,6 +79,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         *,
         profile: LayerProfile | str | PathLike[str] | None = None,
         reserve: int = 0,
+        decoding: str = "captured",
         **overrides: Any,
     ) -> None:
         self.config = CompressionConfig.read(config, **profile_override(profile, overrides))
@@ -86,6 +94,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         # A bare decoder may be part of a model that sees images, which its adapter cannot know.
         may_see_images, reduces = adapter.sees_images or decoder is model, self.config.reducer is not None
         calls = Calls(reduces or (may_see_images and self.config.reads_modality), adapter.sees_images, reduces)
+        self._decoding = _known_decoding(decoding)
         self._state = CacheState(self.config, layers, adapter.head_group(model), calls, reserve)
         self._layout: ImageLayout | None = None  # of the images of the forward about to begin
         self._mask: Mask | None = None  # what the mask of the forward about to begin says, if anything
@@ -147,7 +156,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         saving.save(self._state, self.decoder(), folder, overwrite=overwrite, extra=extra)
 
     @classmethod
-    def load(cls, model: PreTrainedModel, folder: str | PathLike[str], *, reserve: int = 0) -> CompressedCache:
+    def load(
+        cls, model: PreTrainedModel, folder: str | PathLike[str], *, reserve: int = 0, decoding: str = "captured"
+    ) -> CompressedCache:
         """Reads a cache that `save` wrote; decoding goes on to the bit as with the one that was saved.
 
         Nothing in the folder is run. Policies of your own must be registered before.
@@ -156,17 +167,18 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             model: the model it was saved from, in the same dtype; in any process, on any device.
             folder: where it was saved.
             reserve: as for a new cache.
+            decoding: as for a new cache.
 
         Raises:
             ConfigError: if the folder holds no cache, a damaged one, or one of another model or release.
             UnsupportedModelError: as for a new cache.
         """
-        return cls.from_saved(model, saving.Saved.read(folder), reserve=reserve)
+        return cls.from_saved(model, saving.Saved.read(folder), reserve=reserve, decoding=decoding)
 
     @classmethod
-    def from_saved(cls, model: PreTrainedModel, saved: saving.Saved, *, reserve: int = 0) -> CompressedCache:
+    def from_saved(cls, model: PreTrainedModel, saved: saving.Saved, **options: Any) -> CompressedCache:
         """The second half of `load`: a cache from what was read."""
-        cache = cls(model, saved.config, reserve=reserve)
+        cache = cls(model, saved.config, **options)
         saved.fill(cache._state, cache.decoder())
         return cache
 
@@ -211,7 +223,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     def _begin(self, query: Tensor) -> None:
         """Makes the step of a forward, and takes note of its tokens."""
         state, (batch, _, queries, _) = self._state, query.shape
-        if torch.compiler.is_compiling():  # only decode steps are compiled, after a prefill step that made the table
+        if decoding.host_is_left_out(state):  # in decode steps alone, after a prefill step that made the table
             decoding.begin(state)
             return
         state.check_ready()
@@ -232,13 +244,13 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     def _end(self) -> None:
         """Brings every layer within its budget that is not yet, and forgets the step."""
         state = self._state
-        step, reduction = state.step, None
+        step = state.step
         if isinstance(step, Prefill):
             prefill.end(state, step)
-            reduction = step.reduction
+            state.step, state.reduced = None, step.reduction
         else:
+            state.reduced = None
             decoding.end(state)
-        state.step, state.reduced = None, reduction
 
     # -- reducing ------------------------------------------------------------------------------------------------------
 
@@ -287,7 +299,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:  # type: ignore[override]
         """Columns seen; a tensor once decoding is compiled, when the host no longer counts along."""
         table = self._state.table
-        if table is not None and (torch.compiler.is_compiling() or not table.exact):
+        if table is not None and (decoding.host_is_left_out(self._state) or not table.exact):
             return table.columns
         return self._state.sequence.seen
 
@@ -298,7 +310,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         between compiled steps: to let buffers grow.
         """
         sequence = self._state.sequence
-        if torch.compiler.is_compiling():
+        if decoding.host_is_left_out(self._state):
             return sequence.seen + query_length, attention.COMPRESSED
         if query_length == 1:
             decoding.prepare_step(self._state)
@@ -479,9 +491,27 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if sequence.is_image is not None and sequence.is_image.shape[1] > sequence.seen:
             sequence.is_image = sequence.is_image[:, : sequence.seen]
 
+    def plan_decoding(
+        self, model: PreTrainedModel, inputs: dict[str, Any]
+    ) -> tuple[dict[str, Any], hooks.Forward | None]:
+        """Says how `generate` is to decode: arguments to add, and what stands in for the model's forward, if anything.
+
+        Args:
+            model: the model that generates.
+            inputs: what `generate` was given.
+        """
+        told = any(inputs.get(name) for name in ("compile_config", "disable_compile"))
+        if told or model.device.type not in GRAPHS or not self.is_compileable:
+            return {}, None
+        coming = tokens_to_come(model, inputs)
+        if self._decoding == "eager" or (self._decoding == "captured" and coming < _WORTH_CAPTURING):
+            return {"disable_compile": True}, None
+        self._state.coming = coming
+        return {}, CapturedDecoding(model, self._state) if self._decoding == "captured" else None
+
     def after_turn(self) -> None:
-        """Forgets what `generate` was about to read."""
-        self._state.calls.due = None
+        """Forgets what `generate` was about to read and to generate."""
+        self._state.calls.due, self._state.coming = None, 0
 
     # -- kvcompress's own ----------------------------------------------------------------------------------------------
 
@@ -529,6 +559,12 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             raise UnsupportedModeError(
                 "model: is in training mode; call model.eval() first, or train with another cache"
             )
+
+
+def _known_decoding(decoding: str) -> str:
+    if decoding not in ("captured", "compiled", "eager"):
+        raise ConfigError(f"decoding: must be 'captured', 'compiled' or 'eager'; got {decoding!r}")
+    return decoding
 
 
 @dataclass(frozen=True)

@@ -18,30 +18,37 @@ _BLOCK = 16  # slots by which a buffer grows at least, unless `reserve` says mor
 
 
 def begin(state: CacheState) -> None:
-    """Makes the step of a forward of one token for every row, and takes note of it."""
-    sequence, table = state.sequence, state.table
-    if table is None:
-        table = make_table(state)
-    step = state.step = Decode(evicts=not state.recording)  # from here on, what is interrupted has failed
-    alike = False
+    """Makes the step of a forward of one token for every row, and advances the table."""
     if torch.compiler.is_compiling():
-        table.exact = False
-    else:
-        sequence.extend(None, 1, np.ones(sequence.batch, dtype=np.int64), scored=False)
-        table.count(sequence.row_seen, step.evicts)
-        if table.exact:
-            step.widths = table.extent.max(1).tolist()
-            alike = bool((table.extent == table.extent[:, :1]).all())
+        state.step = Decode(evicts=not state.recording)
+        assert state.table is not None
+        state.table.exact = False
+    elif not state.device_only:
+        count(state)
+    step, table, alike = state.step, state.table, False
+    assert isinstance(step, Decode) and table is not None
+    if not host_is_left_out(state) and table.exact:
+        step.widths = table.extent.max(1).tolist()
+        alike = bool((table.extent == table.extent[:, :1]).all())
     with state.writable():
-        if step.widths is not None:
-            _make_room(state)
         table.advance(step.evicts)
     if not alike:
         step.bias = decode_bias(table.length, table.capacity, state.dtype)
 
 
+def count(state: CacheState) -> None:
+    """What the host does for a decode step before the device: it takes note of the tokens, and lets buffers grow."""
+    sequence, table = state.sequence, state.table or make_table(state)
+    step = state.step = Decode(evicts=not state.recording)  # from here on, what is interrupted has failed
+    sequence.extend(None, 1, np.ones(sequence.batch, dtype=np.int64), scored=False)
+    table.count(sequence.row_seen, step.evicts)
+    if table.exact:
+        with state.writable():
+            _make_room(state)
+
+
 def end(state: CacheState) -> None:
-    """Frees a slot of every layer over its limit and quantizes what has become old enough, unless that has to wait."""
+    """Frees a slot of every layer over its limit, unless that has to wait."""
     step, table, merger = state.step, state.table, state.config.merger
     assert isinstance(step, Decode) and table is not None
     if step.evicts:
@@ -49,10 +56,25 @@ def end(state: CacheState) -> None:
         if merger is not None and merger.merges_decoding:
             for layer in state.layers:
                 layer.merge_freed(table, in_place=True)
+    state.ran = "compiled" if torch.compiler.is_compiling() else "eager"
+    if not host_is_left_out(state):
+        finish(state)
+    elif torch.compiler.is_compiling():
+        state.step = None
+
+
+def finish(state: CacheState) -> None:
+    """What the host does after a decode step: it quantizes what has become old enough, and forgets the step."""
     if state.recording:
         state.waiting = Phase.DECODE
     elif state.config.quantizer is not None:
         _pack(state)
+    state.step = None
+
+
+def host_is_left_out(state: CacheState) -> bool:
+    """Whether only what is asked of the device counts: in steps that are traced or captured."""
+    return torch.compiler.is_compiling() or state.device_only
 
 
 def _choose(state: CacheState, table: SlotTable) -> None:
@@ -126,7 +148,7 @@ def prepare_step(state: CacheState) -> None:
     needed = table.bound(1)
     if any(layer.store.capacity < slots for layer, slots in zip(state.layers, needed.tolist(), strict=True)):
         catch_up_if_needed(state)
-        grow_for(state, state.reserve or _block(state, int(needed.max())))
+        grow_for(state, state.room or _block(state, int(needed.max())))
 
 
 def grow_for(state: CacheState, steps: int, needed: np.ndarray | None = None) -> None:
@@ -138,14 +160,14 @@ def grow_for(state: CacheState, steps: int, needed: np.ndarray | None = None) ->
         if wanted.max() > table.capacity:
             table.grow(int(wanted.max()))
         for layer, least, most in zip(state.layers, needed.tolist(), wanted.tolist(), strict=True):
-            if layer.store.capacity < least or state.reserve:
+            if layer.store.capacity < least or state.room:
                 layer.store.grow(max(least, most))
 
 
 def _block(state: CacheState, slots: int) -> int:
     """Steps that buffers get room for where they grow: what is reserved, or a few where nothing is compiled."""
-    if state.reserve:
-        return state.reserve
+    if state.room:
+        return state.room
     on_cpu = state.layers[0].device is None or state.layers[0].device.type == "cpu"
     return max(_BLOCK - 1, slots // 100) if on_cpu else _COMPILED_BLOCK
 

@@ -8,8 +8,9 @@ import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,6 +23,9 @@ from kvcompress.integrations import Adapter
 from kvcompress.policies.images import ImageLayout
 
 _HOOK = "_kvcompress_hook"  # on the model, its decoder and decoder layers
+Forward: TypeAlias = Callable[..., Any]
+# What stands in for a model's forward in the decode steps of the `generate` in progress, and which model's.
+_stands_in: ContextVar[tuple[PreTrainedModel, Forward] | None] = ContextVar("stands_in", default=None)
 # Held while the attention and the hooks of any model change, so that threads do not put them on twice.
 changing = threading.RLock()
 
@@ -50,6 +54,15 @@ class ObservesInputs(ABC):
         """Gets the arguments of `generate` by name, before it cuts off what it takes to be seen."""
 
     @abstractmethod
+    def plan_decoding(self, model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any], Forward | None]:
+        """Gets the arguments of `generate` by name, and says how it is to decode.
+
+        Returns:
+            Arguments to add, and what is to stand in for the model's forward in decode steps; None for what
+            transformers takes.
+        """
+
+    @abstractmethod
     def after_turn(self) -> None:
         """Hears that `generate` has ended, or failed."""
 
@@ -76,6 +89,7 @@ def observe(model: PreTrainedModel, decoder: PreTrainedModel, adapter: Adapter) 
         model.__dict__[_HOOK] = [model.register_forward_pre_hook(_ModelHook(model, adapter), with_kwargs=True)]
         if model.can_generate():
             model.__dict__.setdefault("generate", Generate(model))
+            model.__dict__.setdefault("get_compiled_call", _CompiledCall(model))
     if not is_hooked(decoder):
         decoder.__dict__[_HOOK] = [decoder.register_forward_pre_hook(_DecoderHook(decoder), with_kwargs=True)]
 
@@ -129,31 +143,57 @@ class _DecoderHook(_Hook):
         cache.before_decoder(module, inputs)
 
 
-class Generate:
-    """A model's `generate`, with a look at what a turn begins with before it is cut.
+class _Instead:
+    """A method of one model, which calls that of its class; holds the model by weak reference, so that it can go."""
 
-    It holds the model by weak reference, so that the model goes when nobody else holds it.
-    """
+    name: ClassVar[str]
 
     def __init__(self, model: PreTrainedModel) -> None:
-        functools.update_wrapper(self, type(model).generate)  # type: ignore[attr-defined]
+        functools.update_wrapper(self, getattr(type(model), self.name))  # type: ignore[arg-type]
         self.model = weakref.ref(model)
+
+    def of_class(self, *args: Any, **kwargs: Any) -> Any:
+        """What the class's own method returns."""
+        model = self.model()
+        return getattr(type(model), self.name)(model, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[type[_Instead], tuple[PreTrainedModel | None]]:
+        return type(self), (self.model(),)
+
+
+class Generate(_Instead):
+    """`generate`, with a look at what a turn begins with before it is cut, and a say in how it decodes."""
+
+    name = "generate"
 
     def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generates, as the class of the model does."""
         model, kwargs = self.model(), under_installed_name(kwargs)
         cache = cache_among(kwargs)
-        if isinstance(cache, ObservesInputs):
-            cache.before_turn(kwargs if inputs is None else {**kwargs, "input_ids": inputs})
+        if model is None or not isinstance(cache, ObservesInputs):
+            return self.of_class(inputs, *args, **kwargs)
+        given = dict(zip(("generation_config",), args, strict=False)) | kwargs
+        given = given if inputs is None else {**given, "input_ids": inputs}
+        cache.before_turn(given)
+        more, forward = cache.plan_decoding(model, given)
+        token = _stands_in.set(None if forward is None else (model, forward))
         try:
-            return type(model).generate(model, inputs, *args, **kwargs)  # type: ignore[union-attr]
-
+            return self.of_class(inputs, *args, **kwargs, **more)
         finally:
-            if isinstance(cache, ObservesInputs):
-                cache.after_turn()
+            _stands_in.reset(token)
+            cache.after_turn()
 
-    def __reduce__(self) -> tuple[type[Generate], tuple[PreTrainedModel | None]]:
-        return type(self), (self.model(),)
+
+class _CompiledCall(_Instead):
+    """`get_compiled_call`, which gives what a cache lets stand in for the model's forward."""
+
+    name = "get_compiled_call"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        instead = _stands_in.get()
+        if instead is not None and instead[0] is self.model():
+            return instead[1]
+        return self.of_class(*args, **kwargs)
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -201,7 +241,8 @@ def _spread(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
 
 def remove(module: nn.Module) -> None:
     """Takes the hooks off a model, a decoder or a layer."""
-    if isinstance(module.__dict__.get("generate"), Generate):
-        del module.__dict__["generate"]
+    for method in (Generate, _CompiledCall):
+        if isinstance(module.__dict__.get(method.name), method):
+            del module.__dict__[method.name]
     for handle in module.__dict__.pop(_HOOK, ()):
         handle.remove()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from kvcompress.errors import CacheStateError, UnsupportedModeError, UnsupportedModelError
 
@@ -114,3 +115,18 @@ def too_short(seen: int, new: int) -> str:
 
 
 _WAY_OUT = "pass the ids and the mask of the whole conversation, or call reset() for a new one"
+
+
+def tokens_to_come(model: PreTrainedModel, inputs: dict[str, Any]) -> int:
+    """How many tokens `generate` is about to add to each row, at most.
+
+    Args:
+        model: the model that generates.
+        inputs: what `generate` was given.
+    """
+    config = inputs.get("generation_config") or model.generation_config
+    new = inputs.get("max_new_tokens", config.max_new_tokens)
+    if new is not None:
+        return int(new)
+    length, shape = inputs.get("max_length", config.max_length), shape_of(inputs)
+    return max(0, int(length or 20) - (0 if shape is None else shape[1]))  # 20 is what transformers takes

@@ -55,7 +55,7 @@ def end(state: CacheState, step: Prefill) -> None:
         state.waiting = Phase.PREFILL
     elif state.config.evictor is None:
         for layer in state.layers:
-            layer.close_ranks(room=state.reserve)
+            layer.close_ranks(room=state.room)
             layer.pack()
     elif step.local is None:
         compress_all(state, step)
@@ -63,8 +63,8 @@ def end(state: CacheState, step: Prefill) -> None:
         pin(state.layers)
     step.problems.refuse()
     decoding.make_table(state)
-    if state.reserve:
-        decoding.grow_for(state, state.reserve)
+    if state.room:
+        decoding.grow_for(state, state.room)
 
 
 def compress_all(state: CacheState, step: Prefill) -> None:
@@ -123,9 +123,9 @@ def _room_for(state: CacheState, allocation: Allocation) -> list[int]:
     """Slots to allocate beyond each layer's budget: for the token that comes, and what is reserved."""
     evictor, row_seen = state.config.evictor, state.sequence.row_seen
     if evictor is None or evictor.frees == "nothing":
-        return [state.reserve] * len(state.layers)
-    later = allocation.limits(state.rule, row_seen + state.reserve).max(1)
-    grown = np.minimum(np.maximum(0, later - allocation.budgets.max(1)), state.reserve)
+        return [state.room] * len(state.layers)
+    later = allocation.limits(state.rule, row_seen + state.room).max(1)
+    grown = np.minimum(np.maximum(0, later - allocation.budgets.max(1)), state.room)
     return [int(slots) + 1 for slots in grown]
 
 

@@ -36,6 +36,7 @@ class CacheReport:
         index_bytes: bytes allocated for columns and scores.
         full_kv_bytes: bytes that the keys and values of every column would take.
         threshold: the global threshold that the prefix allocator found per row; None for others.
+        decoding: how the last decode step ran: "eager", "captured" or "compiled"; None before the first.
         notes: what a reader should know, in words.
     """
 
@@ -51,6 +52,7 @@ class CacheReport:
     full_kv_bytes: int
     went_into: dict[int, list[list[int]]] = field(default_factory=dict, repr=False)
     threshold: list[float] | None = None
+    decoding: str | None = None
     notes: list[str] = field(default_factory=list)
 
     def __repr__(self) -> str:
@@ -134,6 +136,7 @@ def report_on(state: CacheState) -> CacheReport:
         full_kv_bytes=slot_nbytes * sequence.seen * sequence.batch,
         went_into={layers: into.tolist() for layers, into in sequence.went_into.items()},
         threshold=None if threshold is None else threshold.tolist(),
+        decoding=state.ran,
         notes=_notes(state),
     )
 

@@ -38,6 +38,9 @@ class KVStore(Protocol):
     def slots_within(self, nbytes: float) -> float:
         """Slots of one row whose keys and values fit into so many bytes."""
 
+    def buffers(self) -> list[Tensor]:
+        """Every tensor that it holds."""
+
     def append(self, keys: Keys, values: Values, used: int) -> None:
         """Adds tokens after the first `used` slots that can be written to."""
 
@@ -119,6 +122,10 @@ class DenseStore:
     def slots_within(self, nbytes: float) -> float:
         """Slots of one row whose keys and values fit into so many bytes."""
         return nbytes / self.slot_nbytes
+
+    def buffers(self) -> list[Tensor]:
+        """Every tensor that it holds."""
+        return [buffer for buffer in (self.keys, self.values) if buffer is not None]
 
     def append(self, keys: Keys, values: Values, used: int) -> None:
         """Adds tokens after the first `used` slots; the first tokens' own tensors become the buffers."""

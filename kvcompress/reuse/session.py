@@ -33,9 +33,9 @@ class Session:
             every token that was kept; clear the list where a session goes on for long.
     """
 
-    def __init__(self, model: PreTrainedModel, config: CompressionConfig, reserve: int) -> None:
+    def __init__(self, model: PreTrainedModel, config: CompressionConfig, options: dict[str, Any]) -> None:
         self.config, self.reports, self.is_open = config, list[CacheReport](), True
-        self._model, self._reserve = weakref.ref(model), reserve
+        self._model, self._options = weakref.ref(model), options
 
     def __repr__(self) -> str:
         return f"Session({self.config!r}, {len(self.reports)} reports)"
@@ -57,7 +57,7 @@ class Session:
                 "use_cache=False: generates without a cache, so there is nothing to compress; leave it out, or call "
                 "generate outside of the 'with kvcompress.compressing(...)' block"
             )
-        cache = CompressedCache(model, self.config, reserve=self._reserve)
+        cache = CompressedCache(model, self.config, **self._options)
         output = call(*args, **kwargs, **cache_argument(cache))
         self.reports.append(cache.report())
         return output
@@ -69,6 +69,7 @@ def compressing(
     config: str | PathLike[str] | dict[str, Any] | CompressionConfig = "prefixkv",
     *,
     reserve: int = 0,
+    decoding: str = "captured",
     **overrides: Any,
 ) -> Iterator[Session]:
     """Gives every `generate` of a model inside the block a new compressed cache, whoever calls it.
@@ -82,6 +83,7 @@ def compressing(
         model: the model.
         config: as for a `CompressedCache`.
         reserve: as for a `CompressedCache`.
+        decoding: as for a `CompressedCache`.
         **overrides: fields of the configuration to replace, for instance `budget=0.2`.
 
     Yields:
@@ -97,8 +99,9 @@ def compressing(
         >>> session.reports[0].retention <= 0.5
         True
     """
-    first = CompressedCache(model, config, reserve=reserve, **overrides)  # refuses what cannot be; puts hooks on
-    session = Session(model, first.config, reserve)
+    options = {"reserve": reserve, "decoding": decoding}
+    first = CompressedCache(model, config, **options, **overrides)  # refuses what cannot be; puts hooks on
+    session = Session(model, first.config, options)
     with _changing:
         if not isinstance(model.__dict__.get("generate"), _Compressing):
             model.__dict__["generate"] = _Compressing(model)

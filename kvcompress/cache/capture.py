@@ -1,0 +1,137 @@
+"""Decode steps that are captured once and replayed, so that no device waits for Python."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from kvcompress.cache import decoding
+from kvcompress.cache.argument import cache_among
+from kvcompress.cache.state import CacheState
+from kvcompress.errors import KVCompressWarning
+
+
+@runtime_checkable
+class Graph(Protocol):
+    """What a device was asked to do, to be asked again as it is: the same work on the same addresses."""
+
+    def capture(self, run: Callable[[], Any]) -> Any:
+        """Takes down what a function asks of the device, without doing it; returns what the function returns."""
+
+    def replay(self) -> None:
+        """Does it all; what was returned holds the new results."""
+
+
+class CudaGraph:
+    """A CUDA graph."""
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        self.graph = torch.cuda.CUDAGraph()
+
+    def capture(self, run: Callable[[], Any]) -> Any:
+        """Other threads may go on using their streams in the meantime."""
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+            return run()
+
+    def replay(self) -> None:
+        """Launches it as a whole."""
+        self.graph.replay()
+
+
+GRAPHS: dict[str, Callable[[], Graph]] = {"cuda": CudaGraph}  # by type of device
+
+
+@dataclass
+class _Captured:
+    graph: Graph
+    inputs: dict[str, Tensor]
+    output: Any
+
+
+class CapturedDecoding:
+    """Stands in for a model's forward in the decode steps of one `generate`.
+
+    The first step with buffers of some size runs as ever, so that kernels are there; the second is captured; all others
+    replay it. The host only counts along and lets buffers grow, after which a step is captured anew. Where capturing
+    fails, all steps run as ever, and a warning says why.
+    """
+
+    def __init__(self, model: nn.Module, state: CacheState) -> None:
+        """Nothing is captured yet.
+
+        Args:
+            model: the model.
+            state: of the cache that it decodes with.
+        """
+        self.model, self.state = model, state
+        self._captured: dict[Any, _Captured | None] = {}  # None after the first step
+        self._fails = False
+
+    def __call__(self, **inputs: Any) -> Any:
+        """What the model returns for one token of every row."""
+        state, table = self.state, self.state.table
+        ids = inputs.get("input_ids")
+        one = isinstance(ids, Tensor) and ids.shape[1] == 1 and inputs.get("attention_mask") is None
+        usual = cache_among(inputs) is not None and table is not None and table.exact and state.step is None
+        if self._fails or not (one and usual) or state.recording or len(state.devices) > 1:
+            return self.model(**inputs)
+        decoding.count(state)
+        with state.on_device():
+            output = self._run(inputs)
+        decoding.finish(state)
+        return output
+
+    def _run(self, inputs: dict[str, Any]) -> Any:
+        tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        key = _key(tensors, {name: value for name, value in inputs.items() if name not in tensors}, self.state)
+        if key not in self._captured:
+            self._captured[key] = None
+            return self.model(**inputs)
+        step = self._captured[key]
+        if step is None:
+            step = self._capture(inputs, tensors)
+            if step is None:
+                return self.model(**inputs)
+            self._captured[key] = step
+        for name, value in tensors.items():
+            step.inputs[name].copy_(value, non_blocking=True)
+        step.graph.replay()
+        self.state.ran = "captured"
+        return tree_map(_apart, step.output)
+
+    def _capture(self, inputs: dict[str, Any], tensors: Mapping[str, Tensor]) -> _Captured | None:
+        graph = GRAPHS[next(iter(self.state.devices)).type]()
+        fixed = {name: value.clone() for name, value in tensors.items()}
+        step = self.state.step
+        assert step is not None
+        try:
+            output = graph.capture(lambda: self.model(**{**inputs, **fixed}))
+        except RuntimeError as error:  # nothing was done to the cache: what is captured does not run
+            self._fails, step.next_layer = True, 0
+            warnings.warn(
+                f"decoding: a step of {type(self.model).__name__} cannot be captured, so every step runs in Python, "
+                f"which is slower ({error}); CompressedCache(..., decoding='eager') does so without trying",
+                KVCompressWarning,
+                stacklevel=2,
+            )
+            return None
+        return _Captured(graph, fixed, output)
+
+
+def _key(tensors: Mapping[str, Tensor], others: Mapping[str, Any], state: CacheState) -> Any:
+    """What a captured step depends on: shapes, other arguments, and where the cache's buffers are."""
+    shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
+    plain = (int, float, str, type(None))
+    rest = tuple((name, value if isinstance(value, plain) else id(value)) for name, value in others.items())
+    return shapes, rest, state.addresses()
+
+
+def _apart(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,54 @@
+"""Decoding by compiled steps: one graph for all steps and caches, and the laws that steps in Python keep."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from kvcompress import CompressedCache
+from kvcompress.config.presets import PRESETS
+from tests import tiny
+from tests.strategies import THOROUGH
+
+# Whose steps cannot be compiled, since the host has to merge between them.
+IN_PYTHON = {"prefixkv+merge", "lookm"}
+# By age, by score, without scores, quantized; the thorough profile takes all others as well.
+KINDS = ["prefixkv", "h2o", "streaming", "prefixkv+int4"]
+OTHERS = [name for name in PRESETS if name not in (*IN_PYTHON, *KINDS)]
+
+
+@pytest.mark.parametrize("names", [KINDS[:2], KINDS[2:], *([OTHERS] if THOROUGH else [])], ids=" ".join)
+def test_compiled_steps_keep_the_laws(names: list[str]) -> None:
+    """Tokens and what layers hold are those of steps in Python, in padded rows and alone, at any budget, and after."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.compiled_decoding", *names], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = {line["preset"]: line for line in map(json.loads, done.stdout.splitlines())}
+    assert list(found) == names
+    for name, said in found.items():
+        assert said == {
+            "preset": name,
+            "compileable": True,
+            "decoding": "compiled",
+            "graphs": 1,
+            "more graphs": 0,
+            "breaks": 0,
+            "tokens": True,
+            "held": True,
+            "after": True,
+            "rows": True,
+            "identity": True,
+        }
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_cache_says_whether_its_steps_compile(name: str) -> None:
+    """All but those that merge while decoding; and none while the past is recorded."""
+    cache = CompressedCache(tiny.model("llava" if "light" in name else "llama"), name)
+    assert cache.is_compileable == (name not in IN_PYTHON)
+    cache.activate_past_recording()
+    assert not cache.is_compileable
