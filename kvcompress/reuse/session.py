@@ -99,7 +99,7 @@ def compressing(
         >>> session.reports[0].retention <= 0.5
         True
     """
-    options = {"reserve": reserve, "decoding": decoding}
+    options: dict[str, Any] = {"reserve": reserve, "decoding": decoding}
     first = CompressedCache(model, config, **options, **overrides)  # refuses what cannot be; puts hooks on
     session = Session(model, first.config, options)
     with _changing:
