@@ -322,8 +322,8 @@ def test_a_parameter_comes_with_type_default_and_meaning() -> None:
     distance = next(parameter for parameter in topk["parameters"] if parameter["name"] == "distance")
     assert distance["type"] == "int | none >= 1" and distance["default"] is None and not distance["required"]
     assert "fixed point" in distance["meaning"]
-    (blend,) = [e for e in json.loads(run("policies", "scorer", "--json").stdout)["scorer"] if e["name"] == "blend"]
-    assert [p["type"] for p in blend["parameters"]] == ["list of Scorer", "list of float >= 0 | none", "rank | mass"]
+    (lookm,) = [e for e in json.loads(run("policies", "merger", "--json").stdout)["merger"] if e["name"] == "lookm"]
+    assert [p["type"] for p in lookm["parameters"]] == ["average | pivotal | weighted", "bool"]
 
 
 def test_policies_are_listed_by_name_and_what_they_do() -> None:

@@ -125,7 +125,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         {"budget": {"fraction": 0.2, "recent": 26}, "evictor": {"name": "topk", "distance": 25}},
         "would evict some of the 26 recents",
     ),
-    ({"quantizer": "quanto3"}, "quantizer: unknown policy 'quanto3'"),
+    ({"quantizer": "quanto3"}, "quantizer quanto3: bits: Input should be 2, 4 or 8; got 3"),
+    ({"quantizer": {"name": "quanto4", "bits": 8}}, "quantizer quanto4: the name says 4 bits, the field 8; give one"),
+    ({"merger": "pivotal"}, "merger: 'pivotal' is now 'lookm' with rule='pivotal'"),
+    ({"quantizer": "quant4"}, "quantizer: unknown policy 'quant4'; did you mean 'quanto'?"),
+    ({"quantizer": "fp88"}, "quantizer: unknown policy 'fp88'; did you mean 'fp8'?"),
     ({"allocator": "none"}, "allocator"),
 ]
 

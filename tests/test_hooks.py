@@ -28,12 +28,11 @@ AWARE: tuple[dict[str, Any], ...] = (
     {"reducer": "lightkv"},
     {"scorer": {"name": "attention", "image_weight": 2.0}},
     {"scorer": {"name": "attention", "queries": "post_vision"}},
-    {"scorer": {"name": "blend", "scorers": [{"name": "attention", "image_weight": 0.5}, "key_norm"]}},
     {"allocator": "modality"},
     {"allocator": "sparsity"},
-    {"merger": "pivotal"},
+    {"merger": "lookm"},
 )
-BLIND: tuple[dict[str, Any], ...] = ({}, {"merger": {"name": "pivotal", "within_modality": False}})
+BLIND: tuple[dict[str, Any], ...] = ({}, {"merger": {"name": "lookm", "within_modality": False}})
 
 
 def cache_for(model: PreTrainedModel, fields: dict[str, Any]) -> CompressedCache:

@@ -132,7 +132,7 @@ def test_a_prompt_of_one_token_grows_into_its_budget(preset: str) -> None:
         tiny.model("llama")(tiny.token_ids(1, 1, seed=step), **tiny.with_cache(cache))
         report = cache.report()
         assert report.layer_lengths == [[min(step + 1, max(6, sinks + recents))]] * 3
-        assert {*range(min(sinks, step + 1)), step} <= set(report.columns(0, 0))
+        assert {*range(min(sinks, step + 1)), step} <= set(report.positions(0, 0))
 
 
 @pytest.mark.quick
@@ -380,3 +380,11 @@ def test_a_restored_model_refuses_old_caches_and_serves_new_ones() -> None:
     cache = CompressedCache(model, "prefixkv", budget=0.5)
     model.generate(**tiny.inputs("llama", 20, seed=20), **tiny.with_cache(cache), max_new_tokens=3)
     assert cache.report().retention <= 0.5
+
+
+def test_the_former_name_of_positions_still_works() -> None:
+    """With a word that it is deprecated."""
+    cache = CompressedCache(tiny.model("llama"), "prefixkv", budget=0.5)
+    tiny.model("llama")(**tiny.inputs("llama", 20, seed=1), **tiny.with_cache(cache))
+    with pytest.warns(DeprecationWarning, match="positions"):
+        assert cache.report().columns(0, 0) == cache.report().positions(0, 0)

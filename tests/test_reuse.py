@@ -24,6 +24,7 @@ import kvcompress
 from kvcompress import CompressedCache, restore
 from kvcompress.errors import CacheStateError, ConfigError, UnsupportedModeError, UnsupportedModelError
 from kvcompress.reuse import Chat, Document, compressing
+from kvcompress.reuse.prompts import Prompter
 from tests import checkpoints, tiny
 
 TEXT = "The red key is under the green mat. The dog sleeps in the garden, and the cat is out. " * 2
@@ -69,6 +70,20 @@ def test_ten_questions_of_a_loaded_document_are_answered_as_by_the_first(
     wanted = {"max_new_tokens": 4, "batch_size": 5}
     assert loaded.ask(questions, **wanted) == document.ask(questions, **wanted)
     assert loaded.report() == document.report()
+
+
+@pytest.mark.parametrize("seen", [False, True], ids=["text", "images"])
+def test_a_document_that_is_repeated_is_scored_by_that(seen: bool, sighted: Pair, tmp_path: Path) -> None:
+    model, processor = sighted if seen else text()
+    images = [picture(1)] if seen else []
+    document = Document(model, processor, TEXT, images=images, config="snapkv", scorer="kvzip", budget=0.4)
+    inputs, _ = Prompter(model, processor).document(TEXT, images)
+    cache = CompressedCache(model, "snapkv", scorer="kvzip", budget=0.4)
+    cache.score_by_reconstruction(getattr(processor, "tokenizer", processor), inputs)
+    assert document.report() == cache.report() and document.report().retention <= 0.4
+    document.save(tmp_path)
+    loaded = Document.load(model, processor, tmp_path)
+    assert loaded.ask(QUESTIONS, max_new_tokens=4) == document.ask(QUESTIONS, max_new_tokens=4)
 
 
 @pytest.mark.parametrize("chat", [False, True])

@@ -60,7 +60,7 @@ REPLACED: dict[str, Any] = {
 
 @torch.no_grad()
 def test_what_comes_in_place_of_cropped_tokens_has_no_score_of_theirs() -> None:
-    """Scores of a key are its own, so they may be cropped; the tokens after them have none yet, as if they were first."""
+    """Scores of a key are its own, so they may be cropped; what comes after has none yet, as if it came first."""
     cache, never = (CompressedCache(tiny.model("llama"), "tova", budget=1.0, scorer="key_norm") for _ in range(2))
     forward(cache, 30, seed=1)
     cache.crop(-5)

@@ -346,7 +346,7 @@ def test_rows_that_are_repeated_share_a_budget_in_bytes(evictor: Evictor) -> Non
         for layer in range(LAYERS):
             for row in range(4):
                 for head in range(HEADS):
-                    assert {0, 1, 99 + number, 100 + number} <= set(report.columns(layer, row, head))
+                    assert {0, 1, 99 + number, 100 + number} <= set(report.positions(layer, row, head))
 
 
 @pytest.mark.parametrize("allocator", strategies.allocators(), ids=strategies.label)

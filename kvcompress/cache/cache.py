@@ -6,6 +6,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -17,11 +18,13 @@ from transformers.cache_utils import Cache
 
 from kvcompress.cache import attention, decoding, hooks, prefill, rows, saving, undoing
 from kvcompress.cache.allocation import Allocation
+from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.calls import Calls
 from kvcompress.cache.capture import GRAPHS, CapturedDecoding
 from kvcompress.cache.inputs import shape_of, tokens_to_come
 from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.masks import Mask, read_mask
+from kvcompress.cache.reconstruction import reconstruct
 from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.renumbering import lost_before, moved_back
 from kvcompress.cache.report import CacheReport, report_on
@@ -90,7 +93,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             with policy_errors(self.config.reducer):
                 self.config.reducer.acts_after(layers)  # complains before anything is touched
         decoder = adapter.decoder(model)
-        self._adapter, self._decoder = adapter, weakref.ref(decoder)
+        self._adapter, self._decoder, self._model = adapter, weakref.ref(decoder), weakref.ref(model)
         # A bare decoder may be part of a model that sees images, which its adapter cannot know.
         may_see_images, reduces = adapter.sees_images or decoder is model, self.config.reducer is not None
         calls = Calls(reduces or (may_see_images and self.config.reads_modality), adapter.sees_images, reduces)
@@ -206,9 +209,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         scaling: float,
     ) -> Tensor:
         """Takes a layer through the step in progress, which the first layer begins and the last ends."""
-        if layer == 0:
-            self._begin(query)
         state = self._state
+        if layer == 0 and not state.early:
+            self._begin(query.shape[0], query.shape[2], query.device)
         step = state.step
         if step is None or step.next_layer != layer:
             raise state.broken()
@@ -220,9 +223,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 self._end()
         return _usable(output)
 
-    def _begin(self, query: Tensor) -> None:
+    def _begin(self, batch: int, queries: int, device: torch.device) -> None:
         """Makes the step of a forward, and takes note of its tokens."""
-        state, (batch, _, queries, _) = self._state, query.shape
+        state = self._state
         if decoding.host_is_left_out(state):  # in decode steps alone, after a prefill step that made the table
             decoding.begin(state)
             return
@@ -239,7 +242,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if queries == 1 and state.sequence.seen and says is None:
             decoding.begin(state)
         else:
-            prefill.begin(state, query, says or Mask(None, None, np.full(batch, queries), None), layout)
+            says = says or Mask(None, None, np.full(batch, queries), None)
+            prefill.begin(state, queries, device, says, layout)
 
     def _end(self) -> None:
         """Brings every layer within its budget that is not yet, and forgets the step."""
@@ -258,8 +262,13 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """What goes into a decoder layer where a reducer acts; called by the hooks on the layers."""
         if torch.compiler.is_compiling():
             return None
-        self._state.calls.layer(layer)
-        found = prefill.reduce(self._state, layer, hidden)
+        state = self._state
+        state.calls.layer(layer)
+        if layer == 0 and prefill.reduces_first(state) and not decoding.host_is_left_out(state):
+            state.check_ready()
+            if self._layout is not None:
+                self._begin(hidden.shape[0], hidden.shape[1], hidden.device)
+        found = prefill.reduce(state, layer, hidden)
         return None if found is None else (_usable(found[0]), found[1])
 
     def renumber(self, layer: int, positions: dict[str, Any]) -> dict[str, Any]:
@@ -290,7 +299,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if not torch.compiler.is_compiling():
             if layer_idx == 0:
                 self._check_decoder()
-                self._state.check_ready()
+                if not self._state.early:
+                    self._state.check_ready()
             self._state.calls.check(layer_idx)
         if layer_idx >= len(self.layers):
             raise CacheStateError(f"layer {layer_idx}: the cache was made for a model of {len(self.layers)} layers")
@@ -413,6 +423,36 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             CacheStateError: if one of them was evicted already (see `is_croppable`); nothing has changed then.
         """
         undoing.crop(self._state, tokens_to_remove)
+
+    def score_by_reconstruction(self, tokenizer: Any, inputs: Mapping[str, Any], *, chunk: int = 2048) -> None:
+        """Reads a prompt, asks the model to repeat it, and keeps what that looks at: compression without a question.
+
+        For the scorer `kvzip`, and many questions on one document: ask them of copies (`copy.deepcopy(cache)`). The
+        prompt is held whole until it is scored; the repetition is taken back.
+
+        Source: KVzip (arXiv 2505.23416, section 3; its released code for the words of the request).
+
+        Args:
+            tokenizer: the model's, for the request; its chat template, if it has one, tells how an answer begins.
+            inputs: what the model is called with: `input_ids` `[batch, tokens]`, `attention_mask` where rows have
+                padding, and what images need. A prompt with images is repeated as a whole.
+            chunk: tokens that are repeated at a time.
+
+        Raises:
+            ConfigError: if the scorer is not made for it, or the inputs hold no ids.
+            CacheStateError: if the cache has seen tokens already. What fails later leaves an empty cache.
+        """
+        model = self._model()
+        if model is None:
+            raise CacheStateError("cache: the model it was made for no longer exists; make a new cache for this one")
+        try:
+            with torch.no_grad():
+                forward = partial(model, **cache_argument(self))
+                reconstruct(self._state, model, forward, tokenizer, inputs, chunk)
+        except BaseException:
+            if self._state.recording:
+                self.reset()
+            raise
 
     def activate_past_recording(self) -> None:
         """Lets eviction wait for `crop` after each forward, as assisted decoding needs it."""

@@ -82,15 +82,16 @@ def _choose(state: CacheState, table: SlotTable) -> None:
     evictor, heads = state.config.evictor, state.heads
     if evictor is None or evictor.frees != "chosen" or state.allocation is None:
         return
-    index, protected, importance = table.index, table.protected(), table.importance()
-    layers, batch = index.shape[:2]
-    index = index.flatten(0, 1) if table.sets == 1 else heads.gather(index.flatten(0, 1))
-    protected = protected.flatten(0, 1) if table.sets == 1 else heads.gather(protected.flatten(0, 1))
+    layers, batch = table.length.shape[:2]
+    index, protected = table.index.flatten(0, 1), table.protected().flatten(0, 1)
+    if table.sets > 1 or evictor.by_head:
+        index, protected = heads.gather(index), heads.gather(protected)
+    importance = table.importance()
     importance = None if importance is None else heads.gather(importance.flatten(0, 1))
     with policy_errors(evictor):
         victims = evictor.victim(DecodeContext(index, protected, importance))
         sets = victims.shape[1]
-    if sets > max(table.sets, index.shape[1]):
+    if sets > index.shape[1]:
         raise PolicyError(
             f"evictor {evictor.name}: named a slot for each head, but its by_head says that heads hold the same "
             "tokens; let by_head be True"

@@ -25,6 +25,7 @@ from kvcompress.errors import PolicyError
 from kvcompress.kernels import attend_blocks, attention_with_lse, attention_with_mask, merge_attention
 from kvcompress.policies.context import LayerContext, LayerWeights, MergeContext
 from kvcompress.policies.faults import policy_errors
+from kvcompress.policies.projection import projected_norm
 from kvcompress.policies.statistics import STATISTICS
 
 
@@ -59,6 +60,7 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
     """
 
     unscored: Unscored | None = None
+    _weights: Callable[[], LayerWeights] = LayerWeights
 
     def forget(self, sequence: Sequence) -> None:
         """Starts anew, with what is seen from now on in `sequence`."""
@@ -101,6 +103,7 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
             assert table is not None
             self.store.write(key, value, table.write[self.number])
             return self._attend_one(step, table, query, scaling)
+        self._weights = weights
         query, key, value = (step.aligned(tensor) for tensor in (query, key, value))
         past = self._append(step, key, value)
         valid = self._valid(step)
@@ -114,6 +117,13 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         return step.restored(output)
 
     # -- prefill -------------------------------------------------------------------------------------------------------
+
+    def value_norms(self) -> Tensor:
+        """L1 norm of each slot's value after the output projection, `[batch, kv_heads, slots]`, for evictors."""
+        evictor = self.config.evictor
+        assert evictor is not None
+        asks = f"evictor {evictor.name}: layer {self.number}: {{}}, or choose another evictor"
+        return projected_norm(self.every_slot()[1], self._weights(), 1, asks)
 
     @property
     def _reads_attention(self) -> bool:

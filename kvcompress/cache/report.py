@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -91,20 +92,27 @@ class CacheReport:
     def vision_retention(self) -> float | None:
         """Image tokens that layers were given / image tokens seen, mean over layers; None without images."""
         seen = sum(self.image_tokens[0]) if self.image_tokens else 0
+        for row in self.went_into.get(0, []):  # what the first layer never got
+            seen += sum(into != column for column, into in enumerate(row))
         return sum(map(sum, self.image_tokens)) / (seen * len(self.image_tokens)) if seen else None
 
-    def columns(self, layer: int, row: int, head: int | None = None) -> list[int]:
-        """Columns that a layer holds for a row, ascending.
+    def positions(self, layer: int, row: int, head: int | None = None) -> list[int]:
+        """Positions of the tokens that a layer holds for a row, padding counted, ascending.
 
         Args:
             layer: index of the decoder layer.
             row: row of the batch.
-            head: key/value head; None for the columns that any head holds.
+            head: key/value head; None for the positions that any head holds.
         """
         sets = self.held_columns[layer][row]
         if head is not None:
             return list(sets[0 if len(sets) == 1 else head])
         return sorted(set().union(*sets))
+
+    def columns(self, layer: int, row: int, head: int | None = None) -> list[int]:
+        """Deprecated alias of `positions`."""
+        warnings.warn("CacheReport.columns is now called positions", DeprecationWarning, stacklevel=2)
+        return self.positions(layer, row, head)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but columns, with `retention`, ready for JSON."""

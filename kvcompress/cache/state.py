@@ -169,6 +169,14 @@ class CacheState:
         made_in_it = (keys is not None and keys.is_inference()) or (table is not None and table.index.is_inference())
         return torch.inference_mode() if made_in_it else nullcontext()
 
+    @property
+    def early(self) -> bool:
+        """Whether a step began before its first layer, since a reducer acts there, and that layer is yet to attend."""
+        step = self.step
+        if not isinstance(step, Prefill) or step.reduction is None:
+            return False
+        return step.next_layer == 0 and 0 in step.reduction.points
+
     def check_ready(self) -> None:
         """Refuses to go on after a step that failed.
 

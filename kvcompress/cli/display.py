@@ -69,7 +69,7 @@ def _tokens(result: Generation) -> str:
 def _image_tokens(result: Generation) -> str:
     """How many go into the layers, where a reducer acted: "144 in 3 layers, 72 in 2, ..."."""
     counts = [rows[0] for rows in result.report.image_tokens]
-    if len(set(counts)) < 2:
+    if len(set(counts)) < 2 and 0 not in result.report.went_into:
         return ""
     runs = [(count, len(list(layers))) for count, layers in groupby(counts)]
     first, *rest = (f"{count:,} in {layers}" for count, layers in runs)

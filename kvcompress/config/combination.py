@@ -74,7 +74,7 @@ def _mass(chosen: Combination, evictor: Evictor) -> None:
     if chosen.scorer is not None and chosen.scorer.mass:
         return
     came = "scorer is none" if chosen.scorer is None else f"the scores of the scorer {chosen.scorer.name} are no mass"
-    for policy in (chosen.allocator, chosen.merger):
+    for policy in (chosen.allocator, evictor, chosen.merger):
         if policy is not None and policy.reads_mass:
             mass = [name for name in SCORERS.names() if SCORERS.get(name).mass]
             raise ConfigError(
