@@ -25,8 +25,8 @@ class Document:
 
     The document is compressed by itself, before any question is known, so that what is kept serves every question
     alike. Policies that look at the last tokens of a prompt (`snapkv`, `tova`) see the document's end there;
-    `scorer="kvzip"` lets the model repeat the document and keeps what that looks at, which takes two to three times as
-    long and serves any question best.
+    `scorer="kvzip"`, made for questions that nobody knows yet, lets the model repeat the document and keeps what that
+    looks at, which takes two to three times as long.
 
     Args:
         model: a model that a `CompressedCache` can serve.
