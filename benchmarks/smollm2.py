@@ -148,7 +148,7 @@ class Bench:
         exact, found = reports["exact"], {}
         layers = range(len(exact.layer_lengths))
         for name in list(QUERIES)[1:]:
-            same = [len({*exact.columns(n, 0)} & {*reports[name].columns(n, 0)}) for n in layers]
+            same = [len({*exact.positions(n, 0)} & {*reports[name].positions(n, 0)}) for n in layers]
             found[f"kept by {name} too"] = sum(same) / sum(map(sum, exact.layer_lengths))
         found["bytes held / (20 % of all bytes)"] = exact.kv_bytes / (0.2 * exact.full_kv_bytes)
         found["index bytes / bytes held"] = exact.index_bytes / exact.kv_bytes

@@ -48,26 +48,24 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
         {"queries": "stride:3"},
         {"queries": "post_vision", "reduce": "mean", "image_weight": 0.5},
     ],
-    ("scorer", "blend"): [
-        {"scorers": [{"name": "snapkv", "window": 3}, "random"], "weights": [1, 0.25], "normalise": "mass"},
-        {"scorers": [{"name": "blend", "scorers": ["attention", "key_diff"]}, "value_aware"], "normalise": "mass"},
-    ],
+    ("scorer", "defensive"): [{"window": 3, "kernel": 3}, {"window": 1, "projected": False}],
     ("scorer", "expected_attention"): [{"future": 3, "epsilon": 0.02}, {"sink": 0}],
     ("scorer", "lagkv"): [{"lag": 4, "sink": 2}],
+    ("scorer", "leverage"): [{"chunk": 4, "blend": 1.5}],
+    ("scorer", "mixkv"): [{"window": 3, "kernel": 1}],
+    ("scorer", "rkv"): [{"window": 3, "kernel": 1, "share": 0.6, "threshold": 0.2}],
     ("scorer", "snapkv"): [{"window": 3, "kernel": 3, "pool": "max"}, {"window": 1}],
     ("scorer", "value_aware"): [
         {"queries": "window:4", "reduce": "mean", "norm": "projected_l1", "epsilon": 1e-4},
         {"queries": "window:4", "norm": "largest_l1"},
     ],
-    ("allocator", "blend"): [{"share": 0.5, "first": "pyramid", "second": "sparsity"}],
     ("allocator", "modality"): [{"image": "uniform", "text": "entropy", "image_share": 0.7}],
     ("allocator", "profile"): [{"retention": None, "retentions": [[0.6, 0.2, 0.7], [0.3, 0, 0.3]]}],
     ("evictor", "chunk"): [{"length": 3}],
-    ("merger", "average"): [{"within_modality": False}],
+    ("evictor", "critical"): [{"first": 0.25, "epsilon": 0.1}],
     ("merger", "cam"): [{"reach": 3, "seed": 1}],
-    ("merger", "pivotal"): [{"within_modality": False}],
+    ("merger", "lookm"): [{"rule": rule, "within_modality": False} for rule in ("average", "pivotal", "weighted")],
     ("merger", "threshold"): [{"beta": 0.25, "decoding": False}],
-    ("merger", "weighted"): [{"within_modality": False}],
 }
 
 
@@ -393,7 +391,8 @@ def selection_contexts(draw: st.DrawFn, modality: bool | None = None) -> Selecti
     least = protected.sum(-1).amax(-1)
     budget = [draw(st.integers(low, high)) for low, high in zip(least.tolist(), count.flatten().tolist(), strict=True)]
     score = MASSES[draw(st.sampled_from(["random", "ties", "equal", "zeros"]))]((batch, heads, slots), g)
-    context = SelectionContext(torch.tensor(budget), valid, protected, index, score)
+    norms = torch.rand(batch, heads, slots, generator=g) + 0.1
+    context = SelectionContext(torch.tensor(budget), valid, protected, index, score, value_norms=norms)
     if not (draw(st.booleans()) if modality is None else modality):
         return context
     # The same tokens are images in every set, wherever they are stored.

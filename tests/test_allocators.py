@@ -479,46 +479,6 @@ def test_a_missing_or_wrong_statistic_is_refused_by_name(name: str, value: Tenso
         )
 
 
-# -- zigzag ------------------------------------------------------------------------------------------------------------
-
-
-@given(
-    given=allocation_inputs(kinds=st.sampled_from(["dyadic", "ties", "equal", "zeros"])),
-    mass=st.sampled_from([0.25, 0.5, 0.75, 1.0]),
-    base=st.sampled_from([0.0, 0.5, 1.0]),
-)
-def test_zigzag_counts_the_tokens_that_reach_the_mass(given: AllocationInput, mass: float, base: float) -> None:
-    """Needs by brute force, then the paper's equation: a base for all, and the rest in proportion to the needs."""
-    given = replace(given, importance=given.importance.clamp(max=1e6).ceil(), is_image=None)
-    budget = given.by(ALLOCATORS.create("zigzag", mass=mass, base=base))
-    for row, total in enumerate(given.total.tolist()):
-        floor, capacity = given.floor[:, row].tolist(), given.capacity[:, row].tolist()
-        total = max(sum(floor), min(total, sum(capacity)))
-        needs: list[Any] = []
-        for layer, most in enumerate(capacity):
-            masses = sorted((int(value) for value in given.importance[layer, row].tolist()), reverse=True)
-            reached = [count for count in range(1, len(masses) + 1) if sum(masses[:count]) >= mass * sum(masses)]
-            needs.append(reached[0] if sum(masses) else Fraction(mass) * most)
-        common = int(Fraction(base) * total / len(floor))
-        least = [min(max(common, low), high) for low, high in zip(floor, capacity, strict=True)]
-        least = least if sum(least) <= total else floor
-        room = [high - low for low, high in zip(least, capacity, strict=True)]
-        above = largest_remainders(needs, total - sum(least), [0] * len(floor), room)
-        assert budget[:, row].tolist() == [low + more for low, more in zip(least, above, strict=True)]
-
-
-@pytest.mark.parametrize(("mass", "base", "wanted"), [(0.9, 0.0, [1, 19]), (0.5, 0.0, [2, 18]), (0.9, 0.5, [6, 14])])
-def test_zigzag_by_hand(mass: float, base: float, wanted: list[int]) -> None:
-    """One token holds all of the first layer's mass; of the second, 20 hold as much each."""
-    importance = torch.zeros(2, 1, 20)
-    importance[0, 0, 3], importance[1, 0] = 7.0, 2.0
-    none, most = torch.zeros(2, 1, dtype=torch.long), torch.full((2, 1), 20)
-    budget = ALLOCATORS.create("zigzag", mass=mass, base=base).allocate(importance, torch.tensor([20]), none, most)
-    needs = [1, math.ceil(mass * 20)]
-    common = int(base * 10)
-    assert budget[:, 0].tolist() == [common + round((20 - 2 * common) * need / sum(needs)) for need in needs] == wanted
-
-
 # -- modality ----------------------------------------------------------------------------------------------------------
 
 
@@ -533,7 +493,7 @@ def alone(given: AllocationInput, slots: Tensor, total: int, floor: Tensor, row:
     return AllocationInput(importance, torch.tensor([total]), floor.unsqueeze(1), counts.unsqueeze(1), stats)
 
 
-@pytest.mark.parametrize("image", ["prefix", "uniform", "entropy", {"name": "blend", "second": "zigzag"}], ids=str)
+@pytest.mark.parametrize("image", ["prefix", "uniform", "entropy"])
 @pytest.mark.parametrize("text", ["prefix", "pyramid", "sparsity"])
 @given(
     given=allocation_inputs(kinds=st.sampled_from(["dyadic", "equal", "zeros"])),
@@ -639,10 +599,9 @@ def test_a_cache_keeps_as_many_image_columns_as_were_allocated(
     [
         ({"name": "modality", "image": "modality"}, "splits by modality too"),
         ({"name": "modality", "text": {"name": "modality"}}, "splits by modality too"),
-        ({"name": "blend", "first": "modality"}, "can only be the outermost"),
         ({"name": "modality", "image": "prefx"}, "did you mean 'prefix'"),
         ({"name": "modality", "image": "none"}, "image"),
-        ({"name": "blend", "share": 1.5}, "share"),
+        ({"name": "modality", "image_share": 1.5}, "image_share"),
     ],
     ids=str,
 )
@@ -660,15 +619,8 @@ def test_modality_needs_an_evictor_that_keeps_it(monkeypatch: pytest.MonkeyPatch
 
 def test_what_policies_of_policies_read_is_what_their_parts_read() -> None:
     create = ALLOCATORS.create
-    local = create("blend", first="uniform", second="pyramid")
-    assert not local.reads_importance and not local.reads_mass and local.needs == ()
-    for first, second in (("prefix", "uniform"), ("uniform", "prefix")):
-        blend = create("blend", first=first, second=second)
-        assert blend.reads_mass and blend.reads_importance
-    assert create("blend", first="sparsity", second="entropy").needs == tuple(STATISTICS)
     modality = create("modality", image="uniform", text="sparsity")
     assert modality.reads_importance and not modality.reads_mass and modality.needs == ("attention_sparsity",)
-    CompressionConfig(allocator=local, evictor="streaming")  # needs no scorer
 
 
 @given(layer=selection_contexts(modality=True))
@@ -684,31 +636,6 @@ def test_heads_that_hold_different_tokens_are_compared_rank_by_rank(layer: Selec
             first = layer.importance[row, 0].masked_fill(~kind[0], -1.0)
             order = first.argsort(descending=True, stable=True)[: int(kind[0].sum())]
             assert torch.equal(found[row][order], torch.stack(ranked).mean(0))
-
-
-# -- blend -------------------------------------------------------------------------------------------------------------
-
-
-@given(given=allocation_inputs(), share=st.sampled_from([0.0, 0.25, 0.5, 0.8, 1.0]))
-def test_a_blend_adds_up_its_parts(given: AllocationInput, share: float) -> None:
-    """Without floors, it is the first allocator's answer for its share plus the second's for the rest."""
-    given = replace(given, floor=torch.zeros_like(given.floor), total=given.total.clamp(min=0))
-    total = torch.minimum(given.total, given.capacity.sum(0))
-    budget = given.by(ALLOCATORS.create("blend", share=share, first="pyramid", second="prefix"))
-    part = torch.tensor([math.floor(Fraction(share) * count + Fraction(1, 2)) for count in total.tolist()])
-    first = given.by(ALLOCATORS.create("pyramid"), total=part)
-    second = given.by(ALLOCATORS.create("prefix"), total=total - part, capacity=given.capacity - first)
-    assert budget.tolist() == (first + second).tolist()
-
-
-def test_the_default_blend_is_four_fifths_uniform() -> None:
-    """A layer that needs one token keeps 80 % of a uniform layer, which it would not under prefix alone."""
-    importance = torch.zeros(2, 1, 20)
-    importance[0, 0, 0], importance[1, 0] = 1.0, 1.0
-    none, most = torch.zeros(2, 1, dtype=torch.long), torch.full((2, 1), 20)
-    for name, wanted in (("uniform", [10, 10]), ("prefix", [1, 19]), ("blend", [9, 11])):
-        budget = ALLOCATORS.create(name).allocate(importance, torch.tensor([20]), none, most)
-        assert budget[:, 0].tolist() == wanted
 
 
 # -- chunks ------------------------------------------------------------------------------------------------------------

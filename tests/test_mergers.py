@@ -24,9 +24,15 @@ from tests.strategies import Scripted, examples, merge_contexts
 from tests.test_batch import check_generate, with_budget
 from tests.test_selection_laws import started, step
 
+
+def kind(merger: Any) -> str:
+    """LOOK-M's rule, or the name of another merger."""
+    return str(getattr(merger, "rule", merger.name))
+
+
 every_merger = pytest.mark.parametrize("merger", strategies.mergers(), ids=strategies.label)
 # What the others promise instead has a law of its own.
-averaging = [merger for merger in strategies.mergers() if merger.name not in ("cam", "weighted")]
+averaging = [merger for merger in strategies.mergers() if merger.name != "cam" and kind(merger) != "weighted"]
 GRID = 2**16
 
 
@@ -198,7 +204,7 @@ FORMULAS: dict[str, Formula] = {
     "weighted": mean_by_similarity,
     "threshold": exponential_weights,
 }
-published = [merger for merger in strategies.mergers() if merger.name in FORMULAS]
+published = [merger for merger in strategies.mergers() if kind(merger) in FORMULAS]
 
 
 def cosine(one: Tensor, other: Tensor) -> float:
@@ -246,7 +252,7 @@ def plain(merger: Any, layer: MergeContext, row: int, head: int) -> tuple[Tensor
     for pivot in takers:
         own = [(slot, similarity) for slot, other, similarity in pairs if other == pivot]
         for old, new in ((keys, new_keys), (values, new_values)):
-            new[pivot] = FORMULAS[merger.name](old[pivot], [(old[slot], similarity) for slot, similarity in own])
+            new[pivot] = FORMULAS[kind(merger)](old[pivot], [(old[slot], similarity) for slot, similarity in own])
     return new_keys, new_values, takers, tau
 
 
@@ -278,10 +284,10 @@ def test_tiles_of_similarities_are_one_matrix(monkeypatch: pytest.MonkeyPatch) -
     kept = torch.rand(2, 1, 400, generator=g).expand(2, 3, 400) < 0.3
     most = int(kept.sum(-1).max()), int((~kept).sum(-1).max())
     layer = MergeContext(0, keys, torch.randn(keys.shape, generator=g), kept, ~kept, index, None, None, *most)
-    whole = MERGERS.create("average").merge(layer)
+    whole = MERGERS.create("lookm").merge(layer)
     monkeypatch.setattr("kvcompress.policies.mergers.similarity._TILE_KEYS", 7)
     monkeypatch.setattr("kvcompress.policies.mergers.similarity._TILE_SIMILARITIES", 1)
-    assert torch.equal(MERGERS.create("average").merge(layer).keys[kept], whole.keys[kept])
+    assert torch.equal(MERGERS.create("lookm").merge(layer).keys[kept], whole.keys[kept])
 
 
 def test_rounding_does_not_decide_between_keys_that_are_equally_similar() -> None:
@@ -293,7 +299,7 @@ def test_rounding_does_not_decide_between_keys_that_are_equally_similar() -> Non
     layer = line(3, [1], most_evicted=2)
     wide = {"keys": torch.stack(keys, 2), "values": torch.randn(1, 300, 3, 8, generator=g)}
     spread = {name: getattr(layer, name).expand(1, 300, 3) for name in ("kept", "evicted", "index", "importance")}
-    merged = MERGERS.create("average").merge(replace(layer, **wide, **spread))
+    merged = MERGERS.create("lookm").merge(replace(layer, **wide, **spread))
     assert torch.equal(merged.values[:, :, 2], wide["values"][:, :, 2])
 
 
@@ -322,13 +328,13 @@ def line(tokens: int, evicted: list[int], seed: int = 0, heads: int = 1, **more:
 def test_pivotal_with_one_evicted_token_is_three_to_one() -> None:
     """The mean of the pivot and the midpoint to the one evicted token."""
     layer = line(2, [1])
-    merged = MERGERS.create("pivotal").merge(layer)
+    merged = MERGERS.create("lookm", rule="pivotal").merge(layer)
     torch.testing.assert_close(merged.keys[:, :, 0], 0.75 * layer.keys[:, :, 0] + 0.25 * layer.keys[:, :, 1])
     torch.testing.assert_close(merged.values[:, :, 0], 0.75 * layer.values[:, :, 0] + 0.25 * layer.values[:, :, 1])
 
 
-@pytest.mark.parametrize("name", ["average", "pivotal", "weighted"])
-def test_an_image_token_never_merges_into_text(name: str) -> None:
+@pytest.mark.parametrize("rule", ["average", "pivotal", "weighted"])
+def test_an_image_token_never_merges_into_text(rule: str) -> None:
     """However similar; with no image token kept it is dropped, and across modalities only on request."""
     layer = line(4, [1], is_image=torch.tensor([False, True, False, True]).expand(1, 1, 4))
     layer.keys[:, :, 0] = layer.keys[:, :, 1]
@@ -336,7 +342,7 @@ def test_an_image_token_never_merges_into_text(name: str) -> None:
         kept = layer.kept.clone()
         kept[:, :, 3] = images_kept
         layer_ = replace(layer, kept=kept)
-        merged = MERGERS.create(name, within_modality=within).merge(layer_)
+        merged = MERGERS.create("lookm", rule=rule, within_modality=within).merge(layer_)
         changed = (merged.values != layer.values).any(-1)[0, 0]
         assert [slot for slot in (0, 2, 3) if changed[slot]] == ([] if taker is None else [taker])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,11 +13,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcompress import CompressionConfig
+from kvcompress import REDUCERS, CompressionConfig
 from kvcompress.errors import ConfigError
 from kvcompress.policies.context import LayerContext, Reduced, ReductionContext
 from kvcompress.policies.images import ImageGrid
-from kvcompress.policies.reducers import FastV, LightKV, PyramidDrop, RandomReducer, ToMe, UniformGrid
+from kvcompress.policies.reducers import (
+    CDPruner,
+    DivPrune,
+    FastV,
+    LightKV,
+    PyramidDrop,
+    RandomReducer,
+    ToMe,
+    UniformGrid,
+)
 from tests import reduction_oracle, strategies
 from tests.image_rows import Row, reduced_by, rows
 from tests.strategies import examples
@@ -109,7 +119,16 @@ def test_a_merged_state_is_a_convex_mean_of_its_sources(drawn: Row, across: int,
 @given(drawn=rows(), dtype=st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
 def test_states_keep_their_dtype_and_text_its_bits(drawn: Row, dtype: torch.dtype) -> None:
     row = replace(drawn.row, hidden=drawn.row.hidden.to(dtype), guidance=torch.rand(1, len(drawn.places)))
-    for reducer in (LightKV(windows=(1,), after=(1,)), ToMe(), FastV(), PyramidDrop(), RandomReducer(), UniformGrid()):
+    for reducer in (
+        LightKV(windows=(1,), after=(1,)),
+        ToMe(),
+        FastV(),
+        PyramidDrop(),
+        RandomReducer(),
+        UniformGrid(),
+        DivPrune(),
+        CDPruner(),
+    ):
         reduced = reducer.reduce(row)
         text = ~row.is_image
         assert reduced.hidden.dtype == dtype
@@ -139,7 +158,8 @@ def test_text_of_earlier_turns_guides_whatever_each_head_holds_of_it() -> None:
 
 def dropping(share: float) -> list[Any]:
     once = {"after": (1,), "keep_shares": (share,)}
-    return [FastV(layer=1, drop=1 - share), PyramidDrop(**once), RandomReducer(**once), UniformGrid(**once)]
+    alike = [PyramidDrop(**once), RandomReducer(**once), UniformGrid(**once)]
+    return [FastV(layer=1, drop=1 - share), *alike, DivPrune(drop=1 - share), CDPruner(drop=1 - share)]
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
@@ -286,6 +306,57 @@ def test_fastv_and_pyramiddrop_keep_what_the_last_token_attends_to_most(drawn: R
         assert stay.intersection(images) == set(wanted)
 
 
+def check_greedy(stay: set[int], images: list[int], score: Callable[[int, list[int]], float], least: float) -> None:
+    """Asserts that each next token kept scores, but for rounding, as much as any; until none scores the least."""
+    chosen: list[int] = []
+    while len(chosen) < len(stay):
+        scores = {token: score(token, chosen) for token in images if token not in chosen}
+        best = max(stay.difference(chosen), key=lambda token: scores[token])
+        if max(scores.values()) < least:
+            return
+        assert scores[best] >= max(scores.values()) - 1e-4
+        chosen.append(best)
+
+
+@examples(25)
+@given(drawn=rows(largest=7), drop=st.sampled_from([0.0, 0.5, 0.8, 1.0]))
+def test_divprune_keeps_what_is_farthest_from_the_nearest_kept(drawn: Row, drop: float) -> None:
+    """At first what is farthest from its nearest other; distances are one minus the cosine."""
+    states = [torch.nn.functional.normalize(state, dim=0) for state in drawn.hidden.double()]
+    images = [token for token, image in enumerate(drawn.image) if image]
+
+    def score(token: int, chosen: list[int]) -> float:
+        others = chosen or [other for other in images if other != token]
+        return min((1 - float(states[token] @ states[other]) for other in others), default=2.0)
+
+    stay = set(survivors(drawn.by(DivPrune(drop=drop)))).intersection(images)
+    assert len(stay) == min(len(images), math.floor((1 - drop) * drawn.row.image_tokens[0] + 1e-6))
+    check_greedy(stay, images, score, least=0.0)
+
+
+@examples(25)
+@given(drawn=rows(largest=7), drop=st.sampled_from([0.0, 0.5, 0.8, 1.0]))
+def test_cdpruner_keeps_what_adds_most_volume_for_the_instruction(drawn: Row, drop: float) -> None:
+    """Squared relevance times the squared distance of a state from the span of those kept, all of unit length."""
+    states = torch.nn.functional.normalize(drawn.hidden.double(), dim=-1)
+    images = [token for token, image in enumerate(drawn.image) if image]
+    text = [token for token, image in enumerate(drawn.image) if not image]
+    asks = [token for token in text if token > images[-1]] or text
+    likeness = {token: sum(float(states[token] @ states[other]) for other in asks) / len(asks) for token in images}
+    low, high = min(likeness.values()), max(likeness.values())
+    relevance = {token: (own - low + 1e-6) / max(high - low, 1e-6) for token, own in likeness.items()}
+
+    def score(token: int, chosen: list[int]) -> float:
+        left = states[token]
+        basis = torch.linalg.qr(states[chosen].T).Q if chosen else states[:0].T
+        left = left - basis @ (basis.T @ left)
+        return float(relevance[token] ** 2 * left.square().sum())
+
+    stay = set(survivors(drawn.by(CDPruner(drop=drop)))).intersection(images)
+    assert len(stay) == min(len(images), math.floor((1 - drop) * drawn.row.image_tokens[0] + 1e-6))
+    check_greedy(stay, images, score, least=2e-3)
+
+
 def test_random_depends_on_seed_and_place_alone_and_later_reductions_drop_more() -> None:
     drawn = _square(8)
     shares = [0.75, 0.5, 0.25]
@@ -387,6 +458,14 @@ def test_a_wrong_reducer_is_refused_with_the_argument(fields: dict[str, Any], sa
 def test_layers_that_the_decoder_does_not_have_are_refused(after: tuple[Any, ...]) -> None:
     with pytest.raises(ConfigError, match=r"reducer lightkv: after=.* must ascend and stay below the 3 layers"):
         LightKV(after=after).acts_after(3)
+
+
+@pytest.mark.parametrize("name", ["lightkv", "pyramiddrop"])
+def test_before_the_first_layer_there_is_no_attention_to_read(name: str) -> None:
+    fields = {"keep_shares": [0.5]} if name == "pyramiddrop" else {}
+    reducer = REDUCERS.create(name, after=[0], **fields)
+    with pytest.raises(ConfigError, match=rf"reducer {name}: after=\[0\]: it reads the attention .* begin with 1"):
+        reducer.acts_after(3)
 
 
 def test_no_layers_are_no_reduction() -> None:

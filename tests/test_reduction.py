@@ -96,7 +96,7 @@ def test_a_model_with_lightkv_is_the_decoder_run_by_hand(name: str, parts: list[
     assert len(columns) < len(plain.columns[0]), "nothing was merged"
     torch.testing.assert_close(found[columns], wanted, rtol=0, atol=1e-4)
     for layer, own in enumerate(plain.columns):
-        assert cache.report().columns(layer, 0) == own
+        assert cache.report().positions(layer, 0) == own
     assert cache.report().layer_tokens == [[len(own)] for own in plain.columns]
     removed = sorted(set(range(len(ids))) - set(columns))
     assert torch.equal(found[removed], model.lm_head(torch.zeros(len(removed), 32)))
@@ -122,6 +122,9 @@ def test_a_model_with_lightkv_is_the_decoder_run_by_hand(name: str, parts: list[
         {"name": "pyramiddrop", "keep_shares": [1, 1, 1]},
         {"name": "random", "keep_shares": [1, 1, 1]},
         {"name": "uniform_grid", "keep_shares": [1, 1, 1]},
+        {"name": "random", "keep_shares": [1, 1], "after": [0, 1]},
+        {"name": "divprune", "drop": 0.0},
+        {"name": "cdpruner", "drop": 0.0},
     ],
     ids=str,
 )
@@ -357,10 +360,12 @@ def test_generation_keeps_to_the_budget_of_all_tokens(name: str, how: dict[str, 
     tiny.model(name).generate(**inputs, **tiny.with_cache(cache), max_new_tokens=6, **{"do_sample": False, **how})
     report = cache.report()
     assert report.tokens_seen == inputs["input_ids"].shape[1] + 5
-    assert max(report.layer_tokens[2]) < min(report.layer_tokens[0]) == report.tokens_seen
+    assert max(report.layer_tokens[2]) < report.tokens_seen
+    points = cache.config.reducer.acts_after(3)
+    assert all(set(tokens) == {report.tokens_seen} for tokens in report.layer_tokens[: points[0]])
     assert report.retention <= 0.5
-    for row in zip(*report.layer_lengths, strict=True):
-        assert 0.4 * 3 * report.tokens_seen <= sum(row) <= 0.5 * 3 * report.tokens_seen
+    for row, given in zip(zip(*report.layer_lengths, strict=True), zip(*report.layer_tokens, strict=True), strict=True):
+        assert min(sum(given), 0.4 * 3 * report.tokens_seen) <= sum(row) <= 0.5 * 3 * report.tokens_seen
     for lengths, budgets, given in zip(report.layer_lengths, report.layer_budgets, report.layer_tokens, strict=True):
         assert all(length <= min(pair) for length, *pair in zip(lengths, budgets, given, strict=True))
 
@@ -416,8 +421,8 @@ def test_turns_with_and_without_another_image(reducer: Any) -> None:
     three = cache.report()
     assert three.image_tokens == [[2 * count for count in layer] for layer in one.image_tokens]
     for layer in range(3):
-        assert three.columns(layer, 0)[: two.layer_lengths[layer][0]] == two.columns(layer, 0)
-        assert three.layer_lengths[layer] == three.layer_tokens[layer] == [len(three.columns(layer, 0))]
+        assert three.positions(layer, 0)[: two.layer_lengths[layer][0]] == two.positions(layer, 0)
+        assert three.layer_lengths[layer] == three.layer_tokens[layer] == [len(three.positions(layer, 0))]
     assert three.vision_retention == pytest.approx(sum(layer[0] for layer in one.image_tokens) / 36 / 3)
     logits = model(tiny.token_ids(1, 1, 3), **tiny.with_cache(cache)).logits
     assert logits.isfinite().all()
@@ -432,7 +437,7 @@ def test_the_last_token_goes_on_though_it_ends_an_image(name: str, reducer: Any)
     inputs = tiny.prompt(name, [3, 0], seed=18)
     logits = model(**inputs, **tiny.with_cache(cache)).logits[0, -1]
     last = inputs["input_ids"].shape[1] - 1
-    assert all(last in cache.report().columns(layer, 0) for layer in range(3))
+    assert all(last in cache.report().positions(layer, 0) for layer in range(3))
     assert not torch.equal(logits, model.lm_head(torch.zeros(32)))
     assert cache.report().vision_retention < 0.9
 
@@ -612,7 +617,7 @@ def test_text_after_an_image_can_be_taken_back_and_the_image_cannot() -> None:
     assert cache.report() == before
     cache.crop(-3)
     for layer, now, then in zip(range(3), cache.report().layer_tokens, before.layer_tokens, strict=True):
-        assert now == [then[0] - 3] == [len(cache.report().columns(layer, 0))]
+        assert now == [then[0] - 3] == [len(cache.report().positions(layer, 0))]
     step = tiny.token_ids(1, 4, 3)
     found = model(step, **tiny.with_cache(cache)).logits
     model(**inputs, **tiny.with_cache(short))
@@ -636,7 +641,7 @@ def test_queries_that_scored_a_token_are_those_of_its_layer(reducer: Any) -> Non
         inputs = tiny.prompt(name, parts, seed=17)
         inputs.pop("attention_mask")
         model(**inputs, **tiny.with_cache(cache))
-        now = [set(cache.report().columns(layer, 0)) for layer in range(3)]
+        now = [set(cache.report().positions(layer, 0)) for layer in range(3)]
         if inputs["input_ids"].shape[1] > 1:
             given.append([sorted(new - old) for new, old in zip(now, before, strict=True)])
         before = now
@@ -696,7 +701,7 @@ def test_rows_take_what_they_lost_along() -> None:
     for field in ("layer_tokens", "image_tokens", "layer_lengths"):
         assert getattr(after, field) == [[layer[row] for row in order] for layer in getattr(before, field)]
     for row, old in enumerate(order):
-        assert after.columns(2, row) == before.columns(2, old)
+        assert after.positions(2, row) == before.positions(2, old)
 
 
 class Talk:
@@ -737,7 +742,7 @@ class Talk:
         """Per layer, which of a row's tokens it holds."""
         assert self.valid is not None
         index = (self.valid[row].cumsum(0) - 1).tolist()
-        return [[index[column] for column in self.cache.report().columns(layer, row)] for layer in range(3)]
+        return [[index[column] for column in self.cache.report().positions(layer, row)] for layer in range(3)]
 
 
 def _compare(together: Talk, talks: list[Talk]) -> None:

@@ -19,7 +19,16 @@ from kvcompress.cache.reduction import Reduction
 from kvcompress.errors import PolicyError
 from kvcompress.policies.base import Reducer
 from kvcompress.policies.context import LayerContext, Reduced, ReductionContext
-from kvcompress.policies.reducers import FastV, LightKV, PyramidDrop, RandomReducer, ToMe, UniformGrid
+from kvcompress.policies.reducers import (
+    CDPruner,
+    DivPrune,
+    FastV,
+    LightKV,
+    PyramidDrop,
+    RandomReducer,
+    ToMe,
+    UniformGrid,
+)
 from tests.image_rows import Row, layout_of, reduction_of, rows, side_by_side
 from tests.strategies import examples
 
@@ -32,6 +41,10 @@ REDUCERS: list[Reducer] = [
     PyramidDrop(after=POINTS),
     RandomReducer(after=POINTS, keep_shares=(0.8, 0.5, 0.1)),
     UniformGrid(after=POINTS),
+    RandomReducer(after=(0, 3, 4), keep_shares=(0.8, 0.5, 0.1), positions="contiguous"),
+    DivPrune(drop=0.7),
+    CDPruner(drop=0.7, positions="contiguous"),
+    CDPruner(after=3),
 ]
 every_reducer = pytest.mark.parametrize("reducer", REDUCERS, ids=str)
 

@@ -18,7 +18,7 @@ from kvcompress.errors import UnsupportedModelError
 from kvcompress.kernels import attention_with_lse
 from kvcompress.policies.base import Scorer
 from kvcompress.policies.context import LayerContext, LayerWeights
-from kvcompress.policies.scorers import Attention, Blend, SnapKV
+from kvcompress.policies.scorers import Attention, SnapKV
 from kvcompress.policies.statistics import STATISTICS
 from tests import strategies, tiny
 from tests.operations import Operations
@@ -358,8 +358,35 @@ def test_snapkv_is_its_formula(layer: LayerContext, window: int, kernel: int, po
             assert float(score[row, head, slot]) == pytest.approx(expected, abs=1e-5)
 
 
+@given(layer=contexts, window=st.integers(1, 8), kernel=st.sampled_from([1, 3, 5]), projected=st.booleans())
+def test_defensive_is_its_formula(layer: LayerContext, window: int, kernel: int, projected: bool) -> None:
+    """The highest of all pooled votes of a group, at least their mean over tokens, times the share of the value."""
+    score = SCORERS.create("defensive", window=window, kernel=kernel, projected=projected).score(layer)
+    kv_heads, tokens = layer.keys.shape[1:3]
+    votes, before = dense(layer)[:, :, -window:].unflatten(1, (kv_heads, -1)).flatten(2, 3), tokens - window
+    parts = layer.weights.output.double().unflatten(1, (kv_heads, -1, DIM))  # [hidden, kv_heads, group, DIM]
+    norms = torch.einsum("hkgd,bktd->bkgth", parts, layer.values.double()).abs().sum(-1).mean(2)
+    for row in range(len(votes)):
+        for head in range(kv_heads):
+            pooled = []
+            for vote in votes[row, head].tolist():
+                near = [
+                    [i for i in range(s - kernel // 2, s + kernel // 2 + 1) if 0 <= i < before] for s in range(before)
+                ]
+                means = [sum(vote[i] for i in around) / kernel for around in near]
+                pooled.append([mean * sum(vote[:before]) / sum(means) for mean in means] if before > 0 else [])
+            highest = [max(of_query[slot] for of_query in pooled) for slot in range(before)]
+            expected = [max(own, sum(highest) / before) for own in highest]
+            expected += [float(votes[row, head, :, slot].max()) for slot in range(max(0, before), tokens)]
+            for slot, wanted in enumerate(expected):
+                share = float(norms[row, head, slot] / norms[row, :, slot].sum()) if projected else 1.0
+                assert float(score[row, head, slot]) == pytest.approx(wanted * share, abs=1e-5)
+
+
 @pytest.mark.parametrize(
-    ("name", "fields", "kept"), [("snapkv", {"window": 3}, 3), ("snapkv", {}, 30), ("lagkv", {"lag": 4}, 4)], ids=str
+    ("name", "fields", "kept"),
+    [("defensive", {"window": 3}, 3), ("snapkv", {"window": 3}, 3), ("snapkv", {}, 30), ("lagkv", {"lag": 4}, 4)],
+    ids=str,
 )
 @pytest.mark.parametrize("budget", [0.2, 0.6])
 def test_the_window_is_kept(name: str, fields: dict[str, Any], kept: int, budget: float) -> None:
@@ -369,7 +396,7 @@ def test_the_window_is_kept(name: str, fields: dict[str, Any], kept: int, budget
     with torch.no_grad():
         tiny.model("llama")(**tiny.inputs("llama", 30, seed=6), **tiny.with_cache(cache))
     for layer in range(3):
-        assert set(range(30 - kept, 30)) <= set(cache.report().columns(layer, 0))
+        assert set(range(30 - kept, 30)) <= set(cache.report().positions(layer, 0))
 
 
 @given(layer=contexts)
@@ -689,16 +716,111 @@ class Decomposed(LoRALinear):
 
 
 @pytest.mark.parametrize("adapter", [Stranger, Decomposed])
+@pytest.mark.parametrize(
+    ("fields", "way_out"), [({"scorer": "value_aware"}, "own_l2"), ({"evictor": "critical"}, "another evictor")]
+)
 @torch.no_grad()
-def test_an_adapter_whose_weight_is_unknown_is_refused_by_the_scorer_that_reads_it(adapter: Any) -> None:
+def test_an_adapter_whose_weight_is_unknown_is_refused_by_the_policy_that_reads_it(
+    adapter: Any, fields: dict[str, Any], way_out: str
+) -> None:
     """And by no other."""
     model, inputs = tiny.build("llama"), tiny.inputs("llama", 12, seed=8)
     model.model.layers[1].self_attn.o_proj = adapter(model.model.layers[1].self_attn.o_proj)
-    cache = CompressedCache(model, "prefixkv", scorer="value_aware")
-    with pytest.raises(UnsupportedModelError, match=r"layer 1: the output projection .*merge_and_unload.*own_l2"):
+    cache = CompressedCache(model, "prefixkv", **fields)
+    says = rf"{next(iter(fields))} .*: layer 1: the output projection .*merge_and_unload.*{way_out}"
+    with pytest.raises(UnsupportedModelError, match=says):
         model(**inputs, **tiny.with_cache(cache))
     for scorer in ({"name": "value_aware", "norm": "own_l2"}, "attention"):
         model(**inputs, **tiny.with_cache(CompressedCache(model, "prefixkv", scorer=scorer)))
+
+
+# -- leverage, mixkv, rkv ----------------------------------------------------------------------------------------------
+
+
+def standardised(scores: dict[tuple[int, int], float]) -> dict[tuple[int, int], float]:
+    """By head and slot, with the mean 0 and the deviation 1 over both."""
+    mean = sum(scores.values()) / len(scores)
+    deviation = math.sqrt(sum((score - mean) ** 2 for score in scores.values()) / len(scores))
+    return {key: (score - mean) / max(deviation, 1e-6) for key, score in scores.items()}
+
+
+@given(layer=contexts, blend=st.sampled_from([0.0, 0.35, 2.0]), chunk=st.integers(1, 9))
+def test_leverage_is_its_formula(layer: LayerContext, blend: float, chunk: int) -> None:
+    """Keys turned back one by one, the inverse of a matrix, and a softmax over each query's chunk."""
+    score = SCORERS.create("leverage", blend=blend, chunk=chunk).score(layer)
+    kv_heads, tokens = layer.keys.shape[1:3]
+    past, queries = tokens - layer.query.shape[2], layer.query.shape[2]
+    group, frequencies = layer.query.shape[1] // kv_heads, layer.weights.inverse_frequencies
+    for row in range(len(score)):
+        leverages, attention = {}, {}
+        for head in range(kv_heads):
+            keys = layer.keys[row, head].double().clone()
+            for slot, index in enumerate(layer.index[row, 0].tolist()):
+                for pair, frequency in enumerate([] if frequencies is None else frequencies.double().tolist()):
+                    point = complex(keys[slot, pair], keys[slot, pair + DIM // 2])
+                    point *= complex(math.cos(index * frequency), -math.sin(index * frequency))
+                    keys[slot, pair], keys[slot, pair + DIM // 2] = point.real, point.imag
+            x = keys - keys.mean(0)
+            inverse = torch.linalg.inv(x.T @ x + 0.01 * torch.eye(DIM, dtype=torch.double))
+            leverages |= {(head, slot): float(x[slot] @ inverse @ x[slot]) for slot in range(tokens)}
+            got = [0.0] * queries
+            for q in range(queries):
+                last = queries - 1 - (queries - 1 - q) // chunk * chunk
+                own = range(max(0, last - chunk + 1), last + 1)
+                for query in layer.query[row, head * group : (head + 1) * group, q].double():
+                    weights = [math.exp(float(query @ layer.keys[row, head, past + k].double())) for k in own]
+                    for k, weight in zip(own, weights, strict=True):
+                        got[k] += weight / sum(weights) / group
+            got = [own * float(layer.values[row, head, past + k].double().norm()) for k, own in enumerate(got)]
+            pooled = [sum(got[max(0, k - 1) : k + 2]) / 3 for k in range(queries)]
+            attention |= {(head, past + k): own for k, own in enumerate(pooled)}
+        leverages, attention = standardised(leverages), standardised(attention)
+        for (head, slot), own in leverages.items():
+            expected = blend * own + attention.get((head, slot), 0.0)
+            assert float(score[row, head, slot]) == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+@given(layer=contexts)
+def test_mixkv_is_its_formula(layer: LayerContext) -> None:
+    """The mean cosine of all pairs of keys decides how much diversity counts against votes and norms."""
+    score = SCORERS.create("mixkv", window=2, kernel=3).score(layer)
+    votes = SnapKV(window=2, kernel=3).score(layer).double()
+    for row in range(len(score)):
+        for head in range(score.shape[1]):
+            unit = torch.nn.functional.normalize(layer.keys[row, head].double(), dim=-1)
+            count, own = len(unit), votes[row, head]
+            pairs = [float(unit[a] @ unit[b]) for a in range(count) for b in range(count) if a != b]
+            share = min(max(sum(pairs) / max(1, len(pairs)), 0.0), 0.999)
+            mean = torch.nn.functional.normalize(unit.mean(0), dim=0)
+            expected = (1 - share) * own
+            for weight, kind in ((1 - share, layer.values[row, head].double().norm(dim=-1)), (share, -(unit @ mean))):
+                above = kind - kind.min()
+                if float(above.sum()) > 0:
+                    expected = expected + weight * above / above.mean() * own.mean()
+            if count > 1:  # else rounding decides
+                close(score[row, head], expected)
+
+
+@given(layer=contexts, threshold=st.sampled_from([-0.5, 0.0, 0.5]), share=st.sampled_from([0.0, 0.07, 0.5, 1.0]))
+def test_rkv_is_its_formula(layer: LayerContext, threshold: float, share: float) -> None:
+    """Of the cosines of a key that are above the threshold, the one with the latest token does not count."""
+    score = SCORERS.create("rkv", window=2, kernel=3, threshold=threshold, share=share).score(layer)
+    votes = SnapKV(window=2, kernel=3, pool="max").score(layer).double()
+    tokens = layer.keys.shape[2]
+    for row in range(len(score)):
+        for head in range(score.shape[1]):
+            unit = torch.nn.functional.normalize(layer.keys[row, head].double(), dim=-1).tolist()
+            mean = [0.0] * tokens
+            for one in range(tokens):
+                others = [slot for slot in range(tokens) if slot != one]
+                cosine = {slot: sum(a * b for a, b in zip(unit[one], unit[slot], strict=True)) for slot in others}
+                copies = [slot for slot in others if cosine[slot] > threshold]
+                left_out = max(copies, key=lambda slot: int(layer.index[row, 0, slot]), default=None)
+                for slot in others:
+                    mean[slot] += cosine[slot] / tokens if slot != left_out else 0.0
+            total = sum(math.exp(own) for own in mean)
+            redundancy = torch.tensor([math.exp(own) / total for own in mean])
+            close(score[row, head], share * votes[row, head] - (1 - share) * redundancy)
 
 
 # -- random, position --------------------------------------------------------------------------------------------------
@@ -761,109 +883,18 @@ def test_position_keeps_the_latest(seed: int, tokens: int) -> None:
     cache = CompressedCache(tiny.model("llama"), config)
     with torch.no_grad():
         tiny.model("llama")(**tiny.inputs("llama", tokens, seed), **tiny.with_cache(cache))
-    assert list(cache.report().columns(0, 0)) == [0, *range(tokens - 3, tokens)]
+    assert list(cache.report().positions(0, 0)) == [0, *range(tokens - 3, tokens)]
 
 
-# -- blend -------------------------------------------------------------------------------------------------------------
-
-single = [scorer for scorer in strategies.scorers() if scorer.name != "blend"]
-
-
-@pytest.mark.parametrize("normalise", ["rank", "mass"])
-@pytest.mark.parametrize("scorer", single, ids=strategies.label)
-@given(layer=contexts)
-def test_a_blend_of_one_ranks_like_it(scorer: Scorer, normalise: str, layer: LayerContext) -> None:
-    """No slot moves past another, and equal scores stay equal."""
-    if getattr(scorer, "reduce", "sum") == "mean":
-        return  # the blend divides by the queries, which `score` leaves to `importance`
-    score = scorer.score(layer)
-    blended = Blend(scorers=[scorer], weights=[3.0], normalise=normalise).score(layer)
-    order = score.argsort(dim=-1, stable=True)
-    steps, blended_steps = score.gather(-1, order).diff(dim=-1), blended.gather(-1, order).diff(dim=-1)
-    assert (blended_steps >= -1e-6).all()
-    assert (blended_steps[steps == 0] <= 1e-6).all()
-    if normalise == "rank":
-        assert (blended_steps[steps > 0] > 0).all()
-
-
-@given(layer=contexts, first=st.floats(0, 4), second=st.floats(0.25, 4))
-def test_a_blend_by_mass_adds_shares(layer: LayerContext, first: float, second: float) -> None:
-    """Of attention and of noise, weighted; the sum of the whole is the sum of the weights."""
-    score = Blend(scorers=["attention", "random"], weights=[first, second], normalise="mass").score(layer)
-    attention, noise = group_mean(dense(layer).sum(2), layer), SCORERS.create("random").score(layer).double()
-    shares = [part / part.sum(-1, keepdim=True) for part in (attention, noise)]
-    close(score, first * shares[0] + second * shares[1])
-    close(score.sum(-1), torch.full(score.shape[:2], first + second))
-
-
-@given(layer=contexts)
-def test_a_blend_by_rank_adds_ranks(layer: LayerContext) -> None:
-    """The number of slots that score as much or less, of each part, as a share."""
-    names = ["key_norm", "position"]
-    score = Blend(scorers=names).score(layer)
-    expected = torch.zeros(score.shape, dtype=torch.double)
-    for name in names:
-        part = SCORERS.create(name).score(layer)
-        expected += (part.unsqueeze(-1) >= part.unsqueeze(-2)).double().mean(-1)
-    close(score, expected)
-
-
-@given(layer=contexts, scale=st.sampled_from([1e-3, 7.0, 1e3]))
-def test_the_unit_of_scores_does_not_matter_in_a_blend_by_mass(layer: LayerContext, scale: float) -> None:
-    """Keys in another unit give the same softmax of their norms."""
-    blend = Blend(scorers=["key_norm"], normalise="mass")
-    if layer.keys.shape[2] > 2:
-        close(blend.score(dataclasses.replace(layer, keys=layer.keys * scale)), blend.score(layer), 1e-3)
-
-
-def test_parts_of_a_blend_are_averaged_over_the_queries_that_saw_them() -> None:
-    """A part that reduces by the mean does so for the queries of this forward."""
-    layer = context(7)
-    blend = Blend(scorers=[{"name": "attention", "reduce": "mean"}], normalise="mass")
-    saw = torch.arange(9, 0, -1).clamp(max=6)
-    mean = group_mean(dense(layer).sum(2), layer) / saw
-    close(blend.score(layer), mean / mean.sum(-1, keepdim=True))
-
-
-def test_equal_scores_have_equal_shares() -> None:
-    """Also where they are all zero, and where they are no mass."""
-    layer = dataclasses.replace(context(8), keys=torch.ones(2, 2, 9, DIM))
-    for part in ({"name": "attention", "image_weight": 0, "text_weight": 0}, "key_norm", "key_diff"):
-        close(Blend(scorers=[part], normalise="mass").score(layer), torch.full((2, 2, 9), 1 / 9), 1e-6)
-
-
-@given(seed=strategies.seeds)
-def test_rounding_is_not_blown_up_in_a_blend_by_mass(seed: int) -> None:
-    """Keys of one length in any direction have nearly equal shares, though their norms differ in the last digit."""
-    layer = context(seed)
-    layer = dataclasses.replace(layer, keys=torch.nn.functional.normalize(layer.keys, dim=-1) * 3.3)
-    score = Blend(scorers=["key_norm"], normalise="mass").score(layer)
-    torch.testing.assert_close(score, torch.full((2, 2, 9), 1 / 9), atol=0, rtol=0.02)
-
-
-def test_a_blend_declares_what_its_parts_need() -> None:
-    """Attention as soon as one reads it, and the most protected tokens; it is mass and adds up over no forwards."""
-    keys = Blend(scorers=["key_norm", {"name": "lagkv", "lag": 7}])
-    both = Blend(scorers=["key_norm", {"name": "snapkv", "window": 9}, {"name": "blend", "scorers": [keys]}])
-    assert (keys.reads_attention, keys.protects) == (False, 7)
-    assert (both.reads_attention, both.protects) == (True, 9)
-    assert both.mass and not both.accumulates
-    CompressionConfig(scorer=both, allocator="prefix")
-
+# -- wrong uses -------------------------------------------------------------------------------------------------------
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
-    ("blend", {}, "scorers: Field required"),
-    ("blend", {"scorers": []}, "scorers: List should have at least 1 item"),
-    ("blend", {"scorers": ["atention"]}, "did you mean 'attention'"),
-    ("blend", {"scorers": ["none"]}, "scorers"),
-    ("blend", {"scorers": [{"name": "snapkv", "window": 0}]}, "scorer snapkv: window"),
-    ("blend", {"scorers": ["tova"], "weights": [1, 2]}, "weights: 2 for 1 scorers; give one each"),
-    ("blend", {"scorers": ["tova"], "weights": [0.0]}, "weights: all zero"),
-    ("blend", {"scorers": ["tova"], "weights": [-1.0]}, "greater than or equal to 0"),
-    ("blend", {"scorers": ["tova"], "weights": [math.inf]}, "finite"),
     ("snapkv", {"kernel": 4}, "kernel: Value error, must be odd"),
     ("snapkv", {"window": 0}, "window"),
     ("lagkv", {"lag": 0}, "lag"),
+    ("defensive", {"kernel": 2}, "kernel: Value error, must be odd"),
+    ("leverage", {"blend": -1.0}, "blend"),
+    ("rkv", {"share": 1.5}, "share"),
     ("attention", {"queries": "postvision"}, "queries"),
     ("attention", {"image_weight": -0.1}, "image_weight"),
     ("attention", {"text_weight": math.nan}, "text_weight"),

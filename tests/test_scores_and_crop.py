@@ -58,6 +58,20 @@ REPLACED: dict[str, Any] = {
 }
 
 
+@torch.no_grad()
+def test_what_comes_in_place_of_cropped_tokens_has_no_score_of_theirs() -> None:
+    """Scores of a key are its own, so they may be cropped; what comes after has none yet, as if it came first."""
+    cache, never = (CompressedCache(tiny.model("llama"), "tova", budget=1.0, scorer="key_norm") for _ in range(2))
+    forward(cache, 30, seed=1)
+    cache.crop(-5)
+    forward(never, 25, seed=1, of=30)
+    for each in (cache, never):
+        for seed in (2, 3):
+            forward(each, 1, seed=seed)
+    for (index, importance), (other, expected) in zip(cache.ranked(), never.ranked(), strict=True):
+        assert torch.equal(index, other) and torch.allclose(importance, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("recording", [True, False], ids=["recording", "plain"])
 @pytest.mark.parametrize("scorer", SCORERS.values(), ids=SCORERS)
 def test_after_a_crop_importance_is_as_if_the_tokens_had_never_come(

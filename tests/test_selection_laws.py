@@ -107,6 +107,7 @@ def test_a_budget_below_the_protected_of_a_modality_is_refused(evictor: Evictor,
         protected=(index >= 2) & (index < 6),
         index=index,
         importance=torch.rand(1, 2, 8),
+        value_norms=torch.rand(1, 2, 8),
         is_image=is_image,
         image_budget=torch.tensor([image_budget]),
     )
@@ -119,13 +120,14 @@ def test_a_budget_below_the_protected_of_a_modality_is_refused(evictor: Evictor,
 @pytest.mark.parametrize("modality", [False, True])
 @given(data=st.data())
 def test_a_selection_never_waits_for_the_device(evictor: Evictor, modality: bool, data: st.DataObject) -> None:
-    """Nothing that only the device knows is asked for, and a layer is sorted once, by runs for each key."""
+    """Nothing that only the device knows is asked for, and a layer is sorted once, or for each of several keys."""
     layer = data.draw(selection_contexts(modality=modality))
     with Operations() as operations:
         evictor.select(layer)
     assert operations.syncs == 0
-    assert operations.counts["argsort"] + operations.counts["sort"] <= (4 if evictor.name == "chunk" else 1)
-    assert modality or evictor.name == "chunk" or operations.number <= 10
+    sorts = {"chunk": 4, "critical": 2}.get(evictor.name, 1)
+    assert operations.counts["argsort"] + operations.counts["sort"] <= sorts
+    assert modality or sorts > 1 or operations.number <= 10
 
 
 @pytest.mark.parametrize("evictor", [e for e in strategies.evictors() if e.frees == "chosen"], ids=strategies.label)
@@ -184,6 +186,29 @@ def test_topk_keeps_the_highest_scores(granularity: str, layer: SelectionContext
             ranked = sorted((not protected[slot], -scores[slot], slot) for slot in range(slots) if valid[slot])
             best = {slot for *_, slot in ranked[: int(layer.budget[row])]}
             assert {slot for slot in range(slots) if kept[slot]} == best
+
+
+@pytest.mark.parametrize("granularity", ["layer", "head"])
+@given(layer=selection_contexts(modality=False), first=st.sampled_from([0.0, 0.3, 0.5, 1.0]))
+def test_critical_spends_a_share_by_importance_and_the_rest_by_the_product(
+    granularity: str, layer: SelectionContext, first: float
+) -> None:
+    """Of what the protected leave, floor(first x rest) go by score, the others by (score + epsilon) x norm."""
+    assume(layer.valid.shape[1] == 1)
+    mask = EVICTORS.create("critical", granularity=granularity, first=first, epsilon=0.5).select(layer)
+    product = (layer.importance + 0.5) * layer.value_norms
+    score = layer.importance
+    if granularity == "layer":
+        score, product = score.mean(1, keepdim=True), product.mean(1, keepdim=True)
+    for row in range(mask.shape[0]):
+        for kept, scores, products in zip(mask[row].tolist(), score[row].tolist(), product[row].tolist(), strict=True):
+            held = [slot for slot, valid in enumerate(layer.valid[row, 0].tolist()) if valid]
+            chosen = [slot for slot in held if layer.protected[row, 0, slot]]
+            rest = int(layer.budget[row]) - len(chosen)
+            loose = sorted((s for s in held if s not in chosen), key=lambda s: (-scores[s], s))
+            early, late = loose[: math.floor(first * rest + 1e-6)], loose[math.floor(first * rest + 1e-6) :]
+            late = sorted(late, key=lambda s: -products[s])[: rest - len(early)]  # ties in the order of the scores
+            assert {slot for slot, stays in enumerate(kept) if stays} == {*chosen, *early, *late}
 
 
 @given(layer=selection_contexts(modality=False))
@@ -344,12 +369,12 @@ def test_the_papers_fixed_point(kept: int) -> None:
     config = CompressionConfig.preset("prefixkv", budget=kept, scorer=Scripted(), allocator="uniform")
     cache, valid = started(config, [60], seed=0)
     stay = kept - 25 if kept > 25 else kept // 2
-    first = cache.report().columns(0, 0)
+    first = cache.report().positions(0, 0)
     model = list(first)
     for number in range(60):
         valid = step(cache, valid, seed=number)
         model = [*model[:stay], *model[stay + 1 :], 60 + number]
-        assert cache.report().columns(0, 0) == model
+        assert cache.report().positions(0, 0) == model
     assert model == [*first[:stay], *range(120 - (kept - stay), 120)]
 
 
@@ -414,3 +439,29 @@ def test_the_attention_scorer_ranks_by_the_probability_that_dense_attention_give
                 least = min((float(rank_by[column]) for column in has - {0, seen - 1}), default=1e9)
                 most = max((float(rank_by[column]) for column in had - has), default=-1e9)
                 assert least >= most - 1e-4
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_mha"])
+@pytest.mark.parametrize("quantizer", [None, {"name": "fp8", "group": 4, "residual": 8}], ids=["full", "fp8"])
+@torch.no_grad()
+def test_critical_is_shown_what_each_head_adds_to_the_output(name: str, quantizer: Any) -> None:
+    """In every head of a real model, by dense attention and the values after each query head's part of o_proj."""
+    tokens, recent = 60, 4
+    evictor = {"name": "critical", "granularity": "head", "distance": 8}
+    budget = Budget(tokens=20, sink=1, recent=recent)
+    config = CompressionConfig(budget=budget, scorer="attention", evictor=evictor, quantizer=quantizer)
+    inputs, cache, dense = tiny.inputs(name, tokens, seed=6), CompressedCache(tiny.model(name), config), Reference(name)
+    tiny.model(name)(**inputs, **tiny.with_cache(cache))
+    dense.run(inputs, [])
+    for layer, mass in enumerate(dense.attention_mass()):
+        values = dense.keys_and_values(layer)[1][0]
+        parts = dense.layers[layer].o_proj.weight.unflatten(1, (-1, values.shape[2]))  # [hidden, heads, value_dim]
+        group = parts.shape[1] // dense.kv_heads
+        for head in range(dense.kv_heads):
+            scores, own = mass[0, head].tolist(), parts[:, head * group : (head + 1) * group]
+            norms = [float((own @ value).abs().sum(0).mean()) for value in values[head]]
+            chosen = [0, *range(tokens - recent, tokens)]
+            loose = sorted(set(range(tokens)) - set(chosen), key=lambda column: -scores[column])
+            early, late = loose[:7], loose[7:]  # half of the 15 that sink and recents leave
+            late = sorted(late, key=lambda column: -(scores[column] + 1e-4) * norms[column])[:8]
+            assert sorted(held(cache)[layer][0][head]) == sorted([*chosen, *early, *late])

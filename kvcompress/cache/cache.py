@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -15,13 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvcompress.cache import attention, decoding, hooks, prefill, rows, undoing
+from kvcompress.cache import attention, decoding, hooks, prefill, rows, saving, undoing
 from kvcompress.cache.allocation import Allocation
+from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.calls import Calls
 from kvcompress.cache.capture import GRAPHS, CapturedDecoding
 from kvcompress.cache.inputs import shape_of, tokens_to_come
 from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.masks import Mask, read_mask
+from kvcompress.cache.reconstruction import reconstruct
 from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.renumbering import lost_before, moved_back
 from kvcompress.cache.report import CacheReport, report_on
@@ -90,7 +93,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             with policy_errors(self.config.reducer):
                 self.config.reducer.acts_after(layers)  # complains before anything is touched
         decoder = adapter.decoder(model)
-        self._adapter, self._decoder = adapter, weakref.ref(decoder)
+        self._adapter, self._decoder, self._model = adapter, weakref.ref(decoder), weakref.ref(model)
         # A bare decoder may be part of a model that sees images, which its adapter cannot know.
         may_see_images, reduces = adapter.sees_images or decoder is model, self.config.reducer is not None
         calls = Calls(reduces or (may_see_images and self.config.reads_modality), adapter.sees_images, reduces)
@@ -122,9 +125,76 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """
         raise UnsupportedModeError(
             "cache: it belongs to a model of this process and cannot be pickled; within the process, take "
-            "copy.deepcopy(cache); for another one, write cache.config.dump(path), make a CompressedCache(model, path) "
-            "there and run the prompt again"
+            "copy.deepcopy(cache); for another one, cache.save(folder) and CompressedCache.load(model, folder) there"
         )
+
+    # -- on disk -------------------------------------------------------------------------------------------------------
+
+    def save(
+        self, folder: str | PathLike[str], *, overwrite: bool = False, extra: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes what the cache holds, to go on in another process: `cache.json` and a file of tensors (safetensors).
+
+        The cache stays as it is. Another process sees the old cache or the new one, never a part of one.
+
+        Args:
+            folder: where to; made where it is missing.
+            overwrite: whether a cache that was saved there is replaced.
+            extra: what else to keep with it: text, numbers, tensors, lists and mappings (`saving.Saved.extra`).
+
+        Raises:
+            ConfigError: if the folder cannot be written, or holds a cache already, or a `cache.json` of somebody else;
+                or a policy is not registered, so that it could not be read again.
+            CacheStateError: if a forward failed half-way, or may still be undone.
+            UnsupportedModeError: if several processes share the heads.
+
+        Example:
+            >>> cache = CompressedCache(model, "prefixkv", budget=0.5)
+            >>> output = model.generate(**inputs, cache=cache, max_new_tokens=4)
+            >>> cache.save(folder / "story")
+            >>> again = CompressedCache.load(model, folder / "story")
+            >>> again.report() == cache.report()
+            True
+        """
+        saving.save(self._state, self.decoder(), folder, overwrite=overwrite, extra=extra)
+
+    @classmethod
+    def load(
+        cls, model: PreTrainedModel, folder: str | PathLike[str], *, reserve: int = 0, decoding: str = "captured"
+    ) -> CompressedCache:
+        """Reads a cache that `save` wrote; decoding goes on to the bit as with the one that was saved.
+
+        Nothing in the folder is run. Policies of your own must be registered before.
+
+        Args:
+            model: the model it was saved from, in the same dtype; in any process, on any device.
+            folder: where it was saved.
+            reserve: as for a new cache.
+            decoding: as for a new cache.
+
+        Raises:
+            ConfigError: if the folder holds no cache, a damaged one, or one of another model or release.
+            UnsupportedModelError: as for a new cache.
+        """
+        return cls.from_saved(model, saving.Saved.read(folder), reserve=reserve, decoding=decoding)
+
+    @classmethod
+    def from_saved(cls, model: PreTrainedModel, saved: saving.Saved, **options: Any) -> CompressedCache:
+        """The second half of `load`: a cache from what was read."""
+        cache = cls(model, saved.config, **options)
+        saved.fill(cache._state, cache.decoder())
+        return cache
+
+    def decoder(self) -> PreTrainedModel:
+        """The module that owns the decoder layers.
+
+        Raises:
+            CacheStateError: if the model no longer exists.
+        """
+        decoder = self._decoder()
+        if decoder is None:
+            raise CacheStateError("cache: the model it was made for no longer exists; make a new cache for this one")
+        return decoder
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -139,9 +209,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         scaling: float,
     ) -> Tensor:
         """Takes a layer through the step in progress, which the first layer begins and the last ends."""
-        if layer == 0:
-            self._begin(query)
         state = self._state
+        if layer == 0 and not state.early:
+            self._begin(query.shape[0], query.shape[2], query.device)
         step = state.step
         if step is None or step.next_layer != layer:
             raise state.broken()
@@ -153,9 +223,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 self._end()
         return _usable(output)
 
-    def _begin(self, query: Tensor) -> None:
+    def _begin(self, batch: int, queries: int, device: torch.device) -> None:
         """Makes the step of a forward, and takes note of its tokens."""
-        state, (batch, _, queries, _) = self._state, query.shape
+        state = self._state
         if decoding.host_is_left_out(state):  # in decode steps alone, after a prefill step that made the table
             decoding.begin(state)
             return
@@ -172,7 +242,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if queries == 1 and state.sequence.seen and says is None:
             decoding.begin(state)
         else:
-            prefill.begin(state, query, says or Mask(None, None, np.full(batch, queries), None), layout)
+            says = says or Mask(None, None, np.full(batch, queries), None)
+            prefill.begin(state, queries, device, says, layout)
 
     def _end(self) -> None:
         """Brings every layer within its budget that is not yet, and forgets the step."""
@@ -191,8 +262,13 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """What goes into a decoder layer where a reducer acts; called by the hooks on the layers."""
         if torch.compiler.is_compiling():
             return None
-        self._state.calls.layer(layer)
-        found = prefill.reduce(self._state, layer, hidden)
+        state = self._state
+        state.calls.layer(layer)
+        if layer == 0 and prefill.reduces_first(state) and not decoding.host_is_left_out(state):
+            state.check_ready()
+            if self._layout is not None:
+                self._begin(hidden.shape[0], hidden.shape[1], hidden.device)
+        found = prefill.reduce(state, layer, hidden)
         return None if found is None else (_usable(found[0]), found[1])
 
     def renumber(self, layer: int, positions: dict[str, Any]) -> dict[str, Any]:
@@ -223,7 +299,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if not torch.compiler.is_compiling():
             if layer_idx == 0:
                 self._check_decoder()
-                self._state.check_ready()
+                if not self._state.early:
+                    self._state.check_ready()
             self._state.calls.check(layer_idx)
         if layer_idx >= len(self.layers):
             raise CacheStateError(f"layer {layer_idx}: the cache was made for a model of {len(self.layers)} layers")
@@ -240,11 +317,11 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """Masks cover every column seen, whatever is kept; the offset marks them as a compressed cache's.
 
         `generate` asks before every step, compiled or not, which makes this the place for what the host has to do
-        between compiled steps: to let buffers grow.
+        between compiled steps: to let buffers grow, and to quantize what has become old enough.
         """
         sequence = self._state.sequence
         if decoding.host_is_left_out(self._state):
-            return sequence.seen + query_length, attention.COMPRESSED
+            return query_length, attention.COMPRESSED  # no mask is made, and graphs depend on no number
         if query_length == 1:
             decoding.prepare_step(self._state)
         unread = not sequence.seen or not sequence.row_seen.all()  # a prompt in chunks, of which some row had none yet
@@ -252,18 +329,38 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether decode steps can be compiled: not while the past is recorded, freed slots merged, or some packed."""
+        """Whether decode steps can be compiled: not while the past is recorded or freed slots are merged."""
         merger = self.config.merger
         merges = merger is not None and merger.merges_decoding
         reducer = self.config.reducer
         renumbers = reducer is not None and reducer.positions == "per_layer"
-        host = merges or renumbers or self.config.quantizer is not None or self._state.heads is not ALONE
+        host = merges or renumbers or self._state.heads is not ALONE
         return not (self._state.recording or host)
 
     @property
     def batch_size(self) -> int:
         """Rows that the cache holds; -1 before the first forward."""
         return self._state.sequence.batch or -1
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        """Keys and values of each layer's slots in use, `[batch, kv_heads, slots, head_dim]`; None before any token.
+
+        Slots are in no promised order, and what lies in those beyond a row's own means nothing; `report()` says which
+        tokens are held.
+        """
+        decoding.catch_up_if_needed(self._state)
+        return ((layer.keys, layer.values) for layer in self.layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values in full precision; the model's before the first token."""
+        return self._state.dtype if self.is_initialized else self.decoder().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first layer's keys and values are; the model's before the first token."""
+        keys = self.layers[0].store.keys
+        return self.decoder().device if keys is None else keys.device
 
     @property
     def is_initialized(self) -> bool:
@@ -326,6 +423,36 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             CacheStateError: if one of them was evicted already (see `is_croppable`); nothing has changed then.
         """
         undoing.crop(self._state, tokens_to_remove)
+
+    def score_by_reconstruction(self, tokenizer: Any, inputs: Mapping[str, Any], *, chunk: int = 2048) -> None:
+        """Reads a prompt, asks the model to repeat it, and keeps what that looks at: compression without a question.
+
+        For the scorer `kvzip`, and many questions on one document: ask them of copies (`copy.deepcopy(cache)`). The
+        prompt is held whole until it is scored; the repetition is taken back.
+
+        Source: KVzip (arXiv 2505.23416, section 3; its released code for the words of the request).
+
+        Args:
+            tokenizer: the model's, for the request; its chat template, if it has one, tells how an answer begins.
+            inputs: what the model is called with: `input_ids` `[batch, tokens]`, `attention_mask` where rows have
+                padding, and what images need. A prompt with images is repeated as a whole.
+            chunk: tokens that are repeated at a time.
+
+        Raises:
+            ConfigError: if the scorer is not made for it, or the inputs hold no ids.
+            CacheStateError: if the cache has seen tokens already. What fails later leaves an empty cache.
+        """
+        model = self._model()
+        if model is None:
+            raise CacheStateError("cache: the model it was made for no longer exists; make a new cache for this one")
+        try:
+            with torch.no_grad():
+                forward = partial(model, **cache_argument(self))
+                reconstruct(self._state, model, forward, tokenizer, inputs, chunk)
+        except BaseException:
+            if self._state.recording:
+                self.reset()
+            raise
 
     def activate_past_recording(self) -> None:
         """Lets eviction wait for `crop` after each forward, as assisted decoding needs it."""

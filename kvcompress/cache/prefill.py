@@ -21,9 +21,9 @@ from kvcompress.policies.context import AllocationContext
 from kvcompress.policies.images import ImageLayout
 
 
-def begin(state: CacheState, query: Tensor, mask: Mask, layout: ImageLayout | None) -> None:
-    """Makes the step of a forward of several tokens, and takes note of them."""
-    batch, _, queries, _ = query.shape
+def begin(state: CacheState, queries: int, device: torch.device, mask: Mask, layout: ImageLayout | None) -> None:
+    """Makes the step of a forward of so many columns, and takes note of their tokens."""
+    batch = len(mask.row_new)
     decoding.catch_up_if_needed(state)
     sequence, first = state.sequence, state.sequence.seen
     step = Prefill(columns=queries, evicts=not state.recording, row_new=mask.row_new)
@@ -34,7 +34,7 @@ def begin(state: CacheState, query: Tensor, mask: Mask, layout: ImageLayout | No
         _hide(state, mask.hidden)
     sequence.extend(new_valid, queries, step.row_new)
     step.row_seen = sequence.row_seen
-    index = sequence.index_of_columns(query.device)[:, first:]
+    index = sequence.index_of_columns(device)[:, first:]
     if step.order is not None:
         index = index.gather(1, step.order)
         new_valid = index >= 0
@@ -46,7 +46,7 @@ def begin(state: CacheState, query: Tensor, mask: Mask, layout: ImageLayout | No
     if not (state.config.evictor is None or state.recording or step.reduction is not None):
         if not state.config.allocator.reads_importance:
             before = [np.broadcast_to(layer.held if len(layer.held) else 0, batch) for layer in state.layers]
-            step.local = partial(_allocate_once, state, np.stack(before) + step.row_new, query.device)
+            step.local = partial(_allocate_once, state, np.stack(before) + step.row_new, device)
 
 
 def end(state: CacheState, step: Prefill) -> None:
@@ -55,7 +55,7 @@ def end(state: CacheState, step: Prefill) -> None:
         state.waiting = Phase.PREFILL
     elif state.config.evictor is None:
         for layer in state.layers:
-            layer.close_ranks(room=state.room)
+            layer.close_ranks(room=_reserved(state))
             layer.pack()
     elif step.local is None:
         compress_all(state, step)
@@ -121,12 +121,17 @@ def _allocate(
 
 def _room_for(state: CacheState, allocation: Allocation) -> list[int]:
     """Slots to allocate beyond each layer's budget: for the token that comes, and what is reserved."""
-    evictor, row_seen = state.config.evictor, state.sequence.row_seen
+    evictor, row_seen, reserve = state.config.evictor, state.sequence.row_seen, _reserved(state)
     if evictor is None or evictor.frees == "nothing":
-        return [state.room] * len(state.layers)
-    later = allocation.limits(state.rule, row_seen + state.room).max(1)
-    grown = np.minimum(np.maximum(0, later - allocation.budgets.max(1)), state.room)
+        return [reserve] * len(state.layers)
+    later = allocation.limits(state.rule, row_seen + reserve).max(1)
+    grown = np.minimum(np.maximum(0, later - allocation.budgets.max(1)), reserve)
     return [int(slots) + 1 for slots in grown]
+
+
+def _reserved(state: CacheState) -> int:
+    """Slots to reserve where tokens are selected; a quantizer has yet to say how many of them stay as they are."""
+    return state.room if state.config.quantizer is None else 0
 
 
 def _budget_rule(state: CacheState) -> Rule:
@@ -163,6 +168,12 @@ def _hide(state: CacheState, hidden: Tensor) -> None:
     with state.writable():
         for layer in state.layers:
             layer.renumber(new_index)
+
+
+def reduces_first(state: CacheState) -> bool:
+    """Whether the reducer acts before the first layer, so that the step begins before it."""
+    reducer = state.config.reducer
+    return reducer is not None and 0 in reducer.acts_after(len(state.layers))
 
 
 def reduce(state: CacheState, layer: int, hidden: Tensor) -> tuple[Tensor, Reduction] | None:

@@ -22,7 +22,7 @@ class Reduction:
     ends with its last token. The host waits for the device once for each reduction.
 
     Attributes:
-        points: numbers of layers after which the reducer acts.
+        points: numbers of layers after which the reducer acts, 0 before the first.
         index: number of tokens of the row that came before each token that goes on, `[batch, tokens]`; -1 for padding.
         valid: which of them are no padding; None if none is.
         row_tokens: how many tokens of each row go on; None before the first reduction.
@@ -127,7 +127,7 @@ class Reduction:
             image_tokens=self._layout.image_tokens,
             guidance=self._guidance,
         )
-        with policy_errors(self.reducer, layer - 1):
+        with policy_errors(self.reducer, layer - 1 if layer else None):
             reduced = self.reducer.reduce(context)
         self._check_form(reduced, context)
         stays, into = self._go_on(reduced, context)
@@ -225,7 +225,8 @@ class Reduction:
         self.into[layer] = self._into
 
     def _label(self, context: ReductionContext) -> str:
-        return f"reducer {self.reducer.name}: after layer {context.layer}"
+        where = f"after layer {context.layer}" if context.layer >= 0 else "before the first layer"
+        return f"reducer {self.reducer.name}: {where}"
 
 
 def _starts(batch: int, columns: int, device: torch.device) -> Int[Tensor, "batch one"]:

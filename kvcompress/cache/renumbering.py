@@ -52,7 +52,10 @@ def lost_before(state: CacheState, layer: int) -> Tensor | None:
     None where they do not, or nothing was lost; on the device, without waiting for it.
     """
     reducer, step, sequence = state.config.reducer, state.step, state.sequence
-    if reducer is None or reducer.positions != "per_layer" or step is None or step.next_layer != layer:
+    if reducer is None or reducer.positions != "per_layer":
         return None
-    missing, earlier = sequence.missing(layer), sequence.seen - step.columns
+    if (step is None and layer) or (step is not None and step.next_layer != layer):
+        return None
+    columns = 0 if step is None else step.columns  # the step of a first layer may be yet to begin
+    missing, earlier = sequence.missing(layer), sequence.seen - columns
     return None if missing is None or not earlier else missing[:, :earlier].sum(1)

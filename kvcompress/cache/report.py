@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 from kvcompress.cache import decoding
 from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.state import CacheState
+from kvcompress.markup import bars, size, table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CacheReport:
     """A snapshot of what a cache holds; plain numbers and lists, so it can be kept, compared and written as JSON.
 
@@ -54,6 +56,32 @@ class CacheReport:
     decoding: str | None = None
     notes: list[str] = field(default_factory=list)
 
+    def __repr__(self) -> str:
+        return (
+            f"CacheReport({len(self.row_tokens_seen)} x {self.tokens_seen:,} tokens seen, {len(self.layer_lengths)} "
+            f"layers, retention {self.retention:.1%}, {size(self.kv_bytes)} of {size(self.full_kv_bytes)})"
+        )
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: figures, and a bar for what each layer keeps of the tokens seen."""
+        figures = {
+            "tokens seen": f"{self.tokens_seen:,}" if len(set(self.row_tokens_seen)) < 2 else str(self.row_tokens_seen),
+            "retention": f"{self.retention:.1%}",
+            "key/value cache": f"{size(self.kv_bytes)} of {size(self.full_kv_bytes)}",
+            "index": size(self.index_bytes),
+        }
+        if self.threshold is not None:
+            figures["threshold p"] = ", ".join(f"{one:.4f}" for one in self.threshold)
+        if self.vision_retention is not None:
+            figures["image tokens given"] = f"{self.vision_retention:.1%}"
+        notes = {f"note {number}": note for number, note in enumerate(self.notes, 1)}
+        seen = max(1, sum(self.row_tokens_seen))
+        kept = [sum(rows) for rows in self.layer_lengths]
+        texts = [f"{sum(rows) / max(1, len(rows)):,.0f} tokens" for rows in self.layer_lengths]
+        return table("CacheReport", figures | notes) + bars(
+            "kept of the tokens seen, by layer", [rows / seen for rows in kept], texts
+        )
+
     @property
     def retention(self) -> float:
         """Tokens kept / tokens seen, over all layers and rows; 1.0 before anything was seen."""
@@ -64,20 +92,27 @@ class CacheReport:
     def vision_retention(self) -> float | None:
         """Image tokens that layers were given / image tokens seen, mean over layers; None without images."""
         seen = sum(self.image_tokens[0]) if self.image_tokens else 0
+        for row in self.went_into.get(0, []):  # what the first layer never got
+            seen += sum(into != column for column, into in enumerate(row))
         return sum(map(sum, self.image_tokens)) / (seen * len(self.image_tokens)) if seen else None
 
-    def columns(self, layer: int, row: int, head: int | None = None) -> list[int]:
-        """Columns that a layer holds for a row, ascending.
+    def positions(self, layer: int, row: int, head: int | None = None) -> list[int]:
+        """Positions of the tokens that a layer holds for a row, padding counted, ascending.
 
         Args:
             layer: index of the decoder layer.
             row: row of the batch.
-            head: key/value head; None for the columns that any head holds.
+            head: key/value head; None for the positions that any head holds.
         """
         sets = self.held_columns[layer][row]
         if head is not None:
             return list(sets[0 if len(sets) == 1 else head])
         return sorted(set().union(*sets))
+
+    def columns(self, layer: int, row: int, head: int | None = None) -> list[int]:
+        """Deprecated alias of `positions`."""
+        warnings.warn("CacheReport.columns is now called positions", DeprecationWarning, stacklevel=2)
+        return self.positions(layer, row, head)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but columns, with `retention`, ready for JSON."""

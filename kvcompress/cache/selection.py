@@ -153,6 +153,13 @@ def compress(
         layer.pack()
 
 
+def _value_norms(layers: List[CompressedLayer], ranking: Ranking) -> Tensor:
+    """Norms of the values after each layer's output projection, over all heads, laid out as the ranking."""
+    slots, device = ranking.index.shape[2], ranking.index.device
+    norms = torch.cat([_padded(layer.value_norms(), slots, 0.0).to(device) for layer in layers])
+    return layers[0].heads.gather(norms)
+
+
 def _selected(layers: List[CompressedLayer], step: Prefill, allocation: Allocation, ranking: Ranking) -> Tensor:
     """Which slots stay, `[layers * batch, sets, slots]`, over all heads; what may be wrong with the answer is noted.
 
@@ -170,6 +177,7 @@ def _selected(layers: List[CompressedLayer], step: Prefill, allocation: Allocati
         is_image=ranking.is_image,
         image_budget=None if images is None else images[numbers].flatten().to(ranking.index.device),
         problems=step.problems,
+        value_norms=_value_norms(layers, ranking) if evictor.reads_value_norms else None,
     )
     sets = (1, context.valid.shape[1], 0 if context.importance is None else context.importance.shape[1])
     rows, _, slots = context.valid.shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from jaxtyping import Int
@@ -11,6 +13,7 @@ from kvcompress.cache.allocation import Allocation, Rule
 from kvcompress.cache.sequence import Counts
 
 _LATEST = 2**31 - 1  # as a token index: never the oldest
+_DERIVED = ("_allocation", "_rule", "_age", "_none", "_slots")  # from what else is known of the cache
 
 
 class SlotTable:
@@ -125,6 +128,24 @@ class SlotTable:
                     torch._dynamo.mark_static_address(tensor)
 
     @property
+    def evicts(self) -> bool:
+        """Whether layers over their budget lose tokens."""
+        return self._allocation is not None
+
+    def saved(self) -> dict[str, Any]:
+        """What has to be kept to go on elsewhere, beside the allocation and the rule."""
+        return {name: value for name, value in vars(self).items() if name not in _DERIVED}
+
+    @classmethod
+    def from_saved(cls, saved: dict[str, Any], allocation: Allocation | None, rule: Rule) -> SlotTable:
+        """The table that `saved` gave."""
+        table = cls.__new__(cls)
+        table.__dict__.update(saved, _allocation=allocation, _rule=rule, _age=None)
+        table._none = torch.full((), -1, dtype=torch.int64, device=table.index.device)
+        table._derive()
+        return table
+
+    @property
     def capacity(self) -> int:
         """Slots that the index has room for."""
         return self.index.shape[-1]
@@ -210,16 +231,23 @@ class SlotTable:
             self.hole = np.zeros_like(self.hole)
 
     def bound(self, steps: int) -> np.ndarray:
-        """At most the slots that each layer has in use after so many steps more than now, `[layers]`."""
+        """At most the slots that each layer has in use while it attends in so many steps more, `[layers]`."""
+        most: np.ndarray = np.maximum(self.held(steps - 1) + 1, self.extent).max(1)
+        return most
+
+    def held(self, steps: int = 0) -> np.ndarray:
+        """At most the tokens that layers and rows hold after so many steps more than now, `[layers, batch]`."""
+        if self.exact and not steps:
+            held: np.ndarray = self.extent - self.hole
+            return held
         lengths, row_seen = self._start
         taken = self.steps + steps
-        grown = lengths + taken
-        if self._allocation is not None:
+        held = lengths + taken
+        if self._allocation is not None:  # what is freed after a step is no more than what came in it
             limits = self._allocation.limits(self._rule, row_seen + taken) - self._packed_rows
             limits = np.maximum(limits, self._pinned_rows) if self._by_age else limits
-            grown = np.minimum(grown, np.maximum(lengths, limits) + 1)
-        most: np.ndarray = np.maximum(grown, self.extent).max(1)
-        return most
+            held = np.minimum(held, np.maximum(lengths, limits))
+        return held
 
     # -- between steps -------------------------------------------------------------------------------------------------
 
@@ -229,6 +257,15 @@ class SlotTable:
         self.steps = columns - self._first_column
         self.extent, self.hole = self.length[:, :, 0].cpu().numpy().copy(), (self.free[:, :, 0] >= 0).cpu().numpy()
         return columns
+
+    def become(self, table: SlotTable) -> None:
+        """Says what another table says, in its own tensors where they have the same shapes."""
+        for name, value in vars(table).items():
+            own = getattr(self, name, None)
+            if isinstance(own, Tensor) and isinstance(value, Tensor) and own.shape == value.shape:
+                own.copy_(value)
+            else:
+                setattr(self, name, value)
 
     def grow(self, capacity: int) -> None:
         """Makes room for more slots in the index."""

@@ -35,6 +35,7 @@ class CacheState:
         sequence: what was seen.
         rule: what the budget says of a row.
         allocation: what the last allocation gave.
+        has_kernels: whether decode steps attend with kernels of ours, which read the slots in use alone.
         table: where tokens lie while the model decodes; None until the next step makes it.
         recording: whether eviction waits for `crop`.
         waiting: kind of the step whose eviction waits.
@@ -56,6 +57,7 @@ class CacheState:
         self.rule = Rule.of(self.config, len(self.layers))
         self.allocation: Allocation | None = None
         self.table: SlotTable | None = None
+        self.has_kernels = False
         self.recording = False
         self.waiting: Phase | None = None
         self.reduced: Reduction | None = None
@@ -125,6 +127,34 @@ class CacheState:
         parts += [part for part in (self.table, self.allocation) if part is not None]
         return [(part, {name: _apart(value) for name, value in vars(part).items()}) for part in (*parts, self)]
 
+    def saved(self) -> dict[str, Any]:
+        """What has to be kept to go on elsewhere, as plain values; the host must know of every step."""
+        table = self.table
+        return {
+            "sequence": self.sequence.saved(),
+            "calls": self.calls.saved(),
+            "layers": [layer.saved() for layer in self.layers if layer.is_initialized],
+            "allocation": self.allocation,
+            "rule": self.rule,
+            "recording": self.recording,
+            "ran": self.ran,
+            "table": None if table is None else table.saved(),
+            "table_evicts": table is not None and table.evicts,
+        }
+
+    def restore(self, saved: dict[str, Any], devices: list[torch.device]) -> None:
+        """Takes over what `saved` gave; layers and their tensors are on those devices."""
+        self.sequence.restore(saved["sequence"])
+        self.calls.restore(saved["calls"])
+        if saved["layers"]:
+            for layer, kept, device in zip(self.layers, saved["layers"], devices, strict=True):
+                layer.restore(kept, device)
+        self.allocation, self.rule, self.recording = saved["allocation"], saved["rule"], bool(saved["recording"])
+        self.ran = saved["ran"]
+        if saved["table"] is not None:
+            allocation = self.allocation if saved["table_evicts"] else None
+            self.table = SlotTable.from_saved(saved["table"], allocation, self.rule)
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the keys and values."""
@@ -140,6 +170,14 @@ class CacheState:
         table = self.table
         made_in_it = (keys is not None and keys.is_inference()) or (table is not None and table.index.is_inference())
         return torch.inference_mode() if made_in_it else nullcontext()
+
+    @property
+    def early(self) -> bool:
+        """Whether a step began before its first layer, since a reducer acts there, and that layer is yet to attend."""
+        step = self.step
+        if not isinstance(step, Prefill) or step.reduction is None:
+            return False
+        return step.next_layer == 0 and 0 in step.reduction.points
 
     def check_ready(self) -> None:
         """Refuses to go on after a step that failed.

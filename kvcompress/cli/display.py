@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvcompress.evaluation import Generation
+from kvcompress.markup import size
 
 _BARS = "▁▂▃▄▅▆▇█"
 _DIGITS = "123456789"  # where the terminal has no bars
@@ -53,14 +54,6 @@ def layer_bars(lengths: Sequence[int], encoding: str) -> str:
     return "".join(levels[(length * len(levels) - 1) // most if length else 0] for length in lengths)
 
 
-def size(count: int) -> str:
-    """Bytes in words."""
-    amount, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
-    while amount >= 1024 and len(units) > 1:
-        amount, units = amount / 1024, units[1:]
-    return f"{count} bytes" if units[0] == "bytes" else f"{amount:.1f} {units[0]}"
-
-
 def agreement(first: Generation, second: Generation) -> tuple[bool, int]:
     """Whether two answers are the same tokens, and how many tokens they share from the start on."""
     same = first.token_ids == second.token_ids
@@ -76,7 +69,7 @@ def _tokens(result: Generation) -> str:
 def _image_tokens(result: Generation) -> str:
     """How many go into the layers, where a reducer acted: "144 in 3 layers, 72 in 2, ..."."""
     counts = [rows[0] for rows in result.report.image_tokens]
-    if len(set(counts)) < 2:
+    if len(set(counts)) < 2 and 0 not in result.report.went_into:
         return ""
     runs = [(count, len(list(layers))) for count, layers in groupby(counts)]
     first, *rest = (f"{count:,} in {layers}" for count, layers in runs)

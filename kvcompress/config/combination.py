@@ -74,7 +74,7 @@ def _mass(chosen: Combination, evictor: Evictor) -> None:
     if chosen.scorer is not None and chosen.scorer.mass:
         return
     came = "scorer is none" if chosen.scorer is None else f"the scores of the scorer {chosen.scorer.name} are no mass"
-    for policy in (chosen.allocator, chosen.merger):
+    for policy in (chosen.allocator, evictor, chosen.merger):
         if policy is not None and policy.reads_mass:
             mass = [name for name in SCORERS.names() if SCORERS.get(name).mass]
             raise ConfigError(
@@ -116,7 +116,7 @@ def _residual(chosen: Combination, evictor: Evictor, quantizer: Quantizer) -> No
     kept, sinks = (torch.tensor([count], dtype=torch.int64) for count in (_MANY, chosen.budget.sink))
     loose = _MANY - int(evictor.pinned(kept, sinks, chosen.recent))
     if evictor.frees == "chosen" or loose > quantizer.residual:
-        reach = "any slot" if evictor.frees == "chosen" or loose > _MANY // 2 else f"one of the last {loose} slots"
+        reach = "any token" if evictor.frees == "chosen" or loose > _MANY // 2 else f"one of the last {loose} tokens"
         raise ConfigError(
             f"quantizer {quantizer.name}: decode steps of the evictor {evictor.name} free {reach}, but all except the "
             f"residual of {quantizer.residual} is quantized; choose an evictor with decode='fixed_point' or 'none', or "

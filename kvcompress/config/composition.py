@@ -30,7 +30,6 @@ NEIGHBOURS = (
 # What a policy is given that cannot be made from its name alone.
 EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
     ("allocator", "profile"): {"retention": [0.6, 0.1, 0.35]},  # as many layers as the models of the tests have
-    ("scorer", "blend"): {"scorers": ["attention", "position"]},
     ("reducer", "lightkv"): {"windows": [2, 1]},  # which the small images of the tests have enough tokens for
 }
 # What stands in the stages that a pair leaves open, in the order in which it is tried.
@@ -129,7 +128,7 @@ def presets_as_markdown() -> str:
 _PRESETS_INTRODUCTION = """# Presets
 
 This page is written by `python tools/composition.py`. A preset is a configuration with a name, any field of which can
-be overridden: `CompressedCache(model, "snapkv", budget=0.3, merger="average")`. The [benchmarks](../benchmarks.md)
+be overridden: `CompressedCache(model, "snapkv", budget=0.3, merger="lookm")`. The [benchmarks](../benchmarks.md)
 compare them on plain text.
 """
 _INTRODUCTION = """# What goes with what

@@ -20,7 +20,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "prefixkv+merge": (
         "PrefixKV (arXiv 2412.03409) whose evicted tokens are averaged into the most similar kept ones (LOOK-M, arXiv "
         "2406.18139); a combination of ours.",
-        {"budget": _ONE, "scorer": "attention", "allocator": _PREFIX, "merger": "average"},
+        {"budget": _ONE, "scorer": "attention", "allocator": _PREFIX, "merger": "lookm"},
     ),
     "prefixkv+int4": (
         "PrefixKV (arXiv 2412.03409) stored in four bits as in KIVI (arXiv 2402.02750); a combination of ours.",
@@ -79,7 +79,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "budget": {"fraction": 0.2, "sink": 1, "recent": 16},
             "scorer": {"name": "attention", "text_weight": 1000.0},
             "evictor": {"name": "topk", "granularity": "head"},
-            "merger": {"name": "pivotal", "within_modality": False},
+            "merger": {"name": "lookm", "rule": "pivotal", "within_modality": False},
         },
     ),
     "cake": (

@@ -8,6 +8,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from kvcompress.errors import KVCompressWarning
+
 
 def runs_triton(device: torch.device) -> bool:
     """Whether a device is one that Triton compiles for here: an NVIDIA GPU from compute capability 8.0 on."""
@@ -28,7 +30,7 @@ def _works(device: torch.device) -> bool:
         warnings.warn(
             f"Triton kernels do not run on {torch.cuda.get_device_name(device)}, so that attention over a compressed "
             f"cache runs in plain torch, which is slower: {type(error).__name__}: {error}",
-            RuntimeWarning,
+            KVCompressWarning,
             stacklevel=3,
         )
         return False

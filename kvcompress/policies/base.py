@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
+import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
@@ -52,12 +53,14 @@ class Scorer(Policy):
         mass: whether scores are non-negative and add up over tokens, so that a share of their sum means something.
         reads_attention: whether `LayerContext.attention_mass` is called; costs nothing where it is False.
         accumulates: whether scores of a later forward add to those a slot has (else they replace them).
+        reconstructs: whether it is made for `CompressedCache.score_by_reconstruction`.
         independent: whether the score of a token follows from that token alone, so that it stays right when later
             tokens are taken back.
     """
 
     stage = "scorer"
     mass: ClassVar[bool] = False
+    reconstructs: ClassVar[bool] = False
     reads_attention: ClassVar[bool] = False
     independent: ClassVar[bool] = False
 
@@ -160,11 +163,15 @@ class Evictor(Policy):
 
     Class attributes:
         reads_importance: whether it ranks by importance, which needs a scorer.
+        reads_mass: whether it treats importance as mass, which not every scorer gives.
+        reads_value_norms: whether `SelectionContext.value_norms` is given; costs nothing where it is False.
         keeps_modality: whether `select` keeps `SelectionContext.image_budget` image tokens where one is given.
     """
 
     stage = "evictor"
     reads_importance: ClassVar[bool] = True
+    reads_mass: ClassVar[bool] = False
+    reads_value_norms: ClassVar[bool] = False
     keeps_modality: ClassVar[bool] = False
 
     @abstractmethod
@@ -237,6 +244,13 @@ class Quantizer(Policy):
     """Stores keys and values in fewer bits, all but the most recent ones, a whole group of tokens at a time.
 
     What is quantized is never touched again: later groups are appended, and eviction copies codes as they are.
+    `decode` becomes a part of compiled decode steps, so it asks the device nothing.
+
+    Class attributes:
+        code_dtype: dtype (`torch.uint8` or `torch.float8_e4m3fn`) in which `kvcompress.kernels.codes` reads the bytes
+            of `Codes.data`, of keys and values alike, if codes are in the layout described there and `decode` means
+            what `kvcompress.kernels.codes.decoded` does: then a kernel decodes them on a GPU, while it attends. None
+            where only `decode` can read them.
 
     Args:
         group: tokens that are quantized together.
@@ -244,6 +258,7 @@ class Quantizer(Policy):
     """
 
     stage = "quantizer"
+    code_dtype: ClassVar[torch.dtype | None] = None
 
     group: int = Field(default=64, ge=1)
     residual: int = Field(default=64, ge=0)
@@ -268,9 +283,10 @@ class Quantizer(Policy):
 class Reducer(Policy):
     """Lets fewer image tokens go on from one decoder layer to the next, in the forward that brings the image.
 
-    A layer that has run keeps the keys and values of all tokens it saw; the layers after it see, and store, fewer. Text
-    always goes on as it is, and so does the last token of a row, which counts as text here even if it ends an image.
-    All rows are reduced at once, each as it would be alone.
+    It may act before the first layer too, on what goes into the decoder. A layer that has run keeps the keys and values
+    of all tokens it saw; the layers after it see, and store, fewer. Text always goes on as it is, and so does the last
+    token of a row, which counts as text here even if it ends an image. All rows are reduced at once, each as it would
+    be alone.
 
     Class attributes:
         reads_attention: whether `guidance` is called at the layers after which it acts.
@@ -293,7 +309,7 @@ class Reducer(Policy):
 
     @abstractmethod
     def acts_after(self, layers: int) -> tuple[int, ...]:
-        """How many layers have run when it acts, once for each reduction, ascending.
+        """How many layers have run when it acts, once for each reduction, ascending; 0 before the first.
 
         Args:
             layers: number of decoder layers.

@@ -196,6 +196,8 @@ class SelectionContext:
         is_image: which slots hold image tokens; None for text-only sequences.
         image_budget: how many of the budget are for image tokens; None unless the allocator splits it by modality.
         problems: where the evictor puts checks of what is on the device, which are read for all layers together.
+        value_norms: L1 norm of each slot's value after the output projection, mean over each group of heads; None
+            unless the evictor declares `reads_value_norms`.
     """
 
     budget: Int[Tensor, " batch"]
@@ -206,6 +208,7 @@ class SelectionContext:
     is_image: Bool[Tensor, "batch sets slots"] | None = None
     image_budget: Int[Tensor, " batch"] | None = None
     problems: Problems = field(default_factory=Problems)
+    value_norms: Float[Tensor, "batch kv_heads slots"] | None = None
 
 
 @dataclass(frozen=True)
@@ -262,7 +265,7 @@ class Merged:
 
 @dataclass(frozen=True)
 class Codes:
-    """Quantized keys or values: `code * scale - shift` gives them back.
+    """Quantized keys or values: `code * scale - shift` gives them back, as they were or as a quantizer turned them.
 
     Attributes:
         data: codes of every slot, packed into bytes or in a narrow dtype; its last axis holds a slot's dimensions.
@@ -318,8 +321,8 @@ class ReductionContext:
 
     Attributes:
         stage: number of the reduction, from 0.
-        layer: index of the decoder layer that has just run.
-        hidden: hidden states that this layer gave.
+        layer: index of the decoder layer that has just run; -1 before the first.
+        hidden: hidden states that this layer gave, or that go into the first.
         index: number of tokens of the row that came before each token; -1 for padding.
         is_image: which of them are image tokens; never the last, from whose state the next token is read.
         grids: grids of each row's images.
@@ -327,7 +330,7 @@ class ReductionContext:
         cell: row and column that each token has had in its grid from the start; meaningless where there is no grid.
         size: height and width of that grid; meaningless where there is no grid.
         image_tokens: image tokens of each row in this forward before the first reduction; known on the host.
-        guidance: what the reducer's `guidance` gave for them at this layer; None without one.
+        guidance: what the reducer's `guidance` gave for them at this layer; None without one, and before the first.
     """
 
     stage: int

@@ -15,6 +15,12 @@ from pydantic import BeforeValidator, PlainSerializer
 from kvcompress.errors import ConfigError, KVCompressWarning, UnknownPolicyError, shown
 from kvcompress.policies.base import Allocator, Evictor, Merger, Policy, Quantizer, Reducer, Scorer
 
+# What policies of former names are now: (stage, name) -> how to ask for them.
+_NOW = {
+    ("merger", "average"): "'lookm'",
+    ("merger", "pivotal"): "'lookm' with rule='pivotal'",
+    ("merger", "weighted"): "'lookm' with rule='weighted'",
+}
 ENTRY_POINT_GROUP = "kvcompress.policies"
 PolicyT = TypeVar("PolicyT", bound=Policy)
 
@@ -65,29 +71,42 @@ class Registry(Generic[PolicyT]):
         return sorted(self._policies)
 
     def get(self, name: str) -> type[PolicyT]:
-        """The class registered under a name.
+        """The class registered under a name, without or with a number of bits at its end.
 
         Raises:
             UnknownPolicyError: if there is none; the message suggests the nearest name.
         """
-        if name not in self._policies:
-            _load_entry_points()
-        if name not in self._policies:
-            raise unknown_name(self.stage, "policy", name, self.names())
-        return self._policies[name]
+        return self._policies[self._read(name)[0]]
 
     def create(self, name: str, /, **fields: Any) -> PolicyT:
-        """Makes the policy of that name.
+        """Makes the policy of that name; a number at its end is short for the field `bits`.
 
         Raises:
             UnknownPolicyError: if nobody registered the name.
             ConfigError: if a field is unknown or has a wrong value.
         """
-        policy = self.get(name)
+        registered, bits = self._read(name)
+        if bits is not None and fields.setdefault("bits", bits) != bits:
+            raise ConfigError(
+                f"{self.stage} {name}: the name says {bits} bits, the field {shown(fields['bits'])}; give one"
+            )
         try:
-            return policy(**fields)
+            return self._policies[registered](**fields)
         except ConfigError as error:
             raise ConfigError(f"{self.stage} {name}: {error}") from None
+
+    def _read(self, name: str) -> tuple[str, int | None]:
+        """The registered name, and the bits where they stand at the end of what was given."""
+        if name not in self._policies:
+            _load_entry_points()
+        if name in self._policies:
+            return name, None
+        short = name.rstrip("0123456789")
+        if short != name and "bits" in getattr(self._policies.get(short), "model_fields", {}):
+            return short, int(name[len(short) :])
+        if (self.stage, name) in _NOW:
+            raise UnknownPolicyError(f"{self.stage}: '{name}' is now {_NOW[self.stage, name]}")
+        raise unknown_name(self.stage, "policy", name, self.names())
 
     def parse(self, given: object) -> PolicyT | None:
         """Reads a policy given as a name, a dict with a `name`, an object, or None / "none" for no policy."""
@@ -158,7 +177,6 @@ QUANTIZERS: Registry[Quantizer] = Registry(Quantizer)  # type: ignore[type-abstr
 REDUCERS: Registry[Reducer] = Registry(Reducer)  # type: ignore[type-abstract]
 
 # Fields of policies that are made of other policies: a name, a dict with `name`, or an object.
-ScorerField = Annotated[Scorer, BeforeValidator(SCORERS.parse), PlainSerializer(SCORERS.dump)]
 AllocatorField = Annotated[Allocator, BeforeValidator(ALLOCATORS.parse), PlainSerializer(ALLOCATORS.dump)]
 
 REGISTRIES: tuple[Registry[Any], ...] = (SCORERS, ALLOCATORS, EVICTORS, MERGERS, QUANTIZERS, REDUCERS)

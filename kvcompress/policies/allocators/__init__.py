@@ -1,6 +1,5 @@
 """Allocators: how many slots each layer keeps."""
 
-from kvcompress.policies.allocators.blend import Blend
 from kvcompress.policies.allocators.entropy import Entropy
 from kvcompress.policies.allocators.modality import Modality
 from kvcompress.policies.allocators.prefix import Prefix
@@ -8,6 +7,5 @@ from kvcompress.policies.allocators.profile import Profile
 from kvcompress.policies.allocators.pyramid import Pyramid
 from kvcompress.policies.allocators.sparsity import Sparsity
 from kvcompress.policies.allocators.uniform import Uniform
-from kvcompress.policies.allocators.zigzag import ZigZag
 
-__all__ = ["Blend", "Entropy", "Modality", "Prefix", "Profile", "Pyramid", "Sparsity", "Uniform", "ZigZag"]
+__all__ = ["Entropy", "Modality", "Prefix", "Profile", "Pyramid", "Sparsity", "Uniform"]

@@ -37,7 +37,7 @@ class Bipartite(Reducer):
         if self.vision_retention is not None:
             return self._closest(layers)
         published: tuple[int | float, ...] = _PUBLISHED.get(layers, _FRACTIONS)
-        return layers_at(self.name, published if self.after is None else self.after, layers)
+        return layers_at(self, published if self.after is None else self.after, layers)
 
     def _closest(self, layers: int) -> tuple[int, ...]:
         """Three layers at equal distances, no further apart than LightKV's, or fewer."""

@@ -34,7 +34,7 @@ class FastV(Dropping):
 
     def acts_after(self, layers: int) -> tuple[int, ...]:
         """Once, after `layer` layers."""
-        return layers_at(self.name, (self.layer,), layers)
+        return layers_at(self, (self.layer,), layers)
 
     def share(self, stage: int) -> float:
         """What `drop` leaves."""

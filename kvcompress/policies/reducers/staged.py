@@ -15,19 +15,25 @@ from kvcompress.errors import ConfigError
 from kvcompress.policies.base import Reducer
 from kvcompress.policies.context import LayerContext, Reduced, ReductionContext
 
-Depth = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0.0, lt=1.0)]
+Depth = Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0.0, lt=1.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
-def layers_at(name: str, after: tuple[int | float, ...], layers: int) -> tuple[int, ...]:
+def layers_at(reducer: Reducer, after: tuple[int | float, ...], layers: int) -> tuple[int, ...]:
     """Numbers of layers, from numbers or from fractions of the depth (rounded, a half up; at least 1).
 
     In a shallow decoder, fractions that come to the same layer are moved on to the next one, and left out where there
     is none.
 
     Raises:
-        ConfigError: unless the numbers ascend and leave at least one layer after the last.
+        ConfigError: unless the numbers ascend and leave at least one layer after the last; for 0, before the first
+            layer, if the reducer reads attention.
     """
+    if reducer.reads_attention and 0 in after:
+        raise ConfigError(
+            f"reducer {reducer.name}: after={list(after)}: it reads the attention of a layer, so one has to run first; "
+            "begin with 1 or more"
+        )
     found: list[int] = []
     for depth in after:
         if not isinstance(depth, float):
@@ -36,8 +42,8 @@ def layers_at(name: str, after: tuple[int | float, ...], layers: int) -> tuple[i
             found.append(number)
     if any(second <= first for first, second in pairwise(found)) or (found and found[-1] >= layers):
         raise ConfigError(
-            f"reducer {name}: after={list(after)} must ascend and stay below the {layers} layers of the model's "
-            "decoder; give numbers of layers, or fractions of the depth"
+            f"reducer {reducer.name}: after={list(after)} must ascend and stay below the {layers} layers of the "
+            "model's decoder; give numbers of layers, or fractions of the depth"
         )
     return tuple(found)
 
@@ -110,7 +116,7 @@ class Staged(Dropping):
 
     def acts_after(self, layers: int) -> tuple[int, ...]:
         """The layers in `after`."""
-        return layers_at(self.name, self.after, layers)
+        return layers_at(self, self.after, layers)
 
     def share(self, stage: int) -> float:
         """The entry of `keep_shares`."""

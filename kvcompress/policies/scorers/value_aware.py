@@ -8,12 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kvcompress.errors import UnsupportedModelError
 from kvcompress.policies.context import Importance, LayerContext
+from kvcompress.policies.projection import projected_norm, value_norm
 from kvcompress.policies.registry import SCORERS
 from kvcompress.policies.scorers.attention import Attention
-
-_TILE_TOKENS = 1024  # projected at once
 
 
 @SCORERS.register("value_aware")
@@ -65,10 +63,10 @@ class ValueAware(Attention):
 
     def _norm(self, layer: LayerContext) -> Importance:
         if self.norm == "own_l2":
-            return _length(layer.values, 2)
+            return value_norm(layer.values, 2)
         if self.norm == "largest_l1":
             kind, _, count = self.queries.partition(":")
-            lengths, tokens = layer.at_tokens(_length(layer.values, 1)), layer.keys.shape[2]
+            lengths, tokens = layer.at_tokens(value_norm(layer.values, 1)), layer.keys.shape[2]
             before = tokens - min(int(count), layer.query.shape[2]) if kind == "window" else tokens
             largest = lengths.amax(-1, keepdim=True)
             if before and layer.valid is None:
@@ -77,40 +75,5 @@ class ValueAware(Attention):
                 some = layer.valid[..., :before].any(-1, keepdim=True)
                 largest = torch.where(some, lengths[..., :before].amax(-1, keepdim=True), largest)
             return largest.expand(lengths.shape)
-        return _projected_norm(layer, 1 if self.norm == "projected_l1" else 2)
-
-
-def _length(values: Tensor, order: int) -> Importance:
-    norm: Tensor = torch.linalg.vector_norm(values, ord=order, dim=-1, dtype=torch.float32)
-    return norm
-
-
-def _projected_norm(layer: LayerContext, order: int) -> Importance:
-    """L1 or L2 norm of W v for each value and each head's part W of the projection, mean over each group."""
-    if layer.weights.output_unknown:
-        raise UnsupportedModelError(
-            f"scorer value_aware: layer {layer.layer}: the output projection {layer.weights.output_unknown}; merge the "
-            "adapter into the model (model.merge_and_unload()), or choose norm='own_l2' or another scorer"
-        )
-    values, output, heads = layer.values.float(), layer.weights.output, layer.query.shape[1]
-    kv_heads, width = values.shape[1], values.shape[3]
-    if output is None or output.is_meta or not output.is_floating_point() or output.shape[1] != heads * width:
-        return _length(values, order)
-    parts = output.to(values.device, torch.float32).view(-1, heads, width).transpose(0, 1)
-    group, norm = heads // kv_heads, torch.zeros(values.shape[:3], device=values.device, dtype=torch.float32)
-    for head in range(group):
-        own = parts[head::group]
-        norm += _by_gram(values, own) if order == 2 else _by_tiles(values, own)
-    return norm / group
-
-
-def _by_gram(values: Tensor, parts: Tensor) -> Importance:
-    """|W v| in L2, from the Gram matrix W'W of each head."""
-    square: Tensor = torch.linalg.vecdot(values @ (parts.transpose(1, 2) @ parts), values)
-    return square.clamp(min=0).sqrt()
-
-
-def _by_tiles(values: Tensor, parts: Tensor) -> Importance:
-    """|W v| in L1, of some tokens at a time."""
-    projection, tiles = parts.transpose(1, 2), torch.split(values, _TILE_TOKENS, dim=2)
-    return torch.cat([_length(tile @ projection, 1) for tile in tiles], dim=-1)
+        asks = f"scorer {self.name}: layer {layer.layer}: {{}}, or choose norm='own_l2' or another scorer"
+        return projected_norm(layer.values, layer.weights, 1 if self.norm == "projected_l1" else 2, asks)

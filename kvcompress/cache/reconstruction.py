@@ -1,0 +1,148 @@
+"""Scores by reconstruction: a prompt is read, the model is asked to repeat it, and what that looked at is kept."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcompress.cache import decoding, undoing
+from kvcompress.cache.state import CacheState
+from kvcompress.cache.step import Phase
+from kvcompress.errors import CacheStateError, ConfigError, shown
+
+_ASK = "\n\nRepeat the previous context exactly."
+_ASK_PART = "\n\nRepeat the part of the previous context exactly, starting with"
+_LEAD = 8  # last tokens of the part before, which the next part follows
+_MARK = "kvcompress"  # stands for what a user says
+
+
+def reconstruct(
+    state: CacheState,
+    model: PreTrainedModel,
+    forward: Callable[..., Any],
+    tokenizer: Any,
+    inputs: Mapping[str, Any],
+    chunk: int,
+) -> None:
+    """Reads a prompt, scores it by its repetition, and compresses; see `CompressedCache.score_by_reconstruction`."""
+    _check(state, inputs, chunk)
+    read = dict(inputs)
+    ids: Tensor = read["input_ids"]
+    given = read.get("attention_mask")
+    mask = torch.ones_like(ids) if given is None else given.to(ids.device)
+    accepted = inspect.signature(type(model).forward).parameters
+    # Nobody reads logits, so those of some column will do; the last of a row may be padding.
+    more = (
+        {"logits_to_keep": torch.zeros(1, dtype=torch.long, device=ids.device)} if "logits_to_keep" in accepted else {}
+    )
+    seen = {name: value for name, value in read.items() if name not in ("input_ids", "attention_mask")}
+    state.recording = True
+    forward(**{**read, "attention_mask": mask, "position_ids": _positions(mask, ids.shape[1]), **more})
+    _forget_step(state)
+    for layer in state.layers:
+        layer.close_ranks(room=0)
+    if any(isinstance(value, Tensor) and value.is_floating_point() for value in seen.values()):
+        chunk = ids.shape[1]  # an image is repeated as a whole, with its pixels
+    best: list[Tensor] = []
+    for part, part_mask in _parts(tokenizer, ids, mask, chunk):
+        every = torch.cat([mask, part_mask], 1)
+        positions = _positions(every, part.shape[1])
+        forward(**{**seen, "input_ids": part, "attention_mask": every, "position_ids": positions, **more})
+        scores = _scores(state, part.shape[1])
+        best = scores if not best else [torch.maximum(old, new) for old, new in zip(best, scores, strict=True)]
+    for layer, scores_of_layer in zip(state.layers, best, strict=True):
+        layer.scores = scores_of_layer
+    state.recording, state.waiting = False, Phase.PREFILL
+    undoing.compress(state)
+
+
+def _check(state: CacheState, inputs: Mapping[str, Any], chunk: int) -> None:
+    scorer, allocator = state.config.scorer, state.config.allocator
+    if scorer is None or not scorer.reconstructs:
+        came = "scorer: none" if scorer is None else f"scorer {scorer.name}"
+        raise ConfigError(f"{came}: score_by_reconstruction wants a scorer made for it; choose scorer='kvzip'")
+    if allocator.needs:
+        raise ConfigError(
+            f"allocator {allocator.name}: reads statistics of the prompt's own attention, which "
+            "score_by_reconstruction does not take; choose another, such as 'prefix'"
+        )
+    state.check_ready()
+    if state.sequence.seen:
+        raise CacheStateError(
+            f"score_by_reconstruction: reads the prompt itself, into an empty cache; this one has seen "
+            f"{state.sequence.seen} tokens. Make a new cache, or call reset() first"
+        )
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.shape[1]:
+        raise ConfigError(
+            "inputs: must hold input_ids, integers [batch, tokens], to be repeated, as a tokenizer or processor gives "
+            f"them; got {shown(ids if not isinstance(ids, Tensor) else tuple(ids.shape))}"
+        )
+    if chunk < 1:
+        raise ConfigError(f"chunk: tokens that are repeated at a time, at least 1; got {shown(chunk)}")
+
+
+def _positions(mask: Tensor, last: int) -> Tensor:
+    """Positions of the last columns, padding left out."""
+    return (mask.long().cumsum(1) - 1).clamp(min=0)[:, -last:]
+
+
+def _parts(tokenizer: Any, ids: Tensor, mask: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """What is fed to have each part repeated: the request, and the part; with a mask, padding first."""
+
+    def encoded(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+    whole, some, answer = encoded(_ASK), encoded(_ASK_PART), encoded(_answer(tokenizer))
+    rows = [row[keep.bool()].tolist() for row, keep in zip(ids.cpu(), mask.cpu(), strict=True)]
+    for start in range(0, max(map(len, rows)), chunk):
+        fed = []
+        for row in rows:
+            part, request = row[start : start + chunk], some + row[max(0, start - _LEAD) : start] if start else whole
+            fed.append([*request, *answer, *part] if part else [])
+        longest = max(map(len, fed))
+        padded = torch.tensor([[0] * (longest - len(row)) + row for row in fed], device=ids.device, dtype=ids.dtype)
+        marks = [[0] * (longest - len(row)) + [1] * len(row) for row in fed]
+        yield padded, torch.tensor(marks, device=mask.device, dtype=mask.dtype)
+
+
+def _answer(tokenizer: Any) -> str:
+    """What the tokenizer's chat template puts between what a user says and the answer; a line end without one."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return "\n"
+    turn = [{"role": "user", "content": _MARK}]
+    text = str(tokenizer.apply_chat_template(turn, add_generation_prompt=True, tokenize=False))
+    return text.rpartition(_MARK)[2]
+
+
+def _scores(state: CacheState, columns: int) -> list[Tensor]:
+    """Scores of every layer's slots by the step just run, all of whose columns are then taken back."""
+    sequence = state.sequence
+    with state.changing() as step:
+        decoding.tidy(state)
+        undoing.settle(state, step, 0)
+        gone = sequence.tokens_after(sequence.seen - columns)
+        left = sequence.row_seen - gone
+        found = []
+        for layer in state.layers:
+            scores, slots = layer.scores, int(left.max())
+            assert scores is not None
+            found.append(scores[..., :slots].clone())
+            layer.drop_from(left)
+        sequence.crop(sequence.seen - columns, gone, whole_step=True)
+        state.calls.crop(sequence.seen)
+        step.problems.refuse()
+    _forget_step(state)
+    return found
+
+
+def _forget_step(state: CacheState) -> None:
+    """Leaves nothing waiting of a step whose queries have had their say, or are not to have one."""
+    state.waiting = None
+    for layer in state.layers:
+        layer.unscored = None

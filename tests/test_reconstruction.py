@@ -1,0 +1,169 @@
+"""Scores by reconstruction: what the model looks at to repeat a prompt, against dense attention, and in batches."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kvcompress import Budget, CompressedCache, CompressionConfig, KVCompressError
+from tests import tiny
+from tests.reference import Reference, held
+
+BUDGET = Budget(tokens=12, sink=1, recent=2)
+CONFIG = CompressionConfig(
+    budget=BUDGET, scorer="kvzip", allocator="uniform", evictor={"name": "topk", "granularity": "head"}
+)
+
+
+class Tokenizer:
+    """A token for every two letters; maybe with a chat template."""
+
+    def __init__(self, template: bool = False) -> None:
+        self.chat_template = "some" if template else None
+
+    def __call__(self, text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [2 + (ord(a) + ord(b)) % 90 for a, b in zip(text[::2], text[1::2], strict=False)] or [7]}
+
+    def apply_chat_template(self, turn: list[dict[str, str]], add_generation_prompt: bool, tokenize: bool) -> str:
+        assert add_generation_prompt and not tokenize
+        return f"<user>{turn[0]['content']}<end><assistant>"
+
+
+def fed(tokenizer: Tokenizer, ids: list[int], chunk: int) -> list[list[int]]:
+    """What is said to have a row repeated, part by part."""
+    words = {
+        "whole": tokenizer("\n\nRepeat the previous context exactly.", False)["input_ids"],
+        "part": tokenizer("\n\nRepeat the part of the previous context exactly, starting with", False)["input_ids"],
+        "answer": tokenizer("<end><assistant>" if tokenizer.chat_template else "\n", False)["input_ids"],
+    }
+    found = []
+    for start in range(0, len(ids), chunk):
+        request = [*words["part"], *ids[max(0, start - 8) : start]] if start else words["whole"]
+        found.append([*request, *words["answer"], *ids[start : start + chunk]])
+    return found
+
+
+def highest(name: str, inputs: dict[str, Any], parts: list[list[int]]) -> list[Tensor]:
+    """The highest probability that a query of any part gives each prompt token, `[kv_heads, tokens]` per layer."""
+    tokens = inputs["input_ids"].shape[1]
+    best = [torch.zeros(0)] * 3
+    images = {key: value for key, value in inputs.items() if key == "pixel_values"}
+    for part in parts:
+        dense = Reference(name)
+        dense.run(inputs, [])
+        more = images if tiny.IMAGE_TOKEN in part else {}
+        dense.run({"input_ids": torch.tensor([part]), **more}, [[[list(range(tokens))]]] * 3)
+        for layer, module in enumerate(dense.layers):
+            weights = module.weights[0].unflatten(0, (dense.kv_heads, -1))[..., :tokens].flatten(1, 2).amax(1)
+            best[layer] = weights if not len(best[layer]) else torch.maximum(best[layer], weights)
+    return best
+
+
+@pytest.mark.parametrize("template", [False, True])
+@pytest.mark.parametrize("chunk", [2048, 17, 40])
+@pytest.mark.parametrize("name", ["llama", "llama_mha"])
+def test_each_head_keeps_what_repeating_the_prompt_looks_at(name: str, chunk: int, template: bool) -> None:
+    """By dense attention over the whole prompt, the request and the part; nothing of the repetition is kept."""
+    inputs, tokenizer = tiny.inputs(name, 50, seed=4), Tokenizer(template)
+    cache = CompressedCache(tiny.model(name), CONFIG)
+    cache.score_by_reconstruction(tokenizer, inputs, chunk=chunk)
+    best = highest(name, inputs, fed(tokenizer, inputs["input_ids"][0].tolist(), chunk))
+    assert cache.report().tokens_seen == 50
+    for layer, heads in enumerate(best):
+        for head, scores in enumerate(heads.tolist()):
+            loose = sorted(range(1, 48), key=lambda column: -scores[column])
+            assert sorted(held(cache)[layer][0][head]) == sorted([0, 48, 49, *loose[:9]])
+    dense = Reference(name)
+    dense.run(inputs, [])
+    dense.check_stored(cache)
+
+
+def test_an_image_is_repeated_with_its_pixels() -> None:
+    inputs, tokenizer = tiny.inputs("llava_36", 12, seed=5), Tokenizer()
+    cache = CompressedCache(tiny.model("llava_36"), CONFIG)
+    cache.score_by_reconstruction(tokenizer, inputs, chunk=5)
+    ids = inputs["input_ids"][0].tolist()
+    best = highest("llava_36", inputs, fed(tokenizer, ids, len(ids)))
+    for layer, heads in enumerate(best):
+        for head, scores in enumerate(heads.tolist()):
+            loose = sorted(range(1, len(ids) - 2), key=lambda column: -scores[column])
+            assert sorted(held(cache)[layer][0][head]) == sorted([0, len(ids) - 2, len(ids) - 1, *loose[:9]])
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_a_row_of_a_padded_batch_is_scored_as_alone(left: bool) -> None:
+    """Parts are cut from each row's own first token on; then rows go on with a question of their own."""
+    model, lengths = tiny.model("llama"), [50, 21, 38]
+    rows = [tiny.token_ids(1, length, seed=length)[0] for length in lengths]
+    ids, mask = torch.zeros(3, 50, dtype=torch.long), torch.zeros(3, 50, dtype=torch.long)
+    for row, own in enumerate(rows):
+        place = slice(50 - len(own), 50) if left else slice(0, len(own))
+        ids[row, place], mask[row, place] = own, 1
+    batch = CompressedCache(model, CONFIG)
+    batch.score_by_reconstruction(Tokenizer(), {"input_ids": ids, "attention_mask": mask}, chunk=16)
+    question = tiny.token_ids(3, 4, seed=9)
+    mask = torch.cat([mask, torch.ones_like(question)], 1)
+    positions = (mask.cumsum(1) - 1)[:, -4:]
+    with torch.no_grad():
+        logits = model(question, attention_mask=mask, position_ids=positions, **tiny.with_cache(batch)).logits
+    for row, own in enumerate(rows):
+        alone = CompressedCache(model, CONFIG)
+        alone.score_by_reconstruction(Tokenizer(), {"input_ids": own[None]}, chunk=16)
+        with torch.no_grad():
+            wanted = model(question[row : row + 1], **tiny.with_cache(alone)).logits
+        torch.testing.assert_close(logits[row : row + 1], wanted, rtol=0, atol=2e-5)
+
+
+def test_many_questions_are_asked_of_copies_of_one_document() -> None:
+    """Through `generate`, with the whole conversation's ids, as after any prompt."""
+    model, document = tiny.model("llama"), tiny.inputs("llama", 60, seed=6)
+    cache = CompressedCache(model, CONFIG, budget=0.3)
+    cache.score_by_reconstruction(Tokenizer(), document)
+    before = held(cache)
+    for seed in (1, 2):
+        twin = copy.deepcopy(cache)
+        ids = torch.cat([document["input_ids"], tiny.token_ids(1, 5, seed)], 1)
+        model.generate(ids, attention_mask=torch.ones_like(ids), **tiny.with_cache(twin), max_new_tokens=6)
+        assert twin.report().retention <= 0.3
+        assert twin.report().tokens_seen == 70
+    assert held(cache) == before
+
+
+@pytest.mark.parametrize(
+    ("fields", "inputs", "options", "says"),
+    [
+        ({"scorer": "snapkv"}, {}, {}, "scorer snapkv: score_by_reconstruction wants .*scorer='kvzip'"),
+        ({"allocator": "sparsity"}, {}, {}, "allocator sparsity: reads statistics .*choose another"),
+        ({}, {"input_ids": None}, {}, "inputs: must hold input_ids"),
+        ({}, {}, {"chunk": 0}, "chunk: .*at least 1; got 0"),
+    ],
+    ids=str,
+)
+def test_wrong_uses_are_refused_before_anything_is_read(
+    fields: dict[str, Any], inputs: dict[str, Any], options: dict[str, Any], says: str
+) -> None:
+    cache = CompressedCache(tiny.model("llama"), CONFIG, **fields)
+    with pytest.raises(KVCompressError, match=says):
+        cache.score_by_reconstruction(Tokenizer(), {**tiny.inputs("llama", 20, seed=1), **inputs}, **options)
+    assert not cache.is_initialized
+
+
+def test_a_cache_that_has_seen_tokens_is_refused_and_one_that_failed_is_empty() -> None:
+    model, inputs = tiny.model("llama"), tiny.inputs("llama", 20, seed=1)
+    cache = CompressedCache(model, CONFIG)
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise OSError("no such tokenizer")
+
+    with pytest.raises(OSError, match="no such tokenizer"):
+        cache.score_by_reconstruction(broken, inputs)
+    assert not cache.is_initialized
+    cache.score_by_reconstruction(Tokenizer(), inputs)
+    with pytest.raises(KVCompressError, match=r"reads the prompt itself, into an empty cache; this one has seen 20"):
+        cache.score_by_reconstruction(Tokenizer(), inputs)
+    assert cache.report().tokens_seen == 20
