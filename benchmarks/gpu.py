@@ -43,10 +43,15 @@ def read(model: PreTrainedModel, cache: Any, **inputs: Tensor) -> Any:
 def decode(lab: Lab) -> None:
     """A decode step against `DynamicCache` and against `StaticCache` in a CUDA graph, of everything and of 20 %."""
     # Batch, tokens, and how much faster than StaticCache with everything prefixkv should be.
-    cases = {"mha": [(16, 2048, 1.35), (1, 2048, None), (1, 16384, None)], "gqa": [(16, 8192, 1.4), (1, 32768, 3.0)]}
-    for kind, shapes in cases.items() if not lab.tiny else [("gqa", [(2, 60, None)])]:
+    cases: dict[str, list[tuple[int, int, float | None]]] = {
+        "mha": [(16, 2048, 1.35), (1, 2048, None), (1, 16384, None)],
+        "gqa": [(16, 8192, 1.4), (1, 32768, 3.0)],
+    }
+    for kind, shapes in {"gqa": [(2, 60, None)]}.items() if lab.tiny else cases.items():
         model = lab.model("decode", kind)
-        for batch, tokens, faster in shapes if model is not None else ():
+        if model is None:
+            continue
+        for batch, tokens, faster in shapes:
             about = {"model": kind, "batch": batch, "tokens": tokens}
             lab.attempt("decode", about, partial(_decode_case, lab, about, model, batch, tokens, faster), 15)
 
@@ -65,7 +70,8 @@ def _decode_case(lab: Lab, about: About, model: PreTrainedModel, batch: int, tok
         label = {**about, "cache": f"StaticCache, {share}"}
         lab.row("decode", label, mode=graph, ms=others[f"static {share}"])
         del cache
-    for name, fields in {"prefixkv": {"budget": BUDGET}, "full": {}}.items():
+    ours: dict[str, dict[str, Any]] = {"prefixkv": {"budget": BUDGET}, "full": {}}
+    for name, fields in ours.items():
         cache = CompressedCache(model, name, **fields)
         read(model, cache, input_ids=lab.ids(batch, tokens))
         label = {**about, "cache": name}
@@ -111,7 +117,11 @@ def _generate_with(
     """The better of two runs of each; None stands for the static cache that `generate` makes and compiles."""
     batch, tokens, new = (2, 40, 34) if lab.tiny else (16, 2048, 128)
     ids, first = lab.ids(batch, tokens), 0.0
+    answer: Any = model.generate
     given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new, "do_sample": False}
+
+    def once(whole: steps.Step, times: list[float]) -> None:
+        times.append(steps.seconds(whole, lab.device))
 
     def run(name: str, make: Make) -> None:
         nonlocal first
@@ -119,10 +129,10 @@ def _generate_with(
         for _ in range(1 if lab.tiny else 2):
             cache = make()
             how = {"cache_implementation": "static"} if cache is None else cache_argument(cache)
-            answer = partial(model.generate, ids, **given, **how)  # type: ignore[operator]
-            peak = peak_of(lambda answer=answer: times.append(steps.seconds(answer, lab.device)), lab.device)
+            whole = partial(answer, ids, **given, **how)
+            peak = peak_of(partial(once, whole, times), lab.device)
             ran = cache.report().decoding if isinstance(cache, CompressedCache) else None
-            del cache, answer, how
+            del cache, whole, how
         least = min(times)
         first = first or least
         figures = {"tokens_per_s": batch * new / least, "to_the_first": first / least, "first_run_s": times[0]}
@@ -141,8 +151,9 @@ def prefill(lab: Lab) -> None:
             about = {"heads": heads, "kv_heads": kv_heads, "tokens": tokens}
             lab.attempt("prefill", about, partial(_masses, lab, about, heads, kv_heads, tokens))
     model = lab.model("prefill", "mha")
-    for tokens in lengths if model is not None else ():
-        _prompts(lab, model, tokens)
+    if model is not None:
+        for tokens in lengths:
+            _prompts(lab, model, tokens)
 
 
 def _masses(lab: Lab, about: About, heads: int, kv_heads: int, tokens: int) -> None:
@@ -194,8 +205,9 @@ def _prompts(lab: Lab, model: PreTrainedModel, tokens: int) -> None:
 def llava(lab: Lab) -> None:
     """LightKV on LLaVA-1.5-7B: a prompt of an image (its tower included) and 64 text tokens, then decode steps."""
     model = lab.model("llava", "llava")
-    for batch in ((2,) if lab.tiny else (1, 16)) if model is not None else ():
-        _images(lab, model, batch)
+    if model is not None:
+        for batch in (2,) if lab.tiny else (1, 16):
+            _images(lab, model, batch)
 
 
 def _images(lab: Lab, model: PreTrainedModel, batch: int) -> None:
@@ -308,7 +320,7 @@ def main(
             err=True,
         )
         raise typer.Exit(2)
-    transformers.logging.set_verbosity_error()
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     output.parent.mkdir(parents=True, exist_ok=True)
     lab = Lab(torch.device("cuda" if torch.cuda.is_available() else "cpu"), tiny, output, minutes)
     with torch.no_grad():

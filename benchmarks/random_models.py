@@ -59,7 +59,7 @@ def _llava(tiny: bool) -> transformers.LlavaConfig:
     return transformers.LlavaConfig(
         vision_config=transformers.CLIPVisionConfig(**(_TOWER | (_TINY_TOWER | _TINY_IMAGE if tiny else {}))),
         text_config=decoder,
-        image_token_id=decoder.vocab_size - 1,
+        image_token_index=decoder.vocab_size - 1,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
@@ -81,4 +81,5 @@ def _made(kind: Any, config: Any, device: torch.device) -> PreTrainedModel:
             model: PreTrainedModel = kind(config)
     finally:
         torch.set_default_dtype(default)
-    return model.eval()
+    model.train(False)
+    return model

@@ -47,7 +47,7 @@ def graphed(step: Step, device: torch.device) -> Step:
     """A step as a CUDA graph, after it ran three times; as it is on other devices, which have none."""
     if device.type != "cuda":
         return step
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
@@ -95,7 +95,9 @@ def captured(model: PreTrainedModel, cache: CompressedCache, batch: int) -> Step
 
 def compiled(model: PreTrainedModel, cache: CompressedCache, batch: int) -> Step:
     """A step as `generate` takes it with `decoding="compiled"`; off a GPU, the graph that was traced runs as it is."""
-    config = None if model.device.type == "cuda" else CompileConfig(backend="eager", mode=None)
+    config = None
+    if model.device.type != "cuda":
+        config = CompileConfig(backend="eager", mode=None)  # type: ignore[arg-type]
     step = _counting(model, cache, batch, model.get_compiled_call(config))
 
     def prepared() -> None:
