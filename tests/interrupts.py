@@ -107,7 +107,7 @@ def scenarios() -> Iterator[Scenario]:
         "ages": {"config": "streaming", "budget": small},
         "bytes": {"config": "snapkv", "budget": Budget(bytes="10KiB", sink=2, recent=3)},
         "merged": {"config": "prefixkv", "budget": small, "merger": "threshold"},
-        "quantized": {"config": "full", "quantizer": {"name": "quanto4", "group": 4, "residual": 4}},
+        "quantized": {"config": "full", "quantizer": {"name": "quanto4", "group": 4, "residual": 5}},
     }
     prompt, turn, decode = step(20, 1), step(5, 2), step(1, 3)
     steps = {

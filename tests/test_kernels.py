@@ -315,13 +315,25 @@ def test_codes_are_attended_as_what_they_stand_for(
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["quanto2", "quanto4", "quanto8", "fp8"])
-def test_quantizers_write_the_layout_that_kernels_read(name: str) -> None:
-    quantizer, keys = QUANTIZERS.create(name, group=8), torch.randn(1, 2, 24, 16, generator=generator(0))
+@pytest.mark.parametrize("name", [name for name in QUANTIZERS.names() if QUANTIZERS.get(name).code_dtype is not None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_quantizers_write_the_layout_that_they_say_kernels_read(name: str, dtype: torch.dtype) -> None:
+    quantizer, keys = QUANTIZERS.create(name, group=8), torch.randn(1, 2, 24, 16, generator=generator(0)).to(dtype)
     for written in (quantizer.encode_keys(keys), quantizer.encode_values(keys)):
-        data = written.data.view(torch.float8_e4m3fn) if name == "fp8" else written.data
-        read = codes.decoded(data, written.scale, written.shift, 16)
-        torch.testing.assert_close(read, quantizer.decode(written))
+        read = codes.decoded(written.data.view(quantizer.code_dtype), written.scale, written.shift, 16)
+        torch.testing.assert_close(read, quantizer.decode(written), rtol=0, atol=0)
+        assert written.data.dtype.itemsize == 1
+        if written.shift is not None:
+            assert written.shift.stride() == written.scale.stride()
+
+
+def test_all_quantizers_of_ours_are_read_by_kernels() -> None:
+    assert {name for name in QUANTIZERS.names() if QUANTIZERS.get(name).code_dtype} >= {
+        "quanto2",
+        "quanto4",
+        "quanto8",
+        "fp8",
+    }
 
 
 def test_decoding_is_one_graph_for_all_lengths_and_its_operators_one_node() -> None:

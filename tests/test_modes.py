@@ -204,16 +204,29 @@ def test_growth_leaves_little_slack(tokens: int) -> None:
 
 
 @torch.no_grad()
-def test_what_is_reserved_is_there_at_once() -> None:
-    """Buffers keep their addresses for as many tokens as were announced."""
-    model = tiny.model("llama")
-    for preset in ("full", "prefixkv", "uniform"):
-        cache = CompressedCache(model, preset, reserve=40)
-        model(tiny.token_ids(1, 100, seed=0), **tiny.with_cache(cache))
-        before = [layer.store.keys.data_ptr() for layer in cache.layers]
-        for number in range(40):
-            model(tiny.token_ids(1, 1, seed=number), **tiny.with_cache(cache))
-        assert [layer.store.keys.data_ptr() for layer in cache.layers] == before
+@pytest.mark.parametrize("preset", ["full", "prefixkv", "uniform", "kivi4", "prefixkv+int4"])
+@pytest.mark.parametrize("rows", [[100], [100, 71]], ids=str)
+def test_what_is_reserved_is_there_at_once(preset: str, rows: list[int]) -> None:
+    """Whatever a compiled step reads keeps its address, and its bytes, for as many tokens as were announced."""
+
+    def addresses() -> list[int]:
+        tensors = [tensor for layer in cache.layers for tensor in layer.store.buffers()]
+        table = cache._state.table
+        assert table is not None
+        return [tensor.data_ptr() for tensor in (*tensors, *table.tensors())]
+
+    model, padding = tiny.model("llama"), torch.arange(100) >= 100 - torch.tensor(rows)[:, None]
+    quantizer = {"quantizer": {"name": "quanto4", "group": 8, "residual": 26}} if "4" in preset else {}
+    budget = {"budget": 0.9} if preset == "prefixkv+int4" else {}
+    cache = CompressedCache(model, preset, reserve=40, **quantizer, **budget)
+    model(tiny.token_ids(len(rows), 100, seed=0), attention_mask=padding.long(), **tiny.with_cache(cache))
+    before, report = addresses(), cache.report()
+    packed = [layer.store.packed for layer in cache.layers]
+    for number in range(40):
+        model(tiny.token_ids(len(rows), 1, seed=number), **tiny.with_cache(cache))
+    assert addresses() == before and cache.report().kv_bytes == report.kv_bytes
+    grew = [now.store.packed - then for now, then in zip(cache.layers, packed, strict=True)]
+    assert max(grew) >= (16 if quantizer else 0)
 
 
 @pytest.mark.parametrize(("preset", "batch"), [("prefixkv", 1), ("uniform", 1), ("uniform", 2), ("streaming", 3)])

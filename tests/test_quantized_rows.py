@@ -53,13 +53,17 @@ def test_a_budget_in_bytes_holds_with_a_short_row() -> None:
 
 
 @pytest.mark.parametrize("quantizer", ["quanto2", "quanto8", "rotated4", "k8v4", "fp8"])
-@pytest.mark.parametrize("fields", [{}, {"config": "prefixkv", "budget": 0.7}], ids=["full", "prefixkv"])
-def test_a_row_of_a_padded_batch_is_quantized_as_it_is_alone(fields: dict[str, Any], quantizer: str) -> None:
+@pytest.mark.parametrize(
+    ("fields", "reserve"), [({}, 0), ({}, 30), ({"config": "prefixkv", "budget": 0.7}, 30)], ids=str
+)
+def test_a_row_of_a_padded_batch_is_quantized_as_it_is_alone(
+    fields: dict[str, Any], reserve: int, quantizer: str
+) -> None:
     """The same groups from the row's own first token on, so the same logits and the same columns."""
     small = {"name": quantizer, "group": 8, "residual": 26}
     config = {"config": "full", **fields, "quantizer": small}
-    lengths, steps = [90, 61, 40], (1, 1, 9, 1, 1, 12, 1)
-    batch = CompressedCache(tiny.model("llama"), **config)
+    lengths, steps = [90, 61, 40], (1, 1, 9, 1, 1, 12, *[1] * 12)
+    batch = CompressedCache(tiny.model("llama"), **config, reserve=reserve)
     found = run(batch, lengths, seed=3, steps=steps)
     for row, length in enumerate(lengths):
         alone = CompressedCache(tiny.model("llama"), **config)

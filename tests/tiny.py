@@ -46,8 +46,8 @@ _VISION = {
 _GAINS = {"q_proj": 1.7, "k_proj": 1.7, "lm_head": 0.3}
 
 
-def _llama() -> PreTrainedModel:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**_TEXT))
+def _llama(layers: int = 3) -> PreTrainedModel:
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**_TEXT, "num_hidden_layers": layers}))
 
 
 def _llama_mha() -> PreTrainedModel:
@@ -104,6 +104,7 @@ def _llava_next(image_size: int = 8, layers: int = 3) -> PreTrainedModel:
 
 _BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": _llama,
+    "llama_shallow": functools.partial(_llama, 2),
     "llama_mha": _llama_mha,
     "mistral": _mistral,
     "qwen2": _qwen2,

@@ -317,11 +317,11 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """Masks cover every column seen, whatever is kept; the offset marks them as a compressed cache's.
 
         `generate` asks before every step, compiled or not, which makes this the place for what the host has to do
-        between compiled steps: to let buffers grow.
+        between compiled steps: to let buffers grow, and to quantize what has become old enough.
         """
         sequence = self._state.sequence
         if decoding.host_is_left_out(self._state):
-            return sequence.seen + query_length, attention.COMPRESSED
+            return query_length, attention.COMPRESSED  # no mask is made, and graphs depend on no number
         if query_length == 1:
             decoding.prepare_step(self._state)
         unread = not sequence.seen or not sequence.row_seen.all()  # a prompt in chunks, of which some row had none yet
@@ -329,12 +329,12 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether decode steps can be compiled: not while the past is recorded, freed slots merged, or some packed."""
+        """Whether decode steps can be compiled: not while the past is recorded or freed slots are merged."""
         merger = self.config.merger
         merges = merger is not None and merger.merges_decoding
         reducer = self.config.reducer
         renumbers = reducer is not None and reducer.positions == "per_layer"
-        host = merges or renumbers or self.config.quantizer is not None or self._state.heads is not ALONE
+        host = merges or renumbers or self._state.heads is not ALONE
         return not (self._state.recording or host)
 
     @property

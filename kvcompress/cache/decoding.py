@@ -9,7 +9,7 @@ from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Decode, Phase
 from kvcompress.errors import PolicyError
-from kvcompress.kernels import decode_bias
+from kvcompress.kernels import decode_bias, runs_triton
 from kvcompress.policies.context import DecodeContext
 from kvcompress.policies.faults import policy_errors
 
@@ -27,17 +27,21 @@ def begin(state: CacheState) -> None:
         count(state)
     step, table, alike = state.step, state.table, False
     assert isinstance(step, Decode) and table is not None
-    if not host_is_left_out(state) and table.exact:
+    step.device_only = host_is_left_out(state)
+    if not step.device_only and table.exact:
         step.widths = table.extent.max(1).tolist()
         alike = bool((table.extent == table.extent[:, :1]).all())
     with state.writable():
         table.advance(step.evicts)
-    if not alike:
+    if state.has_kernels:
+        step.length = table.length
+    elif not alike:
         step.bias = decode_bias(table.length, table.capacity, state.dtype)
 
 
 def count(state: CacheState) -> None:
-    """What the host does for a decode step before the device: it takes note of the tokens, and lets buffers grow."""
+    """What the host does for a decode step before the device: it quantizes, counts tokens, and lets buffers grow."""
+    pack_if_due(state)
     sequence, table = state.sequence, state.table or make_table(state)
     step = state.step = Decode(evicts=not state.recording)  # from here on, what is interrupted has failed
     sequence.extend(None, 1, np.ones(sequence.batch, dtype=np.int64), scored=False)
@@ -64,11 +68,9 @@ def end(state: CacheState) -> None:
 
 
 def finish(state: CacheState) -> None:
-    """What the host does after a decode step: it quantizes what has become old enough, and forgets the step."""
+    """What the host does after a decode step: it forgets the step, or that it may have to be undone is noted."""
     if state.recording:
         state.waiting = Phase.DECODE
-    elif state.config.quantizer is not None:
-        _pack(state)
     state.step = None
 
 
@@ -119,12 +121,13 @@ def make_table(state: CacheState) -> SlotTable:
         state.rule,
         by_age=frees == "oldest",
         scored_end=sequence.scored.end,
-        packed=packed if packed.any() else None,
+        packed=packed if packed.any() or state.config.quantizer is not None else None,
         ranks=ranks or None,
         sets=layers[0].kv_heads if evictor is not None and evictor.by_head else 1,
     )
     for layer in layers:
         layer.heads_part = layer.heads_part or state.table.sets > 1
+    state.has_kernels = runs_triton(state.table.index.device)
     return state.table
 
 
@@ -140,12 +143,13 @@ def _make_room(state: CacheState) -> None:
 
 
 def prepare_step(state: CacheState) -> None:
-    """Sees to it that every buffer has room for the next step, which may be a compiled one that cannot grow any."""
+    """Does what the next step needs done on the host, as it may be a compiled one: quantizes a group, grows buffers."""
     table = state.table
     if table is None or state.recording or state.step is not None:
         return
     if not table.exact:
         table.steps += 1  # at most: this may be asked more than once before a step
+    pack_if_due(state)
     needed = table.bound(1)
     if any(layer.store.capacity < slots for layer, slots in zip(state.layers, needed.tolist(), strict=True)):
         catch_up_if_needed(state)
@@ -157,12 +161,43 @@ def grow_for(state: CacheState, steps: int, needed: np.ndarray | None = None) ->
     table = state.table
     assert table is not None
     needed, wanted = table.bound(1) if needed is None else needed, table.bound(steps)
+    wanted = np.array([layer.store.room(most) for layer, most in zip(state.layers, wanted.tolist(), strict=True)])
+    wanted = np.maximum(needed, wanted)
     with state.writable():
         if wanted.max() > table.capacity:
             table.grow(int(wanted.max()))
+        later = table.held(steps)
         for layer, least, most in zip(state.layers, needed.tolist(), wanted.tolist(), strict=True):
             if layer.store.capacity < least or state.room:
-                layer.store.grow(max(least, most))
+                layer.store.grow(most)
+            layer.store.make_room(later[layer.number])
+
+
+def pack_if_due(state: CacheState) -> None:
+    """Quantizes what has become old enough, once some layer has a group of it; every tensor keeps its address.
+
+    Where steps are compiled, the host knows when that may be so, and asks the device then: once in a group of steps.
+    """
+    table, quantizer = state.table, state.config.quantizer
+    if table is None or quantizer is None or state.recording:
+        return
+    due = quantizer.residual + quantizer.group
+    if table.held().max(initial=0) < due:
+        return
+    catch_up_if_needed(state)
+    if table.held().max(initial=0) < due:
+        return
+    buffers = [layer.store.buffers() for layer in state.layers]
+    in_inference = buffers[0][0].is_inference()
+    with state.changing(in_place=True), torch.inference_mode(in_inference), torch.no_grad():
+        now, later = table.held(), table.held(_block(state, due))
+        tidy(state)
+        for layer, before in zip(state.layers, buffers, strict=True):
+            layer.store.make_room(now[layer.number], later[layer.number])
+            layer.pack()
+            layer.store.move_into(before)
+        table.become(make_table(state))
+        state.table = table
 
 
 def _block(state: CacheState, slots: int) -> int:
@@ -199,17 +234,6 @@ def catch_up_if_needed(state: CacheState) -> None:
     """Lets the host know of compiled steps that it did not count."""
     if state.table is not None and not state.table.exact:
         _catch_up(state, state.table)
-
-
-def _pack(state: CacheState) -> None:
-    """Quantizes what has become old enough, once some layer has a group of it."""
-    table, quantizer = state.table, state.config.quantizer
-    assert table is not None and quantizer is not None
-    if ((table.extent - table.hole).max() - quantizer.residual) >= quantizer.group:
-        tidy(state)
-        for layer in state.layers:
-            layer.pack()
-        make_table(state)
 
 
 def evict_waiting(state: CacheState) -> None:

@@ -22,7 +22,7 @@ from kvcompress.cache.sequence import Counts, Sequence, with_last, without_last
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.step import Decode, Prefill, Step
 from kvcompress.errors import PolicyError
-from kvcompress.kernels import attend_blocks, attention_with_lse, attention_with_mask, merge_attention
+from kvcompress.kernels import attend_blocks
 from kvcompress.policies.context import LayerContext, LayerWeights, MergeContext
 from kvcompress.policies.faults import policy_errors
 from kvcompress.policies.projection import projected_norm
@@ -102,7 +102,7 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         if isinstance(step, Decode):
             assert table is not None
             self.store.write(key, value, table.write[self.number])
-            return self._attend_one(step, table, query, scaling)
+            return self.store.attend(query, scaling, step.used(self.number, query.device))
         self._weights = weights
         query, key, value = (step.aligned(tensor) for tensor in (query, key, value))
         past = self._append(step, key, value)
@@ -296,47 +296,6 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         self.merger_state = result.state
 
     # -- decoding ------------------------------------------------------------------------------------------------------
-
-    def _attend_one(self, step: Decode, table: SlotTable, query: Tensor, scaling: float) -> Tensor:
-        """Attention of one query per row over every slot in use."""
-        batch, heads, _, head_dim = query.shape
-        keys, values = self.store.dense()
-        grouped = query.reshape(batch, keys.shape[1], heads // keys.shape[1], head_dim)
-        if step.widths is not None:
-            width = step.widths[self.number]
-            keys, values = keys[:, :, :width], values[:, :, :width]
-        bias = None if step.bias is None else step.bias[self.number, ..., : keys.shape[2]].to(query.device)
-        if not self.store.packed:
-            output = F.scaled_dot_product_attention(
-                grouped,
-                keys,
-                values,
-                attn_mask=None if bias is None else bias.expand(-1, keys.shape[1], -1, -1),
-                scale=scaling,
-            )
-        else:
-            output = self._attend_packed(grouped, keys, values, None if bias is None else bias[:, 0, 0] == 0, scaling)
-        return output.reshape(batch, heads, 1, values.shape[3])
-
-    def _attend_packed(
-        self, query: Tensor, keys: Tensor, values: Tensor, used: Tensor | None, scaling: float
-    ) -> Tensor:
-        """The same where some slots are packed, which are decoded a block at a time."""
-        packed_rows, parts, first = self.packed_rows, None, 0
-        *blocks, _ = self.store.blocks(self.store.capacity)
-        for block in (*blocks, (keys, values)):
-            end = first + block[0].shape[2]
-            valid = used if end > self.store.packed else None
-            if end <= self.store.packed and (packed_rows < end).any():
-                place = torch.arange(first, end, device=query.device)
-                valid = place < torch.as_tensor(packed_rows, device=query.device)[:, None]
-            if valid is None:
-                part = attention_with_lse(query, *block, scaling, causal=False)
-            else:
-                part = attention_with_mask(query, *block, scaling, valid, causal=False)
-            parts, first = part if parts is None else merge_attention(*parts, *part), end
-        assert parts is not None
-        return parts[0]
 
     def merge_freed(self, table: SlotTable, in_place: bool) -> None:
         """Merges what a decode step freed into the slots that stay."""

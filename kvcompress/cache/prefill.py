@@ -55,7 +55,7 @@ def end(state: CacheState, step: Prefill) -> None:
         state.waiting = Phase.PREFILL
     elif state.config.evictor is None:
         for layer in state.layers:
-            layer.close_ranks(room=state.room)
+            layer.close_ranks(room=_reserved(state))
             layer.pack()
     elif step.local is None:
         compress_all(state, step)
@@ -121,12 +121,17 @@ def _allocate(
 
 def _room_for(state: CacheState, allocation: Allocation) -> list[int]:
     """Slots to allocate beyond each layer's budget: for the token that comes, and what is reserved."""
-    evictor, row_seen = state.config.evictor, state.sequence.row_seen
+    evictor, row_seen, reserve = state.config.evictor, state.sequence.row_seen, _reserved(state)
     if evictor is None or evictor.frees == "nothing":
-        return [state.room] * len(state.layers)
-    later = allocation.limits(state.rule, row_seen + state.room).max(1)
-    grown = np.minimum(np.maximum(0, later - allocation.budgets.max(1)), state.room)
+        return [reserve] * len(state.layers)
+    later = allocation.limits(state.rule, row_seen + reserve).max(1)
+    grown = np.minimum(np.maximum(0, later - allocation.budgets.max(1)), reserve)
     return [int(slots) + 1 for slots in grown]
+
+
+def _reserved(state: CacheState) -> int:
+    """Slots to reserve where tokens are selected; a quantizer has yet to say how many of them stay as they are."""
+    return state.room if state.config.quantizer is None else 0
 
 
 def _budget_rule(state: CacheState) -> Rule:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,107 +10,15 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from kvcompress.cache.packed import Packed
 from kvcompress.cache.sequence import Counts
-from kvcompress.cache.store import DenseStore, rows_at
+from kvcompress.cache.store import DenseStore, InUse, by_key_head, fixed, rows_at
+from kvcompress.kernels import attention_with_slots, decode_attention_codes, merge_attention
 from kvcompress.policies.base import Quantizer
-from kvcompress.policies.context import Codes, Keys, Values
+from kvcompress.policies.context import Codes, Keys, Queries, Values
 from kvcompress.policies.faults import policy_errors
 
 _BLOCK = 4096  # slots that attention decodes at a time
-
-
-@dataclass(frozen=True)
-class Packed:
-    """The quantized keys, or values, of a layer's first slots.
-
-    Attributes:
-        codes: codes of all slots.
-        group: slots that one row of scales serves, where there is not one for every slot.
-        scale_rows: the row of scales that each slot belongs to; None while they follow from the slots' order.
-    """
-
-    codes: Codes
-    group: int
-    scale_rows: Int[Tensor, "batch kv_heads slots"] | None = None
-
-    @property
-    def slots(self) -> int:
-        """Slots in the row that has most."""
-        return self.codes.data.shape[2]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales and shifts, and of what connects them."""
-        return self.codes.nbytes + (0 if self.scale_rows is None else self.scale_rows.nbytes)
-
-    @property
-    def scale_for_each(self) -> bool:
-        """Whether every slot has a row of scales of its own."""
-        return self.scale_rows is None and self.codes.scale.shape[2] == self.slots
-
-    def part(self, start: int, end: int) -> Codes:
-        """Codes of some slots with the scales that belong to them; `start` begins a group."""
-        codes, data = self.codes, self.codes.data[:, :, start:end]
-        if self.scale_rows is not None:
-            index = self.scale_rows[:, :, start:end].long()
-            return _changed(codes, data, lambda scale: rows_at(scale, index))
-        group = self.slots // codes.scale.shape[2]
-        return _changed(codes, data, lambda scale: scale[:, :, start // group : end // group])
-
-    def joined(self, new: Packed, counts: Counts, more: Counts) -> Packed:
-        """With whole groups put after each row's own; older codes stay what they are.
-
-        Args:
-            new: the groups, in their order.
-            counts: slots that each row has by now.
-            more: slots of `new` that each row takes.
-        """
-        if (counts == counts[0]).all() and (more == more[0]).all():
-            return self._end_to_end(new)
-        slots, device = int((counts + more).max()), self.codes.data.device
-        place = torch.arange(slots, device=device)
-        begin = torch.as_tensor(counts, device=device)[:, None]
-        source = torch.where(place < begin, place, self.slots + place - begin)  # in both, one after the other
-        return self._end_to_end(new).picked(source.clamp(max=self.slots + new.slots - 1).unsqueeze(1), compact=False)
-
-    def _end_to_end(self, new: Packed) -> Packed:
-        old, scale_rows = self.codes, self.scale_rows
-        if scale_rows is not None:
-            count, slots = new.codes.scale.shape[2], new.slots
-            added = old.scale.shape[2] + torch.arange(count, device=scale_rows.device, dtype=scale_rows.dtype)
-            added = added.repeat_interleave(slots // count).expand(*scale_rows.shape[:2], -1)
-            scale_rows = torch.cat([scale_rows, added], 2)
-        shift = None if old.shift is None or new.codes.shift is None else torch.cat([old.shift, new.codes.shift], 2)
-        data, scale = torch.cat([old.data, new.codes.data], 2), torch.cat([old.scale, new.codes.scale], 2)
-        return replace(self, codes=Codes(data, scale, shift, old.dim), scale_rows=scale_rows)
-
-    def picked(self, index: Int[Tensor, "batch sets slots"], compact: bool = True) -> Packed:
-        """Some slots, copied as they are, with the scales that any of them needs.
-
-        Args:
-            index: the slots.
-            compact: whether to drop the scales that none of them needs, which waits for the device.
-        """
-        codes, heads = self.codes, self.codes.data.shape[1]
-        data = rows_at(codes.data, index)
-        if self.scale_for_each:
-            return replace(self, codes=_changed(codes, data, lambda scale: rows_at(scale, index)))
-        whole = index.expand(-1, heads, -1)
-        if self.scale_rows is None and not compact and index.shape[2] % self.group == 0:  # whole groups stay together
-            groups = index[..., :: self.group] // self.group
-            return replace(self, codes=_changed(codes, data, lambda scale: rows_at(scale, groups)))
-        scale_rows = whole // self.group if self.scale_rows is None else self.scale_rows.gather(2, whole)
-        if compact:
-            used, scale_rows = torch.unique(scale_rows, return_inverse=True)
-            codes = _changed(codes, data, lambda scale: scale[:, :, used])
-        else:
-            codes = _changed(codes, data, lambda scale: scale)
-        return replace(self, codes=codes, scale_rows=scale_rows.int())
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> Packed:
-        """The same change to every tensor."""
-        rows = None if self.scale_rows is None else change(self.scale_rows)
-        return replace(self, codes=self.codes.each(change), scale_rows=rows)
 
 
 class QuantizedStore(DenseStore):
@@ -120,24 +27,31 @@ class QuantizedStore(DenseStore):
     The oldest tokens of a row lie quantized in the first slots, each row's own number of them; decode steps write and
     evict among the others alone. A selection copies codes as they are: where it leaves heads of a row with different
     numbers of quantized tokens, the surplus goes back to full precision, to be quantized with a later group.
+
+    Attributes:
+        quantizer: the policy.
+        layer: index of the decoder layer, for errors.
+        packed_rows: slots of each row that are quantized; None if none are.
+        coded: the same on the device, `[batch, 1]`; None while there are no buffers for codes.
     """
 
     def __init__(self, quantizer: Quantizer, layer: int) -> None:
-        """Starts empty.
-
-        Args:
-            quantizer: the policy.
-            layer: index of the decoder layer, for errors.
-        """
+        """Starts empty."""
         super().__init__()
         self.quantizer, self.layer = quantizer, layer
         self.packed_rows: Counts | None = None
+        self.coded: Tensor | None = None
         self._packed: tuple[Packed, Packed] | None = None  # keys and values
 
     @property
     def packed(self) -> int:  # type: ignore[override]
         """Slots that are quantized, in the row that has most."""
-        return 0 if self._packed is None else self._packed[0].slots
+        return 0 if self.packed_rows is None else int(self.packed_rows.max())
+
+    @property
+    def codes_capacity(self) -> int:
+        """Slots that there are codes of, in use or not."""
+        return 0 if self._packed is None else self._packed[0].capacity
 
     @property
     def nbytes(self) -> int:
@@ -146,21 +60,16 @@ class QuantizedStore(DenseStore):
 
     def slots_within(self, nbytes: float) -> float:
         """Slots of one row that fit, the residual and an unfinished group of them in full precision."""
-        keys, values = self.dense()
         full = (self.quantizer.residual + self.quantizer.group) * self.slot_nbytes
         if nbytes <= full:
             return super().slots_within(nbytes)
-        group = self.quantizer.group
-        empty = [tensor.new_zeros(1, tensor.shape[1], group, tensor.shape[3]) for tensor in (keys, values)]
-        with policy_errors(self.quantizer, self.layer):
-            packed = self.quantizer.encode_keys(empty[0]).nbytes + self.quantizer.encode_values(empty[1]).nbytes
-        return super().slots_within(full) + (nbytes - full) * group / packed
+        of_group = sum(codes.nbytes for codes in self._of_zeros())
+        return super().slots_within(full) + (nbytes - full) * self.quantizer.group / of_group
 
     def blocks(self, used: int) -> Iterator[tuple[Keys, Values]]:
         """Decodes a block at a time, then gives the first `used` slots of full precision."""
-        step = max(1, _BLOCK // self.quantizer.group) * self.quantizer.group
-        for start in range(0, self.packed, step):
-            yield self._decoded(start, min(start + step, self.packed))
+        for start, end in self._spans(self.packed):
+            yield self._decoded(start, end)
         if used or not self.packed:
             yield from super().blocks(used)
 
@@ -170,8 +79,75 @@ class QuantizedStore(DenseStore):
         whole: Counts = np.maximum(dense_rows - self.quantizer.residual, 0) // group * group
         return whole
 
+    def attend(self, query: Queries, scaling: float, used: InUse) -> Tensor:
+        """Attention of one query per row over quantized slots and those in use of full precision."""
+        if self._packed is None:
+            return super().attend(query, scaling, used)
+        (keys, values), read_as = self.dense(), self.quantizer.code_dtype
+        if used.length is None or read_as is None or keys.shape[3] != values.shape[3]:
+            return self._attend_blocks(query, scaling, used)
+        of_keys, of_values = self._packed
+        return decode_attention_codes(
+            query,
+            of_keys.codes.data.view(read_as),
+            of_keys.codes.scale,
+            of_keys.codes.shift,
+            of_values.codes.data.view(read_as),
+            of_values.codes.scale,
+            of_values.codes.shift,
+            keys,
+            values,
+            scaling,
+            self.coded,
+            used.length,
+            key_rows=of_keys.scale_rows,
+            value_rows=of_values.scale_rows,
+        )
+
+    def _attend_blocks(self, query: Queries, scaling: float, used: InUse) -> Tensor:
+        """The same where no kernel reads the codes: a block of them is decoded at a time.
+
+        Blocks are those in use, without a mask where every row has as many; where the host has no say, all there are.
+        """
+        keys, values = (tensor[:, :, : used.width] for tensor in self.dense())
+        grouped = by_key_head(query, keys.shape[1])
+        parts = _attend(grouped, keys, values, scaling, _mask(used, keys.shape[2]))
+        slots, whole = self.codes_capacity, 0
+        if not used.device_only:
+            slots, whole = self.packed, 0 if self.packed_rows is None else int(self.packed_rows.min())
+        for start, end in self._spans(slots):
+            mask = None
+            if end > whole:  # some row has fewer
+                assert self.coded is not None
+                mask = (torch.arange(start, end, device=query.device) < self.coded).unsqueeze(1)
+            parts = merge_attention(*parts, *_attend(grouped, *self._decoded(start, end), scaling, mask))
+        return parts[0].reshape(*query.shape[:3], -1)
+
+    def room(self, slots: int) -> int:
+        """As many, but no more than there can be before they are quantized."""
+        return min(slots, self.quantizer.residual + self.quantizer.group)
+
+    def make_room(self, dense_rows: Counts, later: Counts | None = None) -> None:
+        """Makes room for the codes of all tokens of full precision that are older than the residual.
+
+        Args:
+            dense_rows: tokens of each row in full precision.
+            later: how many these may be before long; where buffers have to grow, they get room for so many.
+        """
+        more, before = self.quantizable(dense_rows), self._packed_rows_of(dense_rows)
+        if not more.any() or (self._packed is not None and all(p.has_room(before, more) for p in self._packed)):
+            return
+        if later is not None:
+            more = np.maximum(more, self.quantizable(later))
+        if self.coded is None:
+            self._count(before)
+        keys, values = self._packed or self._without_slots()
+        self._packed = (keys.with_room(before, more), values.with_room(before, more))
+
     def pack(self, dense_rows: Counts) -> Counts:
         """Quantizes the oldest tokens of full precision, as many whole groups of each row as leave the residual.
+
+        Codes that are there stay where they are, unless their buffers have to grow.
 
         Args:
             dense_rows: tokens of each row in full precision, in the order of their age from the first slot on.
@@ -179,26 +155,32 @@ class QuantizedStore(DenseStore):
         Returns:
             How many of each row were quantized.
         """
-        more, quantizer = self.quantizable(dense_rows), self.quantizer
+        more, before = self.quantizable(dense_rows), self._packed_rows_of(dense_rows)
         count = int(more.max(initial=0))
         if count:
             keys, values = self.dense()
-            with policy_errors(quantizer, self.layer):
-                new = (
-                    Packed(quantizer.encode_keys(keys[:, :, :count].contiguous()), quantizer.group),
-                    Packed(quantizer.encode_values(values[:, :, :count].contiguous()), quantizer.group),
-                )
-                assert all(packed.slots == count for packed in new)
-            before = np.zeros(len(more), dtype=np.int64) if self.packed_rows is None else self.packed_rows
+            new = self._encoded(keys[:, :, :count].contiguous(), values[:, :, :count].contiguous())
+            assert all(codes.data.shape[2] == count for codes in new)
             if self._packed is None:
-                self._packed = new
+                self._packed = (Packed.of(new[0]).fixed(), Packed.of(new[1]).fixed())
             else:
-                self._packed = tuple(  # type: ignore[assignment]
-                    old.joined(group, before, more) for old, group in zip(self._packed, new, strict=True)
-                )
-            self.packed_rows = before + more
+                self.make_room(dense_rows)
+                of_keys, of_values = self._packed
+                self._packed = (of_keys.appended(new[0], before, more), of_values.appended(new[1], before, more))
+            self._count(before + more)
             self._drop_first(more, int((dense_rows - more).max()))
         return more
+
+    def buffers(self) -> list[Tensor]:
+        """Every tensor that it holds: keys and values, how many slots are quantized, and codes."""
+        coded = [] if self.coded is None else [self.coded]
+        return [*super().buffers(), *coded, *(tensor for packed in self._packed or () for tensor in packed.tensors())]
+
+    def move_into(self, buffers: list[Tensor]) -> None:
+        """Puts what it holds into `buffers` that it had before; codes have not moved."""
+        super().move_into(buffers)
+        if len(buffers) > 2 and self.coded is not None:
+            self.coded = buffers[2].copy_(self.coded)
 
     def _drop_first(self, more: Counts, left: int) -> None:
         """Gives back the first slots of full precision, each row's own number of them; so many are left in use."""
@@ -226,9 +208,12 @@ class QuantizedStore(DenseStore):
             rest = (rest - self.packed).clamp(min=0)
         self._hold(rows_at(keys, rest), rows_at(values, rest))
         if first is not None and self._packed is not None:
-            stay = first.shape[2]
-            self._packed = (self._packed[0].picked(first), self._packed[1].picked(first)) if stay else None
-            self.packed_rows = packed_rows if stay else None
+            if not first.shape[2]:
+                self._packed = self.coded = self.packed_rows = None
+            else:
+                assert packed_rows is not None
+                self._packed = (self._packed[0].picked(first), self._packed[1].picked(first))
+                self._count(packed_rows)
 
     def overwrite(self, keys: Keys, values: Values) -> None:
         """Replaces the slots of full precision; quantized ones stay what they are."""
@@ -241,29 +226,66 @@ class QuantizedStore(DenseStore):
     def select_rows(self, index: Int[Tensor, " rows"], rows: Counts) -> None:
         """Reorders, repeats or drops rows."""
         super().select_rows(index, rows)
-        if self._packed is not None and self.packed_rows is not None:
-            self._each_packed(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+        if self._packed is not None and self.coded is not None:
+            self._packed = (self._packed[0].select_rows(index, rows), self._packed[1].select_rows(index, rows))
+            coded = self.coded.index_select(0, index.to(self.coded.device))
+            self.coded = self.coded.copy_(coded) if len(coded) == len(self.coded) else fixed(coded)
+        if self.packed_rows is not None:
             self.packed_rows = self.packed_rows[rows]
 
     def to(self, device: torch.device) -> None:
         """Moves every buffer to a device, without waiting for the copy."""
         super().to(device)
-        self._each_packed(lambda tensor: tensor.to(device, non_blocking=True))
+        if self._packed is not None and self.coded is not None:
+            keys, values = self._packed
+            self._packed = (keys.to(device), values.to(device))
+            self.coded = fixed(self.coded.to(device, non_blocking=True))
 
     def saved(self, used: int) -> dict[str, Any]:
         """All codes, and the first `used` slots of full precision."""
-        return {**super().saved(used), "packed": self._packed, "packed_rows": self.packed_rows}
+        return {**super().saved(used), "packed": self._packed, "packed_rows": self.packed_rows, "coded": self.coded}
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Takes over what `saved` gave."""
         super().restore(saved)
-        self._packed, self.packed_rows = saved["packed"], saved["packed_rows"]
+        packed, coded, self.packed_rows = saved["packed"], saved["coded"], saved["packed_rows"]
+        self._packed = None if packed is None else (packed[0].fixed(), packed[1].fixed())
+        self.coded = None if coded is None else fixed(coded)
 
     # -- inner ---------------------------------------------------------------------------------------------------------
 
-    def _each_packed(self, change: Callable[[Tensor], Tensor]) -> None:
-        if self._packed is not None:
-            self._packed = (self._packed[0].each(change), self._packed[1].each(change))
+    def _packed_rows_of(self, dense_rows: Counts) -> Counts:
+        return np.zeros_like(dense_rows) if self.packed_rows is None else self.packed_rows
+
+    def _count(self, packed_rows: Counts) -> None:
+        """Takes note of how many slots of each row are quantized."""
+        keys, _ = self.dense()
+        self.packed_rows = packed_rows
+        self.coded = fixed(torch.as_tensor(packed_rows, device=keys.device).unsqueeze(1).clone())
+
+    def _encoded(self, keys: Keys, values: Values) -> tuple[Codes, Codes]:
+        with policy_errors(self.quantizer, self.layer):
+            return self.quantizer.encode_keys(keys), self.quantizer.encode_values(values)
+
+    def _of_zeros(self) -> tuple[Codes, Codes]:
+        """Codes of one group of one row, for their shapes."""
+        keys, values = (t.new_zeros(1, t.shape[1], self.quantizer.group, t.shape[3]) for t in self.dense())
+        return self._encoded(keys, values)
+
+    def _without_slots(self) -> tuple[Packed, Packed]:
+        """Buffers for codes, with no slots yet."""
+        batch = len(self.dense()[0])
+        keys, values = (
+            Packed.of(codes).each(lambda tensor: tensor.new_zeros(batch, tensor.shape[1], 0, tensor.shape[3]))
+            for codes in self._of_zeros()
+        )
+        return keys, values
+
+    def _spans(self, slots: int) -> Iterator[tuple[int, int]]:
+        """Where blocks of quantized slots start and end, in whole groups."""
+        step = max(1, _BLOCK // self.quantizer.group) * self.quantizer.group
+        for start in range(0, slots, step):
+            yield start, min(start + step, slots)
 
     def _decoded(self, start: int, end: int) -> tuple[Keys, Values]:
         """Keys and values of quantized slots; `start` begins a group."""
@@ -273,6 +295,14 @@ class QuantizedStore(DenseStore):
         return keys, values
 
 
-def _changed(codes: Codes, data: Tensor, change: Callable[[Tensor], Tensor]) -> Codes:
-    """Other codes, and a change to both scales and shifts."""
-    return Codes(data, change(codes.scale), None if codes.shift is None else change(codes.shift), codes.dim)
+def _attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float, used: Tensor | None) -> tuple[Tensor, Tensor]:
+    return attention_with_slots(query, keys.to(query.dtype), values.to(query.dtype), scaling, used)
+
+
+def _mask(used: InUse, slots: int) -> Tensor | None:
+    """Which of the first slots of full precision are in use, `[batch, sets, slots]`; None if all are."""
+    if used.bias is not None:
+        return used.bias[..., 0, :slots] == 0
+    if used.length is None:
+        return None
+    return torch.arange(slots, device=used.length.device) < used.length.unsqueeze(-1)

@@ -231,16 +231,23 @@ class SlotTable:
             self.hole = np.zeros_like(self.hole)
 
     def bound(self, steps: int) -> np.ndarray:
-        """At most the slots that each layer has in use after so many steps more than now, `[layers]`."""
+        """At most the slots that each layer has in use while it attends in so many steps more, `[layers]`."""
+        most: np.ndarray = np.maximum(self.held(steps - 1) + 1, self.extent).max(1)
+        return most
+
+    def held(self, steps: int = 0) -> np.ndarray:
+        """At most the tokens that layers and rows hold after so many steps more than now, `[layers, batch]`."""
+        if self.exact and not steps:
+            held: np.ndarray = self.extent - self.hole
+            return held
         lengths, row_seen = self._start
         taken = self.steps + steps
-        grown = lengths + taken
-        if self._allocation is not None:
+        held = lengths + taken
+        if self._allocation is not None:  # what is freed after a step is no more than what came in it
             limits = self._allocation.limits(self._rule, row_seen + taken) - self._packed_rows
             limits = np.maximum(limits, self._pinned_rows) if self._by_age else limits
-            grown = np.minimum(grown, np.maximum(lengths, limits) + 1)
-        most: np.ndarray = np.maximum(grown, self.extent).max(1)
-        return most
+            held = np.minimum(held, np.maximum(lengths, limits))
+        return held
 
     # -- between steps -------------------------------------------------------------------------------------------------
 
@@ -250,6 +257,15 @@ class SlotTable:
         self.steps = columns - self._first_column
         self.extent, self.hole = self.length[:, :, 0].cpu().numpy().copy(), (self.free[:, :, 0] >= 0).cpu().numpy()
         return columns
+
+    def become(self, table: SlotTable) -> None:
+        """Says what another table says, in its own tensors where they have the same shapes."""
+        for name, value in vars(table).items():
+            own = getattr(self, name, None)
+            if isinstance(own, Tensor) and isinstance(value, Tensor) and own.shape == value.shape:
+                own.copy_(value)
+            else:
+                setattr(self, name, value)
 
     def grow(self, capacity: int) -> None:
         """Makes room for more slots in the index."""

@@ -35,6 +35,7 @@ class CacheState:
         sequence: what was seen.
         rule: what the budget says of a row.
         allocation: what the last allocation gave.
+        has_kernels: whether decode steps attend with kernels of ours, which read the slots in use alone.
         table: where tokens lie while the model decodes; None until the next step makes it.
         recording: whether eviction waits for `crop`.
         waiting: kind of the step whose eviction waits.
@@ -56,6 +57,7 @@ class CacheState:
         self.rule = Rule.of(self.config, len(self.layers))
         self.allocation: Allocation | None = None
         self.table: SlotTable | None = None
+        self.has_kernels = False
         self.recording = False
         self.waiting: Phase | None = None
         self.reduced: Reduction | None = None

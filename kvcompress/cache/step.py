@@ -15,6 +15,7 @@ from torch import Tensor
 from kvcompress.cache.allocation import Allocation
 from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.sequence import Counts
+from kvcompress.cache.store import InUse
 from kvcompress.policies.problems import Problems
 
 
@@ -89,7 +90,9 @@ class Decode:
     Attributes:
         widths: slots that attention reads per layer; None to read all that are allocated.
         bias: what is added to the logits of each layer, `[layers, batch, sets, 1, slots]`; None while all slots read
-            are in use.
+            are in use, or `length` says it.
+        length: slots in use, `[layers, batch, sets]`, where kernels read these alone; None elsewhere.
+        device_only: whether nothing that the host knows counts, since the step is compiled or captured.
         evicts: whether layers over their budget free a slot in this step.
         next_layer: layer that attends next.
     """
@@ -98,8 +101,17 @@ class Decode:
     columns: ClassVar[int] = 1
     widths: list[int] | None = None
     bias: Tensor | None = None
+    length: Tensor | None = None
+    device_only: bool = False
     evicts: bool = True
     next_layer: int = 0
+
+    def used(self, layer: int, device: torch.device) -> InUse:
+        """Which slots of a layer are in use."""
+        width = None if self.widths is None else self.widths[layer]
+        bias = None if self.bias is None else self.bias[layer].to(device)
+        length = None if self.length is None else self.length[layer].to(device)
+        return InUse(width, bias, length, self.device_only)
 
 
 Step: TypeAlias = Prefill | Decode

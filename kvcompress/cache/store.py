@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from jaxtyping import Int
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvcompress.cache.sequence import Counts
-from kvcompress.policies.context import Keys, Values
+from kvcompress.kernels import decode_attention
+from kvcompress.policies.context import Keys, Queries, Values
+
+
+@dataclass(frozen=True)
+class InUse:
+    """Which of a layer's slots that can be written to hold a token while a decode step attends.
+
+    Attributes:
+        width: slots to read; None for all that are allocated.
+        bias: what is added to the logits of each slot; None while all slots read are in use, or `length` says it.
+        length: slots in use, where a kernel reads these alone; None elsewhere.
+        device_only: whether nothing that the host knows counts, since the step is compiled or captured.
+    """
+
+    width: int | None = None
+    bias: Float[Tensor, "batch sets 1 slots"] | None = None
+    length: Int[Tensor, "batch sets"] | None = None
+    device_only: bool = False
 
 
 class KVStore(Protocol):
@@ -53,6 +73,9 @@ class KVStore(Protocol):
     def blocks(self, used: int) -> Iterator[tuple[Keys, Values]]:
         """Keys and values of all packed slots, block by block, and of the first `used` others."""
 
+    def attend(self, query: Queries, scaling: float, used: InUse) -> Tensor:
+        """Attention of one query per row over all packed slots and those others that are in use."""
+
     def take(
         self,
         rest: Int[Tensor, "batch sets slots"],
@@ -75,8 +98,14 @@ class KVStore(Protocol):
     def replace(self, keys: Keys, values: Values) -> None:
         """The same in new buffers, with no room for more."""
 
+    def room(self, slots: int) -> int:
+        """Slots that can be written to which are enough for so many tokens of a row."""
+
     def grow(self, capacity: int) -> None:
         """Makes room for more slots that can be written to."""
+
+    def make_room(self, dense_rows: Counts, later: Counts | None) -> None:
+        """Makes room for what will be packed of so many tokens per row; for that of `later` where buffers grow."""
 
     def select_rows(self, index: Int[Tensor, " rows"], rows: Counts) -> None:
         """Reorders, repeats or drops rows; in place where their number stays."""
@@ -124,7 +153,7 @@ class DenseStore:
         return nbytes / self.slot_nbytes
 
     def buffers(self) -> list[Tensor]:
-        """Every tensor that it holds."""
+        """Every tensor that it holds, keys and values in full precision first."""
         return [buffer for buffer in (self.keys, self.values) if buffer is not None]
 
     def append(self, keys: Keys, values: Values, used: int) -> None:
@@ -151,6 +180,17 @@ class DenseStore:
         keys, values = self.dense()
         yield keys[:, :, :used], values[:, :, :used]
 
+    def attend(self, query: Queries, scaling: float, used: InUse) -> Tensor:
+        """Attention of one query per row over the slots in use."""
+        keys, values = self.dense()
+        if used.length is not None:
+            return decode_attention(query, keys, values, scaling, used.length)
+        grouped = by_key_head(query, keys.shape[1])
+        keys, values = keys[:, :, : used.width], values[:, :, : used.width]
+        bias = None if used.bias is None else used.bias[..., : keys.shape[2]].expand(-1, keys.shape[1], -1, -1)
+        output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=scaling)
+        return output.reshape(*query.shape[:3], -1)
+
     def take(
         self,
         rest: Int[Tensor, "batch sets slots"],
@@ -171,11 +211,15 @@ class DenseStore:
         """Holds other keys and values of the slots in use instead, those given."""
         self._hold(keys, values)
 
+    def room(self, slots: int) -> int:
+        """As many."""
+        return slots
+
     def grow(self, capacity: int) -> None:
         """Makes room for more slots."""
         if capacity > self.capacity:
             keys, values = self.dense()
-            self._hold(_grown(keys, capacity), _grown(values, capacity))
+            self._hold(grown(keys, capacity), grown(values, capacity))
 
     def select_rows(self, index: Int[Tensor, " rows"], rows: Counts) -> None:
         """Reorders, repeats or drops rows; in place where their number stays."""
@@ -199,18 +243,26 @@ class DenseStore:
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Takes over what `saved` gave."""
-        self._hold(_grown(saved["keys"], saved["capacity"]), _grown(saved["values"], saved["capacity"]))
+        self._hold(grown(saved["keys"], saved["capacity"]), grown(saved["values"], saved["capacity"]))
+
+    def make_room(self, dense_rows: Counts, later: Counts | None = None) -> None:
+        """Nothing to do: all stays in full precision."""
+
+    def move_into(self, buffers: list[Tensor]) -> None:
+        """Puts what it holds into `buffers` that it had before, where compiled steps look for it."""
+        for buffer, now in zip(buffers, self.dense(), strict=False):
+            buffer[:, :, : now.shape[2]] = now
+        self.keys, self.values = buffers[:2]
 
     def _hold(self, keys: Tensor, values: Tensor) -> None:
-        self.keys, self.values = keys, values
-        for buffer in (keys, values):
-            fix_address(buffer)
+        self.keys, self.values = fixed(keys), fixed(values)
 
 
-def fix_address(buffer: Tensor) -> None:
-    """Tells compiled decode steps that a buffer stays where it is."""
+def fixed(buffer: Tensor) -> Tensor:
+    """The same buffer, of which compiled decode steps know that it stays where it is."""
     if not (buffer.is_inference() or torch.compiler.is_compiling()):
         torch._dynamo.mark_static_address(buffer)
+    return buffer
 
 
 def rows_at(tensor: Tensor, order: Int[Tensor, "batch sets slots"]) -> Tensor:
@@ -219,8 +271,15 @@ def rows_at(tensor: Tensor, order: Int[Tensor, "batch sets slots"]) -> Tensor:
     return tensor.gather(2, order.unsqueeze(-1).expand(-1, heads, -1, width))
 
 
-def _grown(tensor: Tensor, capacity: int) -> Tensor:
+def by_key_head(query: Queries, kv_heads: int) -> Tensor:
+    """One query per row as as many queries of each key/value head as there are heads in its group."""
+    return query.reshape(query.shape[0], kv_heads, -1, query.shape[3])
+
+
+def grown(tensor: Tensor, capacity: int) -> Tensor:
+    """A copy with room for so many slots, zero in those that are new; as usable outside of inference mode as before."""
     batch, heads, slots, width = tensor.shape
-    grown = tensor.new_zeros(batch, heads, capacity, width)
-    grown[:, :, :slots] = tensor
-    return grown
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        larger = tensor.new_zeros(batch, heads, capacity, width)
+        larger[:, :, :slots] = tensor
+    return larger

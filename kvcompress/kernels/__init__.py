@@ -6,11 +6,13 @@ from kvcompress.kernels.dense import (
     attention,
     attention_with_lse,
     attention_with_mask,
+    attention_with_slots,
     in_one_dtype,
     masked_attention_with_lse,
     merge_attention,
     without_autocast,
 )
+from kvcompress.kernels.device import runs_triton
 from kvcompress.kernels.mass import attention_mass
 from kvcompress.kernels.probabilities import attention_probabilities
 from kvcompress.kernels.ragged import decode_attention
@@ -24,11 +26,13 @@ __all__ = [
     "attention_share",
     "attention_with_lse",
     "attention_with_mask",
+    "attention_with_slots",
     "decode_attention",
     "decode_attention_codes",
     "decode_bias",
     "in_one_dtype",
     "masked_attention_with_lse",
     "merge_attention",
+    "runs_triton",
     "without_autocast",
 ]

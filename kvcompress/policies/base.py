@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Literal
 
+import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
@@ -243,6 +244,13 @@ class Quantizer(Policy):
     """Stores keys and values in fewer bits, all but the most recent ones, a whole group of tokens at a time.
 
     What is quantized is never touched again: later groups are appended, and eviction copies codes as they are.
+    `decode` becomes a part of compiled decode steps, so it asks the device nothing.
+
+    Class attributes:
+        code_dtype: dtype (`torch.uint8` or `torch.float8_e4m3fn`) in which `kvcompress.kernels.codes` reads the bytes
+            of `Codes.data`, of keys and values alike, if codes are in the layout described there and `decode` means
+            what `kvcompress.kernels.codes.decoded` does: then a kernel decodes them on a GPU, while it attends. None
+            where only `decode` can read them.
 
     Args:
         group: tokens that are quantized together.
@@ -250,6 +258,7 @@ class Quantizer(Policy):
     """
 
     stage = "quantizer"
+    code_dtype: ClassVar[torch.dtype | None] = None
 
     group: int = Field(default=64, ge=1)
     residual: int = Field(default=64, ge=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 
 from kvcompress.kernels.codes import decoded
@@ -24,6 +26,8 @@ class FP8(Quantizer):
         group: tokens of a block.
         residual: most recent tokens that stay in full precision.
     """
+
+    code_dtype: ClassVar[torch.dtype | None] = _DTYPE
 
     def encode_keys(self, keys: Keys) -> Codes:
         """Scales the largest magnitude of a block to the largest code."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
+
+import torch
 
 from kvcompress.policies.quantizers.affine import Affine
 from kvcompress.policies.registry import QUANTIZERS
@@ -21,6 +23,8 @@ class Quanto(Affine):
         residual: most recent tokens that stay in full precision.
         bits: of each number; `quanto4` is short for `quanto` with bits=4.
     """
+
+    code_dtype: ClassVar[torch.dtype | None] = torch.uint8
 
     bits: Literal[2, 4, 8] = 4
 
