@@ -245,7 +245,7 @@ class QuantizedStore(DenseStore):
         """All codes, and the first `used` slots of full precision."""
         return {**super().saved(used), "packed": self._packed, "packed_rows": self.packed_rows, "coded": self.coded}
 
-    def restore(self, saved: dict[str, Any]) -> None:
+    def restore(self, saved: Any) -> None:
         """Takes over what `saved` gave."""
         super().restore(saved)
         packed, coded, self.packed_rows = saved["packed"], saved["coded"], saved["packed_rows"]

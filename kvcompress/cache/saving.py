@@ -290,7 +290,7 @@ def _check_model(folder: Path, manifest: Manifest, decoder: PreTrainedModel) -> 
         )
 
 
-def _check_room(layers: list[dict[str, Any]], table: dict[str, Any] | None) -> None:
+def _check_room(layers: list[Any], table: Any) -> None:
     """Whether buffers have no more room than what is there accounts for, before any is allocated."""
     width = 0 if table is None else table["index"].shape[-1]
     for layer in layers:

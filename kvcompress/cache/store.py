@@ -116,7 +116,7 @@ class KVStore(Protocol):
     def saved(self, used: int) -> dict[str, Any]:
         """What has to be kept of all packed slots and the first `used` others to go on elsewhere."""
 
-    def restore(self, saved: dict[str, Any]) -> None:
+    def restore(self, saved: Any) -> None:
         """Takes over what `saved` gave."""
 
 
@@ -241,7 +241,7 @@ class DenseStore:
         keys, values = self.dense()
         return {"keys": keys[:, :, :used], "values": values[:, :, :used], "capacity": self.capacity}
 
-    def restore(self, saved: dict[str, Any]) -> None:
+    def restore(self, saved: Any) -> None:
         """Takes over what `saved` gave."""
         self._hold(grown(saved["keys"], saved["capacity"]), grown(saved["values"], saved["capacity"]))
 
