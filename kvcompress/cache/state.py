@@ -142,7 +142,7 @@ class CacheState:
             "table_evicts": table is not None and table.evicts,
         }
 
-    def restore(self, saved: dict[str, Any], devices: list[torch.device]) -> None:
+    def restore(self, saved: Any, devices: list[torch.device]) -> None:
         """Takes over what `saved` gave; layers and their tensors are on those devices."""
         self.sequence.restore(saved["sequence"])
         self.calls.restore(saved["calls"])
