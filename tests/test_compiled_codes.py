@@ -1,4 +1,4 @@
-"""Compiled decode steps over quantized tokens, and as kernels are called: one graph for all steps and the next cache."""
+"""Compiled steps over quantized tokens, and as kernels are called: one graph for all steps and the next cache."""
 
 from __future__ import annotations
 
