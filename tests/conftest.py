@@ -52,6 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
     config.addinivalue_line("filterwarnings", "error::kvcompress.errors.KVCompressWarning")
     # Drawn prompts are often so short that sinks and recents alone are more than the budget, of which this one tells.
+    config.addinivalue_line("filterwarnings", "ignore:budget. 1 means:kvcompress.errors.BudgetWarning")
     config.addinivalue_line("filterwarnings", "ignore:the budget of .* is below:kvcompress.errors.BudgetWarning")
 
 

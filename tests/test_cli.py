@@ -205,7 +205,7 @@ def test_a_prompt_longer_than_the_model_was_trained_for_is_warned_about(text: Pa
 def test_a_budget_below_what_is_protected_is_warned_about_in_one_line(text: Path) -> None:
     arguments = ("--model", text, "--prompt", PROMPT, "--budget", 2, "--set", "budget.sink=9", "--json")
     result = run("generate", *arguments, "--max-new-tokens", 2)
-    assert result.exit_code == 0 and result.stderr.startswith("warning: the budget of 6 slots")
+    assert result.exit_code == 0 and result.stderr.startswith("warning: the budget of 6 tokens")
     assert result.stderr.count("\n") == 1
 
 
@@ -218,7 +218,7 @@ def test_a_budget_below_what_is_protected_is_warned_about_in_one_line(text: Path
         (["--preset", "prefixvk"], "UnknownPolicyError", "did you mean 'prefixkv'"),
         (["--budget", "1.5"], "BudgetError", "a fraction lies in"),
         (["--budget", "0"], "BudgetError", "at least 1"),
-        (["--budget", "20%"], "BudgetError", "got '20%'"),
+        (["--budget", "20 per cent"], "BudgetError", "in percent (20%)"),
         (["--set", "scorre.window=3"], "ConfigError", "scorre: unknown field of CompressionConfig"),
         (["--set", "scorer.windo=3"], "ConfigError", "windo: unknown field of Attention"),
         (["--set", "scorer.window.deep=3"], "ConfigError", "window"),
@@ -229,6 +229,9 @@ def test_a_budget_below_what_is_protected_is_warned_about_in_one_line(text: Path
         (["--config", "missing.yaml"], "ConfigError", "missing.yaml: cannot be read"),
         (["--config", "missing.toml"], "ConfigError", "must end in one of"),
         (["--model", "./missing"], "UnsupportedModelError", "is no folder"),
+        (["--model", "smolm2"], "UnsupportedModelError", "did you mean 'smollm2'?"),
+        (["--model", "Shape"], "UnsupportedModelError", "did you mean 'shapes'?"),
+        (["--model", "vicuna"], "UnsupportedModelError", "built in are smollm2 and shapes"),
         (["--device", "nonsense"], "ConfigError", "device: 'nonsense'"),
         (["--import", "no_such_module"], "ConfigError", "import 'no_such_module': cannot be imported: ModuleNotFound"),
         (["--import", "no_such_file.py"], "ConfigError", "is no Python file"),
@@ -321,6 +324,15 @@ def test_a_parameter_comes_with_type_default_and_meaning() -> None:
     assert "fixed point" in distance["meaning"]
     (lookm,) = [e for e in json.loads(run("policies", "merger", "--json").stdout)["merger"] if e["name"] == "lookm"]
     assert [p["type"] for p in lookm["parameters"]] == ["average | pivotal | weighted", "bool"]
+
+
+def test_policies_are_listed_by_name_and_what_they_do() -> None:
+    short, whole = run("policies"), run("policies", "--all")
+    for registry in REGISTRIES:
+        assert all(name in short.stdout for name in registry.names())
+    assert all(name in short.stdout for name in PRESETS)
+    assert "Source:" not in short.stdout and "--all" in short.stdout
+    assert "Source:" in whole.stdout and len(whole.stdout) > 3 * len(short.stdout)
 
 
 @pytest.mark.parametrize("stage", ["allocator", "allocators"])

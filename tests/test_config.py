@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from kvcompress import Budget, CompressionConfig, KVCompressError
 from kvcompress.config.presets import PRESETS
+from kvcompress.errors import BudgetWarning
 from kvcompress.policies.allocators import Uniform
 from kvcompress.policies.scorers import Attention
 from tests import strategies
@@ -65,9 +67,23 @@ def test_a_bare_budget_is_a_fraction_tokens_or_bytes_and_keeps_what_is_protected
     assert config.override(budget=0.3).budget == Budget(fraction=0.3, sink=4)
     assert config.override(budget=7).budget == Budget(tokens=7, sink=4)
     assert config.override(budget="64MiB").budget == Budget(bytes=64 * 2**20, sink=4)
+    assert config.override(budget="30%").budget == config.override(budget=" 30.0 % ").budget
+    assert config.override(budget="30%").budget == Budget(fraction=0.3, sink=4)
     assert config.override(budget={"tokens": 7}).budget == Budget(tokens=7, sink=1)
     assert CompressionConfig(scorer="attention", budget=1).budget == Budget(tokens=1)
     assert CompressionConfig(scorer="attention", budget=1.0).budget.keeps_everything
+
+
+def test_a_bare_one_warns_that_it_is_one_token() -> None:
+    with pytest.warns(BudgetWarning, match=r"1 means one token per layer.* everything is 1\.0") as told:
+        CompressionConfig.preset("h2o", budget=1)
+        CompressionConfig.preset("streaming").override(budget=1)
+        CompressionConfig(scorer="attention", budget=1)
+    assert len(told) == 3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        CompressionConfig.preset("streaming", budget=Budget(tokens=1))
+        CompressionConfig.preset("full", budget=1.0)
 
 
 def test_window_is_short_for_the_last_queries() -> None:
@@ -82,8 +98,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"budget": -3}, "tokens per layer must be at least 1; got -3"),
     ({"budget": float("nan")}, "a fraction lies in (0, 1]; got nan"),
     ({"budget": True}, "budget: must be a number"),
-    ({"budget": "many"}, "text must be bytes with a unit, such as '64MiB'; got 'many'"),
-    ({"budget": "20%"}, "text must be bytes with a unit, such as '64MiB'; got '20%'"),
+    ({"budget": "many"}, "text must be bytes with a unit, such as '64MiB', or a share, such as '20%'; got 'many'"),
+    ({"budget": "0%"}, "a fraction lies in (0, 1]; got 0.0"),
+    ({"budget": "120%"}, "a fraction lies in (0, 1]; got 1.2"),
+    ({"budget": "20 per cent"}, "or a share, such as '20%'; got '20 per cent'"),
     ({"budget": "0.2"}, "A fraction is a float (0.2)"),
     ({"budget": None}, "budget: must be a float (fraction)"),
     ({"budget": {"fraction": 0.2, "tokens": 5}}, "give exactly one of fraction, tokens and bytes"),

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from kvcompress import CompressedCache, restore
 from kvcompress.cli import app
 from kvcompress.evaluation import smollm2
-from tests import tiny
+from tests import checkpoints, tiny
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
@@ -82,11 +82,16 @@ def test_command_lines_run(page: Path, line: str, tmp_path: Path, monkeypatch: p
         "kvcompress.cache.cache",
         "kvcompress.evaluation.inspection",
         "kvcompress.evaluation.benchmark",
+        "kvcompress.reuse.chat",
+        "kvcompress.reuse.document",
+        "kvcompress.reuse.session",
     ],
 )
-def test_examples_in_docstrings_run(name: str) -> None:
+def test_examples_in_docstrings_run(name: str, tmp_path: Path) -> None:
     given = {
-        "model": tiny.model("llama"),
+        "model": checkpoints.text_model() if ".reuse." in name else tiny.model("llama"),
+        "tokenizer": checkpoints.text_tokenizer(),
+        "folder": tmp_path,
         "inputs": tiny.inputs("llama", 40, seed=0),
         "CompressedCache": CompressedCache,
     }

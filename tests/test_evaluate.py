@@ -622,6 +622,7 @@ def test_the_command_prints_a_table_or_json(text_folder: Path, tmp_path: Path, m
         (["--output", "/proc/nowhere/grid.jsonl"], "cannot be written"),
         (["--config", "missing.yaml"], "cannot be read"),
         (["--images", "missing"], "is no folder"),
+        (["--output", "grid.csv"], "the file name must end in .jsonl"),
     ],
 )
 def test_what_is_wrong_is_one_line_on_stderr(

@@ -20,9 +20,12 @@ NAMES = {
     "SCORERS",
     "Budget",
     "CacheReport",
+    "Chat",
     "CompressedCache",
     "CompressionConfig",
+    "Document",
     "KVCompressError",
+    "compressing",
     "restore",
 }
 
@@ -53,6 +56,26 @@ assert state() == before, (before, state())
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_version_and_wrong_names_need_neither_torch_nor_transformers() -> None:
+    program = """
+import sys
+import kvcompress
+from kvcompress.cli import app
+from typer.testing import CliRunner
+assert kvcompress.__version__ in CliRunner().invoke(app, ["--version"]).stdout
+assert CliRunner().invoke(app, ["nonsense"]).exit_code == 2
+assert not {"torch", "transformers", "numpy"} & set(sys.modules), sorted(sys.modules)
+assert set(kvcompress.__all__) <= set(dir(kvcompress))
+kvcompress.errors.KVCompressError
+try:
+    kvcompress.nonsense
+except AttributeError:
+    print("fine")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout == "fine\n", done.stderr
 
 
 def test_restore_takes_everything_off_a_model() -> None:

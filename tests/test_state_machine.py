@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from itertools import chain
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from kvcompress import Budget, CompressedCache, CompressionConfig
+from kvcompress import SCORERS, Budget, CompressedCache, CompressionConfig
 from kvcompress.errors import CacheStateError
 from kvcompress.policies.base import Allocator, Evictor
 from tests import oracles, strategies, tiny
@@ -255,6 +256,20 @@ class CacheMachine(RuleBasedStateMachine):
             return
         self.now = self.now.copy()
         self.worlds = [*self.worlds, self.now][-3:]
+
+    @rule()
+    def save_and_load(self) -> None:
+        """What is read from disk goes on in place of what was saved, unless a forward may still be undone."""
+        cache = self.now.cache
+        waits = any(row.waiting for row in self.now.rows)
+        with TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+            patch.setitem(SCORERS._policies, "scripted", Scripted)
+            if waits:
+                with pytest.raises(CacheStateError, match="may still be undone"):
+                    cache.save(folder)
+                return
+            cache.save(folder)
+            self.now.cache = CompressedCache.load(tiny.model("llama"), folder)
 
     # -- what always holds ---------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
 
 from kvcompress import SCORERS, CompressedCache, CompressionConfig, KVCompressError
 from kvcompress.errors import (
@@ -372,10 +373,37 @@ def test_a_wrong_configuration_leaves_the_model_untouched() -> None:
     assert model.config._attn_implementation == "sdpa" and not model._forward_pre_hooks
 
 
+def test_a_cache_that_may_not_be_used_is_refused_by_that_name(model: Any) -> None:
+    cache = CompressedCache(model, "prefixkv", budget=0.5)
+    for call in (
+        lambda: model(**prompt(), use_cache=False, **tiny.with_cache(cache)),
+        lambda: model.generate(**prompt(), use_cache=False, **tiny.with_cache(cache), max_new_tokens=2),
+        lambda: model.generate(
+            **prompt(), generation_config=GenerationConfig(use_cache=False, max_new_tokens=2), **tiny.with_cache(cache)
+        ),
+    ):
+        with pytest.raises(UnsupportedModeError, match="use_cache: is False"):
+            call()
+    assert not cache.is_initialized
+
+
+def test_what_a_dynamic_cache_answers_a_compressed_one_does() -> None:
+    model = tiny.model("llama", torch.bfloat16)
+    cache, full = CompressedCache(model, "full"), DynamicCache(config=model.config)
+    assert (cache.dtype, cache.device) == (torch.bfloat16, torch.device("cpu"))
+    assert list(cache) == [(None, None)] * 3 and len(cache) == 3
+    for one in (cache, full):
+        model(**prompt(), **tiny.with_cache(one))
+    for (keys, values), layer, own in zip(cache, full.layers, cache.layers, strict=True):
+        assert torch.equal(keys, layer.keys) and torch.equal(values, layer.values)
+        assert (own.dtype, own.device) == (layer.keys.dtype, layer.keys.device)
+    assert (cache.dtype, cache.device) == (torch.bfloat16, torch.device("cpu"))
+
+
 def test_protected_tokens_beat_the_budget_with_a_warning() -> None:
     model = tiny.model("llama")
     cache = CompressedCache(model, "streaming", budget=2)
-    with pytest.warns(BudgetWarning, match="the budget of 6 slots over all layers is below the 15"):
+    with pytest.warns(BudgetWarning, match="the budget of 6 tokens over all layers is below the 15"):
         model(**prompt(), **tiny.with_cache(cache))
     assert cache.report().layer_lengths == [[5]] * 3
 

@@ -151,7 +151,7 @@ def _warn_if_below_floor(rule: Rule, total: Counts, floor: np.ndarray) -> None:
     if (total < protected).any():
         row = int((total < protected).argmax())
         warnings.warn(
-            f"the budget of {total[row]} slots over all layers is below the {protected[row]} that its {rule.sinks} "
+            f"the budget of {total[row]} tokens over all layers is below the {protected[row]} that its {rule.sinks} "
             f"sinks and {rule.recents} recents need (row {row}); the protected tokens are kept",
             BudgetWarning,
             stacklevel=2,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvcompress.cache import attention, decoding, hooks, prefill, rows, undoing
+from kvcompress.cache import attention, decoding, hooks, prefill, rows, saving, undoing
 from kvcompress.cache.allocation import Allocation
 from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.calls import Calls
@@ -125,9 +125,76 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """
         raise UnsupportedModeError(
             "cache: it belongs to a model of this process and cannot be pickled; within the process, take "
-            "copy.deepcopy(cache); for another one, write cache.config.dump(path), make a CompressedCache(model, path) "
-            "there and run the prompt again"
+            "copy.deepcopy(cache); for another one, cache.save(folder) and CompressedCache.load(model, folder) there"
         )
+
+    # -- on disk -------------------------------------------------------------------------------------------------------
+
+    def save(
+        self, folder: str | PathLike[str], *, overwrite: bool = False, extra: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes what the cache holds, to go on in another process: `cache.json` and a file of tensors (safetensors).
+
+        The cache stays as it is. Another process sees the old cache or the new one, never a part of one.
+
+        Args:
+            folder: where to; made where it is missing.
+            overwrite: whether a cache that was saved there is replaced.
+            extra: what else to keep with it: text, numbers, tensors, lists and mappings (`saving.Saved.extra`).
+
+        Raises:
+            ConfigError: if the folder cannot be written, or holds a cache already, or a `cache.json` of somebody else;
+                or a policy is not registered, so that it could not be read again.
+            CacheStateError: if a forward failed half-way, or may still be undone.
+            UnsupportedModeError: if several processes share the heads.
+
+        Example:
+            >>> cache = CompressedCache(model, "prefixkv", budget=0.5)
+            >>> output = model.generate(**inputs, cache=cache, max_new_tokens=4)
+            >>> cache.save(folder / "story")
+            >>> again = CompressedCache.load(model, folder / "story")
+            >>> again.report() == cache.report()
+            True
+        """
+        saving.save(self._state, self.decoder(), folder, overwrite=overwrite, extra=extra)
+
+    @classmethod
+    def load(
+        cls, model: PreTrainedModel, folder: str | PathLike[str], *, reserve: int = 0, decoding: str = "captured"
+    ) -> CompressedCache:
+        """Reads a cache that `save` wrote; decoding goes on to the bit as with the one that was saved.
+
+        Nothing in the folder is run. Policies of your own must be registered before.
+
+        Args:
+            model: the model it was saved from, in the same dtype; in any process, on any device.
+            folder: where it was saved.
+            reserve: as for a new cache.
+            decoding: as for a new cache.
+
+        Raises:
+            ConfigError: if the folder holds no cache, a damaged one, or one of another model or release.
+            UnsupportedModelError: as for a new cache.
+        """
+        return cls.from_saved(model, saving.Saved.read(folder), reserve=reserve, decoding=decoding)
+
+    @classmethod
+    def from_saved(cls, model: PreTrainedModel, saved: saving.Saved, **options: Any) -> CompressedCache:
+        """The second half of `load`: a cache from what was read."""
+        cache = cls(model, saved.config, **options)
+        saved.fill(cache._state, cache.decoder())
+        return cache
+
+    def decoder(self) -> PreTrainedModel:
+        """The module that owns the decoder layers.
+
+        Raises:
+            CacheStateError: if the model no longer exists.
+        """
+        decoder = self._decoder()
+        if decoder is None:
+            raise CacheStateError("cache: the model it was made for no longer exists; make a new cache for this one")
+        return decoder
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -274,6 +341,26 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     def batch_size(self) -> int:
         """Rows that the cache holds; -1 before the first forward."""
         return self._state.sequence.batch or -1
+
+    def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None]]:
+        """Keys and values of each layer's slots in use, `[batch, kv_heads, slots, head_dim]`; None before any token.
+
+        Slots are in no promised order, and what lies in those beyond a row's own means nothing; `report()` says which
+        tokens are held.
+        """
+        decoding.catch_up_if_needed(self._state)
+        return ((layer.keys, layer.values) for layer in self.layers)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of keys and values in full precision; the model's before the first token."""
+        return self._state.dtype if self.is_initialized else self.decoder().dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the first layer's keys and values are; the model's before the first token."""
+        keys = self.layers[0].store.keys
+        return self.decoder().device if keys is None else keys.device
 
     @property
     def is_initialized(self) -> bool:

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from kvcompress.cache.inputs import check_inputs, check_rows, not_the_conversation, shape_of, too_short
+from kvcompress.cache.inputs import check_inputs, check_rows, check_use, not_the_conversation, shape_of, too_short
 from kvcompress.errors import CacheStateError, UnsupportedModeError
 
 _MOST = 128  # ids of a prompt that are remembered
@@ -43,6 +43,14 @@ class Calls:
         self._layer: int | None = None  # that a layer's hook spoke of
         self._read: list[_Read] = []
         self.due: Tensor | None = None
+
+    def saved(self) -> list[dict[str, Any]]:
+        """What has to be kept of the conversation to go on elsewhere."""
+        return [read._asdict() for read in self._read]
+
+    def restore(self, saved: list[dict[str, Any]]) -> None:
+        """Takes over what `saved` gave."""
+        self._read = [_Read(**read) for read in saved]
 
     # -- what hooks tell -----------------------------------------------------------------------------------------------
 
@@ -112,9 +120,10 @@ class Calls:
         """`generate` begins.
 
         Raises:
-            UnsupportedModeError: for a row of padding alone.
+            UnsupportedModeError: for a row of padding alone, and `use_cache=False`.
             CacheStateError: for ids that do not begin with what was seen, and a mask that does not cover it.
         """
+        check_use(inputs)
         mask, shape = inputs.get("attention_mask"), shape_of(inputs)
         check_rows(mask)
         if not seen or shape is None:

@@ -33,6 +33,11 @@ class LayerContract(HeldTokens, CacheLayerMixin):  # type: ignore[no-untyped-cal
         """Values of the slots in use."""
         return self.every_slot()[1] if self.is_initialized else None
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of keys and values in full precision; None before the first token."""
+        return None if self.store.keys is None else self.store.keys.dtype
+
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the first tokens bring their buffers along."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,8 @@ from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.store import DenseStore
 from kvcompress.config import CompressionConfig
 from kvcompress.parallel import ALONE, HeadGroup
+
+_SAVED = ("index", "held", "slots", "scores", "statistics", "pinned", "merger_state", "heads_part")
 
 
 class HeldTokens:
@@ -162,7 +166,8 @@ class HeldTokens:
         begin = torch.as_tensor(least, device=order.device)[:, None, None]
         place = torch.arange(int(dense.max(initial=0)), device=order.device)
         rest = order.gather(-1, (begin + place).clamp(max=max(0, order.shape[2] - 1)).expand(-1, order.shape[1], -1))
-        first = None if not surplus and (least == self.packed_rows).all() else order[..., : int(least.max())]
+        same = not surplus and (least == self.packed_rows).all()
+        first = None if same else order[..., : int(least.max())].clamp(max=packed - 1)  # beyond a row's own: anything
         self._keep(first, least, rest, dense, room, surplus)
 
     def _keep(
@@ -227,6 +232,17 @@ class HeldTokens:
                 setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
         for name, known in self.statistics.items():
             self.statistics[name] = known.index_select(0, index.to(known.device))
+
+    def saved(self) -> dict[str, Any]:
+        """What has to be kept to go on elsewhere."""
+        return {**{name: getattr(self, name) for name in _SAVED}, "store": self.store.saved(self.slots)}
+
+    def restore(self, saved: dict[str, Any], device: torch.device) -> None:
+        """Takes over what `saved` gave, which lies on that device."""
+        for name in _SAVED:
+            setattr(self, name, saved[name])
+        self.device = device
+        self.store.restore(saved["store"])
 
     @property
     def kv_heads(self) -> int:

@@ -85,12 +85,12 @@ class ReducesTokens(ABC):
 
 def observe(model: PreTrainedModel, decoder: PreTrainedModel, adapter: Adapter) -> None:
     """Puts hooks on a model and its decoder unless they are there; they are inert for every other cache."""
-    if model is not decoder and not _is_hooked(model):
+    if model is not decoder and not is_hooked(model):
         model.__dict__[_HOOK] = [model.register_forward_pre_hook(_ModelHook(model, adapter), with_kwargs=True)]
         if model.can_generate():
-            model.__dict__.setdefault("generate", _Generate(model))
+            model.__dict__.setdefault("generate", Generate(model))
             model.__dict__.setdefault("get_compiled_call", _CompiledCall(model))
-    if not _is_hooked(decoder):
+    if not is_hooked(decoder):
         decoder.__dict__[_HOOK] = [decoder.register_forward_pre_hook(_DecoderHook(decoder), with_kwargs=True)]
 
 
@@ -161,12 +161,13 @@ class _Instead:
         return type(self), (self.model(),)
 
 
-class _Generate(_Instead):
+class Generate(_Instead):
     """`generate`, with a look at what a turn begins with before it is cut, and a say in how it decodes."""
 
     name = "generate"
 
     def __call__(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Generates, as the class of the model does."""
         model, kwargs = self.model(), under_installed_name(kwargs)
         cache = cache_among(kwargs)
         if model is None or not isinstance(cache, ObservesInputs):
@@ -195,7 +196,7 @@ class _CompiledCall(_Instead):
         return self.of_class(*args, **kwargs)
 
 
-def _is_hooked(module: nn.Module) -> bool:
+def is_hooked(module: nn.Module) -> bool:
     """Whether a module still has its hooks, which somebody may have cleared."""
     handles = module.__dict__.get(_HOOK)
     return handles is not None and all(handle.id in (handle.hooks_dict_ref() or ()) for handle in handles)
@@ -207,7 +208,7 @@ def reduce_between(layers: list[nn.Module]) -> None:
     A layer after a reduction gets the hidden states, position ids and rotary embeddings of the tokens that go on, and
     no mask, since the cache knows which are padding. The last layer's output has all columns again.
     """
-    if all(map(_is_hooked, layers)):
+    if all(map(is_hooked, layers)):
         return
     for index, layer in enumerate(layers):
         layer.__dict__[_HOOK] = [layer.register_forward_pre_hook(partial(_reduce, index), with_kwargs=True)]
@@ -240,7 +241,7 @@ def _spread(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], ou
 
 def remove(module: nn.Module) -> None:
     """Takes the hooks off a model, a decoder or a layer."""
-    for method in (_Generate, _CompiledCall):
+    for method in (Generate, _CompiledCall):
         if isinstance(module.__dict__.get(method.name), method):
             del module.__dict__[method.name]
     for handle in module.__dict__.pop(_HOOK, ()):

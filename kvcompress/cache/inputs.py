@@ -25,8 +25,8 @@ def check_inputs(inputs: dict[str, Any], seen: int) -> None:
         seen: columns that the cache has seen.
 
     Raises:
-        UnsupportedModeError: for labels, attention maps, masks that are not two-dimensional, and right padding in
-            `generate`.
+        UnsupportedModeError: for labels, attention maps, `use_cache=False`, masks that are not two-dimensional, and
+            right padding in `generate`.
         CacheStateError: for an attention mask or positions that do not cover what was seen.
     """
     if inputs.get("labels") is not None:
@@ -39,6 +39,7 @@ def check_inputs(inputs: dict[str, Any], seen: int) -> None:
             "output_attentions: a compressed cache attends without making attention maps; leave it out, or call the "
             "model with another cache, such as DynamicCache, after model.set_attn_implementation('eager')"
         )
+    check_use(inputs)
     shape = shape_of(inputs)
     if shape is None:
         return
@@ -60,6 +61,19 @@ def check_inputs(inputs: dict[str, Any], seen: int) -> None:
                 "attention_mask: a row ends in padding, so the logits of its last column mean nothing; pad on the left "
                 "(tokenizer.padding_side = 'left')"
             )
+
+
+def check_use(inputs: dict[str, Any]) -> None:
+    """Refuses a call that brings a cache and forbids its use.
+
+    Raises:
+        UnsupportedModeError: for `use_cache=False`.
+    """
+    if inputs.get("use_cache") is False:
+        raise UnsupportedModeError(
+            "use_cache: is False, and a compressed cache was given; leave out one of the two (use_cache may also be in "
+            "the generation configuration)"
+        )
 
 
 def check_rows(mask: object) -> None:

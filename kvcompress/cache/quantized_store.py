@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -239,6 +240,18 @@ class QuantizedStore(DenseStore):
             keys, values = self._packed
             self._packed = (keys.to(device), values.to(device))
             self.coded = fixed(self.coded.to(device, non_blocking=True))
+
+    def saved(self, used: int) -> dict[str, Any]:
+        """All codes, and the first `used` slots of full precision."""
+        return {**super().saved(used), "packed": self._packed, "packed_rows": self.packed_rows}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Takes over what `saved` gave."""
+        super().restore(saved)
+        if saved["packed"] is not None:
+            keys, values = saved["packed"]
+            self._packed = keys.fixed(), values.fixed()
+            self._count(saved["packed_rows"])
 
     # -- inner ---------------------------------------------------------------------------------------------------------
 

@@ -11,9 +11,10 @@ import numpy as np
 from kvcompress.cache import decoding
 from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.state import CacheState
+from kvcompress.markup import bars, size, table
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class CacheReport:
     """A snapshot of what a cache holds; plain numbers and lists, so it can be kept, compared and written as JSON.
 
@@ -54,6 +55,32 @@ class CacheReport:
     threshold: list[float] | None = None
     decoding: str | None = None
     notes: list[str] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return (
+            f"CacheReport({len(self.row_tokens_seen)} x {self.tokens_seen:,} tokens seen, {len(self.layer_lengths)} "
+            f"layers, retention {self.retention:.1%}, {size(self.kv_bytes)} of {size(self.full_kv_bytes)})"
+        )
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: figures, and a bar for what each layer keeps of the tokens seen."""
+        figures = {
+            "tokens seen": f"{self.tokens_seen:,}" if len(set(self.row_tokens_seen)) < 2 else str(self.row_tokens_seen),
+            "retention": f"{self.retention:.1%}",
+            "key/value cache": f"{size(self.kv_bytes)} of {size(self.full_kv_bytes)}",
+            "index": size(self.index_bytes),
+        }
+        if self.threshold is not None:
+            figures["threshold p"] = ", ".join(f"{one:.4f}" for one in self.threshold)
+        if self.vision_retention is not None:
+            figures["image tokens given"] = f"{self.vision_retention:.1%}"
+        notes = {f"note {number}": note for number, note in enumerate(self.notes, 1)}
+        seen = max(1, sum(self.row_tokens_seen))
+        kept = [sum(rows) for rows in self.layer_lengths]
+        texts = [f"{sum(rows) / max(1, len(rows)):,.0f} tokens" for rows in self.layer_lengths]
+        return table("CacheReport", figures | notes) + bars(
+            "kept of the tokens seen, by layer", [rows / seen for rows in kept], texts
+        )
 
     @property
     def retention(self) -> float:

@@ -60,6 +60,14 @@ class Sequence:
         self._scored_before = self.scored
         self._unscored_before = (self.scored.end, self.scored.end)
 
+    def saved(self) -> dict[str, Any]:
+        """What has to be kept to go on elsewhere."""
+        return dict(vars(self))
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Takes over what `saved` gave."""
+        self.__dict__.update({name: saved[name] for name in vars(self)})
+
     @property
     def batch(self) -> int:
         """Number of rows; 0 before the first step."""

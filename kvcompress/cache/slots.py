@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from jaxtyping import Int
@@ -11,6 +13,7 @@ from kvcompress.cache.allocation import Allocation, Rule
 from kvcompress.cache.sequence import Counts
 
 _LATEST = 2**31 - 1  # as a token index: never the oldest
+_DERIVED = ("_allocation", "_rule", "_age", "_none", "_slots")  # from what else is known of the cache
 
 
 class SlotTable:
@@ -123,6 +126,24 @@ class SlotTable:
             for tensor in vars(self).values():
                 if isinstance(tensor, Tensor):
                     torch._dynamo.mark_static_address(tensor)
+
+    @property
+    def evicts(self) -> bool:
+        """Whether layers over their budget lose tokens."""
+        return self._allocation is not None
+
+    def saved(self) -> dict[str, Any]:
+        """What has to be kept to go on elsewhere, beside the allocation and the rule."""
+        return {name: value for name, value in vars(self).items() if name not in _DERIVED}
+
+    @classmethod
+    def from_saved(cls, saved: dict[str, Any], allocation: Allocation | None, rule: Rule) -> SlotTable:
+        """The table that `saved` gave."""
+        table = cls.__new__(cls)
+        table.__dict__.update(saved, _allocation=allocation, _rule=rule, _age=None)
+        table._none = torch.full((), -1, dtype=torch.int64, device=table.index.device)
+        table._derive()
+        return table
 
     @property
     def capacity(self) -> int:

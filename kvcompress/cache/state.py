@@ -127,6 +127,34 @@ class CacheState:
         parts += [part for part in (self.table, self.allocation) if part is not None]
         return [(part, {name: _apart(value) for name, value in vars(part).items()}) for part in (*parts, self)]
 
+    def saved(self) -> dict[str, Any]:
+        """What has to be kept to go on elsewhere, as plain values; the host must know of every step."""
+        table = self.table
+        return {
+            "sequence": self.sequence.saved(),
+            "calls": self.calls.saved(),
+            "layers": [layer.saved() for layer in self.layers if layer.is_initialized],
+            "allocation": self.allocation,
+            "rule": self.rule,
+            "recording": self.recording,
+            "ran": self.ran,
+            "table": None if table is None else table.saved(),
+            "table_evicts": table is not None and table.evicts,
+        }
+
+    def restore(self, saved: dict[str, Any], devices: list[torch.device]) -> None:
+        """Takes over what `saved` gave; layers and their tensors are on those devices."""
+        self.sequence.restore(saved["sequence"])
+        self.calls.restore(saved["calls"])
+        if saved["layers"]:
+            for layer, kept, device in zip(self.layers, saved["layers"], devices, strict=True):
+                layer.restore(kept, device)
+        self.allocation, self.rule, self.recording = saved["allocation"], saved["rule"], bool(saved["recording"])
+        self.ran = saved["ran"]
+        if saved["table"] is not None:
+            allocation = self.allocation if saved["table_evicts"] else None
+            self.table = SlotTable.from_saved(saved["table"], allocation, self.rule)
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the keys and values."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -112,6 +112,12 @@ class KVStore(Protocol):
 
     def to(self, device: torch.device) -> None:
         """Moves every buffer to a device, without waiting for the copy."""
+
+    def saved(self, used: int) -> dict[str, Any]:
+        """What has to be kept of all packed slots and the first `used` others to go on elsewhere."""
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Takes over what `saved` gave."""
 
 
 class DenseStore:
@@ -238,6 +244,15 @@ class DenseStore:
         for buffer, now in zip(buffers, self.dense(), strict=False):
             buffer[:, :, : now.shape[2]] = now
         self.keys, self.values = buffers[:2]
+
+    def saved(self, used: int) -> dict[str, Any]:
+        """The first `used` slots, and how many there are."""
+        keys, values = self.dense()
+        return {"keys": keys[:, :, :used], "values": values[:, :, :used], "capacity": self.capacity}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Takes over what `saved` gave."""
+        self._hold(grown(saved["keys"], saved["capacity"]), grown(saved["values"], saved["capacity"]))
 
     def _hold(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = fixed(keys), fixed(values)

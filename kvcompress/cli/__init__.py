@@ -2,30 +2,55 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from io import TextIOWrapper
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from kvcompress import __version__
-from kvcompress.cli import bench, calibrate, demo, evaluate, generate, inspect, policies, tune
+
+# In the order of --help: the module, its function and its epilog. Imported when needed, since most need torch.
+_COMMANDS = {
+    "generate": ("generate", "generate", "EPILOG"),
+    "chat": ("chat", "chat", "EPILOG"),
+    "compress": ("documents", "compress", "COMPRESS_EPILOG"),
+    "ask": ("documents", "ask", "ASK_EPILOG"),
+    "caption": ("caption", "caption", "EPILOG"),
+    "inspect": ("inspect", "inspect", "EPILOG"),
+    "evaluate": ("evaluate", "evaluate", "EPILOG"),
+    "tune": ("tune", "tune_command", "EPILOG"),
+    "calibrate": ("calibrate", "calibrate_command", "EPILOG"),
+    "bench": ("bench", "bench", "EPILOG"),
+    "policies": ("policies", "policies", "EPILOG"),
+    "demo": ("demo", "demo", "EPILOG"),
+}
+
+
+class _Commands(TyperGroup):
+    def list_commands(self, ctx: Any) -> list[str]:
+        return list(_COMMANDS)
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name not in _COMMANDS:
+            return None
+        name, function, epilog = _COMMANDS[cmd_name]
+        module = importlib.import_module(f"kvcompress.cli.{name}")
+        one = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+        one.command(cmd_name, epilog=getattr(module, epilog))(getattr(module, function))
+        return typer.main.get_command(one)
+
 
 app = typer.Typer(
+    cls=_Commands,
     name="kvcompress",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-app.command(epilog=generate.EPILOG)(generate.generate)
-app.command(epilog=inspect.EPILOG)(inspect.inspect)
-app.command(epilog=evaluate.EPILOG)(evaluate.evaluate)
-app.command("tune", epilog=tune.EPILOG)(tune.tune_command)
-app.command("calibrate", epilog=calibrate.EPILOG)(calibrate.calibrate_command)
-app.command(epilog=bench.EPILOG)(bench.bench)
-app.command(epilog=policies.EPILOG)(policies.policies)
-app.command(epilog=demo.EPILOG)(demo.demo)
 
 
 def main() -> None:

@@ -22,7 +22,6 @@ from rich.text import Text
 from kvcompress import __version__
 from kvcompress.cli.configuration import import_modules, read_config
 from kvcompress.cli.console import note, output, print_json, reported, warn
-from kvcompress.cli.display import size
 from kvcompress.cli.generate import load_with_spinner
 from kvcompress.cli.options import AsJson, Debug, Device, Dtype, DtypeName, ModelName, Modules, PlotFolder, Settings
 from kvcompress.config import CompressionConfig
@@ -32,6 +31,7 @@ from kvcompress.evaluation.measurement import Measurement, Spread
 from kvcompress.evaluation.plots import check_pictures, save_all, speed
 from kvcompress.evaluation.plots.retention import budget_label
 from kvcompress.evaluation.plots.rows import by_unit
+from kvcompress.markup import size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,7 +22,7 @@ from kvcompress.policies.base import Policy
 
 _AMOUNTS = ("fraction", "tokens", "bytes")
 _FILES = (".json", ".yaml", ".yml")
-_BYTES = re.compile(r"\d+(\.\d+)?\s*[KMGTP]?i?B", re.IGNORECASE)
+_BYTES = re.compile(r"\d+(\.\d+)?\s*([KMGTP]?i?B|%)", re.IGNORECASE)
 
 
 def read_config(
@@ -59,7 +59,8 @@ def parse_budget(text: str) -> float | int | str:
     """Reads a bare budget.
 
     Args:
-        text: with a dot a fraction ("0.2"), a whole number of tokens per layer ("512"), or bytes ("64MiB").
+        text: with a dot or in percent a fraction ("0.2", "20%"), a whole number of tokens per layer ("512"), or bytes
+            ("64MiB").
 
     Raises:
         BudgetError: if it is none of these.
@@ -71,8 +72,8 @@ def parse_budget(text: str) -> float | int | str:
             continue
     if _BYTES.fullmatch(text.strip()) is None:
         raise BudgetError(
-            f"budget: must be a fraction with a dot (0.2), a number of tokens per layer (512) or bytes (64MiB); "
-            f"got '{text}'"
+            f"budget: must be a fraction with a dot (0.2) or in percent (20%), a number of tokens per layer (512) or "
+            f"bytes (64MiB); got '{text}'"
         )
     return text.strip()
 

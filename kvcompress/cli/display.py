@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvcompress.evaluation import Generation
+from kvcompress.markup import size
 
 _BARS = "▁▂▃▄▅▆▇█"
 _DIGITS = "123456789"  # where the terminal has no bars
@@ -51,14 +52,6 @@ def layer_bars(lengths: Sequence[int], encoding: str) -> str:
     levels = _BARS if encoding.lower().startswith("utf") else _DIGITS
     most = max(lengths, default=0)
     return "".join(levels[(length * len(levels) - 1) // most if length else 0] for length in lengths)
-
-
-def size(count: int) -> str:
-    """Bytes in words."""
-    amount, units = float(count), ["bytes", "KiB", "MiB", "GiB", "TiB"]
-    while amount >= 1024 and len(units) > 1:
-        amount, units = amount / 1024, units[1:]
-    return f"{count} bytes" if units[0] == "bytes" else f"{amount:.1f} {units[0]}"
 
 
 def agreement(first: Generation, second: Generation) -> tuple[bool, int]:

@@ -14,9 +14,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from kvcompress.cli.display import size
 from kvcompress.evaluation.results import Row
 from kvcompress.evaluation.runner import Progress
+from kvcompress.markup import size
 
 _BESIDE = 8  # lines of a terminal that are not rows: heads, rules, progress
 WIDE = 140  # columns of a terminal from which on an interval stands beside its value

@@ -12,7 +12,6 @@ from rich.text import Text
 
 from kvcompress.cli.configuration import import_modules, read_config
 from kvcompress.cli.console import output, print_json, reported, working
-from kvcompress.cli.display import size
 from kvcompress.cli.generate import load_with_spinner, open_image, read_prompt
 from kvcompress.cli.options import (
     AsJson,
@@ -31,6 +30,7 @@ from kvcompress.config import CompressionConfig
 from kvcompress.evaluation import Inspection, encode_prompt
 from kvcompress.evaluation import inspect as inspect_prompt
 from kvcompress.evaluation.plots import check_pictures, lorenz, merging, patches, retention, save_all
+from kvcompress.markup import size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

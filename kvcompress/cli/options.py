@@ -40,7 +40,8 @@ ConfigFile = Annotated[
     typer.Option(metavar="FILE", help="A .yaml or .json configuration instead of a preset.", dir_okay=False),
 ]
 BudgetSize = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="0.2: share of the tokens; 512: tokens per layer; 64MiB: bytes.")
+    str | None,
+    typer.Option(metavar="SIZE", help="0.2, 20%: share of the tokens; 512: tokens per layer; 64MiB: bytes."),
 ]
 ImagesFolder = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Where the images of the data are.", file_okay=False)

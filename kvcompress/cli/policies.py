@@ -29,6 +29,8 @@ kvcompress policies
 
 kvcompress policies allocator
 
+kvcompress policies --all
+
 kvcompress policies presets --json
 
 kvcompress policies --import my_policies.py
@@ -43,11 +45,12 @@ def policies(
     stage: Annotated[
         str | None, typer.Argument(help=f"One of {', '.join(_STAGES)}, presets; all if left out.", show_default=False)
     ] = None,
+    whole: Annotated[bool, typer.Option("--all", help="Parameters, defaults and papers of every stage.")] = False,
     modules: Modules = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Lists every policy of every stage, with its parameters, defaults and paper, and the presets."""
+    """Lists the policies and presets; of one stage, or with --all, their parameters, defaults and papers too."""
     with reported(as_json=as_json, debug=debug):
         chosen = _section(stage)
         import_modules(modules or [])
@@ -61,8 +64,10 @@ def policies(
             ]
         if as_json:
             print_json(content)
-        else:
+        elif whole or chosen is not None:
             _show(output(), content)
+        else:
+            _show_names(output(), content)
 
 
 def describe(policy: type[Policy]) -> dict[str, Any]:
@@ -138,6 +143,18 @@ def _show(console: Console, content: dict[str, Any]) -> None:
         if not entries:
             console.print("  (none)")
         console.print()
+
+
+def _show_names(console: Console, content: dict[str, Any]) -> None:
+    for section, entries in content.items():
+        console.print(Text.assemble((section, "bold cyan"), "  ", (_MEANINGS.get(section, ""), "italic")))
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(min_width=21, no_wrap=True)
+        grid.add_column()
+        for entry in entries:
+            grid.add_row(Text(entry["name"], style="bold"), Text(entry["summary"]))
+        console.print(Padding(grid if entries else Text("(none)"), (0, 0, 1, 2)))
+    console.print("Parameters, defaults and papers: kvcompress policies STAGE, or --all")
 
 
 def _entry(entry: dict[str, Any]) -> Table:

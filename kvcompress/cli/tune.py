@@ -13,7 +13,6 @@ from rich.table import Table
 from kvcompress.cli.configuration import check_output, import_modules
 from kvcompress.cli.console import output as result_console
 from kvcompress.cli.console import print_json, reported, warn, working
-from kvcompress.cli.display import size
 from kvcompress.cli.evaluate import configurations, split
 from kvcompress.cli.generate import load_with_spinner
 from kvcompress.cli.options import AsJson, Debug, Device, Dtype, DtypeName, ModelName, Modules, Overwrite
@@ -26,6 +25,7 @@ from kvcompress.evaluation.results import check_results_file
 from kvcompress.evaluation.runner import Progress
 from kvcompress.evaluation.tuning import STEP, Bound, Tuning, most_trials, tune
 from kvcompress.files.writing import OVERWRITE
+from kvcompress.markup import size
 
 EPILOG = """
 [bold]Examples[/bold]

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import warnings
 from numbers import Integral, Real
 from typing import Any, ClassVar
 
 from pydantic import ByteSize, Field, field_serializer, field_validator, model_validator
 
-from kvcompress.errors import BudgetError, shown
+from kvcompress.errors import BudgetError, BudgetWarning, shown
 from kvcompress.policies.configured import Configured
 
 _BYTES = re.compile(r"\s*\d+(\.\d+)?\s*([kmgtp]i?)?b\s*", re.IGNORECASE)
+_PERCENT = re.compile(r"\s*(\d{1,3}(\.\d{1,20})?)\s*%\s*")
 _MOST_BYTES = 2**63 - 1
 
 
@@ -45,8 +47,8 @@ class Budget(Configured):
     def _with_unit(cls, value: object) -> object:
         if isinstance(value, str) and (len(value) > 40 or not _BYTES.fullmatch(value)):
             raise BudgetError(
-                f"budget: text must be bytes with a unit, such as '64MiB'; got {shown(value)}. A fraction is a float "
-                "(0.2), tokens per layer are an int (512)"
+                f"budget: text must be bytes with a unit, such as '64MiB', or a share, such as '20%'; got "
+                f"{shown(value)}. A fraction is a float (0.2), tokens per layer are an int (512)"
             )
         return value
 
@@ -77,7 +79,9 @@ class Budget(Configured):
 
     @classmethod
     def parse(cls, given: object, default: Budget | None = None) -> Budget:
-        """Reads a budget given as an object, a dict or bare: a float is a fraction, an int tokens, text bytes.
+        """Reads a budget given as an object, a dict or bare: a float or "20%" is a fraction, an int tokens, text bytes.
+
+        A bare 1 warns, since it is one token, where many mean 1.0.
 
         Args:
             given: what the user wrote.
@@ -96,12 +100,23 @@ class Budget(Configured):
         if isinstance(given, bool):
             raise BudgetError(f"budget: must be a number, text or a Budget; got {given}")
         if isinstance(given, Integral):
+            if given == 1:
+                warnings.warn(
+                    "budget: 1 means one token per layer, and with the protected ones hardly any; everything is 1.0 or "
+                    "'100%', and Budget(tokens=1) says that one token is meant",
+                    BudgetWarning,
+                    stacklevel=2,
+                )
             return cls(tokens=int(given), **protected)
         if isinstance(given, Real):
             return cls(fraction=float(given), **protected)
         if isinstance(given, str):
+            share = _PERCENT.fullmatch(given)
+            if share is not None:
+                return cls(fraction=float(share[1]) / 100, **protected)
             return cls(**{"bytes": given, **protected})
         raise BudgetError(
-            f"budget: must be a float (fraction), an int (tokens per layer), text ('64MiB') or a Budget; got "
+            f"budget: must be a float (fraction), an int (tokens per layer), text ('64MiB', '20%') or a "
+            f"Budget; got "
             f"{shown(given)}"
         )

@@ -116,7 +116,7 @@ def _residual(chosen: Combination, evictor: Evictor, quantizer: Quantizer) -> No
     kept, sinks = (torch.tensor([count], dtype=torch.int64) for count in (_MANY, chosen.budget.sink))
     loose = _MANY - int(evictor.pinned(kept, sinks, chosen.recent))
     if evictor.frees == "chosen" or loose > quantizer.residual:
-        reach = "any slot" if evictor.frees == "chosen" or loose > _MANY // 2 else f"one of the last {loose} slots"
+        reach = "any token" if evictor.frees == "chosen" or loose > _MANY // 2 else f"one of the last {loose} tokens"
         raise ConfigError(
             f"quantizer {quantizer.name}: decode steps of the evictor {evictor.name} free {reach}, but all except the "
             f"residual of {quantizer.residual} is quantized; choose an evictor with decode='fixed_point' or 'none', or "

@@ -21,6 +21,7 @@ from kvcompress.config.combination import Combination, check_combination
 from kvcompress.config.presets import PRESETS
 from kvcompress.errors import ConfigError, shown
 from kvcompress.files import read_structure, write_text
+from kvcompress.markup import size, table
 from kvcompress.policies.base import Evictor, Merger, Quantizer, Reducer, Scorer
 from kvcompress.policies.configured import Configured
 from kvcompress.policies.registry import (
@@ -80,6 +81,21 @@ class CompressionConfig(Configured):
             Combination(self.budget, self.scorer, self.allocator, self.evictor, self.merger, self.quantizer)
         )
         return self
+
+    def _repr_html_(self) -> str:
+        """What notebooks show: a row for each stage."""
+        budget = self.budget
+        if budget.fraction is not None:
+            amount = f"{budget.fraction:.4g} of the tokens seen"
+        else:
+            amount = (
+                f"{budget.tokens:,} tokens per layer" if budget.tokens is not None else size(int(budget.bytes or 0))
+            )
+        rows = {"budget": f"{amount}; {budget.sink} first and {budget.recent} last tokens are kept in any case"}
+        for stage in ("scorer", "allocator", "evictor", "merger", "quantizer", "reducer"):
+            policy = getattr(self, stage)
+            rows[stage] = "none" if policy is None else f"{policy.name} ({policy})".replace(" ()", "")
+        return table("CompressionConfig", rows)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> CompressionConfig:

@@ -8,7 +8,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from kvcompress.cache import CompressedCache
 from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.report import CacheReport
 from kvcompress.config import CompressionConfig
@@ -70,6 +72,41 @@ def read_answer(
         end = _now(model.device)
     speed = (count - 1) / (end - first) if count > 1 else None
     return Reading(float(torch.stack(losses).double().sum()), count, first - start, speed, report_of(cache))
+
+
+@torch.inference_mode()
+def read_continuations(
+    model: PreTrainedModel, context: list[int], continuations: list[list[int]], config: CompressionConfig
+) -> list[tuple[float, bool]]:
+    """How likely each of several continuations of one context is, and whether greedy decoding would give it.
+
+    The context is read and compressed once; then every continuation is fed token by token, as while generating.
+
+    Args:
+        model: the model.
+        context: ids, at least one.
+        continuations: ids of each, at least one.
+        config: how the cache is compressed.
+
+    Returns:
+        For each the sum of its tokens' log-likelihoods, in nats, and whether every token was the likeliest.
+    """
+    cache, rows = CompressedCache(model, config), len(continuations)
+    logits = model(torch.tensor([context], device=model.device), **cache_argument(cache), logits_to_keep=1).logits
+    if rows > 1:
+        cache.batch_repeat_interleave(rows)
+    longest = max(map(len, continuations))
+    padded = [[*ids, *[ids[-1]] * (longest - len(ids))] for ids in continuations]
+    wanted = torch.tensor(padded, device=model.device)
+    counted = torch.tensor([[place < len(ids) for place in range(longest)] for ids in continuations])
+    steps = [logits[:, -1].expand(rows, -1)]
+    for place in range(longest - 1):
+        steps.append(model(wanted[:, place : place + 1], **cache_argument(cache)).logits[:, -1])
+    likelihoods = torch.stack(steps, 1).float().log_softmax(-1)
+    counted = counted.to(likelihoods.device)
+    found = likelihoods.gather(2, wanted.unsqueeze(-1)).squeeze(-1).double().masked_fill(~counted, 0.0).sum(1)
+    greedy = ((likelihoods.argmax(-1) == wanted) | ~counted).all(1)
+    return list(zip(found.tolist(), greedy.tolist(), strict=True))
 
 
 def _loss(logits: Tensor, wanted: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +29,7 @@ from kvcompress.evaluation.shapes import pretrained as shapes
 from kvcompress.integrations import adapter_for, known_models
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,11 @@ def _load(name: str, dtype: torch.dtype | str) -> LoadedModel:
     if is_local(name):
         source = str(Path(name).expanduser())
     elif not _HUB_ID.fullmatch(name) or Path(name).is_file():
-        raise UnsupportedModelError(f"model '{name}': is no folder, and no model's id on the hub (owner/name) either")
+        near = get_close_matches(name.lower(), (smollm2.NAME, shapes.NAME), n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else f"; built in are {smollm2.NAME} and {shapes.NAME}"
+        raise UnsupportedModelError(
+            f"model '{name}': is no folder, and no model's id on the hub (owner/name) either{hint}"
+        )
     config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
     if config.model_type not in known_models():
         raise UnsupportedModelError(

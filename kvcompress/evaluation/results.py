@@ -132,8 +132,11 @@ def check_results_file(path: Path, *, overwrite: bool = False) -> None:
         overwrite: whether the file itself may be anything; what lies in the way beside it may not.
 
     Raises:
-        ConfigError: if it cannot be written, or it or the file beside it are no results.
+        ConfigError: if its name does not end in .jsonl, it cannot be written, or it or the file beside it are no
+            results.
     """
+    if path.suffix != ".jsonl":
+        raise ConfigError(f"output {path}: results are written as lines of JSON; the file name must end in .jsonl")
     beside = samples_path(path)
     for file in (path, beside):
         check_output(file, overwrite=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kvcompress.files.pictures import open_picture, picture_path, read_picture
 from kvcompress.files.reading import parse_json, parse_yaml, read_bytes, read_structure, read_text
+from kvcompress.files.tensors import read_tensors, write_tensors
 from kvcompress.files.writing import append_line, check_output, locked, make_folder, replacing, write_text
 
 __all__ = [
@@ -18,7 +19,9 @@ __all__ = [
     "read_bytes",
     "read_picture",
     "read_structure",
+    "read_tensors",
     "read_text",
     "replacing",
+    "write_tensors",
     "write_text",
 ]

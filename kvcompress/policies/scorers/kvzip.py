@@ -24,8 +24,8 @@ class KVzip(Scorer):
     question. In other forwards their own queries are taken.
 
     *Deviates:* probabilities are those over everything held; the released code's are over the chunk that is repeated,
-    the first tokens, and the repetition itself. The code then compares heads and layers; here that is the allocator's
-    matter.
+    the first tokens, and the repetition itself. The code then compares heads and layers, so that heads that look things
+    up stay whole; here that is the allocator's matter, and where every head has the same size such heads lose most.
     """
 
     mass: ClassVar[bool] = True

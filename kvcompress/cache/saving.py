@@ -1,0 +1,379 @@
+"""A compressed cache on disk: what it holds in safetensors, what that means in JSON, and nothing that runs code."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import secrets
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from kvcompress.cache.allocation import Allocation, Rule
+from kvcompress.cache.decoding import catch_up_if_needed
+from kvcompress.cache.packed import Packed
+from kvcompress.cache.report import report_on
+from kvcompress.cache.sequence import Scored
+from kvcompress.cache.state import CacheState
+from kvcompress.config import CompressionConfig
+from kvcompress.errors import CacheStateError, ConfigError, KVCompressError, UnsupportedModeError
+from kvcompress.files import (
+    locked,
+    make_folder,
+    parse_json,
+    read_tensors,
+    read_text,
+    replacing,
+    write_tensors,
+    write_text,
+)
+from kvcompress.parallel import ALONE
+from kvcompress.policies.configured import Configured
+from kvcompress.policies.context import Codes
+from kvcompress.policies.fingerprint import Fingerprint, fingerprint_of
+
+MANIFEST = "cache.json"
+FORMAT = 1
+_BYTES = 64 * 2**20  # of the manifest
+_REPEATS = 2**20  # of what is the same for all rows, such as token indices
+_TENSORS = re.compile(r"cache-[0-9a-f]{16}\.safetensors")
+_KNOWN: dict[str, Callable[..., Any]] = {one.__name__: one for one in (Allocation, Rule, Scored, Packed, Codes)}
+_WAY_OUT = "save the cache again, or make a new CompressedCache and run the prompt again"
+
+
+class Manifest(Configured):
+    """What `cache.json` holds.
+
+    Args:
+        kvcompress_cache: number of the format.
+        tensors: name of the file beside it that holds the tensors.
+        tensors_sha256: checksum of that file.
+        model: fingerprint of the model's decoder.
+        dtype: of the model, such as "bfloat16".
+        config: how the cache compresses.
+        state: what the cache holds, with names for its tensors.
+        extra: what else was saved with it.
+        sha256: checksum of all of this.
+    """
+
+    kvcompress_cache: int
+    tensors: str
+    tensors_sha256: str
+    model: Fingerprint
+    dtype: str
+    config: dict[str, Any]
+    state: dict[str, Any]
+    extra: dict[str, Any] = Field(default_factory=dict)
+    sha256: str = ""
+
+    def checksum(self) -> str:
+        """SHA-256 of every field but itself."""
+        fields = self.model_dump(mode="json", exclude={"sha256"})
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+# -- saving ------------------------------------------------------------------------------------------------------------
+
+
+def save(
+    cache: CacheState,
+    model: PreTrainedModel,
+    folder: str | PathLike[str],
+    *,
+    overwrite: bool = False,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a cache to a folder; see `CompressedCache.save`.
+
+    Args:
+        cache: what the cache knows.
+        model: the decoder that it belongs to.
+        folder: where to.
+        overwrite: whether a cache that is there is replaced.
+        extra: what else to keep with it: text, numbers, tensors, lists and mappings.
+    """
+    folder = Path(folder)
+    manifest_path = folder / MANIFEST
+    whole = _whole(cache)  # refuses before anything is made
+    make_folder(folder, "cache")
+    with locked(manifest_path, "cache"):
+        before = None
+        if manifest_path.exists():
+            before = _read_manifest(folder, "only a folder with a saved cache is overwritten; give another one")
+            if not overwrite:
+                raise ConfigError(f"cache {folder}: exists already; overwrite=True replaces it, or give another folder")
+        tensors: dict[str, Tensor] = {}
+        state, kept = _to_json(whole, tensors, {}), _to_json(dict(extra or {}), tensors, {})
+        name = f"cache-{secrets.token_hex(8)}.safetensors"
+        with replacing(folder / name, "cache") as file:
+            digest = write_tensors(file, tensors)
+        try:
+            fields: dict[str, Any] = {
+                "kvcompress_cache": FORMAT,
+                "tensors": name,
+                "tensors_sha256": digest,
+                "model": fingerprint_of(model),
+                "dtype": _name_of(model.dtype),
+                "config": cache.config.model_dump(mode="json"),
+                "state": state,
+                "extra": kept,
+            }
+            manifest = Manifest(**fields)
+            manifest = manifest.model_copy(update={"sha256": manifest.checksum()})
+            write_text(manifest_path, manifest.model_dump_json(), "cache")  # from here on it is the new one
+        except BaseException:
+            with suppress(OSError):
+                (folder / name).unlink()
+            raise
+        if before is not None and _TENSORS.fullmatch(before.tensors):
+            with suppress(OSError):
+                (folder / before.tensors).unlink()
+
+
+def _whole(cache: CacheState) -> dict[str, Any]:
+    """What a cache holds, as plain values; refuses what could not go on elsewhere."""
+    cache.check_ready()
+    if cache.heads is not ALONE:
+        raise UnsupportedModeError(
+            "save: several processes share the heads of this cache, and each holds its own alone; save a cache of the "
+            "model in one process"
+        )
+    if cache.waiting is not None:
+        raise CacheStateError(
+            "save: the last forward may still be undone; call crop(0) or compress() first, which ends that"
+        )
+    try:
+        CompressionConfig.read(cache.config.model_dump(mode="json"))
+    except KVCompressError as error:
+        raise ConfigError(
+            f"save: its configuration could not be read again: {error}; register policies of your own, as in "
+            '@SCORERS.register("mine")'
+        ) from None
+    catch_up_if_needed(cache)
+    return cache.saved()
+
+
+def _to_json(value: Any, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:
+    """A value in JSON, its tensors by name; the same tensor has one name, however often it comes."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        if id(value) not in names:
+            names[id(value)] = name = f"{len(tensors)}"
+            tensors[name] = value[tuple(slice(None) if step else slice(1) for step in value.stride())]
+        return {"tensor": names[id(value)], "shape": list(value.shape)}
+    if isinstance(value, np.ndarray):
+        return {"array": _to_json(torch.from_numpy(np.ascontiguousarray(value)), tensors, {})}
+    if isinstance(value, list):
+        return [_to_json(one, tensors, names) for one in value]
+    if isinstance(value, tuple):
+        return {"tuple": [_to_json(one, tensors, names) for one in value]}
+    if isinstance(value, dict):
+        return {"dict": [[key, _to_json(one, tensors, names)] for key, one in value.items()]}
+    assert type(value).__name__ in _KNOWN, f"a {type(value).__name__} cannot be saved"
+    fields = {name: _to_json(one, tensors, names) for name, one in vars(value).items()}
+    return {"object": type(value).__name__, "fields": fields}
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A cache that was saved, as it was read; whether it fits a model is not known yet.
+
+    Attributes:
+        folder: where it was read from.
+        config: how the cache compresses.
+    """
+
+    folder: Path
+    config: CompressionConfig
+    _manifest: Manifest
+    _tensors: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, folder: str | PathLike[str]) -> Saved:
+        """Reads a folder.
+
+        Raises:
+            ConfigError: if it holds no cache, a damaged one, or one of another release or with unknown policies.
+        """
+        folder = Path(folder)
+        manifest, tensors = _read(folder)
+        try:
+            config = CompressionConfig.read(manifest.config)
+        except KVCompressError as error:
+            raise ConfigError(
+                f"cache {folder}: its configuration cannot be used here: {error}. Policies of your own have to be "
+                "registered before it is loaded (import the module that defines them)"
+            ) from None
+        return cls(folder, config, manifest, tensors)
+
+    def fill(self, state: CacheState, decoder: PreTrainedModel) -> None:
+        """Lets a new cache hold what was saved.
+
+        Args:
+            state: of the new cache, made with `config`.
+            decoder: that it belongs to.
+
+        Raises:
+            ConfigError: if it was saved from another model, or does not hold what this release reads.
+        """
+        _check_model(self.folder, self._manifest, decoder)
+        places = [_place(layer, decoder) for layer in decoder.layers]  # type: ignore[union-attr]
+        with self._told(), torch.no_grad():
+            parts = dict(self._manifest.state["dict"])
+            made: dict[tuple[str, torch.device], Tensor] = {}
+            pairs = zip(parts.pop("layers"), places, strict=False)  # none before the first token
+            layers = [_from_json(one, self._tensors, made, place) for one, place in pairs]
+            rest = {name: _from_json(part, self._tensors, made, places[0]) for name, part in parts.items()}
+            _check_room(layers, rest["table"])
+            state.restore({**rest, "layers": layers}, places)
+            _check_state(state, decoder)
+
+    def extra(self) -> dict[str, Any]:
+        """What else was saved with it; tensors are on the CPU.
+
+        Raises:
+            ConfigError: if it does not hold what this release reads.
+        """
+        with self._told():
+            found: dict[str, Any] = _from_json(self._manifest.extra, self._tensors, {}, torch.device("cpu"))
+        return found
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+            raise ConfigError(
+                f"cache {self.folder}: does not hold what this release of kvcompress reads ({type(error).__name__}: "
+                f"{error}); {_WAY_OUT}"
+            ) from None
+
+
+def _read(folder: Path) -> tuple[Manifest, dict[str, Tensor]]:
+    manifest = _read_manifest(folder, _WAY_OUT)
+    try:
+        return manifest, _read_tensors(folder, manifest)
+    except ConfigError:
+        again = _read_manifest(folder, _WAY_OUT)  # somebody may have saved another one in between
+        if again == manifest:
+            raise
+        return again, _read_tensors(folder, again)
+
+
+def _read_tensors(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+    if not _TENSORS.fullmatch(manifest.tensors):
+        raise ConfigError(f"cache {folder}: {MANIFEST} names no file of tensors of kvcompress; {_WAY_OUT}")
+    try:
+        return read_tensors(folder / manifest.tensors, "cache", manifest.tensors_sha256)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {_WAY_OUT}") from None
+
+
+def _read_manifest(folder: Path, way_out: str) -> Manifest:
+    path = folder / MANIFEST
+    if not path.exists():
+        raise ConfigError(f"cache {folder}: there is no saved cache in it (no {MANIFEST}); {way_out}")
+    try:
+        content = parse_json(read_text(path, "cache", _BYTES), f"cache {path}:")
+        if not isinstance(content, dict) or "kvcompress_cache" not in content:
+            raise ConfigError(f"cache {path}: is not a cache that kvcompress saved")
+        if content["kvcompress_cache"] != FORMAT:
+            raise ConfigError(
+                f"cache {path}: has the format {content['kvcompress_cache']!r}, and this release of kvcompress reads "
+                f"{FORMAT}"
+            )
+        try:
+            manifest = Manifest(**content)
+        except (ConfigError, TypeError):
+            raise ConfigError(f"cache {path}: is damaged: fields are missing, unknown or of another kind") from None
+        if manifest.sha256 != manifest.checksum():
+            raise ConfigError(f"cache {path}: is damaged: it does not hold what was written to it")
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {way_out}") from None
+    return manifest
+
+
+def _check_model(folder: Path, manifest: Manifest, decoder: PreTrainedModel) -> None:
+    differences = manifest.model.differences(fingerprint_of(decoder))
+    if not differences and manifest.dtype != _name_of(decoder.dtype):
+        differences = [f"dtype {manifest.dtype} instead of {_name_of(decoder.dtype)}"]
+    if differences:
+        raise ConfigError(
+            f"cache {folder}: was saved from another model ({', '.join(differences)}); load that model, or make a new "
+            "CompressedCache for this one and run the prompt again"
+        )
+
+
+def _from_json(
+    value: Any, tensors: dict[str, Tensor], made: dict[tuple[str, torch.device], Tensor], device: torch.device
+) -> Any:
+    """The inverse of `_to_json`, on a device."""
+    if isinstance(value, list):
+        return [_from_json(one, tensors, made, device) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        name = value["tensor"], device
+        if name not in made:
+            stored, shape = tensors[value["tensor"]], value["shape"]
+            assert all(have == size or size <= _REPEATS for have, size in zip(stored.shape, shape, strict=True)), shape
+            made[name] = stored.to(device).expand(shape)
+        return made[name]
+    if "array" in value:
+        return _from_json(value["array"], tensors, {}, torch.device("cpu")).contiguous().numpy()
+    if "tuple" in value:
+        return tuple(_from_json(one, tensors, made, device) for one in value["tuple"])
+    if "dict" in value:
+        return {key: _from_json(one, tensors, made, device) for key, one in value["dict"]}
+    fields = {name: _from_json(one, tensors, made, device) for name, one in value["fields"].items()}
+    return _KNOWN[value["object"]](**fields)
+
+
+def _check_room(layers: list[dict[str, Any]], table: dict[str, Any] | None) -> None:
+    """Whether buffers have no more room than what is there accounts for, before any is allocated."""
+    width = 0 if table is None else table["index"].shape[-1]
+    for layer in layers:
+        store = layer["store"]
+        assert 0 <= store["capacity"] <= max(width, store["keys"].shape[2]), f"room for {store['capacity']} tokens"
+
+
+def _check_state(state: CacheState, decoder: PreTrainedModel) -> None:
+    """Whether what was read fits together and to the model; what was saved does."""
+    report = report_on(state)
+    batch, heads = len(report.row_tokens_seen), decoder.config.num_key_value_heads
+    for layer in state.layers:
+        keys, values, index = layer.store.keys, layer.store.values, layer.index
+        assert (keys is None) == (index is None), "a layer without its keys"
+        if keys is None or values is None or index is None:
+            continue
+        assert keys.shape[:2] == values.shape[:2] == (batch, heads), f"keys of the shape {tuple(keys.shape)}"
+        slots = layer.store.packed + layer.slots
+        assert index.shape[0] in (1, batch) and index.shape[1] in (1, heads), "the shape of an index"
+        assert index.shape[2] >= layer.store.packed and slots <= layer.store.packed + layer.store.capacity, "slots"
+        assert int(index.max()) < report.tokens_seen and len(layer.held) == batch, "tokens that were not seen"
+
+
+def _place(layer: nn.Module, decoder: PreTrainedModel) -> torch.device:
+    """Where a decoder layer computes."""
+    device = next(layer.parameters()).device
+    if device.type == "meta":  # accelerate brings its weights when they are needed
+        device = torch.device(getattr(getattr(layer, "_hf_hook", None), "execution_device", None) or decoder.device)
+    return device
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,189 @@
+"""A document that is read and compressed once, and asked any number of questions."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcompress.cache import CompressedCache, saving
+from kvcompress.cache.argument import cache_argument
+from kvcompress.cache.report import CacheReport
+from kvcompress.config import CompressionConfig
+from kvcompress.errors import ConfigError
+from kvcompress.reuse.prompts import Prompter, answering
+
+
+class Document:
+    """Text, images or both, in a compressed cache; questions are answered on copies of it.
+
+    The document is compressed by itself, before any question is known, so that what is kept serves every question
+    alike. Policies that look at the last tokens of a prompt (`snapkv`, `tova`) see the document's end there;
+    `scorer="kvzip"`, made for questions that nobody knows yet, lets the model repeat the document and keeps what that
+    looks at, which takes two to three times as long.
+
+    Args:
+        model: a model that a `CompressedCache` can serve.
+        processor: its tokenizer, or for models that see images its processor.
+        text: what the questions are about.
+        images: PIL images, which come before the text.
+        config: as for a `CompressedCache`: a preset's name, a configuration, a dict or a path.
+        chat: whether the chat template goes around document and question; None for "if there is one".
+        **overrides: fields of the configuration to replace, for instance `budget=0.2`.
+
+    Raises:
+        ConfigError: if the document is empty or the configuration wrong.
+        UnsupportedModelError: if the model cannot be served, or there are images and it sees none.
+
+    Example:
+        >>> document = Document(model, tokenizer, "the key is under the mat", config="prefixkv", budget=0.5)
+        >>> len(document.ask(["where is the key?", "what is under the mat?"], max_new_tokens=4))
+        2
+        >>> document.save(folder / "note")
+        >>> Document.load(model, tokenizer, folder / "note").tokens == document.tokens
+        True
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: Any,
+        text: str | None = None,
+        *,
+        images: Sequence[Any] = (),
+        config: str | PathLike[str] | dict[str, Any] | CompressionConfig = "prefixkv",
+        chat: bool | None = None,
+        **overrides: Any,
+    ) -> None:
+        self.model, self._prompter = model, Prompter(model, processor, chat)
+        inputs, self._after = self._prompter.document(text, images)
+        self.cache = CompressedCache(model, config, **overrides)
+        self._ids = inputs["input_ids"]
+        scorer = self.config.scorer
+        if scorer is not None and scorer.reconstructs:
+            self.cache.score_by_reconstruction(self._prompter.tokenizer, inputs)
+        else:
+            with torch.no_grad():
+                model(**inputs, **cache_argument(self.cache), logits_to_keep=1)
+
+    def __repr__(self) -> str:
+        return f"Document({self.tokens:,} tokens, retention {self.report().retention:.1%})"
+
+    @property
+    def config(self) -> CompressionConfig:
+        """How it is compressed."""
+        return self.cache.config
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that were read, those of images included."""
+        return self._ids.shape[1]
+
+    def report(self) -> CacheReport:
+        """What is held of it."""
+        return self.cache.report()
+
+    @overload
+    def ask(self, questions: str, *, max_new_tokens: int = ..., batch_size: int = ..., **generate: Any) -> str: ...
+
+    @overload
+    def ask(
+        self, questions: Sequence[str], *, max_new_tokens: int = ..., batch_size: int = ..., **generate: Any
+    ) -> list[str]: ...
+
+    def ask(
+        self, questions: str | Sequence[str], *, max_new_tokens: int = 128, batch_size: int = 8, **generate: Any
+    ) -> str | list[str]:
+        """Answers questions, each as if it were the only one; the document stays as it is.
+
+        Args:
+            questions: one, or several.
+            max_new_tokens: most tokens of an answer.
+            batch_size: questions that are answered at a time, each with a copy of the cache.
+            **generate: arguments of `generate`; greedy unless `do_sample` is among them.
+
+        Returns:
+            One answer for one question, a list in their order for several.
+
+        Raises:
+            ConfigError: if a question is empty.
+        """
+        several = [questions] if isinstance(questions, str) else list(questions)
+        if batch_size < 1:
+            raise ConfigError(f"batch_size: must be at least 1; got {batch_size}")
+        if not all(question.strip() for question in several):
+            raise ConfigError("questions: one of them is empty; ask something")
+        answers: list[str] = []
+        for first in range(0, len(several), batch_size):
+            answers += self._answer(several[first : first + batch_size], max_new_tokens, generate)
+        return answers[0] if isinstance(questions, str) else answers
+
+    def _answer(self, questions: list[str], max_new_tokens: int, generate: dict[str, Any]) -> list[str]:
+        ids, mask = self._prompter.questions(questions, self._after)
+        rows, read = len(questions), self._ids.to(ids.device)
+        cache = copy.deepcopy(self.cache)
+        if rows > 1:
+            cache.batch_repeat_interleave(rows)
+        whole = torch.cat([read.expand(rows, -1), ids], 1)
+        shown = torch.cat([torch.ones_like(read).expand(rows, -1), mask], 1)
+        wanted = answering(self._prompter, {"max_new_tokens": max_new_tokens, **generate})
+        output: Tensor = self.model.generate(  # type: ignore[operator]
+            whole, attention_mask=shown, **cache_argument(cache), **wanted
+        )
+        found = output[:, whole.shape[1] :]
+        return [str(text) for text in self._prompter.tokenizer.batch_decode(found, skip_special_tokens=True)]
+
+    # -- on disk -------------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | PathLike[str], *, overwrite: bool = False) -> None:
+        """Writes the compressed document to a folder; see `CompressedCache.save`.
+
+        The text itself is not in it, but its tokens are.
+
+        Raises:
+            ConfigError: if the folder cannot be written, or holds a document or cache already.
+        """
+        about = {"ids": self._ids, "after": self._after, "vocabulary": self._prompter.vocabulary()}
+        about["chat"] = self._prompter.chat
+        self.cache.save(folder, overwrite=overwrite, extra={"document": about})
+
+    @classmethod
+    def load(cls, model: PreTrainedModel, processor: Any, folder: str | PathLike[str]) -> Document:
+        """Reads a document that `save` wrote; its answers are those of the one that was saved.
+
+        Args:
+            model: the model it was saved from, in the same dtype; in any process, on any device.
+            processor: its tokenizer or processor.
+            folder: where it was saved.
+
+        Raises:
+            ConfigError: if the folder holds no document, a damaged one, or one of another model or tokenizer.
+        """
+        folder = Path(folder)
+        saved = saving.Saved.read(folder)
+        cache, about = CompressedCache.from_saved(model, saved), saved.extra().get("document")
+        if about is None:
+            raise ConfigError(f"document {folder}: is a cache without a document; read it with CompressedCache.load")
+        prompter = Prompter(model, processor, False)
+        try:
+            ids, after, vocabulary, prompter.chat = (about[name] for name in ("ids", "after", "vocabulary", "chat"))
+            fits = isinstance(ids, Tensor) and isinstance(after, str) and ids.shape[1] == cache.get_seq_length()
+        except (LookupError, TypeError):
+            fits = False
+        if not fits:
+            raise ConfigError(f"document {folder}: is damaged; read the document again and save it")
+        if vocabulary != prompter.vocabulary():
+            raise ConfigError(
+                f"document {folder}: was tokenized with another vocabulary; pass the tokenizer or processor that it "
+                "was made with"
+            )
+        document = cls.__new__(cls)
+        document.model, document._prompter, document.cache = model, prompter, cache
+        document._ids, document._after = ids.to(model.device), after
+        return document

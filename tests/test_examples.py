@@ -1,0 +1,53 @@
+"""The examples run, on tiny models."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import checkpoints
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoints.save_text(tmp_path_factory.mktemp("text"))
+
+
+def run(name: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def test_documents_are_stored_and_asked(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"The key of {name} is under the mat. " * 3)
+    files = [tmp_path / "one.txt", tmp_path / "two.txt"]
+    run("document_store.py", "add", tmp_path / "store", *files, "--model", text, monkeypatch=monkeypatch)
+    capsys.readouterr()
+    run("document_store.py", "ask", tmp_path / "store", "Where is it?", "--model", text, monkeypatch=monkeypatch)
+    lines = capsys.readouterr().out
+    assert "one: Where is it?" in lines and "two: Where is it?" in lines
+
+
+def test_pipelines_and_a_streamer_are_compressed(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("pipelines.py", "--text", text, monkeypatch=monkeypatch)
+    lines = capsys.readouterr().out
+    assert lines.count("retention 50.0%") + lines.count("retention 49.") == 3
+    assert "row 1 column 1: small yellow circle" in lines
+
+
+def test_a_task_of_the_harness_runs(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("lm_eval", reason="needs pip install 'kvcompress[lm-eval]'")
+    run("lm_eval_task.py", text, monkeypatch=monkeypatch)
+    assert capsys.readouterr().out.count("accuracy") == 3
