@@ -84,11 +84,11 @@ class CacheState:
         finally:
             self.device_only = False
 
-    def addresses(self) -> tuple[int, ...]:
-        """Where everything is that a decode step reads and writes, but the weights."""
+    def places(self) -> tuple[tuple[int, torch.Size], ...]:
+        """Address and shape of everything that a decode step reads and writes, but the weights."""
         buffers = [buffer for layer in self.layers for buffer in layer.store.buffers()]
         buffers += [] if self.table is None else self.table.tensors()
-        return tuple(buffer.data_ptr() for buffer in buffers)
+        return tuple((buffer.data_ptr(), buffer.shape) for buffer in buffers)
 
     @property
     def room(self) -> int:
