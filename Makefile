@@ -17,12 +17,11 @@ NEWEST_TORCH ?= torch
 NEWEST_VENV := .venv-newest
 # The release that the tests run on; the library itself asks only for the range in pyproject.toml.
 TORCH := torch==2.13.0
-BENCH := kvcompress.evaluation.bench
-PREFILL := kvcompress.evaluation.prefill
-QUALITY := kvcompress.evaluation.shapes.bench
+# Arguments handed on to the measurement: make bench-gpu BENCH_ARGS="--section decode"
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-newest lock check lint types imports docs dist bench format clean
+.PHONY: help demo test test-oldest test-newest lock check lint types imports docs dist bench bench-gpu format clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -85,10 +84,14 @@ docs: $(STAMP) ## Build the documentation into site/ (part of check)
 dist: $(STAMP) ## Build sdist and wheel into dist/ and try them in a clean venv (part of check)
 	$(BIN)/python tools/check_dist.py
 
-bench: $(STAMP) ## Measure memory, speed and quality
-	$(BIN)/python -m $(BENCH)
-	$(BIN)/python -m $(PREFILL)
-	$(BIN)/python -m $(QUALITY)
+bench: $(STAMP) ## Measure memory, speed and quality on the CPU
+	$(BIN)/python -m benchmarks.smollm2
+	$(BIN)/python -m benchmarks.reducers
+	$(BIN)/python -m benchmarks.shapes
+	$(BIN)/python -m benchmarks.kernels
+
+bench-gpu: $(STAMP) ## Measure speed and memory on a GPU, in five minutes
+	$(BIN)/python -m benchmarks.gpu $(BENCH_ARGS)
 
 format: $(STAMP) ## Rewrite the sources the way lint wants them
 	$(BIN)/ruff check --fix .
@@ -96,4 +99,4 @@ format: $(STAMP) ## Rewrite the sources the way lint wants them
 
 clean: ## Remove what was built and the caches; .venv stays
 	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis
-	find kvcompress tests tools examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+	find kvcompress benchmarks tests tools examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -7,27 +7,18 @@ Times are the least of many, taken in turns.
 from __future__ import annotations
 
 import argparse
-import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.machine import about_line
 from kvcompress.kernels import attention_mass, attention_with_mask, decode_attention, decode_attention_codes
 
 Pair = tuple[Callable[[], Any], Callable[[], Any]]  # what is measured, and what it is measured by
-
-
-def name_of(device: str) -> str:
-    """The card, or the processor as Linux names it."""
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def seconds(functions: Pair, device: str, repeats: int) -> list[float]:
@@ -36,7 +27,7 @@ def seconds(functions: Pair, device: str, repeats: int) -> list[float]:
     for _ in range(repeats):
         for number, function in enumerate(functions):
             if device == "cuda":
-                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
                 start.record()
                 function()
                 end.record()
@@ -108,7 +99,7 @@ def main() -> None:
     device = parser.parse_args().device
     shapes = [(1, 9, 3, 2048), (16, 9, 3, 256)] if device == "cpu" else [(16, 32, 32, 2048), (16, 32, 8, 8192)]
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    print(f"{name_of(device)}, torch {torch.__version__}, {dtype}, {torch.get_num_threads()} threads")
+    print(f"{about_line(torch.device(device))}, {dtype}")
     for batch, heads, kv_heads, tokens in shapes:
         print(f"batch {batch}, heads {heads}, kv_heads {kv_heads}, tokens {tokens}")
         with torch.inference_mode():

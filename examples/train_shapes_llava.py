@@ -29,8 +29,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kvcompress.evaluation import load_model
-from kvcompress.evaluation.shapes.bench import gini_per_layer
-from kvcompress.evaluation.shapes.measure import accuracy, description_perplexity, held_out_scenes
+from kvcompress.evaluation.shapes.measure import accuracy, description_perplexity, gini_per_layer, held_out_scenes
 from kvcompress.evaluation.shapes.model import PATCH, SPECIAL, VISION_TOKENS, build_model, build_processor
 from kvcompress.evaluation.shapes.questions import ask_several, describe_question
 from kvcompress.evaluation.shapes.scenes import (

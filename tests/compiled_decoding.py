@@ -1,7 +1,7 @@
 """Decoding by compiled steps, preset by preset; run as a program, since checks of every shape cannot be traced.
 
 Prints, for each preset, a line of JSON: what its test wants to know. Compiled with the backend "eager", which runs the
-graph that was traced as it is.
+graph that was traced as it is. After `--cuda`, the code that is generated for a GPU runs.
 """
 
 from __future__ import annotations
@@ -94,8 +94,30 @@ def look(name: str) -> dict[str, Any]:
     return found
 
 
+@torch.no_grad()
+def look_on_a_gpu(name: str) -> dict[str, Any]:
+    """Tokens of generated code, which `generate` asks for by itself, against those of steps in Python."""
+    model = tiny.build("llama").cuda()
+    inputs = tiny.inputs("llama", PROMPT, 0, ROWS)
+    inputs["attention_mask"][1, :20] = 0
+    inputs = {key: tensor.cuda() for key, tensor in inputs.items()}
+    budget = {"budget": 0.3} if CompressionConfig.preset(name).evictor is not None else {}
+    found = []
+    for how in ("eager", "compiled", "compiled"):
+        cache = CompressedCache(model, name, decoding=how, **budget)
+        ids = model.generate(**inputs, **tiny.with_cache(cache), max_new_tokens=NEW, do_sample=False)
+        found.append((ids, cache.report().decoding))
+    (expected, _), *compiled = found
+    return {
+        "preset": name,
+        "decoding": [how for _, how in found],
+        "tokens": all(torch.equal(ids, expected) for ids, _ in compiled),
+    }
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    for preset in sys.argv[1:]:
-        print(json.dumps(look(preset)), flush=True)
+    on_a_gpu = sys.argv[1] == "--cuda"
+    for preset in sys.argv[1 + on_a_gpu :]:
+        print(json.dumps(look_on_a_gpu(preset) if on_a_gpu else look(preset)), flush=True)

@@ -104,6 +104,7 @@ def generate(model: PreTrainedModel, cache: CompressedCache, seed: int = 0, **ar
     """Greedy tokens after a padded prompt of two rows."""
     inputs = tiny.inputs("llama", PROMPT, seed, 2)
     inputs["attention_mask"][1, :20] = 0
+    inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
     arguments = {"max_new_tokens": NEW, "do_sample": False} | arguments
     return model.generate(**inputs, **tiny.with_cache(cache), **arguments)
 
@@ -113,16 +114,29 @@ def presets() -> list[str]:
     return [name for name in PRESETS if CompressedCache(tiny.model("llama"), name).is_compileable]
 
 
-@pytest.mark.parametrize("name", presets())
-def test_captured_steps_are_those_of_python(name: str, model: PreTrainedModel, recorders: list[Recorder]) -> None:
-    """The same tokens, and the same tokens held by every layer, in a padded batch, over one graph."""
+def check_captured(name: str, model: PreTrainedModel) -> None:
+    """The same tokens by captured steps and by steps in Python, and the same tokens held by every layer."""
     budget = {} if CompressionConfig.preset(name).evictor is None else {"budget": 0.3}
     eager, captured = (CompressedCache(model, name, decoding=how, **budget) for how in ("eager", "captured"))
     assert torch.equal(generate(model, captured), generate(model, eager))
     one, other = captured.report(), eager.report()
     assert (one.decoding, other.decoding) == ("captured", "eager")
     assert one.held_columns == other.held_columns
+
+
+@pytest.mark.parametrize("name", presets())
+def test_captured_steps_are_those_of_python(name: str, model: PreTrainedModel, recorders: list[Recorder]) -> None:
+    """In a padded batch, over one graph."""
+    check_captured(name, model)
     assert [graph.replays for graph in recorders] == [NEW - 2]  # one token comes of the prompt, one step goes first
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["prefixkv", "h2o", "full"])
+@pytest.mark.parametrize("kind", ["llama", "llama_mha"])
+def test_captured_steps_on_a_gpu_are_those_of_python(kind: str, name: str) -> None:
+    """In float32, by CUDA graphs: by age, by score and without eviction, with grouped queries and without."""
+    check_captured(name, tiny.build(kind).cuda())
 
 
 def test_image_prompts_are_decoded_by_captured_steps(recorders: list[Recorder]) -> None:

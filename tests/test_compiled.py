@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -20,16 +21,21 @@ KINDS = ["prefixkv", "h2o", "streaming", "prefixkv+int4"]
 OTHERS = [name for name in PRESETS if name not in (*IN_PYTHON, *KINDS)]
 
 
-@pytest.mark.parametrize("names", [KINDS[:2], KINDS[2:], *([OTHERS] if THOROUGH else [])], ids=" ".join)
-def test_compiled_steps_keep_the_laws(names: list[str]) -> None:
-    """Tokens and what layers hold are those of steps in Python, in padded rows and alone, at any budget, and after."""
+def looked_at(*arguments: str) -> dict[str, dict[str, Any]]:
+    """What tests/compiled_decoding.py says about presets."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.compiled_decoding", *names], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "tests.compiled_decoding", *arguments], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = {line["preset"]: line for line in map(json.loads, done.stdout.splitlines())}
-    assert list(found) == names
-    for name, said in found.items():
+    assert list(found) == [argument for argument in arguments if argument != "--cuda"]
+    return found
+
+
+@pytest.mark.parametrize("names", [KINDS[:2], KINDS[2:], *([OTHERS] if THOROUGH else [])], ids=" ".join)
+def test_compiled_steps_keep_the_laws(names: list[str]) -> None:
+    """Tokens and what layers hold are those of steps in Python, in padded rows and alone, at any budget, and after."""
+    for name, said in looked_at(*names).items():
         assert said == {
             "preset": name,
             "compileable": True,
@@ -43,6 +49,14 @@ def test_compiled_steps_keep_the_laws(names: list[str]) -> None:
             "rows": True,
             "identity": True,
         }
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", ["prefixkv", "h2o", "full"])
+def test_generated_code_on_a_gpu_gives_the_tokens_of_steps_in_python(name: str) -> None:
+    """In float32 and in a padded batch, for a second cache too."""
+    said = looked_at("--cuda", name)[name]
+    assert said == {"preset": name, "decoding": ["eager", "compiled", "compiled"], "tokens": True}
 
 
 @pytest.mark.parametrize("name", PRESETS)

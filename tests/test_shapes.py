@@ -34,8 +34,7 @@ from kvcompress.evaluation.shapes import (
     scene_seed,
     write_dataset,
 )
-from kvcompress.evaluation.shapes.bench import gini_per_layer
-from kvcompress.evaluation.shapes.measure import accuracy, description_perplexity, held_out_scenes
+from kvcompress.evaluation.shapes.measure import accuracy, description_perplexity, gini_per_layer, held_out_scenes
 from kvcompress.evaluation.shapes.model import SPECIAL, VISION_TOKENS, build_model, build_processor
 from kvcompress.evaluation.shapes.questions import KINDS, PLURALS, right_objects
 from kvcompress.evaluation.shapes.scenes import CELL, COLOURS, IMAGE_SIZE

@@ -1,4 +1,4 @@
-"""How well a model answers questions about scenes, with any cache: accuracy, and perplexity of descriptions."""
+"""How well a model answers questions about scenes, with any cache, and how unequal importance is among their tokens."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from kvcompress.cache import CompressedCache
 from kvcompress.cache.argument import cache_argument
 from kvcompress.config import CompressionConfig
+from kvcompress.evaluation.inequality import gini
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.evaluation.shapes.questions import KINDS, Question, ask, describe_question, right_objects
 from kvcompress.evaluation.shapes.scenes import Scene, draw_scene, sample_scene, scene_seed
@@ -94,6 +95,24 @@ def description_perplexity(
             total += functional.cross_entropy(logits.float(), wanted, ignore_index=-100, reduction="sum").item()
         count += sum(map(len, ends))
     return math.exp(total / count)
+
+
+@torch.inference_mode()
+def gini_per_layer(loaded: LoadedModel, scenes: Sequence[Scene]) -> list[float]:
+    """How unequal importance is within each layer: 0 where all tokens are alike, towards 1 where few have all of it.
+
+    Importance is attention probability after a prompt that asks for a description, averaged over heads and summed over
+    queries, as PrefixKV reads it.
+    """
+    decoder = loaded.model.get_decoder()  # type: ignore[no-untyped-call]
+    before = decoder.config._attn_implementation
+    decoder.set_attn_implementation("eager")
+    try:
+        inputs = encode(loaded, [(scene, describe_question(scene)) for scene in scenes])
+        attentions = loaded.model(**inputs, output_attentions=True).attentions
+    finally:
+        decoder.set_attn_implementation(before)
+    return [gini(layer.float().mean(dim=1).sum(dim=1)) for layer in attentions]
 
 
 def encode(loaded: LoadedModel, asked: Sequence[tuple[Scene, Question]]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What a reducer saves of prefill: `python -m kvcompress.evaluation.prefill`.
+"""What a reducer saves of prefill: `python -m benchmarks.reducers`.
 
 The decoder has the architecture of a LLaVA of 24 layers with random weights, which cost as much time as trained ones. A
 prompt has 576 image tokens, whose features are made before the clock starts, and 64 text tokens.
@@ -20,6 +20,7 @@ from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from benchmarks.machine import about_line
 from kvcompress.cache import CompressedCache
 from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.reduction import Reduction
@@ -122,6 +123,8 @@ def _clocked(owner: type, names: tuple[str, ...]) -> Iterator[list[float]]:
 
 def main(rounds: Annotated[int, typer.Option(help="Paired rounds; medians are printed.")] = 7) -> None:
     """Prints bytes, operations and time of prefill with every reducer, against none."""
+    console = Console()
+    console.print(about_line())
     prefill = Prefill(build_model())
     whole = prefill.read(None).report()
     text_bytes = whole.kv_bytes * TEXT_TOKENS // (IMAGE_TOKENS + TEXT_TOKENS)
@@ -146,7 +149,7 @@ def main(rounds: Annotated[int, typer.Option(help="Paired rounds; medians are pr
             f"{times[name]:.2f}x",
             f"{own:.1%}",
         )
-    Console().print(found)
+    console.print(found)
 
 
 if __name__ == "__main__":

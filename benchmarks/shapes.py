@@ -1,23 +1,22 @@
-"""Quality against retention, on ShapesLLaVA: `python -m kvcompress.evaluation.shapes.bench`."""
+"""Quality against retention, on ShapesLLaVA: `python -m benchmarks.shapes`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
+from benchmarks.machine import about_line
 from kvcompress.config import CompressionConfig
 from kvcompress.evaluation.calibration import retentions
 from kvcompress.evaluation.data import load_samples
-from kvcompress.evaluation.inequality import gini
 from kvcompress.evaluation.models import LoadedModel, load_model
-from kvcompress.evaluation.shapes.measure import accuracy, description_perplexity, encode, held_out_scenes
-from kvcompress.evaluation.shapes.questions import KINDS, describe_question
+from kvcompress.evaluation.shapes.measure import accuracy, description_perplexity, gini_per_layer, held_out_scenes
+from kvcompress.evaluation.shapes.questions import KINDS
 from kvcompress.evaluation.shapes.scenes import Scene
 from kvcompress.policies.registry import REDUCERS, SCORERS
 
@@ -37,24 +36,6 @@ def methods() -> dict[str, tuple[str, dict[str, Any]]]:
     if "random" in SCORERS.names():
         found["random"] = ("uniform", {"scorer": "random"})
     return found
-
-
-@torch.inference_mode()
-def gini_per_layer(loaded: LoadedModel, scenes: Sequence[Scene]) -> list[float]:
-    """How unequal importance is within each layer: 0 where all tokens are alike, towards 1 where few have all of it.
-
-    Importance is attention probability after a prompt that asks for a description, averaged over heads and summed over
-    queries, as PrefixKV reads it.
-    """
-    decoder = loaded.model.get_decoder()  # type: ignore[no-untyped-call]
-    before = decoder.config._attn_implementation
-    decoder.set_attn_implementation("eager")
-    try:
-        inputs = encode(loaded, [(scene, describe_question(scene)) for scene in scenes])
-        attentions = loaded.model(**inputs, output_attentions=True).attentions
-    finally:
-        decoder.set_attn_implementation(before)
-    return [gini(layer.float().mean(dim=1).sum(dim=1)) for layer in attentions]
 
 
 def quality(loaded: LoadedModel, scenes: Sequence[Scene]) -> Iterator[tuple[str, dict[str, float]]]:
@@ -100,6 +81,7 @@ def main(
 ) -> None:
     """Prints what compression costs a model whose right answers are known."""
     loaded, console = load_model("shapes"), Console()
+    console.print(about_line())
     held_out = held_out_scenes(scenes)
     found = gini_per_layer(loaded, held_out[:25])
     console.print("Gini coefficient of importance per layer: " + ", ".join(f"{value:.2f}" for value in found))

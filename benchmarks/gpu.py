@@ -1,0 +1,325 @@
+"""Speed and memory on a GPU: `python -m benchmarks.gpu`, under five minutes.
+
+bfloat16, random weights in the shapes of LLaMA-7B ("mha"), LLaMA-3.1-8B ("gqa") and LLaVA-1.5-7B. Every figure is
+printed as it comes and written to a JSON file; `aim` beside it says what it should be. A section can be run alone
+(`--section decode`), and what would begin too late is left out with a word. `--tiny` runs through the same code with
+models so small that a CPU will do; its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.cache_utils import Cache
+
+import kvcompress
+from benchmarks import kernels, steps
+from benchmarks.lab import About, Lab
+from kvcompress import CompressedCache
+from kvcompress.cache.argument import cache_argument
+from kvcompress.evaluation.memory import peak_of
+
+Make = Callable[[], Cache | None]
+BUDGET = 0.2
+COMPILING = 80  # seconds that generating code takes, at most
+
+
+def read(model: PreTrainedModel, cache: Any, **inputs: Tensor) -> Any:
+    """The cache after a prompt, read as in `generate`: logits for the last token alone."""
+    model(**inputs, use_cache=True, logits_to_keep=1, **cache_argument(cache))
+    return cache
+
+
+def decode(lab: Lab) -> None:
+    """A decode step against `DynamicCache` and against `StaticCache` in a CUDA graph, of everything and of 20 %."""
+    # Batch, tokens, and how much faster than StaticCache with everything prefixkv should be.
+    cases = {"mha": [(16, 2048, 1.35), (1, 2048, None), (1, 16384, None)], "gqa": [(16, 8192, 1.4), (1, 32768, 3.0)]}
+    for kind, shapes in cases.items() if not lab.tiny else [("gqa", [(2, 60, None)])]:
+        model = lab.model("decode", kind)
+        for batch, tokens, faster in shapes if model is not None else ():
+            about = {"model": kind, "batch": batch, "tokens": tokens}
+            lab.attempt("decode", about, partial(_decode_case, lab, about, model, batch, tokens, faster), 15)
+
+
+def _decode_case(lab: Lab, about: About, model: PreTrainedModel, batch: int, tokens: int, faster: float | None) -> None:
+    kvcompress.restore(model)
+    others: dict[str, float] = {}
+    graph = "graph" if lab.device.type == "cuda" else "eager, as there are no graphs here"
+    for share, held in {"1 token": 1, "20 %": tokens // 5, "100 %": tokens}.items():
+        cache: Cache = steps.fill(DynamicCache(config=model.config), model, batch, held)
+        others[f"dynamic {share}"] = lab.milliseconds(steps.in_python(model, cache, batch))
+        label = {**about, "cache": f"DynamicCache, {share}"}
+        lab.row("decode", label, mode="eager", ms=others[f"dynamic {share}"])
+        cache = steps.fill(StaticCache(config=model.config, max_cache_len=held + 64), model, batch, held)
+        others[f"static {share}"] = lab.milliseconds(steps.static(model, cache, batch, held))
+        label = {**about, "cache": f"StaticCache, {share}"}
+        lab.row("decode", label, mode=graph, ms=others[f"static {share}"])
+        del cache
+    for name, fields in {"prefixkv": {"budget": BUDGET}, "full": {}}.items():
+        cache = CompressedCache(model, name, **fields)
+        read(model, cache, input_ids=lab.ids(batch, tokens))
+        label = {**about, "cache": name}
+        found = lab.decoding("decode", label, model, cache, batch)
+        said = cache.report()
+        reading = 1000 * said.retention * said.full_kv_bytes / lab.bandwidth
+        for mode, ms in found.items():
+            floor = others["static 1 token" if mode == "captured" else "dynamic 1 token"]
+            figures = {
+                "over_floor_by_bytes": ((ms - floor) / reading, "at most 1.3"),
+                "to_static_20": (ms / others["static 20 %"], "at most 1.05" if fields else None),
+                "faster_than_static": (others["static 100 %"] / ms, _least(name, faster)),
+                "faster_than_dynamic": (others["dynamic 100 %"] / ms, None),
+            }
+            for what, (figure, aim) in figures.items():
+                lab.row("decode", {**label, "mode": mode}, **{what: figure}, aim=aim if mode == "captured" else None)
+        del cache
+
+
+def _least(name: str, faster: float | None) -> str | None:
+    if name == "full":
+        return "at least 2.5" if faster == 3.0 else None
+    return None if faster is None else f"at least {faster}"
+
+
+def generate(lab: Lab) -> None:
+    """Tokens per second of `generate`, prompt included: PrefixKV's published setting in our shape."""
+    model = lab.model("generate", "mha")
+    if model is None:
+        return
+    caches: dict[str, Make] = {
+        "DynamicCache": lambda: DynamicCache(config=model.config),
+        "prefixkv, captured": partial(CompressedCache, model, "prefixkv", budget=BUDGET),
+        "prefixkv, eager": partial(CompressedCache, model, "prefixkv", budget=BUDGET, decoding="eager"),
+        "full, captured": partial(CompressedCache, model, "full"),
+    }
+    _generate_with(lab, "generate", model, caches, {"prefixkv, captured": "to_the_first at least 2"}, 25)
+
+
+def _generate_with(
+    lab: Lab, section: str, model: PreTrainedModel, caches: dict[str, Make], aims: dict[str, str], seconds: float
+) -> None:
+    """The better of two runs of each; None stands for the static cache that `generate` makes and compiles."""
+    batch, tokens, new = (2, 40, 34) if lab.tiny else (16, 2048, 128)
+    ids, first = lab.ids(batch, tokens), 0.0
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new, "do_sample": False}
+
+    def run(name: str, make: Make) -> None:
+        nonlocal first
+        times: list[float] = []
+        for _ in range(1 if lab.tiny else 2):
+            cache = make()
+            how = {"cache_implementation": "static"} if cache is None else cache_argument(cache)
+            answer = partial(model.generate, ids, **given, **how)  # type: ignore[operator]
+            peak = peak_of(lambda answer=answer: times.append(steps.seconds(answer, lab.device)), lab.device)
+            ran = cache.report().decoding if isinstance(cache, CompressedCache) else None
+            del cache, answer, how
+        least = min(times)
+        first = first or least
+        figures = {"tokens_per_s": batch * new / least, "to_the_first": first / least, "first_run_s": times[0]}
+        label = {"batch": batch, "tokens": tokens, "new": new, "cache": name}
+        lab.row(section, label, ran=ran, **figures, peak_gib=(peak or 0) / 2**30, aim=aims.get(name))
+
+    for name, make in caches.items():
+        lab.attempt(section, {"cache": name}, partial(run, name, make), seconds)
+
+
+def prefill(lab: Lab) -> None:
+    """The mass kernel against flash attention, then whole prompts against `DynamicCache`: time and peak memory."""
+    lengths = (60,) if lab.tiny else (4096, 16384)
+    for heads, kv_heads in ((4, 2),) if lab.tiny else ((32, 32), (32, 8)):
+        for tokens in lengths:
+            about = {"heads": heads, "kv_heads": kv_heads, "tokens": tokens}
+            lab.attempt("prefill", about, partial(_masses, lab, about, heads, kv_heads, tokens))
+    model = lab.model("prefill", "mha")
+    for tokens in lengths if model is not None else ():
+        _prompts(lab, model, tokens)
+
+
+def _masses(lab: Lab, about: About, heads: int, kv_heads: int, tokens: int) -> None:
+    for name, pair in kernels.pairs(lab.device.type, torch.bfloat16, 1, heads, kv_heads, tokens).items():
+        if name.startswith("mass of"):
+            for function in pair:
+                function()
+            own, beside = kernels.seconds(pair, lab.device.type, 10)
+            aim = "at most 0.6" if "all queries" in name else None
+            lab.row("prefill", about, kernel=name, ratio=own / beside, ms=1000 * own, aim=aim)
+
+
+def _prompts(lab: Lab, model: PreTrainedModel, tokens: int) -> None:
+    kvcompress.restore(model)
+    ids, first = lab.ids(1, tokens), (0.0, 1)
+
+    def scored(queries: str) -> Make:
+        scorer = {"name": "attention", "queries": queries}
+        return partial(CompressedCache, model, "prefixkv", budget=BUDGET, scorer=scorer)
+
+    makers: dict[str, tuple[Make, float | None]] = {
+        "DynamicCache": (lambda: DynamicCache(config=model.config), None),
+        "full": (partial(CompressedCache, model, "full"), None),
+        "prefixkv, exact": (scored("all"), 1.25),
+        "prefixkv, stride:4": (scored("stride:4"), 1.10),
+        "prefixkv, window:32": (scored("window:32"), 1.05),
+        "snapkv": (partial(CompressedCache, model, "snapkv", budget=BUDGET), 1.05),
+        "uniform, key_norm": (partial(CompressedCache, model, "uniform", budget=BUDGET, scorer="key_norm"), 1.05),
+    }
+
+    def run(about: About, make: Make, most: float | None) -> None:
+        nonlocal first
+
+        def whole() -> None:
+            read(model, make(), input_ids=ids)
+
+        peak = peak_of(whole, lab.device) or 1
+        ms = steps.milliseconds(whole, lab.device, 1 if lab.tiny else 3, warm_up=0)
+        first = first if first[0] else (ms, peak)
+        figures = {"ms": ms, "ratio": ms / first[0], "peak_gib": peak / 2**30, "peak_ratio": peak / first[1]}
+        aim = None if most is None else f"ratio at most {most}, peak_ratio at most 1.05"
+        lab.row("prefill", about, **figures, aim=aim)
+
+    for name, (make, most) in makers.items():
+        about = {"batch": 1, "tokens": tokens, "cache": name}
+        lab.attempt("prefill", about, partial(run, about, make, most), 8)
+
+
+def llava(lab: Lab) -> None:
+    """LightKV on LLaVA-1.5-7B: a prompt of an image (its tower included) and 64 text tokens, then decode steps."""
+    model = lab.model("llava", "llava")
+    for batch in ((2,) if lab.tiny else (1, 16)) if model is not None else ():
+        _images(lab, model, batch)
+
+
+def _images(lab: Lab, model: PreTrainedModel, batch: int) -> None:
+    kvcompress.restore(model)
+    vision, first = model.config.vision_config, 0.0
+    image = [model.config.image_token_id] * (vision.image_size // vision.patch_size) ** 2
+    ids = torch.tensor([[1, *image, *range(100, 163)]] * batch, device=lab.device)
+    pixels = torch.randn(batch, 3, vision.image_size, vision.image_size, device=lab.device, dtype=model.dtype)
+    makers: dict[str, Make] = {
+        "DynamicCache": lambda: DynamicCache(config=model.config.get_text_config(decoder=True)),
+        "full": partial(CompressedCache, model, "full"),
+        "lightkv": partial(CompressedCache, model, "lightkv"),
+        "prefixkv+lightkv": partial(CompressedCache, model, "prefixkv+lightkv", budget=BUDGET),
+    }
+
+    def run(about: About, make: Make) -> None:
+        nonlocal first
+
+        def whole() -> Any:
+            return read(model, make(), input_ids=ids, pixel_values=pixels)
+
+        ms = steps.milliseconds(whole, lab.device, 1 if lab.tiny else 3, warm_up=1)
+        first = first or ms
+        aim = f"ratio at most {0.75 if batch == 16 else 1.0}" if about["cache"] == "lightkv" else None
+        lab.row("llava", about, prefill_ms=ms, ratio=ms / first, aim=aim)
+        cache = whole()
+        if isinstance(cache, CompressedCache):
+            lab.decoding("llava", about, model, cache, batch)
+        else:
+            lab.row("llava", about, mode="eager", ms=lab.milliseconds(steps.in_python(model, cache, batch)))
+
+    for name, make in makers.items():
+        about = {"batch": batch, "tokens": ids.shape[1], "cache": name}
+        lab.attempt("llava", about, partial(run, about, make), 8)
+
+
+def quantized(lab: Lab) -> None:
+    """A decode step from four bits, everything kept, against the same in bfloat16."""
+    model = lab.model("quantized", "gqa")
+    for batch, tokens in ((2, 150),) if lab.tiny else ((16, 8192), (1, 8192)):
+        if model is not None:
+            about = {"batch": batch, "tokens": tokens}
+            lab.attempt("quantized", about, partial(_codes, lab, about, model, batch, tokens), 20)
+
+
+def _codes(lab: Lab, about: About, model: PreTrainedModel, batch: int, tokens: int) -> None:
+    base: dict[str, float] = {}
+    for name, quantizer in {"bfloat16": None, "4 bits": "quanto4"}.items():
+        cache = CompressedCache(model, "full", quantizer=quantizer)
+        read(model, cache, input_ids=lab.ids(batch, tokens))
+        label = {**about, "cache": name}
+        found = lab.decoding("quantized", label, model, cache, batch)
+        said = cache.report()
+        lab.row("quantized", label, bytes_ratio=said.kv_bytes / said.full_kv_bytes)
+        for mode in found.keys() & base.keys():
+            aim = f"at most {0.8 if batch == 16 else 1.0}"
+            lab.row("quantized", {**label, "mode": mode}, ratio=found[mode] / base[mode], aim=aim)
+        base = base or found
+        del cache
+
+
+def compiled(lab: Lab) -> None:
+    """Steps for which code is generated: a decode step, and `generate` with `StaticCache` and with ours."""
+    model = lab.model("compiled", "mha")
+    if model is None:
+        return
+    lab.attempt("compiled", {"cache": "prefixkv"}, partial(_compiled_step, lab, model), COMPILING)
+    kvcompress.restore(model)
+    caches: dict[str, Make] = {
+        "StaticCache, compiled": lambda: None,
+        "prefixkv, captured": partial(CompressedCache, model, "prefixkv", budget=BUDGET),
+        "prefixkv, compiled": partial(CompressedCache, model, "prefixkv", budget=BUDGET, decoding="compiled"),
+    }
+    aims = dict.fromkeys(("prefixkv, captured", "prefixkv, compiled"), "to_the_first at least 1.15")
+    _generate_with(lab, "compiled", model, caches, aims, COMPILING)
+
+
+def _compiled_step(lab: Lab, model: PreTrainedModel) -> None:
+    batch, tokens = (2, 60) if lab.tiny else (16, 2048)
+    cache = CompressedCache(model, "prefixkv", budget=BUDGET, reserve=steps.TO_COME, decoding="compiled")
+    step = steps.compiled(model, read(model, cache, input_ids=lab.ids(batch, tokens)), batch)
+    waited = [steps.seconds(step, lab.device) for _ in range(3)]
+    ms = lab.milliseconds(step)
+    label = {"batch": batch, "tokens": tokens, "cache": "prefixkv", "mode": cache.report().decoding}
+    lab.row("compiled", label, ms=ms, until_compiled_s=sum(waited))
+
+
+SECTIONS: dict[str, Callable[[Lab], None]] = {
+    "decode": decode,
+    "generate": generate,
+    "prefill": prefill,
+    "llava": llava,
+    "quantized": quantized,
+    "compiled": compiled,
+}
+Section = Enum("Section", {name: name for name in SECTIONS}, type=str)  # type: ignore[misc]
+
+
+def main(
+    section: Annotated[list[Section] | None, typer.Option(help="What to measure; repeatable; all if none.")] = None,
+    output: Annotated[Path, typer.Option(help="The JSON file.", dir_okay=False)] = Path("runs/gpu.json"),
+    minutes: Annotated[float, typer.Option(help="After which nothing more is begun.")] = 4.7,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Small models: a run through the code, on any device.")] = False,
+) -> None:
+    """Measures what caches cost on a GPU, section by section."""
+    if not (torch.cuda.is_available() or tiny):
+        typer.echo(
+            f"gpu: needs a CUDA device, and torch {torch.__version__} finds none; --tiny runs through the code on the "
+            "CPU, and `make bench` measures what a CPU can",
+            err=True,
+        )
+        raise typer.Exit(2)
+    transformers.logging.set_verbosity_error()
+    output.parent.mkdir(parents=True, exist_ok=True)
+    lab = Lab(torch.device("cuda" if torch.cuda.is_available() else "cpu"), tiny, output, minutes)
+    with torch.no_grad():
+        for name in [one.value for one in section or ()] or SECTIONS:
+            start = time.monotonic()
+            SECTIONS[name](lab)
+            lab.row(name, {}, took_s=time.monotonic() - start)
+    if lab.failures:
+        typer.echo(f"{lab.failures} could not be measured: see the lines with error=", err=True)
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
