@@ -105,6 +105,8 @@ def check(
 @torch.no_grad()
 def check_own_loop(model: PreTrainedModel) -> None:
     """A loop over a compiled model quantizes if it asks for mask sizes before each step, as `generate` does."""
+    torch._dynamo.reset()
+    counters.clear()
     found = []
     for forward in (model, torch.compile(model, fullgraph=True, backend="eager")):
         cache, tokens = CompressedCache(model, "kivi4", quantizer=_FOUR_BITS, reserve=NEW), []

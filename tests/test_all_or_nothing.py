@@ -147,15 +147,15 @@ def test_an_operation_whose_policy_fails_changes_nothing_and_can_be_tried_again(
     assert failures >= 4
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_a_forward_whose_waiting_eviction_fails_changes_nothing_or_breaks_the_cache(config: dict[str, Any]) -> None:
-    cache = CompressedCache(tiny.model("llama"), budget=SMALL, config=config)
+@pytest.mark.parametrize("stage", CONFIGS)
+def test_a_forward_whose_waiting_eviction_fails_changes_nothing_or_breaks_the_cache(stage: str) -> None:
+    cache = CompressedCache(tiny.model("llama"), budget=SMALL, config=CONFIGS[stage])
     for run in (step(6, 1), record, step(9, 2)):
         run(cache)
     twin = copy.deepcopy(cache)
     step(1, 3)(twin)
     earlier = cache.report()
-    Trap.set(1)
+    Trap.set(0 if stage == "evictor" else 1)  # an evictor is asked once, for all layers
     with pytest.raises(PolicyError):
         step(1, 3)(cache)
     try:

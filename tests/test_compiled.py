@@ -14,8 +14,8 @@ from kvcompress.config.presets import PRESETS
 from tests import tiny
 from tests.strategies import THOROUGH
 
-# Whose steps cannot be compiled, since the host has to merge between them.
-IN_PYTHON = {"prefixkv+merge", "lookm"}
+# Whose steps cannot be compiled, since positions count what each layer got, which the host knows.
+IN_PYTHON = {"pyramiddrop"}
 # By age, by score, without scores, quantized; the thorough profile takes all others as well.
 KINDS = ["prefixkv", "h2o", "streaming", "prefixkv+int4"]
 OTHERS = [name for name in PRESETS if name not in (*IN_PYTHON, *KINDS)]
@@ -61,8 +61,13 @@ def test_generated_code_on_a_gpu_gives_the_tokens_of_steps_in_python(name: str) 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_cache_says_whether_its_steps_compile(name: str) -> None:
-    """All but those that merge while decoding; and none while the past is recorded."""
+    """Not where positions are a layer's own or freed slots are merged, and never while the past is recorded."""
     cache = CompressedCache(tiny.model("llava" if "light" in name else "llama"), name)
     assert cache.is_compileable == (name not in IN_PYTHON)
     cache.activate_past_recording()
+    assert not cache.is_compileable
+
+
+def test_steps_that_merge_what_they_free_run_in_python() -> None:
+    cache = CompressedCache(tiny.model("llama"), "prefixkv", merger={"name": "threshold", "decoding": True})
     assert not cache.is_compileable

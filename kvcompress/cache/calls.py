@@ -48,7 +48,7 @@ class Calls:
         """What has to be kept of the conversation to go on elsewhere."""
         return [read._asdict() for read in self._read]
 
-    def restore(self, saved: list[dict[str, Any]]) -> None:
+    def restore(self, saved: Any) -> None:
         """Takes over what `saved` gave."""
         self._read = [_Read(**read) for read in saved]
 

@@ -92,7 +92,7 @@ class CapturedDecoding:
         tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
         key = _key(tensors, {name: value for name, value in inputs.items() if name not in tensors}, self.state)
         if key not in self._captured:
-            self._captured[key] = None
+            self._captured = {key: None}  # what stood for other buffers does not come back
             return self.model(**inputs)
         step = self._captured[key]
         if step is None:
@@ -130,7 +130,7 @@ def _key(tensors: Mapping[str, Tensor], others: Mapping[str, Any], state: CacheS
     shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
     plain = (int, float, str, type(None))
     rest = tuple((name, value if isinstance(value, plain) else id(value)) for name, value in others.items())
-    return shapes, rest, state.addresses()
+    return shapes, rest, state.places()
 
 
 def _apart(value: Any) -> Any:

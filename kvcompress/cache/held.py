@@ -237,7 +237,7 @@ class HeldTokens:
         """What has to be kept to go on elsewhere."""
         return {**{name: getattr(self, name) for name in _SAVED}, "store": self.store.saved(self.slots)}
 
-    def restore(self, saved: dict[str, Any], device: torch.device) -> None:
+    def restore(self, saved: Any, device: torch.device) -> None:
         """Takes over what `saved` gave, which lies on that device."""
         for name in _SAVED:
             setattr(self, name, saved[name])

@@ -243,15 +243,14 @@ class QuantizedStore(DenseStore):
 
     def saved(self, used: int) -> dict[str, Any]:
         """All codes, and the first `used` slots of full precision."""
-        return {**super().saved(used), "packed": self._packed, "packed_rows": self.packed_rows}
+        return {**super().saved(used), "packed": self._packed, "packed_rows": self.packed_rows, "coded": self.coded}
 
-    def restore(self, saved: dict[str, Any]) -> None:
+    def restore(self, saved: Any) -> None:
         """Takes over what `saved` gave."""
         super().restore(saved)
-        if saved["packed"] is not None:
-            keys, values = saved["packed"]
-            self._packed = keys.fixed(), values.fixed()
-            self._count(saved["packed_rows"])
+        packed, coded, self.packed_rows = saved["packed"], saved["coded"], saved["packed_rows"]
+        self._packed = None if packed is None else (packed[0].fixed(), packed[1].fixed())
+        self.coded = None if coded is None else fixed(coded)
 
     # -- inner ---------------------------------------------------------------------------------------------------------
 

@@ -6,24 +6,21 @@ import hashlib
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvcompress.cache.allocation import Allocation, Rule
 from kvcompress.cache.decoding import catch_up_if_needed
-from kvcompress.cache.packed import Packed
+from kvcompress.cache.plain import from_json, to_json
 from kvcompress.cache.report import report_on
-from kvcompress.cache.sequence import Scored
 from kvcompress.cache.state import CacheState
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import CacheStateError, ConfigError, KVCompressError, UnsupportedModeError
@@ -39,15 +36,12 @@ from kvcompress.files import (
 )
 from kvcompress.parallel import ALONE
 from kvcompress.policies.configured import Configured
-from kvcompress.policies.context import Codes
 from kvcompress.policies.fingerprint import Fingerprint, fingerprint_of
 
 MANIFEST = "cache.json"
 FORMAT = 1
 _BYTES = 64 * 2**20  # of the manifest
-_REPEATS = 2**20  # of what is the same for all rows, such as token indices
 _TENSORS = re.compile(r"cache-[0-9a-f]{16}\.safetensors")
-_KNOWN: dict[str, Callable[..., Any]] = {one.__name__: one for one in (Allocation, Rule, Scored, Packed, Codes)}
 _WAY_OUT = "save the cache again, or make a new CompressedCache and run the prompt again"
 
 
@@ -113,7 +107,7 @@ def save(
             if not overwrite:
                 raise ConfigError(f"cache {folder}: exists already; overwrite=True replaces it, or give another folder")
         tensors: dict[str, Tensor] = {}
-        state, kept = _to_json(whole, tensors, {}), _to_json(dict(extra or {}), tensors, {})
+        state, kept = to_json(whole, tensors, {}), to_json(dict(extra or {}), tensors, {})
         name = f"cache-{secrets.token_hex(8)}.safetensors"
         with replacing(folder / name, "cache") as file:
             digest = write_tensors(file, tensors)
@@ -161,28 +155,6 @@ def _whole(cache: CacheState) -> dict[str, Any]:
         ) from None
     catch_up_if_needed(cache)
     return cache.saved()
-
-
-def _to_json(value: Any, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:
-    """A value in JSON, its tensors by name; the same tensor has one name, however often it comes."""
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Tensor):
-        if id(value) not in names:
-            names[id(value)] = name = f"{len(tensors)}"
-            tensors[name] = value[tuple(slice(None) if step else slice(1) for step in value.stride())]
-        return {"tensor": names[id(value)], "shape": list(value.shape)}
-    if isinstance(value, np.ndarray):
-        return {"array": _to_json(torch.from_numpy(np.ascontiguousarray(value)), tensors, {})}
-    if isinstance(value, list):
-        return [_to_json(one, tensors, names) for one in value]
-    if isinstance(value, tuple):
-        return {"tuple": [_to_json(one, tensors, names) for one in value]}
-    if isinstance(value, dict):
-        return {"dict": [[key, _to_json(one, tensors, names)] for key, one in value.items()]}
-    assert type(value).__name__ in _KNOWN, f"a {type(value).__name__} cannot be saved"
-    fields = {name: _to_json(one, tensors, names) for name, one in vars(value).items()}
-    return {"object": type(value).__name__, "fields": fields}
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
@@ -236,8 +208,8 @@ class Saved:
             parts = dict(self._manifest.state["dict"])
             made: dict[tuple[str, torch.device], Tensor] = {}
             pairs = zip(parts.pop("layers"), places, strict=False)  # none before the first token
-            layers = [_from_json(one, self._tensors, made, place) for one, place in pairs]
-            rest = {name: _from_json(part, self._tensors, made, places[0]) for name, part in parts.items()}
+            layers = [from_json(one, self._tensors, made, place) for one, place in pairs]
+            rest = {name: from_json(part, self._tensors, made, places[0]) for name, part in parts.items()}
             _check_room(layers, rest["table"])
             state.restore({**rest, "layers": layers}, places)
             _check_state(state, decoder)
@@ -249,14 +221,14 @@ class Saved:
             ConfigError: if it does not hold what this release reads.
         """
         with self._told():
-            found: dict[str, Any] = _from_json(self._manifest.extra, self._tensors, {}, torch.device("cpu"))
+            found: dict[str, Any] = from_json(self._manifest.extra, self._tensors, {}, torch.device("cpu"))
         return found
 
     @contextmanager
     def _told(self) -> Iterator[None]:
         try:
             yield
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError) as error:
+        except Exception as error:  # what is of another kind than it should be fails anywhere
             raise ConfigError(
                 f"cache {self.folder}: does not hold what this release of kvcompress reads ({type(error).__name__}: "
                 f"{error}); {_WAY_OUT}"
@@ -318,32 +290,7 @@ def _check_model(folder: Path, manifest: Manifest, decoder: PreTrainedModel) -> 
         )
 
 
-def _from_json(
-    value: Any, tensors: dict[str, Tensor], made: dict[tuple[str, torch.device], Tensor], device: torch.device
-) -> Any:
-    """The inverse of `_to_json`, on a device."""
-    if isinstance(value, list):
-        return [_from_json(one, tensors, made, device) for one in value]
-    if not isinstance(value, dict):
-        return value
-    if "tensor" in value:
-        name = value["tensor"], device
-        if name not in made:
-            stored, shape = tensors[value["tensor"]], value["shape"]
-            assert all(have == size or size <= _REPEATS for have, size in zip(stored.shape, shape, strict=True)), shape
-            made[name] = stored.to(device).expand(shape)
-        return made[name]
-    if "array" in value:
-        return _from_json(value["array"], tensors, {}, torch.device("cpu")).contiguous().numpy()
-    if "tuple" in value:
-        return tuple(_from_json(one, tensors, made, device) for one in value["tuple"])
-    if "dict" in value:
-        return {key: _from_json(one, tensors, made, device) for key, one in value["dict"]}
-    fields = {name: _from_json(one, tensors, made, device) for name, one in value["fields"].items()}
-    return _KNOWN[value["object"]](**fields)
-
-
-def _check_room(layers: list[dict[str, Any]], table: dict[str, Any] | None) -> None:
+def _check_room(layers: list[Any], table: Any) -> None:
     """Whether buffers have no more room than what is there accounts for, before any is allocated."""
     width = 0 if table is None else table["index"].shape[-1]
     for layer in layers:
@@ -353,8 +300,7 @@ def _check_room(layers: list[dict[str, Any]], table: dict[str, Any] | None) -> N
 
 def _check_state(state: CacheState, decoder: PreTrainedModel) -> None:
     """Whether what was read fits together and to the model; what was saved does."""
-    report = report_on(state)
-    batch, heads = len(report.row_tokens_seen), decoder.config.num_key_value_heads
+    batch, heads = state.sequence.batch, decoder.config.num_key_value_heads
     for layer in state.layers:
         keys, values, index = layer.store.keys, layer.store.values, layer.index
         assert (keys is None) == (index is None), "a layer without its keys"
@@ -364,7 +310,9 @@ def _check_state(state: CacheState, decoder: PreTrainedModel) -> None:
         slots = layer.store.packed + layer.slots
         assert index.shape[0] in (1, batch) and index.shape[1] in (1, heads), "the shape of an index"
         assert index.shape[2] >= layer.store.packed and slots <= layer.store.packed + layer.store.capacity, "slots"
-        assert int(index.max()) < report.tokens_seen and len(layer.held) == batch, "tokens that were not seen"
+        assert index.dtype == torch.int32 and len(layer.held) == batch, "an index of another kind"
+        assert int(index.max()) < state.sequence.seen, "tokens that were not seen"
+    report_on(state)
 
 
 def _place(layer: nn.Module, decoder: PreTrainedModel) -> torch.device:

@@ -64,7 +64,7 @@ class Sequence:
         """What has to be kept to go on elsewhere."""
         return dict(vars(self))
 
-    def restore(self, saved: dict[str, Any]) -> None:
+    def restore(self, saved: Any) -> None:
         """Takes over what `saved` gave."""
         self.__dict__.update({name: saved[name] for name in vars(self)})
 

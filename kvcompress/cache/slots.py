@@ -137,7 +137,7 @@ class SlotTable:
         return {name: value for name, value in vars(self).items() if name not in _DERIVED}
 
     @classmethod
-    def from_saved(cls, saved: dict[str, Any], allocation: Allocation | None, rule: Rule) -> SlotTable:
+    def from_saved(cls, saved: Any, allocation: Allocation | None, rule: Rule) -> SlotTable:
         """The table that `saved` gave."""
         table = cls.__new__(cls)
         table.__dict__.update(saved, _allocation=allocation, _rule=rule, _age=None)

@@ -84,11 +84,11 @@ class CacheState:
         finally:
             self.device_only = False
 
-    def addresses(self) -> tuple[int, ...]:
-        """Where everything is that a decode step reads and writes, but the weights."""
+    def places(self) -> tuple[tuple[int, torch.Size], ...]:
+        """Address and shape of everything that a decode step reads and writes, but the weights."""
         buffers = [buffer for layer in self.layers for buffer in layer.store.buffers()]
         buffers += [] if self.table is None else self.table.tensors()
-        return tuple(buffer.data_ptr() for buffer in buffers)
+        return tuple((buffer.data_ptr(), buffer.shape) for buffer in buffers)
 
     @property
     def room(self) -> int:
@@ -142,7 +142,7 @@ class CacheState:
             "table_evicts": table is not None and table.evicts,
         }
 
-    def restore(self, saved: dict[str, Any], devices: list[torch.device]) -> None:
+    def restore(self, saved: Any, devices: list[torch.device]) -> None:
         """Takes over what `saved` gave; layers and their tensors are on those devices."""
         self.sequence.restore(saved["sequence"])
         self.calls.restore(saved["calls"])

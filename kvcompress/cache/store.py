@@ -116,7 +116,7 @@ class KVStore(Protocol):
     def saved(self, used: int) -> dict[str, Any]:
         """What has to be kept of all packed slots and the first `used` others to go on elsewhere."""
 
-    def restore(self, saved: dict[str, Any]) -> None:
+    def restore(self, saved: Any) -> None:
         """Takes over what `saved` gave."""
 
 
@@ -236,6 +236,15 @@ class DenseStore:
         if self.keys is not None and self.values is not None:
             self._hold(*(buffer.to(device, non_blocking=True) for buffer in self.dense()))
 
+    def saved(self, used: int) -> dict[str, Any]:
+        """The first `used` slots, and how many there are."""
+        keys, values = self.dense()
+        return {"keys": keys[:, :, :used], "values": values[:, :, :used], "capacity": self.capacity}
+
+    def restore(self, saved: Any) -> None:
+        """Takes over what `saved` gave."""
+        self._hold(grown(saved["keys"], saved["capacity"]), grown(saved["values"], saved["capacity"]))
+
     def make_room(self, dense_rows: Counts, later: Counts | None = None) -> None:
         """Nothing to do: all stays in full precision."""
 
@@ -244,15 +253,6 @@ class DenseStore:
         for buffer, now in zip(buffers, self.dense(), strict=False):
             buffer[:, :, : now.shape[2]] = now
         self.keys, self.values = buffers[:2]
-
-    def saved(self, used: int) -> dict[str, Any]:
-        """The first `used` slots, and how many there are."""
-        keys, values = self.dense()
-        return {"keys": keys[:, :, :used], "values": values[:, :, :used], "capacity": self.capacity}
-
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Takes over what `saved` gave."""
-        self._hold(grown(saved["keys"], saved["capacity"]), grown(saved["values"], saved["capacity"]))
 
     def _hold(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = fixed(keys), fixed(values)

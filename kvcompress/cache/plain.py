@@ -1,0 +1,67 @@
+"""Plain values, and the few classes of a cache's state, in JSON beside their tensors; nothing else is ever made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvcompress.cache.allocation import Allocation, Rule
+from kvcompress.cache.packed import Packed
+from kvcompress.cache.sequence import Scored
+from kvcompress.policies.context import Codes
+
+_REPEATS = 2**20  # of what is the same for all rows, such as token indices
+_KNOWN: dict[str, Callable[..., Any]] = {one.__name__: one for one in (Allocation, Rule, Scored, Packed, Codes)}
+
+
+def to_json(value: Any, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:
+    """A value in JSON, its tensors by name; the same tensor has one name, however often it comes."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        if id(value) not in names:
+            names[id(value)] = name = f"{len(tensors)}"
+            tensors[name] = value[tuple(slice(None) if step else slice(1) for step in value.stride())]
+        return {"tensor": names[id(value)], "shape": list(value.shape)}
+    if isinstance(value, np.ndarray):
+        return {"array": to_json(torch.from_numpy(np.ascontiguousarray(value)), tensors, {})}
+    if isinstance(value, list):
+        return [to_json(one, tensors, names) for one in value]
+    if isinstance(value, tuple):
+        return {"tuple": [to_json(one, tensors, names) for one in value]}
+    if isinstance(value, dict):
+        return {"dict": [[key, to_json(one, tensors, names)] for key, one in value.items()]}
+    assert type(value).__name__ in _KNOWN, f"a {type(value).__name__} cannot be saved"
+    fields = {name: to_json(one, tensors, names) for name, one in vars(value).items()}
+    return {"object": type(value).__name__, "fields": fields}
+
+
+def from_json(
+    value: Any, tensors: dict[str, Tensor], made: dict[tuple[str, torch.device], Tensor], device: torch.device
+) -> Any:
+    """The inverse of `to_json`, on a device."""
+    if isinstance(value, list):
+        return [from_json(one, tensors, made, device) for one in value]
+    if not isinstance(value, dict):
+        return value
+    if "tensor" in value:
+        name = value["tensor"], device
+        if name not in made:
+            stored, shape = tensors[value["tensor"]], value["shape"]
+            assert all(have == size or size <= _REPEATS for have, size in zip(stored.shape, shape, strict=True)), shape
+            made[name] = stored.to(device).expand(shape)
+        return made[name]
+    if "array" in value:
+        array = from_json(value["array"], tensors, {}, torch.device("cpu")).contiguous().numpy()
+        assert array.dtype in (np.int64, np.bool_), f"counts of the type {array.dtype}"
+        return array
+    if "tuple" in value:
+        return tuple(from_json(one, tensors, made, device) for one in value["tuple"])
+    if "dict" in value:
+        return {key: from_json(one, tensors, made, device) for key, one in value["dict"]}
+    fields = {name: from_json(one, tensors, made, device) for name, one in value["fields"].items()}
+    return _KNOWN[value["object"]](**fields)
