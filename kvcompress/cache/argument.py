@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -12,11 +11,13 @@ from transformers import GenerationMixin
 NAMES = ("cache", "past_key_values")
 
 
-@functools.cache
+_PARAMETERS = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+_INSTALLED = next((name for name in NAMES if name in _PARAMETERS), NAMES[0])
+
+
 def installed_name() -> str:
     """The name that the installed transformers gives the argument in `generate`, models and layers."""
-    parameters = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-    return next((name for name in NAMES if name in parameters), NAMES[0])
+    return _INSTALLED
 
 
 def cache_argument(cache: object) -> dict[str, Any]:
