@@ -79,7 +79,7 @@ def held(folder: Path) -> dict[str, bytes | str]:
 def test_a_file_that_is_no_results_is_refused_and_stays_as_it_was(
     text_model: LoadedModel, tmp_path: Path, name: str, beside: bool
 ) -> None:
-    path = tmp_path / name
+    path = (tmp_path / name).with_suffix(".jsonl")  # whatever else it is, its name is that of results
     (samples_path(path) if beside else path).write_text(USERS[name], encoding="utf-8")
     before = held(tmp_path)
     with pytest.raises(ConfigError, match=r"output .*(no file of|no JSON object|is missing).*overwrite"):
@@ -124,9 +124,10 @@ OUTPUTS: dict[str, list[str]] = {
 def test_no_command_replaces_a_file_without_being_told_to_and_says_so_before_the_model_is_loaded(
     tmp_path: Path, command: str, name: str
 ) -> None:
-    (tmp_path / name).write_text(USERS[name])
+    output = (tmp_path / name).with_suffix(".jsonl" if command == "evaluate" else Path(name).suffix)
+    output.write_text(USERS[name])
     before = held(tmp_path)
-    given = [command, "--model", tmp_path / "no-model", "--data", "text", "--output", tmp_path / name]
+    given = [command, "--model", tmp_path / "no-model", "--data", "text", "--output", output]
     result = run(*given, *OUTPUTS[command])
     assert result.exit_code == 1 and result.stderr.startswith("error: output ") and "--overwrite" in result.stderr
     assert held(tmp_path) == before

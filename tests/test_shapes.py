@@ -195,7 +195,7 @@ def test_a_dialogue_without_an_image_is_read_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("{", "cannot be read"),
+        ("{", "is not valid JSON"),
         ("{}", "must hold a list"),
         ('[{"id": "a"}]', "entry 0.*conversations"),
         ('[{"conversations": [{"from": "gpt", "value": "hi"}]}]', "human and gpt in turn"),

@@ -42,6 +42,7 @@ MANIFEST = "cache.json"
 FORMAT = 1
 _BYTES = 64 * 2**20  # of the manifest
 _TENSORS = re.compile(r"cache-[0-9a-f]{16}\.safetensors")
+_ROOM = 1024  # slots
 _WAY_OUT = "save the cache again, or make a new CompressedCache and run the prompt again"
 
 
@@ -291,11 +292,14 @@ def _check_model(folder: Path, manifest: Manifest, decoder: PreTrainedModel) -> 
 
 
 def _check_room(layers: list[Any], table: Any) -> None:
-    """Whether buffers have no more room than what is there accounts for, before any is allocated."""
-    width = 0 if table is None else table["index"].shape[-1]
+    """Whether buffers have no more room than the table accounts for; without a table they get a little at most."""
     for layer in layers:
         store = layer["store"]
-        assert 0 <= store["capacity"] <= max(width, store["keys"].shape[2]), f"room for {store['capacity']} tokens"
+        used = store["keys"].shape[2]
+        if table is None:
+            store["capacity"] = min(store["capacity"], used + max(used, _ROOM))
+        room, width = store["capacity"], store["capacity"] if table is None else table["index"].shape[-1]
+        assert 0 <= room <= max(used, width), f"room for {room} tokens"
 
 
 def _check_state(state: CacheState, decoder: PreTrainedModel) -> None:
@@ -311,7 +315,7 @@ def _check_state(state: CacheState, decoder: PreTrainedModel) -> None:
         assert index.shape[0] in (1, batch) and index.shape[1] in (1, heads), "the shape of an index"
         assert index.shape[2] >= layer.store.packed and slots <= layer.store.packed + layer.store.capacity, "slots"
         assert index.dtype == torch.int32 and len(layer.held) == batch, "an index of another kind"
-        assert int(index.max()) < state.sequence.seen, "tokens that were not seen"
+        assert not index.numel() or int(index.max()) < state.sequence.seen, "tokens that were not seen"
     report_on(state)
 
 
