@@ -209,14 +209,14 @@ class Sequence:
         queries: Tensor = self._rows(self.row_seen, index) - index
         for run in self.decoded:
             first, end = (self._rows(counts, index) for counts in run)
-            queries = queries - (end - index.clamp(first, end))
+            queries = queries - (end - index.clamp(min=first).clamp(max=end))  # each a number, or one per row
         scored, missing = self._rows(self.scored.queries, index), self.missing(layer)
         if missing is not None:
             until = F.pad(self.by_index(missing.to(index.device)).cumsum(1), (1, 0))  # missing before each, and all
             whole = until[:, -1:, None]
             queries = queries - (whole - taken(until, index))
-            since = torch.as_tensor(self._rows(self.scored.first, index), dtype=index.dtype, device=index.device)
-            scored = scored - (whole - taken(until, since.reshape(-1, 1, 1)))
+            since = torch.as_tensor(self.scored.first, dtype=index.dtype, device=index.device)[:, None, None]
+            scored = scored - (whole - taken(until, since))
         if not last:
             return queries.clamp(min=1)
         return queries.clamp(1, scored) if isinstance(scored, int) else queries.minimum(scored).clamp(min=1)
