@@ -219,7 +219,7 @@ class Sequence:
             scored = scored - (whole - taken(until, since))
         if not last:
             return queries.clamp(min=1)
-        return queries.clamp(1, scored) if isinstance(scored, int) else queries.minimum(scored).clamp(min=1)
+        return queries.clamp(1, max(1, scored)) if isinstance(scored, int) else queries.minimum(scored).clamp(min=1)
 
     def unscored(self, index: Int[Tensor, "batch sets slots"]) -> Bool[Tensor, "batch sets slots"]:
         """Which tokens came after the last step that scored."""
