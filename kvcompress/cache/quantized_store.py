@@ -160,7 +160,6 @@ class QuantizedStore(DenseStore):
         if count:
             keys, values = self.dense()
             new = self._encoded(keys[:, :, :count].contiguous(), values[:, :, :count].contiguous())
-            assert all(codes.data.shape[2] == count for codes in new)
             if self._packed is None:
                 self._packed = (Packed.of(new[0]).fixed(), Packed.of(new[1]).fixed())
             else:
@@ -265,7 +264,9 @@ class QuantizedStore(DenseStore):
 
     def _encoded(self, keys: Keys, values: Values) -> tuple[Codes, Codes]:
         with policy_errors(self.quantizer, self.layer):
-            return self.quantizer.encode_keys(keys), self.quantizer.encode_values(values)
+            codes = self.quantizer.encode_keys(keys), self.quantizer.encode_values(values)
+            assert all(one.data.shape[2] == keys.shape[2] for one in codes), "codes of another number of tokens"
+        return codes
 
     def _of_zeros(self) -> tuple[Codes, Codes]:
         """Codes of one group of one row, for their shapes."""
