@@ -257,7 +257,7 @@ def test_a_quantizer_that_loses_nothing_changes_nothing(
                 cache.reorder_cache(torch.arange(len(lengths)).flip(0))
             valid = valid.flip(0)
     for layer, lengths_held in zip(packed.layers, packed.report().layer_lengths, strict=True):
-        assert layer.store.packed or min(lengths_held) < 30
+        assert layer.store.packed or min(lengths_held) <= 30  # a group that is old enough goes with the next step
 
 
 def _every_slot(store: QuantizedStore) -> tuple[Tensor, Tensor]:
