@@ -6,6 +6,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.text import Text
 
@@ -91,7 +92,7 @@ def document() -> str:
 
 def _text_prompt(question: str | None) -> tuple[LoadedModel, dict[str, Any], list[tuple[str, str]]]:
     question = QUESTION if question is None else question
-    loaded = load_with_spinner("smollm2", "bfloat16")
+    loaded = load_with_spinner("smollm2", "bfloat16" if _computes_bfloat16() else "float32")
     inputs = encode_prompt(loaded, f"{document()}\n\n{question}")
     return (
         loaded,
@@ -102,6 +103,11 @@ def _text_prompt(question: str | None) -> tuple[LoadedModel, dict[str, Any], lis
             ("Question", question),
         ],
     )
+
+
+def _computes_bfloat16() -> bool:
+    """Whether the device multiplies bfloat16 itself; a processor that does not takes several times as long over it."""
+    return torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _image_prompt(file: Path | None, question: str | None) -> tuple[LoadedModel, dict[str, Any], list[tuple[str, str]]]:
