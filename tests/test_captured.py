@@ -32,7 +32,7 @@ class Recorder(TorchDispatchMode):
 
     made: ClassVar[list[Recorder]] = []
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()
         self.steps: list[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Any]] = []
         self.replays = 0
@@ -196,7 +196,11 @@ def test_what_cannot_be_captured_runs_in_python(model: PreTrainedModel, monkeypa
 def test_few_tokens_and_other_wishes_are_not_captured(model: PreTrainedModel, recorders: list[Recorder]) -> None:
     """Less than 32 tokens, what `generate` is told, and assisted decoding, which takes tokens back."""
     generate(model, CompressedCache(model, "prefixkv", budget=0.3), max_new_tokens=20)
+    generate(model, CompressedCache(model, "prefixkv", budget=0.3), max_new_tokens=20, disable_compile=False)
     generate(model, CompressedCache(model, "prefixkv", budget=0.3), disable_compile=True)
+    model.generation_config.disable_compile = True
+    generate(model, CompressedCache(model, "prefixkv", budget=0.3))
+    model.generation_config.disable_compile = False
     cache = CompressedCache(model, "prefixkv", budget=0.3)
     ids = tiny.token_ids(1, 30, seed=3)
     model.generate(ids, **tiny.with_cache(cache), max_new_tokens=NEW, do_sample=False, prompt_lookup_num_tokens=3)
@@ -211,3 +215,10 @@ def test_a_model_that_is_given_back_compiles_as_before(model: PreTrainedModel) -
     assert "get_compiled_call" not in model.__dict__
     with pytest.raises(ConfigError, match="decoding: must be 'captured', 'compiled' or 'eager'; got 'graph'"):
         CompressedCache(model, "prefixkv", decoding="graph")
+
+
+def test_a_model_on_several_devices_is_not_captured(model: PreTrainedModel, recorders: list[Recorder]) -> None:
+    """A graph would hold what one of them does, and go on without the others."""
+    model.register_buffer("elsewhere", torch.empty(1, device="meta"))
+    assert generate(model, CompressedCache(model, "prefixkv", budget=0.3)).shape[1] == PROMPT + NEW
+    assert not recorders

@@ -540,7 +540,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             model: the model that generates.
             inputs: what `generate` was given.
         """
-        told = any(inputs.get(name) for name in ("compile_config", "disable_compile"))
+        given = inputs.get("generation_config") or model.generation_config
+        told = any(inputs.get(name, getattr(given, name, None)) for name in ("compile_config", "disable_compile"))
         if told or model.device.type not in GRAPHS or not self.is_compileable:
             return {}, None
         coming = tokens_to_come(model, inputs)

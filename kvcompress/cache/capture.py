@@ -31,13 +31,13 @@ class Graph(Protocol):
 class CudaGraph:
     """A CUDA graph."""
 
-    def __init__(self) -> None:
-        """Starts empty."""
-        self.graph = torch.cuda.CUDAGraph()
+    def __init__(self, device: torch.device) -> None:
+        """Starts empty; what other devices are asked meanwhile would not be part of it."""
+        self.graph, self.device = torch.cuda.CUDAGraph(), device
 
     def capture(self, run: Callable[[], Any]) -> Any:
         """Other threads may go on using their streams in the meantime."""
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+        with torch.cuda.device(self.device), torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             return run()
 
     def replay(self) -> None:
@@ -45,7 +45,7 @@ class CudaGraph:
         self.graph.replay()
 
 
-GRAPHS: dict[str, Callable[[], Graph]] = {"cuda": CudaGraph}  # by type of device
+GRAPHS: dict[str, Callable[[torch.device], Graph]] = {"cuda": CudaGraph}  # by type of device
 
 
 @dataclass
@@ -72,7 +72,8 @@ class CapturedDecoding:
         """
         self.model, self.state = model, state
         self._captured: dict[Any, _Captured | None] = {}  # None after the first step
-        self._fails = False
+        devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+        self._fails = len(devices) > 1  # a graph would hold what one of them does, and no more
 
     def __call__(self, **inputs: Any) -> Any:
         """What the model returns for one token of every row."""
@@ -107,7 +108,8 @@ class CapturedDecoding:
         return tree_map(_apart, step.output)
 
     def _capture(self, inputs: dict[str, Any], tensors: Mapping[str, Tensor]) -> _Captured | None:
-        graph = GRAPHS[next(iter(self.state.devices)).type]()
+        device = next(iter(self.state.devices))
+        graph = GRAPHS[device.type](device)
         fixed = {name: value.clone() for name, value in tensors.items()}
         step = self.state.step
         assert step is not None

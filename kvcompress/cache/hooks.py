@@ -175,12 +175,14 @@ class Generate(_Instead):
         given = dict(zip(("generation_config",), args, strict=False)) | kwargs
         given = given if inputs is None else {**given, "input_ids": inputs}
         cache.before_turn(given)
-        more, forward = cache.plan_decoding(model, given)
-        token = _stands_in.set(None if forward is None else (model, forward))
         try:
-            return self.of_class(inputs, *args, **kwargs, **more)
+            more, forward = cache.plan_decoding(model, given)
+            token = _stands_in.set(None if forward is None else (model, forward))
+            try:
+                return self.of_class(inputs, *args, **{**kwargs, **more})
+            finally:
+                _stands_in.reset(token)
         finally:
-            _stands_in.reset(token)
             cache.after_turn()
 
 

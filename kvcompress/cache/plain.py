@@ -35,7 +35,7 @@ def to_json(value: Any, tensors: dict[str, Tensor], names: dict[int, str]) -> An
         return {"tuple": [to_json(one, tensors, names) for one in value]}
     if isinstance(value, dict):
         return {"dict": [[key, to_json(one, tensors, names)] for key, one in value.items()]}
-    assert type(value).__name__ in _KNOWN, f"a {type(value).__name__} cannot be saved"
+    must(type(value).__name__ in _KNOWN, f"a {type(value).__name__} cannot be saved")
     fields = {name: to_json(one, tensors, names) for name, one in vars(value).items()}
     return {"object": type(value).__name__, "fields": fields}
 
@@ -52,12 +52,12 @@ def from_json(
         name = value["tensor"], device
         if name not in made:
             stored, shape = tensors[value["tensor"]], value["shape"]
-            assert all(have == size or size <= _REPEATS for have, size in zip(stored.shape, shape, strict=True)), shape
+            must(all(have == size or size <= _REPEATS for have, size in zip(stored.shape, shape, strict=True)), shape)
             made[name] = stored.to(device).expand(shape)
         return made[name]
     if "array" in value:
         array = from_json(value["array"], tensors, {}, torch.device("cpu")).contiguous().numpy()
-        assert array.dtype in (np.int64, np.bool_), f"counts of the type {array.dtype}"
+        must(array.dtype in (np.int64, np.bool_), f"counts of the type {array.dtype}")
         return array
     if "tuple" in value:
         return tuple(from_json(one, tensors, made, device) for one in value["tuple"])
@@ -65,3 +65,13 @@ def from_json(
         return {key: from_json(one, tensors, made, device) for key, one in value["dict"]}
     fields = {name: from_json(one, tensors, made, device) for name, one in value["fields"].items()}
     return _KNOWN[value["object"]](**fields)
+
+
+def must(holds: bool, wrong: object) -> None:
+    """Refuses what is not as it should be, also where Python leaves assertions out.
+
+    Raises:
+        ValueError: that says what is wrong.
+    """
+    if not holds:
+        raise ValueError(str(wrong))

@@ -265,7 +265,8 @@ class QuantizedStore(DenseStore):
     def _encoded(self, keys: Keys, values: Values) -> tuple[Codes, Codes]:
         with policy_errors(self.quantizer, self.layer):
             codes = self.quantizer.encode_keys(keys), self.quantizer.encode_values(values)
-            assert all(one.data.shape[2] == keys.shape[2] for one in codes), "codes of another number of tokens"
+            if any(one.data.shape[2] != keys.shape[2] for one in codes):
+                raise ValueError(f"must give codes for {keys.shape[2]} tokens, got {[o.data.shape[2] for o in codes]}")
         return codes
 
     def _of_zeros(self) -> tuple[Codes, Codes]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvcompress.cache.decoding import catch_up_if_needed
-from kvcompress.cache.plain import from_json, to_json
+from kvcompress.cache.plain import from_json, must, to_json
 from kvcompress.cache.report import report_on
 from kvcompress.cache.state import CacheState
 from kvcompress.config import CompressionConfig
@@ -299,7 +299,7 @@ def _check_room(layers: list[Any], table: Any) -> None:
         if table is None:
             store["capacity"] = min(store["capacity"], used + max(used, _ROOM))
         room, width = store["capacity"], store["capacity"] if table is None else table["index"].shape[-1]
-        assert 0 <= room <= max(used, width), f"room for {room} tokens"
+        must(0 <= room <= max(used, width), f"room for {room} tokens")
 
 
 def _check_state(state: CacheState, decoder: PreTrainedModel) -> None:
@@ -307,15 +307,15 @@ def _check_state(state: CacheState, decoder: PreTrainedModel) -> None:
     batch, heads = state.sequence.batch, decoder.config.num_key_value_heads
     for layer in state.layers:
         keys, values, index = layer.store.keys, layer.store.values, layer.index
-        assert (keys is None) == (index is None), "a layer without its keys"
+        must((keys is None) == (index is None), "a layer without its keys")
         if keys is None or values is None or index is None:
             continue
-        assert keys.shape[:2] == values.shape[:2] == (batch, heads), f"keys of the shape {tuple(keys.shape)}"
+        must(keys.shape[:2] == values.shape[:2] == (batch, heads), f"keys of the shape {tuple(keys.shape)}")
         slots = layer.store.packed + layer.slots
-        assert index.shape[0] in (1, batch) and index.shape[1] in (1, heads), "the shape of an index"
-        assert index.shape[2] >= layer.store.packed and slots <= layer.store.packed + layer.store.capacity, "slots"
-        assert index.dtype == torch.int32 and len(layer.held) == batch, "an index of another kind"
-        assert not index.numel() or int(index.max()) < state.sequence.seen, "tokens that were not seen"
+        must(index.shape[0] in (1, batch) and index.shape[1] in (1, heads), "the shape of an index")
+        must(index.shape[2] >= layer.store.packed and slots <= layer.store.packed + layer.store.capacity, "slots")
+        must(index.dtype == torch.int32 and len(layer.held) == batch, "an index of another kind")
+        must(not index.numel() or int(index.max()) < state.sequence.seen, "tokens that were not seen")
     report_on(state)
 
 
