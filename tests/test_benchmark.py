@@ -369,7 +369,7 @@ def test_a_prompt_longer_than_the_model_was_trained_for_is_warned_about(text: Pa
     ("arguments", "code", "says"),
     [
         (["--preset", "prefixvk"], 1, "did you mean 'prefixkv'"),
-        (["--budget", "20%"], 1, "got '20%'"),
+        (["--budget", "a fifth"], 1, "got 'a fifth'"),
         (["--config", "missing.yaml"], 1, "missing.yaml: cannot be read"),
         (["--memory-limit", "much"], 2, "'much' is no size"),
         (["--batch", "0"], 2, "--batch"),
