@@ -118,7 +118,7 @@ def tune(
         results: a .jsonl file for the results of all trials, with which a stopped run goes on; None keeps none.
         on_progress: is told how far each trial is, in the first process alone.
         processes: as for `evaluate`; all find the same.
-        **settings: of `evaluate`: images, limit, max_new_tokens, seed, source.
+        **settings: of `evaluate`: images, limit, max_new_tokens, question, seed, source.
 
     Raises:
         ConfigError: if there is no bound or no configuration, the step is out of range, or `evaluate` refuses.

@@ -52,7 +52,8 @@ def quality(rows: Sequence[Row], metric: str) -> Figure:
     figure = new_figure(5.0, 3.4)
     axes = figure.subplots()
     draw_series(axes, series, "budget", factor)
-    axes.set_ylabel(label)
+    asked = {str(row["question"]) for row in rows if "question" in row}
+    axes.set_ylabel(label if asked <= {"seen"} else f"{label}\nquestion {' and '.join(sorted(asked))}")
     if metric == "perplexity" and _range(series) >= _LOG_FROM:
         _log_scale(axes)
     elif factor == 100:
