@@ -13,6 +13,7 @@ from kvcompress.policies.registry import unknown_name
 
 PERPLEXITY = "perplexity"
 _WORD = re.compile(r"-?\d+(?:[.,]\d+)*|\w+")
+_RUN = 4  # words of what may be repeated
 _ARTICLES = {"a", "an", "the"}
 
 
@@ -81,10 +82,22 @@ def contained(text: str, full: str, answer: str) -> float:
 def recall(text: str, full: str, answer: str) -> float:
     """Share of the answer's parts that the text holds to the letter, upper and lower case alike.
 
-    Source: RULER (arXiv 2404.06654) and its retrieval of needles; parts are those between `<AND>`.
+    Source: RULER (arXiv 2404.06654): its `string_match_all`, parts being those between `<AND>`, and its
+    `string_match_part`, where one of those between `<OR>` is enough.
     """
-    parts = [part.strip().lower() for part in answer.split("<AND>")]
-    return sum(part in text.lower() for part in parts) / len(parts)
+    parts = [[choice.strip().lower() for choice in part.split("<OR>")] for part in answer.split("<AND>")]
+    return sum(any(choice in text.lower() for choice in part) for part in parts) / len(parts)
+
+
+def distinct(text: str, full: str, answer: str) -> float:
+    """Share of a text's runs of four words that come once: 1 where nothing is said again; 1 below four words.
+
+    Source: distinct-n (Li et al., arXiv 1510.03055), and 1 - seq-rep-4 of Welleck et al. (arXiv 1908.04319).
+    *Deviates:* words instead of tokens, so that models with other tokenizers compare.
+    """
+    words = _WORD.findall(text.lower())
+    runs = list(zip(*(words[start:] for start in range(_RUN)), strict=False))
+    return len(set(runs)) / len(runs) if runs else 1.0
 
 
 METRICS: dict[str, Metric] = {
@@ -95,6 +108,7 @@ METRICS: dict[str, Metric] = {
     "exact": Metric(exact, needs_answer=True),
     "contained": Metric(contained, needs_answer=True),
     "recall": Metric(recall, needs_answer=True),
+    "distinct": Metric(distinct, needs_answer=False),
 }
 
 
