@@ -43,6 +43,8 @@ BudgetSize = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="0.2, 20%: share of the tokens; 512: tokens per layer; 64MiB: bytes."),
 ]
+
+
 class Question(str, Enum):
     """What `--question` may be."""
 
@@ -53,7 +55,8 @@ class Question(str, Enum):
 QuestionMode = Annotated[
     Question,
     typer.Option(
-        metavar="WHEN", help="seen: compress once a whole prompt is read; unseen: after its context or image, as if blind."
+        metavar="WHEN",
+        help="seen: compress once a whole prompt is read; unseen: after its context or image alone.",
     ),
 ]
 ImagesFolder = Annotated[

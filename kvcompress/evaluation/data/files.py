@@ -76,7 +76,7 @@ def _conversations(path: Path, images: Path | None) -> list[Sample]:
 
 
 def _record(entry: Any, path: Path, images: Path | None, where: str) -> list[Sample]:
-    """A record as samples: one, or one for each of its `questions`, which share context, image and what it says else."""
+    """A record as samples: one, or one for each of its `questions`, which share all else that it says."""
     if not isinstance(entry, dict):
         raise ConfigError(f"{where}: must be an object with 'question' and 'answer'; got {type(entry).__name__}")
     if _SEVERAL not in entry:

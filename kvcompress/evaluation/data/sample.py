@@ -82,15 +82,14 @@ class Sample:
 
 
 def data_hash(samples: Iterable[Sample]) -> str:
-    """A sha256 over the content of samples: names, prompts, answers, kinds, the bytes of images, and what a question
-    may have besides.
+    """A sha256 over the content of samples: names, prompts, answers, kinds, the bytes of images, what else a model reads.
 
     It is the same wherever the files lie. An image that is missing, or that `open_picture` would refuse for its place,
     its size or what kind of file it is, counts as missing.
     """
     digest = hashlib.sha256()
     for sample in samples:
-        content = [sample.name, sample.prompt, sample.answer, sample.kind, _picture_hash(sample)]
+        content: list[Any] = [sample.name, sample.prompt, sample.answer, sample.kind, _picture_hash(sample)]
         if sample.context is not None or sample.answer_prefix or sample.max_new_tokens is not None:
             content += [len(sample.context or ""), sample.answer_prefix, sample.max_new_tokens]
         line = json.dumps(content, ensure_ascii=False)

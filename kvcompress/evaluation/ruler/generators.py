@@ -1,4 +1,4 @@
-"""One task of RULER, from a generator of nvidia-long-context-eval: `python generators.py JOB.json` prints lines of JSON.
+"""One task of RULER, from a generator of nvidia-long-context-eval: `python generators.py JOB.json` prints JSON lines.
 
 A generator reads arguments, seeds Python's random state and loads a tokenizer while it is imported, so each runs in a
 process of its own. This program imports nothing of kvcompress, and copies nothing of theirs: it calls their functions.

@@ -38,8 +38,8 @@ def make_records(
 
     Source: Hsieh et al., RULER, arXiv 2404.06654; NVIDIA's package of it, whose functions and texts are used where they
     lie. *Deviates:* sizes grow by smaller steps, so that short texts are filled too; questions of qa are drawn from all
-    rather than taken from the first; needles are named by every tenth of its words; sentences are parted by NLTK's rules
-    without its trained model; a question comes after an empty line.
+    rather than taken from the first; needles are named by every tenth of its words; NLTK's rules part sentences without
+    its trained model; a question comes after an empty line.
 
     Args:
         tokenizer: of the model; a fast one of transformers. It says how long a text is.
@@ -91,7 +91,7 @@ def make_records(
 
 
 def _record(task: str, number: int, made: dict[str, Any]) -> dict[str, Any]:
-    """A sample in the words of `kvcompress evaluate`; RULER wants one answer of a question's, and all of other tasks'."""
+    """A sample as `kvcompress evaluate` reads it; of qa's answers one must be there, of other tasks' all."""
     joined = ("<OR>" if task.startswith("qa") else "<AND>").join(made["answers"])
     return {
         "id": f"{task}-{number}",
