@@ -82,7 +82,7 @@ class Sample:
 
 
 def data_hash(samples: Iterable[Sample]) -> str:
-    """A sha256 over the content of samples: names, prompts, answers, kinds, the bytes of images, what else a model reads.
+    """A sha256 over the content of samples: names, prompts, answers, kinds, the bytes of images, what else is read.
 
     It is the same wherever the files lie. An image that is missing, or that `open_picture` would refuse for its place,
     its size or what kind of file it is, counts as missing.
