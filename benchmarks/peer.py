@@ -97,6 +97,7 @@ def main(
     samples: Annotated[int, typer.Option(help="The first so many.")] = 8,
     model: Annotated[str, typer.Option(help="A text model, as for kvcompress evaluate.")] = "smollm2",
     dtype: Annotated[str, typer.Option(help="Of both.")] = "float32",
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer, where its record wants more.")] = 128,
     method: Annotated[list[str] | None, typer.Option(help="Some of the methods; all if left out.")] = None,
     output: Annotated[Path | None, typer.Option(help="A .json for every answer.")] = None,
 ) -> None:
@@ -105,7 +106,7 @@ def main(
     methods = ["full", *(method or METHODS)]
     pieces = [encoded(loaded, sample) for sample in chosen]
     asked = [
-        {"context": context, "question": question, "new_tokens": sample.max_new_tokens or 64}
+        {"context": context, "question": question, "new_tokens": min(max_new_tokens, sample.max_new_tokens or 64)}
         for sample, (context, question) in zip(chosen, pieces, strict=True)
     ]
     ours: dict[str, list[list[int]]] = {}

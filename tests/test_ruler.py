@@ -25,7 +25,7 @@ TOKENIZER = checkpoints.text_tokenizer()
 # A package of the same form: two generators that read arguments when they are imported, as theirs do.
 TASKS = """
 TASKS = {
-    "niah": {"tokens_to_generate": 9, "template": "Note.\\n{context}\\nWhat is {query}?", "answer_prefix": " {query} is"},
+    "niah": {"tokens_to_generate": 9, "template": "A\\n{context}\\nWhat is {query}?", "answer_prefix": " {query} is"},
     "qa": {"tokens_to_generate": 5, "template": "Read.\\n{context}\\nQuestion: {query}", "answer_prefix": " Answer:"},
 }
 """
@@ -88,7 +88,7 @@ def tokens(record: dict[str, Any]) -> int:
 def test_a_sample_is_parted_into_context_question_and_the_beginning_of_its_answer() -> None:
     one, two, *_ = made = make_records(TOKENIZER, length=600, samples=2)
     key = one["context"].rpartition("hay ")[2].partition(":")[0]
-    assert one["context"].startswith("An example: Note.\nx\nWhat is y? y is\nNote.\nhay hay")
+    assert one["context"].startswith("An example: A\nx\nWhat is y? y is\nA\nhay hay")
     assert one["question"] == f"What is {key}?" and one["answer_prefix"] == f"{key} is"
     assert [each["id"] for each in made] == ["one-0", "one-1", "qa_1-0", "qa_1-1"]
     assert [each["max_new_tokens"] for each in made] == [9, 9, 5, 5] and one["context"] != two["context"]
