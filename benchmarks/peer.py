@@ -25,7 +25,7 @@ from kvcompress.cache.argument import cache_argument
 from kvcompress.evaluation.bootstrap import ratio_interval
 from kvcompress.evaluation.data import Sample, load_samples
 from kvcompress.evaluation.data.encoding import begun_answer, reader_of
-from kvcompress.evaluation.metrics import recall
+from kvcompress.evaluation.metrics import string_match
 from kvcompress.evaluation.models import LoadedModel, load_model
 from kvcompress.files import write_text
 from kvcompress.reuse.prompts import Prompter
@@ -43,11 +43,11 @@ METHODS: dict[str, dict[str, Any]] = {
 Row = dict[str, Any]
 
 
-def config_of(method: str, budget: float) -> CompressionConfig:
-    """A method as kvpress has it: every layer the same share, nothing freed once the context is compressed."""
+def config_of(method: str, tokens: int) -> CompressionConfig:
+    """A method as kvpress has it: so many tokens in every layer, and none freed once the context is compressed."""
     fields = dict(METHODS[method])
     protected = {name: fields.pop(name, 0) for name in ("sink", "recent")}
-    return CompressionConfig(budget={"fraction": budget, **protected}, allocator="uniform", **fields)  # type: ignore[arg-type]
+    return CompressionConfig(budget={"tokens": tokens, **protected}, allocator="uniform", **fields)  # type: ignore[arg-type]
 
 
 def encoded(loaded: LoadedModel, sample: Sample) -> tuple[list[int], list[int]]:
@@ -81,7 +81,7 @@ def own_answers(
 def scores(loaded: LoadedModel, samples: Sequence[Sample], answers: list[list[int]]) -> list[float]:
     """RULER's match of each answer."""
     texts = [loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
-    return [recall(str(text), "", sample.answer or "") for text, sample in zip(texts, samples, strict=True)]
+    return [string_match(str(text), "", sample.answer or "") for text, sample in zip(texts, samples, strict=True)]
 
 
 def shown(values: list[float]) -> str:
@@ -111,8 +111,11 @@ def main(
     ]
     ours: dict[str, list[list[int]]] = {}
     for name in methods:
-        config = None if name == "full" else config_of(name, budget)
-        ours[name] = [own_answers(loaded, one["context"], one["question"], config, one["new_tokens"]) for one in asked]
+        ours[name] = []
+        for one in asked:
+            kept = int(len(one["context"]) * budget)  # as kvpress rounds
+            config = None if name == "full" else config_of(name, kept)
+            ours[name].append(own_answers(loaded, one["context"], one["question"], config, one["new_tokens"]))
     with tempfile.TemporaryDirectory() as folder:
         loaded.model.save_pretrained(folder)
         job = Path(folder) / "job.json"

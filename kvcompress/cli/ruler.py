@@ -24,7 +24,7 @@ kvcompress ruler --length 2048 --samples 16 --output ruler-2k.jsonl
 
 kvcompress ruler --task niah_single_1,vt,qa_1 --length 1024 --output ruler-1k.jsonl
 
-kvcompress evaluate --data ruler-1k.jsonl --question unseen --metric recall --preset snapkv --budget 0.5
+kvcompress evaluate --data ruler-1k.jsonl --question unseen --metric string_match --preset snapkv --budget 0.5
 """
 
 

@@ -82,8 +82,17 @@ def contained(text: str, full: str, answer: str) -> float:
 def recall(text: str, full: str, answer: str) -> float:
     """Share of the answer's parts that the text holds to the letter, upper and lower case alike.
 
-    Source: RULER (arXiv 2404.06654): its `string_match_all`, parts being those between `<AND>`, and its
-    `string_match_part`, where one of those between `<OR>` is enough.
+    Source: RULER (arXiv 2404.06654) and its retrieval of needles; parts are those between `<AND>`.
+    """
+    parts = [part.strip().lower() for part in answer.split("<AND>")]
+    return sum(part in text.lower() for part in parts) / len(parts)
+
+
+def string_match(text: str, full: str, answer: str) -> float:
+    """RULER's own: like `recall`, and of the choices between `<OR>` one is enough.
+
+    Source: RULER (arXiv 2404.06654): `string_match_all` over the parts between `<AND>`, `string_match_part` over the
+    choices of its questions with several answers.
     """
     parts = [[choice.strip().lower() for choice in part.split("<OR>")] for part in answer.split("<AND>")]
     return sum(any(choice in text.lower() for choice in part) for part in parts) / len(parts)
@@ -108,6 +117,7 @@ METRICS: dict[str, Metric] = {
     "exact": Metric(exact, needs_answer=True),
     "contained": Metric(contained, needs_answer=True),
     "recall": Metric(recall, needs_answer=True),
+    "string_match": Metric(string_match, needs_answer=True),
     "distinct": Metric(distinct, needs_answer=False),
 }
 

@@ -23,6 +23,7 @@ _LABELS: dict[str, tuple[str, float]] = {
     "exact": ("exact answers (%)", 100),
     "contained": ("answers that contain the right one (%)", 100),
     "recall": ("needles found (%)", 100),
+    "string_match": ("answers found, as RULER counts them (%)", 100),
     "distinct": ("runs of four words that come once (%)", 100),
     "accuracy": ("right answers (%)", 100),
     "retention": ("retention: kept / seen (%)", 100),
