@@ -184,8 +184,8 @@ def test_marks_go_and_text_stays() -> None:
 def test_every_generator_of_the_package_gives_a_record_within_the_length() -> None:
     assert len(task_names()) == 13
     tasks = ["niah_single_2", "vt", "cwe", "fwe", "qa_1"]
-    made = make_records(TOKENIZER, tasks, length=8192, samples=1)
+    made = make_records(TOKENIZER, tasks, length=12288, samples=1)
     assert [record["kind"] for record in made] == tasks
     for record in made:
-        assert 4096 < tokens(record) <= 8192  # a byte a token: steps are as large as for 8,192 words
+        assert 4096 < tokens(record) <= 12288
         assert record["context"] and record["question"] and record["answer_prefix"] and record["answer"]

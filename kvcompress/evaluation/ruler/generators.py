@@ -20,6 +20,7 @@ from typing import Any
 CONTEXT_END, QUESTION_END = "\ue000", "\ue001"
 Made = tuple[str, list[str]]  # the text of a sample and its answers
 _LONG = 4096  # tokens from which on texts grow by larger steps
+_EXAMPLE, _SLACK = 500, 50  # tokens of the example before variables to track; by how much such texts differ
 _TRIES = 50  # questions that are looked at for each that is wanted
 
 
@@ -90,17 +91,25 @@ class Generator:
 
     def _variables(self) -> Iterator[Made | None]:
         make, wanted = self.functions["sys_vartrack_w_noise_random"], self.job["arguments"]
-        example = make(num_samples=1, max_seq_length=500, incremental=5, **wanted)[0]
+        least, shortest = (self._variables_size(size, example) for size, example in ((5, True), (10, False)))
+        room = max(_EXAMPLE, least + _SLACK)
+        if room + shortest + _SLACK > self.length:
+            return  # theirs would try for ever
+        example = make(num_samples=1, max_seq_length=room, incremental=5, **wanted)[0]
         while True:
             made = make(num_samples=1, max_seq_length=self.length, icl_example=example, **wanted)[0]
             yield made["input"], made["outputs"]
+
+    def _variables_size(self, noises: int, example: bool) -> int:
+        text, answers = self.functions["generate_input_output"](noises, **self.job["arguments"], is_icl=example)
+        return self.count(f"{text} {answers}") + self.answer_tokens
 
     def _common_words(self) -> Iterator[Made | None]:
         while True:
             yield self.filled(self.functions["generate_input_output"], 10, 20, len(self.functions["words"]))
 
     def _frequent_words(self) -> Iterator[Made | None]:
-        sizes = {"vocab_size": self.length // 50, "incremental": max(1, self.length // 64)}
+        sizes = {"num_words": self.length, "vocab_size": self.length // 50, "incremental": max(1, self.length // 64)}
         while True:
             room = self.length - self.answer_tokens
             text, answers, _ = self.functions["generate_input_output"](room, **sizes, **self.job["arguments"])
