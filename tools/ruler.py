@@ -2,8 +2,8 @@
 
     python tools/ruler.py ruler-1k-grid.jsonl
 
-prints a row for each task that the full cache does to at least a fifth, with its score and every cache's, in percent and
-with 95 % bootstrap bounds, and names the others.
+prints a row for each task that the full cache does to at least a fifth, with its score and every cache's, in percent
+and with 95 % bootstrap bounds, and names the others.
 """
 
 import sys
