@@ -196,8 +196,22 @@ class AllocationInput:
     def by(self, allocator: Allocator, **changed: Tensor) -> Tensor:
         """What an allocator, made for as many layers, gives for this, or for this with some of it changed."""
         given = replace(self, **changed)
+        if allocator.by_head:
+            return given._by_heads(allocator)
         allocator = for_layers(allocator, given.floor.shape[0])
         return allocator.allocate(given.importance, given.total, given.floor, given.capacity, given.context())
+
+    def _by_heads(self, allocator: Allocator) -> Tensor:
+        """The same of an allocator of heads, with some neighbouring layers as heads of one."""
+        heads = next((count for count in (2, 3, 5, 7) if self.floor.shape[0] % count == 0), 1)
+        importance, floor, capacity, is_image = (
+            None if given is None else given.unflatten(0, (-1, heads)).movedim(1, 2)
+            for given in (self.importance, self.floor, self.capacity, self.is_image)
+        )
+        statistics = {name: known[::heads] for name, known in self.statistics.items()}
+        context = AllocationContext(statistics=statistics, is_image=is_image)
+        allocator = for_layers(allocator, floor.shape[0])
+        return allocator.allocate(importance, self.total, floor, capacity, context).movedim(2, 1).flatten(0, 1)
 
     def rows(self, rows: slice) -> AllocationInput:
         """Some rows alone."""

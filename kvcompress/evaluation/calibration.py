@@ -133,7 +133,7 @@ def prompt_retention(
     found = []
     for budget in budgets:
         allocation = cache.allocation_at(config.override(budget=float(budget)))
-        found.append(allocation.budgets[:, 0] / cache.report().row_tokens_seen[0])
+        found.append(allocation.budgets[:, 0].mean(-1) / cache.report().row_tokens_seen[0])
     return torch.tensor(np.stack(found), dtype=torch.float64)
 
 

@@ -1,0 +1,54 @@
+"""PrefixKV's one threshold, over all heads of all layers."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from jaxtyping import Int
+from torch import Tensor
+
+from kvcompress.policies.allocators.prefix import Prefix
+from kvcompress.policies.context import AllocationContext, HeadCounts, HeadImportance
+from kvcompress.policies.registry import ALLOCATORS
+
+
+@ALLOCATORS.register("headprefix")
+class HeadPrefix(Prefix):
+    """Head sizes from one global threshold p: each head keeps its shortest prefix of ranked tokens with mass p.
+
+    Source: PrefixKV (arXiv 2412.03409, section 3.2) for layers; that heads of a layer differ as much as layers do is
+    AdaKV's observation (arXiv 2407.11550).
+
+    Every key/value head of every layer ranks its own tokens and normalises its own masses; one threshold over all of
+    them decides. So the smallest retained mass of any head, the protected apart, is as large as the total allows. With
+    one head per layer it is `prefix`.
+
+    *Deviates:* from the paper as `prefix` does, and by sizing heads: a head whose mass lies on few tokens leaves its
+    slots to heads that look at many, in its own layer or in another. Each head keeps its own tokens.
+
+    Args:
+        protected: what the protected tokens (the floor of a head) are to its prefix, as in `prefix`.
+    """
+
+    by_head: ClassVar[bool] = True
+
+    def allocate(
+        self,
+        importance: HeadImportance,
+        total: Int[Tensor, " batch"],
+        floor: HeadCounts,
+        capacity: HeadCounts,
+        context: AllocationContext | None = None,
+    ) -> HeadCounts:
+        """Takes the heads of all layers for layers; cost: a sort of each head, and one of all together."""
+        layers, batch, heads, tokens = importance.shape
+        valid = None if context is None or context.valid is None else _as_layers(context.valid)
+        flat = AllocationContext(valid=valid, notes={} if context is None else context.notes)
+        flat_importance, flat_floor, flat_capacity = (_as_layers(one) for one in (importance, floor, capacity))
+        budget = self.sizes(flat_importance, total, flat_floor, flat_capacity, flat)
+        return budget.view(layers, heads, batch).transpose(1, 2)
+
+
+def _as_layers(of_heads: Tensor) -> Tensor:
+    """Heads in the place of layers: `[layers, batch, kv_heads, ...]` to `[layers * kv_heads, batch, ...]`."""
+    return of_heads.transpose(1, 2).flatten(0, 1)
