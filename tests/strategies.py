@@ -61,6 +61,7 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ],
     ("allocator", "modality"): [{"image": "uniform", "text": "entropy", "image_share": 0.7}],
     ("allocator", "profile"): [{"retention": None, "retentions": [[0.6, 0.2, 0.7], [0.3, 0, 0.3]]}],
+    ("allocator", "adakv"): [{"safeguard": 0.0, "layers": "prefix"}, {"safeguard": 0.7, "layers": "entropy"}],
     ("evictor", "chunk"): [{"length": 3}],
     ("evictor", "critical"): [{"first": 0.25, "epsilon": 0.1}],
     ("merger", "cam"): [{"reach": 3, "seed": 1}],
@@ -103,7 +104,7 @@ def for_layers(allocator: Allocator, layers: int) -> Allocator:
     for name, value in allocator:
         if isinstance(value, Allocator):
             changed[name] = for_layers(value, layers)
-        elif name == "retention" and value:
+        elif name in ("retention", "gates") and value:
             changed[name] = list(itertools.islice(itertools.cycle(value), layers))
         elif name == "retentions" and value:
             changed[name] = [list(itertools.islice(itertools.cycle(one), layers)) for one in value]

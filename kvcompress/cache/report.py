@@ -28,8 +28,8 @@ class CacheReport:
         layer_tokens: tokens that each layer was given per row, `[layers][batch]`; fewer than `row_tokens_seen` where a
             reducer acted before it.
         image_tokens: how many of them are image tokens, likewise.
-        layer_lengths: tokens that each layer holds per row, `[layers][batch]`; where heads hold different numbers, their
-            mean, rounded.
+        layer_lengths: tokens that each layer holds per row, `[layers][batch]`; where heads hold different numbers,
+            their mean, rounded.
         head_lengths: tokens that each key/value head holds, `[layers][batch][kv_heads]`; None where all heads of a
             layer hold as many.
         layer_budgets: tokens that each layer may hold per row at this point, likewise; None where nothing limits it.

@@ -33,7 +33,7 @@ def checked_allocation(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]
     ) -> Tensor:
         label = self.name or type(self).__name__
         context = context or AllocationContext()
-        if self.by_head and isinstance(importance, Tensor) and importance.ndim == 3:
+        if self.by_head and importance.ndim == 3:
             return _of_one_head(self, importance, total, floor, capacity, context)
         problems = context.problems or Problems()
         check_allocation_input(problems, self, importance, total, floor, capacity)
@@ -57,8 +57,8 @@ def _of_one_head(
     """What an allocator of heads gives layers of one head each, asked in the shapes of layers."""
     if any(counts.ndim != 2 for counts in (floor, capacity)):
         raise PolicyError(
-            f"allocator {allocator.name or type(allocator).__name__}: importance [layers, batch, tokens] goes with floor "
-            "and capacity [layers, batch]; for heads, all have kv_heads after batch"
+            f"allocator {allocator.name or type(allocator).__name__}: importance [layers, batch, tokens] goes with "
+            "floor and capacity [layers, batch]; for heads, all have kv_heads after batch"
         )
     known = (context.valid, context.is_image, context.protected)
     valid, is_image, protected = (None if one is None else one.unsqueeze(2) for one in known)

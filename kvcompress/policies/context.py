@@ -23,8 +23,8 @@ Queries: TypeAlias = Float[Tensor, "batch heads queries head_dim"]
 Keys: TypeAlias = Float[Tensor, "batch kv_heads tokens head_dim"]
 Values: TypeAlias = Float[Tensor, "batch kv_heads tokens value_dim"]
 Importance: TypeAlias = Float[Tensor, "batch kv_heads tokens"]  # higher = keep
-LayerImportance: TypeAlias = Float[Tensor, "layers batch tokens"]  # higher = keep
-TokenCounts: TypeAlias = Int[Tensor, "layers batch"]
+LayerImportance: TypeAlias = Float[Tensor, "layers batch *heads tokens"]  # higher = keep; heads where heads are sized
+TokenCounts: TypeAlias = Int[Tensor, "layers batch *heads"]
 HeadImportance: TypeAlias = Float[Tensor, "layers batch kv_heads tokens"]  # higher = keep
 HeadCounts: TypeAlias = Int[Tensor, "layers batch kv_heads"]
 TokenIndex: TypeAlias = Int[Tensor, "batch sets slots"]  # number of tokens before; -1 marks an empty slot

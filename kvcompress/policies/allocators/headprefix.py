@@ -7,6 +7,7 @@ from typing import ClassVar
 from jaxtyping import Int
 from torch import Tensor
 
+from kvcompress.policies.allocators.heads import as_heads, as_layers
 from kvcompress.policies.allocators.prefix import Prefix
 from kvcompress.policies.context import AllocationContext, HeadCounts, HeadImportance
 from kvcompress.policies.registry import ALLOCATORS
@@ -41,14 +42,7 @@ class HeadPrefix(Prefix):
         context: AllocationContext | None = None,
     ) -> HeadCounts:
         """Takes the heads of all layers for layers; cost: a sort of each head, and one of all together."""
-        layers, batch, heads, tokens = importance.shape
-        valid = None if context is None or context.valid is None else _as_layers(context.valid)
-        flat = AllocationContext(valid=valid, notes={} if context is None else context.notes)
-        flat_importance, flat_floor, flat_capacity = (_as_layers(one) for one in (importance, floor, capacity))
-        budget = self.sizes(flat_importance, total, flat_floor, flat_capacity, flat)
-        return budget.view(layers, heads, batch).transpose(1, 2)
-
-
-def _as_layers(of_heads: Tensor) -> Tensor:
-    """Heads in the place of layers: `[layers, batch, kv_heads, ...]` to `[layers * kv_heads, batch, ...]`."""
-    return of_heads.transpose(1, 2).flatten(0, 1)
+        valid = None if context is None or context.valid is None else as_layers(context.valid)
+        units = AllocationContext(valid=valid, notes={} if context is None else context.notes)
+        budget = self.sizes(as_layers(importance), total, as_layers(floor), as_layers(capacity), units)
+        return as_heads(budget, len(floor))
