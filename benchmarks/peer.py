@@ -105,7 +105,7 @@ def main(
     loaded, chosen = load_model(model, dtype=dtype, device="cpu"), load_samples(str(data), limit=samples)
     methods = ["full", *(method or METHODS)]
     pieces = [encoded(loaded, sample) for sample in chosen]
-    asked = [
+    asked: list[dict[str, Any]] = [
         {"context": context, "question": question, "new_tokens": min(max_new_tokens, sample.max_new_tokens or 64)}
         for sample, (context, question) in zip(chosen, pieces, strict=True)
     ]

@@ -43,7 +43,8 @@ def answer(model: Any, press: Any, asked: dict[str, Any]) -> list[int]:
     cache, context = DynamicCache(), torch.tensor([asked["context"]])
     with contextlib.nullcontext() if press is None else press(model):
         model.model(input_ids=context, past_key_values=cache)
-    ids, place, found, end = torch.tensor([asked["question"]]), context.shape[1], [], set(stops(model))
+    ids, place, end = torch.tensor([asked["question"]]), context.shape[1], set(stops(model))
+    found: list[int] = []
     while len(found) < asked["new_tokens"]:
         places = torch.arange(place, place + ids.shape[1])[None]
         logits = model(input_ids=ids, past_key_values=cache, position_ids=places).logits
@@ -59,7 +60,8 @@ def main() -> None:
     from transformers import AutoModelForCausalLM
 
     folder, job = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, job["dtype"])).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, job["dtype"]))
+    model.train(False)
     answers: dict[str, list[list[int]]] = {}
     for method in job["methods"]:
         press = press_of(method, 1 - job["budget"])
