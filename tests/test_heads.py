@@ -123,7 +123,7 @@ def uneven_layer(scorer: Scorer, seed: int) -> LayerContext:
     weights = LayerWeights(torch.randn(16, 2 * heads * width, generator=g), 0.5 ** torch.arange(width // 2))
     seen = 30 + fresh
     lse = lse if scorer.reads_attention else None
-    return LayerContext(0, query, keys, values, lse, 0.35, index, seen, valid, weights=weights)
+    return LayerContext(0, query, keys, values, lse, 0.35, index, seen, valid, weights=weights, heads_part=True)
 
 
 def head_alone(layer: LayerContext, head: int) -> LayerContext:

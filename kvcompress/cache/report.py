@@ -20,7 +20,8 @@ class CacheReport:
     """A snapshot of what a cache holds; plain numbers and lists, so it can be kept, compared and written as JSON.
 
     Where several processes share the heads, it is that of one of them: bytes are those of its heads, and so are the
-    columns once heads hold different tokens. Everything else is the same in all.
+    columns once heads hold different tokens, and lengths once they hold different numbers. Everything else is the same
+    in all.
 
     Attributes:
         tokens_seen: columns that the model saw, padding included.
