@@ -45,7 +45,7 @@ class AllocationInput:
         """A context without notes."""
         return AllocationContext(valid=self.valid, statistics=self.statistics, is_image=self.is_image)
 
-    def by(self, allocator: Allocator, **changed: Tensor) -> Tensor:
+    def by(self, allocator: Allocator, **changed: Any) -> Tensor:
         """What an allocator, made for as many layers, gives for this, or for this with some of it changed."""
         given = replace(self, **changed)
         allocator = for_layers(allocator, given.floor.shape[0])

@@ -20,10 +20,12 @@ _FLOATS = st.sampled_from([torch.float16, torch.bfloat16, torch.float64])
 
 
 def _allocator_law(
-    draws: st.SearchStrategy[Any] | None = None, binds: Callable[[Any], bool] = lambda allocator: True
+    draws: st.SearchStrategy[Any] | None = None,
+    binds: Callable[[Any], bool] = lambda allocator: True,
+    share: float = 1.0,
 ) -> Callable[[Callable[[Any, Any], None]], Law]:
     examples = allocation_inputs() if draws is None else draws
-    return law("allocator", draws=lambda allocator: examples, binds=binds)
+    return law("allocator", draws=lambda allocator: examples, binds=binds, share=share)
 
 
 def over_layers(counts: Tensor) -> Tensor:
@@ -46,7 +48,7 @@ def _unchecked(allocator: Allocator, given: AllocationInput) -> Any:
     return raw(own, given.importance, target, given.floor, given.capacity, context)
 
 
-@_allocator_law()
+@_allocator_law(share=1 / 4)
 def answers_int64(allocator: Allocator, given: AllocationInput) -> None:
     """The answer is an int64 tensor in the shape of the floors, on their device."""
     budget = _unchecked(allocator, given)
@@ -79,7 +81,9 @@ def meets_the_total_exactly(allocator: Allocator, given: AllocationInput) -> Non
     require(over_layers(checked) == target, lambda: f"gave {checked.tolist()} for the totals {given.total.tolist()}")
 
 
-@_allocator_law(draws=st.tuples(allocation_inputs(kinds=st.sampled_from(["random", "ties", "zeros"])), _FLOATS))
+@_allocator_law(
+    draws=st.tuples(allocation_inputs(kinds=st.sampled_from(["random", "ties", "zeros"])), _FLOATS), share=1 / 4
+)
 def takes_any_float(allocator: Allocator, drawn: tuple[AllocationInput, torch.dtype]) -> None:
     """Importance may come in half, single or double precision: the total is met as exactly."""
     given, dtype = drawn
@@ -88,7 +92,8 @@ def takes_any_float(allocator: Allocator, drawn: tuple[AllocationInput, torch.dt
 
 
 @_allocator_law(
-    draws=st.tuples(allocation_inputs(kinds=st.just("random")), st.sampled_from([torch.int32, torch.int16]))
+    draws=st.tuples(allocation_inputs(kinds=st.just("random")), st.sampled_from([torch.int32, torch.int16])),
+    share=1 / 4,
 )
 def counts_in_any_integer_type(allocator: Allocator, drawn: tuple[AllocationInput, torch.dtype]) -> None:
     """Totals, floors and capacities of a narrow integer type give the same int64 budgets."""
@@ -112,7 +117,7 @@ def treats_rows_by_themselves(allocator: Allocator, given: AllocationInput) -> N
         )
 
 
-@_allocator_law()
+@_allocator_law(share=1 / 4)
 def leaves_its_input_alone(allocator: Allocator, given: AllocationInput) -> None:
     """An allocator writes to none of its arguments."""
     before = tensors_of(given)
@@ -143,7 +148,7 @@ def reads_no_empty_slots(allocator: Allocator, drawn: tuple[AllocationInput, int
         require(torch.equal(dirty, clean), f"gave {dirty.tolist()}, not {clean.tolist()}")
 
 
-@_allocator_law(draws=st.tuples(st.integers(1, 6), st.integers(1, 3)))
+@_allocator_law(draws=st.tuples(st.integers(1, 6), st.integers(1, 3)), share=1 / 4)
 def gives_nothing_where_there_is_nothing(allocator: Allocator, sizes: tuple[int, int]) -> None:
     """A cache without tokens has empty budgets, whatever the total."""
     none, known = torch.zeros(sizes, dtype=torch.long), {name: torch.full(sizes, 0.5) for name in STATISTICS}
@@ -153,7 +158,7 @@ def gives_nothing_where_there_is_nothing(allocator: Allocator, sizes: tuple[int,
         require(budget.dtype == torch.int64 and torch.equal(budget, none), f"gave {budget.tolist()}")
 
 
-@_allocator_law(binds=lambda allocator: not allocator.reads_importance)
+@_allocator_law(binds=lambda allocator: not allocator.reads_importance, share=1 / 4)
 def reads_importance_only_where_it_says_so(allocator: Allocator, given: AllocationInput) -> None:
     """An allocator that does not declare `reads_importance` gives the same budgets for whatever importance."""
     first, second = given.by(allocator), given.by(allocator, importance=torch.zeros_like(given.importance))

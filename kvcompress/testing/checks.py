@@ -12,7 +12,7 @@ def check_policy(policy: Policy, *, max_examples: int | None = None) -> None:
 
     Args:
         policy: an object, registered or not.
-        max_examples: examples of each law; those of Hypothesis's profile if None. Laws that run models draw an eighth.
+        max_examples: examples of each law; those of Hypothesis's profile if None. Some laws draw fewer (`Law.share`).
 
     Raises:
         LawError: at the first law that it breaks: the sentence, what the policy did, and the smallest example found.
@@ -20,9 +20,7 @@ def check_policy(policy: Policy, *, max_examples: int | None = None) -> None:
     """
     if not isinstance(policy, Policy):
         hint = "; make one of it, as in check_policy(Mine())" if isinstance(policy, type) else ""
-        raise ConfigError(
-            f"policy: must be an object of a class of kvcompress.policies.base; got {shown(policy)}{hint}"
-        )
+        raise ConfigError(f"policy: must be an object of a policy's class; got {shown(policy)}{hint}")
     for one in laws_of(policy):
         one.check(policy, max_examples=max_examples)
 
@@ -30,7 +28,8 @@ def check_policy(policy: Policy, *, max_examples: int | None = None) -> None:
 def _check(contract: type[Policy], policy: Policy, max_examples: int | None) -> None:
     if not isinstance(policy, contract):
         hint = "; make one of it, as in Mine()" if isinstance(policy, type) else ""
-        raise ConfigError(f"{contract.stage}: must be a {contract.__name__}; got {shown(policy)}{hint}")
+        allowed = f"an object of a subclass of {contract.__name__}"
+        raise ConfigError(f"{contract.stage}: must be {allowed}; got {shown(policy)}{hint}")
     check_policy(policy, max_examples=max_examples)
 
 

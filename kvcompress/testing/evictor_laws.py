@@ -20,12 +20,12 @@ _rows = st.lists(st.tuples(st.integers(0, 60), st.integers(0, 9)), min_size=1, m
 
 
 def _evictor_law(
-    draws: st.SearchStrategy[Any], binds: Callable[[Any], bool] = lambda evictor: True
+    draws: st.SearchStrategy[Any], binds: Callable[[Any], bool] = lambda evictor: True, share: float = 1.0
 ) -> Callable[[Callable[[Any, Any], None]], Law]:
-    return law("evictor", draws=lambda evictor: draws, binds=binds)
+    return law("evictor", draws=lambda evictor: draws, binds=binds, share=share)
 
 
-@_evictor_law(selection_contexts())
+@_evictor_law(selection_contexts(), share=1 / 4)
 def selects_a_mask(evictor: Evictor, layer: SelectionContext) -> None:
     """The answer is a bool mask over the slots of each row, for the sets of slots there are or for each head, where the
     slots are.
@@ -76,11 +76,13 @@ def selects_rows_by_themselves(evictor: Evictor, layer: SelectionContext) -> Non
     """A row keeps what it keeps alone, whatever the other rows are."""
     together = evictor.select(layer)
     for row in range(len(layer.budget)):
-        own = {name: tensor[row : row + 1] for name, tensor in vars(layer).items() if isinstance(tensor, Tensor)}
+        own: dict[str, Any] = {
+            name: tensor[row : row + 1] for name, tensor in vars(layer).items() if isinstance(tensor, Tensor)
+        }
         require(torch.equal(evictor.select(replace(layer, **own)), together[row : row + 1]), f"row {row} kept others")
 
 
-@_evictor_law(selection_contexts())
+@_evictor_law(selection_contexts(), share=1 / 4)
 def leaves_its_slots_alone(evictor: Evictor, layer: SelectionContext) -> None:
     """An evictor writes to no tensor of its context."""
     before = tensors_of(layer)

@@ -62,7 +62,8 @@ class Row:
 def reduced_by(reducer: Any, drawn: list[Row]) -> Reduced:
     """What a reducer makes of rows side by side, guided by the layer."""
     weights = reducer.guidance(layer_of(drawn)) if reducer.reads_attention else None
-    return reducer.reduce(replace(reduction_of(drawn), guidance=weights))
+    found: Reduced = reducer.reduce(replace(reduction_of(drawn), guidance=weights))
+    return found
 
 
 def side_by_side(parts: list[Tensor], noise: int | None = None) -> Tensor:

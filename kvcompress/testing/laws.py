@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from hypothesis.errors import HypothesisWarning
 from torch import Tensor
 
 from kvcompress.errors import BudgetWarning, LawError
@@ -32,7 +33,9 @@ class Law:
         holds: raises where a policy breaks it, for one example.
         draws: for a policy, the examples.
         binds: whether it is about a policy at all.
-        runs_models: whether an example runs whole models; such laws draw an eighth of the examples.
+        runs_models: whether an example runs whole models.
+        share: of the examples that are asked for, how many are drawn: fewer where models run, or where almost any
+            example of a policy that breaks the law would do.
     """
 
     stages: tuple[str, ...]
@@ -41,32 +44,34 @@ class Law:
     holds: Callable[[Any, Any], None]
     draws: Draws
     binds: Callable[[Any], bool]
-    runs_models: bool
+    runs_models: bool = False
+    share: float = 1.0
 
     def __str__(self) -> str:
         return self.name
 
-    def check(self, policy: Policy, *, max_examples: int | None = None) -> None:
+    def check(self, policy: Policy, *, max_examples: int | None = None, shrink: bool = True) -> None:
         """Searches for an example that breaks the law.
 
         Args:
             policy: the policy.
-            max_examples: how many examples are drawn; those of Hypothesis's profile if None.
+            max_examples: how many examples are asked for; those of Hypothesis's profile if None.
+            shrink: whether to look for the smallest example that breaks it; if not, it is the first one found.
 
         Raises:
             LawError: with the sentence, the smallest example found, and what the policy did.
         """
-        number = settings.default.max_examples if max_examples is None else max_examples
+        number = profile_examples() if max_examples is None else max_examples
         failed: list[Any] = []
 
         @settings(
-            max_examples=max(1, number // 8 if self.runs_models else number),
+            max_examples=max(1, round(number * self.share)),
             deadline=None,
             database=None,
             derandomize=True,
             report_multiple_bugs=False,
             print_blob=False,
-            phases=[Phase.generate, Phase.shrink],
+            phases=[Phase.generate, Phase.shrink] if shrink else [Phase.generate],
             suppress_health_check=list(HealthCheck),
         )
         @given(example=self.draws(policy))
@@ -80,7 +85,9 @@ class Law:
                 raise
 
         try:
-            search()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", HypothesisWarning)  # that an example is long: `shown_example` cuts it
+                search()
         except Exception as error:
             if not failed:  # the strategy itself, or Hypothesis
                 raise
@@ -91,13 +98,17 @@ class Law:
 
 
 def law(
-    *stages: str, draws: Draws, binds: Callable[[Any], bool] = lambda policy: True, runs_models: bool = False
+    *stages: str,
+    draws: Draws,
+    binds: Callable[[Any], bool] = lambda policy: True,
+    runs_models: bool = False,
+    share: float = 1.0,
 ) -> Callable[[Callable[[Any, Any], None]], Law]:
-    """Decorator of a function that raises where a policy breaks a law, whose sentence is its docstring."""
+    """Decorator of a function that raises where a policy breaks a law, whose sentence is its docstring; see `Law`."""
 
     def decorate(holds: Callable[[Any, Any], None]) -> Law:
         sentence = " ".join((holds.__doc__ or "").split())
-        made = Law(stages, holds.__name__, sentence, holds, draws, binds, runs_models)
+        made = Law(stages, holds.__name__, sentence, holds, draws, binds, runs_models, share)
         _LAWS.append(made)
         return made
 
@@ -152,7 +163,7 @@ def require_close(found: Tensor, wanted: Tensor, tolerance: float, says: str, re
 
 def tensors_of(given: Any) -> dict[str, Tensor]:
     """Copies of the tensors in an object's fields, also of those in its mappings."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, value in vars(given).items():
         parts = value.items() if isinstance(value, Mapping) else [("", value)]
         found |= {f"{name} {key}".strip(): part.clone() for key, part in parts if isinstance(part, Tensor)}
@@ -167,6 +178,13 @@ def require_unchanged(before: dict[str, Tensor], given: Any) -> None:
             now[name].nan_to_num(nan=-77.0), tensor.nan_to_num(nan=-77.0)
         )
         require(same, f"it wrote to {name!r} of what it was given")
+
+
+def profile_examples() -> int:
+    """Examples that Hypothesis's profile draws."""
+    profile = settings.default
+    assert profile is not None
+    return profile.max_examples
 
 
 def name_of(policy: Policy) -> str:

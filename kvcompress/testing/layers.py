@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -85,13 +86,13 @@ def padded(seed: int, rows: list[tuple[int, int]], kv_heads: int, group: int, im
     for number, (own_past, own_queries) in enumerate(rows):
         row = context(seed + number, 1, kv_heads, group, own_queries, own_past, images, rotary)
         order = torch.cat([torch.randperm(own_past, generator=g), torch.arange(own_past, own_past + own_queries)])
-        moved = {name: getattr(row, name)[:, :, order] for name in ("keys", "values", "index")}
-        if images:
+        moved: dict[str, Any] = {name: getattr(row, name)[:, :, order] for name in ("keys", "values", "index")}
+        if row.is_image is not None:
             moved["is_image"] = row.is_image[:, :, order]
         alone.append(dataclasses.replace(row, layer=layer, weights=weights, **moved))
         slots.append([*range(own_past), *range(past + queries - own_queries, past + queries)])
     shape, tokens = (len(rows), kv_heads), past + queries
-    filled = {
+    filled: dict[str, Any] = {
         "query": torch.randn(len(rows), kv_heads * group, queries, DIM, generator=g) * 9,
         "keys": torch.randn(*shape, tokens, DIM, generator=g) * 9,
         "values": torch.randn(*shape, tokens, DIM, generator=g) * 9,

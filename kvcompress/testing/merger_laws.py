@@ -19,8 +19,8 @@ from kvcompress.testing.merging import merge_contexts
 _HALVES = (torch.bfloat16, torch.float16)
 
 
-def _merger_law(draws: st.SearchStrategy[Any]) -> Callable[[Callable[[Any, Any], None]], Law]:
-    return law("merger", draws=lambda merger: draws)
+def _merger_law(draws: st.SearchStrategy[Any], share: float = 1.0) -> Callable[[Callable[[Any, Any], None]], Law]:
+    return law("merger", draws=lambda merger: draws, share=share)
 
 
 def require_same(found: Merged, wanted: Merged, where: Tensor, says: str, tolerance: float = 2e-6) -> None:
@@ -35,17 +35,15 @@ def require_same(found: Merged, wanted: Merged, where: Tensor, says: str, tolera
 
 def _picked(layer: MergeContext, axis: int, index: Tensor) -> MergeContext:
     """The same layer with rows (axis 0) or slots (axis 2) picked in another order."""
-    return replace(
-        layer,
-        **{
-            name: value.index_select(axis, index)
-            for name, value in vars(layer).items()
-            if isinstance(value, Tensor) and value.ndim > axis
-        },
-    )
+    picked: dict[str, Any] = {
+        name: value.index_select(axis, index)
+        for name, value in vars(layer).items()
+        if isinstance(value, Tensor) and value.ndim > axis
+    }
+    return replace(layer, **picked)
 
 
-@_merger_law(merge_contexts())
+@_merger_law(merge_contexts(), share=1 / 4)
 def gives_back_what_it_got(merger: Merger, layer: MergeContext) -> None:
     """Merged keys and values have the shapes, dtypes and device they came in, and are finite where slots are kept."""
     merged = merger.merge(layer)
@@ -67,7 +65,7 @@ def changes_nothing_without_evicted_slots(merger: Merger, layer: MergeContext) -
     require(torch.equal(merged.values[layer.kept], layer.values[layer.kept]), "changed values")
 
 
-@_merger_law(merge_contexts())
+@_merger_law(merge_contexts(), share=1 / 4)
 def leaves_the_layer_alone(merger: Merger, layer: MergeContext) -> None:
     """A merger writes to no tensor of its layer."""
     before = tensors_of(layer)
@@ -75,7 +73,7 @@ def leaves_the_layer_alone(merger: Merger, layer: MergeContext) -> None:
     require_unchanged(before, layer)
 
 
-@_merger_law(merge_contexts())
+@_merger_law(merge_contexts(), share=1 / 4)
 def merges_alike(merger: Merger, layer: MergeContext) -> None:
     """The same layer is merged alike, however often it is asked and whatever was drawn in between."""
     first = merger.merge(layer)
@@ -128,7 +126,7 @@ def merges_heads_and_rows_by_themselves(merger: Merger, drawn: tuple[MergeContex
     layer, seed = drawn
     batch, heads, slots = layer.kept.shape
     row, head = (int(torch.randint(0, most, (), generator=generator(seed))) for most in (batch, heads))
-    own = {name: value.clone() for name, value in vars(layer).items() if isinstance(value, Tensor)}
+    own: dict[str, Any] = {name: value.clone() for name, value in vars(layer).items() if isinstance(value, Tensor)}
     for name in {"keys", "values", "importance"} & set(own):
         own[name][row, head] = own[name][row, head].flip(0) * 3
     own["evicted"][row, head] = own["kept"][row, head] | own["evicted"][row, head]

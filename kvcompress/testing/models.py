@@ -47,7 +47,7 @@ def llama(layers: int = 3) -> PreTrainedModel:
 
 def llava(image_size: int = 8, layers: int = 3) -> PreTrainedModel:
     """A LLaVA around such a LLaMA: a patch has 4 x 4 pixels."""
-    config = transformers.LlavaConfig(
+    config = transformers.LlavaConfig(  # type: ignore[call-arg]
         vision_config=transformers.CLIPVisionConfig(**{**VISION, "image_size": image_size}),
         text_config=transformers.LlamaConfig(**{**TEXT, "num_hidden_layers": layers}),
         image_token_id=IMAGE_TOKEN,
@@ -68,7 +68,7 @@ def randomised(
                 if parameter.ndim > 1:
                     gain = next((gain for part, gain in _GAINS.items() if part in path), 1.0)
                     parameter.normal_(0.0, gain * (parameter.numel() // parameter.shape[0]) ** -0.5)
-    return model.eval().to(dtype)
+    return model.eval().to(dtype)  # type: ignore[no-any-return, no-untyped-call]
 
 
 @functools.cache

@@ -18,8 +18,14 @@ _LOST = 0.5  # of the sum of squares; two bits a number lose about a tenth
 _HALVES = (torch.bfloat16, torch.float16)
 
 
-def _quantizer_law(dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> Callable[[Callable[[Any, Any], None]], Law]:
-    return law("quantizer", draws=lambda quantizer: st.one_of(*(tensors(quantizer.group, dtype) for dtype in dtypes)))
+def _quantizer_law(
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,), share: float = 1.0
+) -> Callable[[Callable[[Any, Any], None]], Law]:
+    return law(
+        "quantizer",
+        draws=lambda quantizer: st.one_of(*(tensors(quantizer.group, dtype) for dtype in dtypes)),
+        share=share,
+    )
 
 
 def _both(quantizer: Quantizer, tensor: Tensor) -> list[tuple[str, Codes]]:
@@ -49,7 +55,7 @@ def decodes_to_what_it_encoded(quantizer: Quantizer, tensor: Tensor) -> None:
         require(found.isfinite(), f"gave {what} back that are not finite")
 
 
-@_quantizer_law()
+@_quantizer_law(share=1 / 4)
 def writes_rows_of_codes(quantizer: Quantizer, tensor: Tensor) -> None:
     """Codes have one row of data for each slot, scales and shifts of one shape with one row for each slot or group, in
     the dtype that was encoded, whose parts divide a slot's dimensions.
@@ -69,7 +75,7 @@ def writes_rows_of_codes(quantizer: Quantizer, tensor: Tensor) -> None:
 def quantizes_groups_by_themselves(quantizer: Quantizer, tensor: Tensor) -> None:
     """A group is quantized as it would be alone, so that what was quantized before is never touched again."""
     group = quantizer.group
-    alone = [_both(quantizer, part) for part in tensor.split(group, 2)]
+    alone = [_both(quantizer, part) for part in torch.split(tensor, group, 2)]
     for number, (what, codes) in enumerate(_both(quantizer, tensor)):
         for place, own in enumerate(alone):
             cut = _slots(codes, place * group, (place + 1) * group, group)
@@ -90,7 +96,7 @@ def decodes_groups_by_themselves(quantizer: Quantizer, tensor: Tensor) -> None:
             require(torch.equal(part, whole[:, :, first : first + group]), f"decoded {what} otherwise by groups")
 
 
-@_quantizer_law()
+@_quantizer_law(share=1 / 4)
 def quantizes_rows_by_themselves(quantizer: Quantizer, tensor: Tensor) -> None:
     """A row is quantized as it would be alone."""
     whole = [quantizer.decode(codes) for _, codes in _both(quantizer, tensor)]
@@ -110,7 +116,7 @@ def loses_less_than_half(quantizer: Quantizer, tensor: Tensor) -> None:
         require(lost <= _LOST * whole + 1e-12, f"{what}: lost {lost:.3g} of {whole:.3g}")
 
 
-@_quantizer_law()
+@_quantizer_law(share=1 / 4)
 def leaves_its_numbers_alone(quantizer: Quantizer, tensor: Tensor) -> None:
     """A quantizer writes neither to what it encodes nor to the codes it decodes."""
     before = tensor.clone()
@@ -121,7 +127,7 @@ def leaves_its_numbers_alone(quantizer: Quantizer, tensor: Tensor) -> None:
         require_unchanged(copies, codes)
 
 
-@_quantizer_law()
+@_quantizer_law(share=1 / 4)
 def quantizes_alike(quantizer: Quantizer, tensor: Tensor) -> None:
     """The same numbers get the same codes, however often it is asked and whatever was drawn in between."""
     first = _both(quantizer, tensor)

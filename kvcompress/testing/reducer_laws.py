@@ -19,8 +19,10 @@ _batches = st.tuples(st.lists(rows(largest=6), min_size=1, max_size=3), st.sampl
 _DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 
 
-def _reducer_law(draws: st.SearchStrategy[Any] = _batches) -> Callable[[Callable[[Any, Any], None]], Law]:
-    return law("reducer", draws=lambda reducer: draws)
+def _reducer_law(
+    draws: st.SearchStrategy[Any] = _batches, share: float = 1.0
+) -> Callable[[Callable[[Any, Any], None]], Law]:
+    return law("reducer", draws=lambda reducer: draws, share=share)
 
 
 def _shown(reducer: Reducer, drawn: tuple[list[Row], int]) -> tuple[list[Row], ReductionContext]:
@@ -31,7 +33,7 @@ def _shown(reducer: Reducer, drawn: tuple[list[Row], int]) -> tuple[list[Row], R
     return batch, replace(reduction_of(batch), guidance=weights)
 
 
-@_reducer_law(st.integers(1, 48))
+@_reducer_law(st.integers(1, 48), share=1 / 4)
 def acts_at_ascending_layers(reducer: Reducer, layers: int) -> None:
     """The layers after which it acts are ascending whole numbers from 0 to less than there are; a decoder that has too
     few of them is refused with a ConfigError.
@@ -93,7 +95,7 @@ def reduces_rows_by_themselves(reducer: Reducer, drawn: tuple[list[Row], int]) -
         require_close(own, alone.hidden[0, stay], 1e-5, f"states of row {number} are others alone")
 
 
-@_reducer_law()
+@_reducer_law(share=1 / 4)
 def leaves_the_tokens_alone(reducer: Reducer, drawn: tuple[list[Row], int]) -> None:
     """A reducer writes to no tensor that it is shown, neither of the layer nor of the tokens."""
     batch, seen = _shown(reducer, drawn)
@@ -106,7 +108,7 @@ def leaves_the_tokens_alone(reducer: Reducer, drawn: tuple[list[Row], int]) -> N
     require_unchanged(before_layer, layer)
 
 
-@_reducer_law()
+@_reducer_law(share=1 / 4)
 def reduces_alike(reducer: Reducer, drawn: tuple[list[Row], int]) -> None:
     """The same tokens are reduced alike, however often it is asked and whatever was drawn in between."""
     _, seen = _shown(reducer, drawn)

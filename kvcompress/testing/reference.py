@@ -24,7 +24,7 @@ _NAME = "attention_to_visible_columns"
 
 
 def _attend(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -43,7 +43,7 @@ def _attend(
     return (module.weights @ values).to(query.dtype).transpose(1, 2).contiguous(), module.weights
 
 
-def prepare(model: PreTrainedModel) -> PreTrainedModel:
+def prepare(model: Any) -> Any:
     """Lets a model that nobody else uses attend to visible columns alone."""
     AttentionInterface.register(_NAME, _attend)
     AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
@@ -51,7 +51,7 @@ def prepare(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def decoder_layers(model: PreTrainedModel) -> list[Any]:
+def decoder_layers(model: Any) -> list[Any]:
     """The decoder layers of a model."""
     return list(model.get_decoder().layers)
 
@@ -105,7 +105,7 @@ def recorded(model: PreTrainedModel, cache: CompressedCache | None = None) -> It
 class Reference:
     """A model of the same weights with a DynamicCache, whose layers see the columns they are told to."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: Any) -> None:
         """Starts with nothing seen.
 
         Args:
@@ -152,12 +152,14 @@ class Reference:
 
     def keys_and_values(self, layer: int) -> tuple[Tensor, Tensor]:
         """Everything that one layer holds."""
-        return self.cache.layers[layer].keys, self.cache.layers[layer].values
+        stored: Any = self.cache.layers[layer]
+        return stored.keys, stored.values
 
     def check_stored(self, cache: CompressedCache, tolerance: float = 1e-4) -> None:
         """Asserts that each head of the cache stores the keys and values of exactly the columns it reports."""
         for layer, rows in enumerate(held(cache)):
-            stored = torch.cat([cache.layers[layer].keys, cache.layers[layer].values], -1)
+            own: Any = cache.layers[layer]
+            stored = torch.cat([own.keys, own.values], -1)
             whole = torch.cat(self.keys_and_values(layer), -1)
             for row, sets in enumerate(rows):
                 for head in range(self.kv_heads):

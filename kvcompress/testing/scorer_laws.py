@@ -19,9 +19,9 @@ _halves = st.tuples(seeds, st.sampled_from([torch.bfloat16, torch.float16]))
 
 
 def _scorer_law(
-    draws: st.SearchStrategy[Any], binds: Callable[[Any], bool] = lambda scorer: True
+    draws: st.SearchStrategy[Any], binds: Callable[[Any], bool] = lambda scorer: True, share: float = 1.0
 ) -> Callable[[Callable[[Any, Any], None]], Law]:
-    return law("scorer", draws=lambda scorer: draws, binds=binds)
+    return law("scorer", draws=lambda scorer: draws, binds=binds, share=share)
 
 
 @_scorer_law(contexts)
@@ -36,7 +36,7 @@ def scores_every_head_and_slot(scorer: Scorer, layer: LayerContext) -> None:
     require(score.isfinite(), lambda: f"gave {score.tolist()}")
 
 
-@_scorer_law(contexts, binds=lambda scorer: scorer.mass)
+@_scorer_law(contexts, binds=lambda scorer: scorer.mass, share=1 / 4)
 def gives_mass_where_it_says_so(scorer: Scorer, layer: LayerContext) -> None:
     """What a scorer declares as mass is not negative, and has a sum in each head to take shares of."""
     score = scorer.score(layer)
@@ -44,7 +44,7 @@ def gives_mass_where_it_says_so(scorer: Scorer, layer: LayerContext) -> None:
     require(score.sum(-1) > 0, "gave a head nothing but zeros")
 
 
-@_scorer_law(contexts)
+@_scorer_law(contexts, share=1 / 4)
 def leaves_its_layer_alone(scorer: Scorer, layer: LayerContext) -> None:
     """A scorer writes to no tensor of its layer."""
     before = tensors_of(layer)
@@ -52,7 +52,7 @@ def leaves_its_layer_alone(scorer: Scorer, layer: LayerContext) -> None:
     require_unchanged(before, layer)
 
 
-@_scorer_law(contexts)
+@_scorer_law(contexts, share=1 / 4)
 def scores_alike(scorer: Scorer, layer: LayerContext) -> None:
     """The same layer gets the same scores, however often it is asked and whatever was drawn in between."""
     first = scorer.score(layer).clone()
@@ -74,22 +74,22 @@ def scores_rows_by_themselves(scorer: Scorer, drawn: Padded) -> None:
         )
 
 
-@_scorer_law(seeds)
+@_scorer_law(seeds, share=1 / 4)
 def scores_heads_that_hold_different_tokens(scorer: Scorer, seed: int) -> None:
     """Places and images given once for each head, as after an eviction by head, mean what they mean given once for
     all.
     """
     layer = context(seed)
     assert layer.is_image is not None
-    sets = {"index": layer.index.expand(2, 2, -1), "is_image": layer.is_image.expand(2, 2, -1)}
+    sets: dict[str, Any] = {"index": layer.index.expand(2, 2, -1), "is_image": layer.is_image.expand(2, 2, -1)}
     require(torch.equal(scorer.score(replace(layer, **sets)), scorer.score(layer)), "gave other scores")
 
 
-@_scorer_law(_halves)
+@_scorer_law(_halves, share=1 / 4)
 def scores_half_precision_alike(scorer: Scorer, drawn: tuple[int, torch.dtype]) -> None:
     """Queries, keys and values in half precision score nearly as they do in float32."""
     half = context(drawn[0] % 7, queries=40, past=0, images=False, dtype=drawn[1])
-    fields = {name: getattr(half, name).float() for name in ("query", "keys", "values")}
+    fields: dict[str, Any] = {name: getattr(half, name).float() for name in ("query", "keys", "values")}
     assert half.weights.output is not None
     weights = LayerWeights(half.weights.output.float(), half.weights.inverse_frequencies)
     found, wanted = scorer.score(half).float(), scorer.score(replace(half, **fields, weights=weights))
@@ -97,7 +97,7 @@ def scores_half_precision_alike(scorer: Scorer, drawn: tuple[int, torch.dtype]) 
     require(off <= 0.02 * largest, f"was off by {off} where scores reach {largest}")
 
 
-@_scorer_law(seeds)
+@_scorer_law(seeds, share=1 / 4)
 def reads_attention_only_where_it_says_so(scorer: Scorer, seed: int) -> None:
     """A scorer that does not declare `reads_attention` works without attention, and one that does asks for it."""
     layer = replace(context(seed), lse=None)

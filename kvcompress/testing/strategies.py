@@ -5,6 +5,8 @@ Layers, rows, tokens, heads and seeds shrink towards few; importance has ties, z
 
 from __future__ import annotations
 
+from typing import Any
+
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,7 +25,7 @@ layers = st.integers(1, 6)
 @st.composite
 def budgets(draw: st.DrawFn) -> Budget:
     """A budget in tokens or as a fraction, with a few sinks and recents."""
-    protected = {"sink": draw(st.integers(0, 3)), "recent": draw(st.integers(0, 5))}
+    protected: dict[str, Any] = {"sink": draw(st.integers(0, 3)), "recent": draw(st.integers(0, 5))}
     if draw(st.booleans()):
         return Budget(tokens=draw(st.integers(1, 20)), **protected)
     return Budget(fraction=draw(st.sampled_from([0.05, 0.1, 0.3, 0.5, 0.8, 1.0])), **protected)
