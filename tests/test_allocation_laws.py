@@ -20,7 +20,7 @@ from kvcompress.policies.problems import Problems
 from kvcompress.policies.statistics import STATISTICS
 from tests import oracles, strategies, tiny
 from tests.operations import Operations
-from tests.strategies import MASSES, AllocationInput, allocation_inputs
+from tests.strategies import MASSES, AllocationInput, allocation_inputs, examples
 
 every_allocator = pytest.mark.parametrize("allocator", strategies.allocators(), ids=strategies.label)
 mass_readers = pytest.mark.parametrize(
@@ -43,6 +43,30 @@ def rows_of(given: AllocationInput) -> list[tuple[list[list[float]], int, list[i
 
 
 # -- every allocator ---------------------------------------------------------------------------------------------------
+
+
+class Copier(Allocator):
+    """Starts from the floors, in whatever type they come."""
+
+    name = "copier"
+
+    def allocate(self, importance, total, floor, capacity, context=None):
+        budget = floor.clone()
+        while (left := total - budget.sum(0)).any():
+            budget.scatter_add_(0, (capacity - budget).argmax(0, keepdim=True), (left > 0).long()[None])
+        return budget
+
+
+@pytest.mark.parametrize("allocator", [*strategies.allocators(), Copier()], ids=strategies.label)
+@examples(6)
+@given(given=allocation_inputs(kinds=st.just("random")), dtype=st.sampled_from([torch.int32, torch.int16]))
+def test_any_integer_type_counts_tokens(allocator: Allocator, given: AllocationInput, dtype: torch.dtype) -> None:
+    """Totals, floors and capacities of a narrow integer type give the same int64 budgets."""
+    total = given.total.clamp(max=1000)
+    wide = given.by(allocator, total=total)
+    narrow = given.by(allocator, total=total.to(dtype), floor=given.floor.to(dtype), capacity=given.capacity.to(dtype))
+    assert narrow.dtype == torch.int64
+    assert narrow.tolist() == wide.tolist()
 
 
 def known(layers: int) -> dict[str, Tensor]:

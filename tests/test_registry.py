@@ -30,7 +30,7 @@ class DeepHeavy(Allocator):
 
     def allocate(self, importance, total, floor, capacity, context=None):
         budget = floor.clone()
-        weight = torch.linspace(1, self.steep, len(budget))[:, None]
+        weight = torch.linspace(1, self.steep, len(budget), device=budget.device)[:, None]
         while (left := total - budget.sum(0)).any():
             room = torch.where(budget < capacity, budget / weight, torch.inf)
             budget.scatter_add_(0, room.argmin(0, keepdim=True), (left > 0).long()[None])

@@ -91,10 +91,6 @@ class ByChance(Allocator):
         return torch.cat([budget[:1] - take, budget[1:-1], budget[-1:] + take]) if len(floor) > 1 else budget
 
 
-def _integers(self: Any, right: Any, importance: Any, total: Any, floor: Any, capacity: Any, context: Any) -> Any:
-    return right(importance, total, floor, capacity, context).to(floor.dtype)
-
-
 def _by_size(self: Any, right: Any, importance: Any, total: Any, floor: Any, capacity: Any, context: Any) -> Any:
     if importance.dtype != torch.float32:
         return floor.long()
@@ -119,7 +115,6 @@ class OneSlotMore(Allocator):
 wrong("allocator", "answers_int64", "uniform", "allocate", lambda self, right, *args: right(*args).int())
 wrong("allocator", "stays_within_bounds", "uniform", "allocate", _moved)
 wrong("allocator", "takes_any_float", "uniform", "allocate", _by_size, reads_importance=True)
-wrong("allocator", "counts_in_any_integer_type", "uniform", "allocate", _integers)
 wrong("allocator", "treats_rows_by_themselves", "uniform", "allocate", _of_all_rows)
 wrong("allocator", "leaves_its_input_alone", "uniform", "allocate", overwritten(lambda importance: importance))
 WRONG.append(("allocator", "answers_alike", ByChance))

@@ -35,6 +35,7 @@ def checked_allocation(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]
         context = context or AllocationContext()
         problems = context.problems or Problems()
         check_allocation_input(problems, label, self.reads_mass, importance, total, floor, capacity)
+        total, floor, capacity = total.long(), floor.long(), capacity.long()  # the type of the answer
         target = torch.minimum(torch.maximum(total, floor.sum(0)), capacity.sum(0))
         try:
             budget = allocate(self, importance, target, floor, capacity, replace(context, problems=problems))

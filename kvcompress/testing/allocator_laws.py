@@ -91,19 +91,6 @@ def takes_any_float(allocator: Allocator, drawn: tuple[AllocationInput, torch.dt
     require(over_layers(budget) == clamped(given.total, given.floor, given.capacity), "missed the total")
 
 
-@_allocator_law(
-    draws=st.tuples(allocation_inputs(kinds=st.just("random")), st.sampled_from([torch.int32, torch.int16])),
-    share=1 / 4,
-)
-def counts_in_any_integer_type(allocator: Allocator, drawn: tuple[AllocationInput, torch.dtype]) -> None:
-    """Totals, floors and capacities of a narrow integer type give the same int64 budgets."""
-    given, dtype = drawn
-    total = given.total.clamp(max=1000)
-    wide = given.by(allocator, total=total)
-    narrow = given.by(allocator, total=total.to(dtype), floor=given.floor.to(dtype), capacity=given.capacity.to(dtype))
-    require(torch.equal(narrow, wide), lambda: f"gave {narrow.tolist()} for {dtype}, {wide.tolist()} for int64")
-
-
 @_allocator_law()
 def treats_rows_by_themselves(allocator: Allocator, given: AllocationInput) -> None:
     """A row of a batch gets what it gets alone, whatever the other rows are."""
