@@ -26,7 +26,7 @@ def every_policy_and_law() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("policy", "law"), list(every_policy_and_law()))
 def test_a_registered_policy_keeps_its_laws(policy: Any, law: Law) -> None:
-    law.check(policy)
+    law.check(policy, max_examples=strategies.examples(12).max_examples)
 
 
 @pytest.mark.parametrize(("stage", "name", "make"), WRONG, ids=[f"{stage}-{name}" for stage, name, _ in WRONG])
