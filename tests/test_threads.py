@@ -77,9 +77,12 @@ def test_threads_with_blocks_of_their_own_generate_what_they_do_alone() -> None:
     """Inside `compressing`, beside threads that bring a cache or use the model as it is."""
     model, name = tiny.build("llama"), "llama"
 
+    opened = threading.Barrier(4)  # all blocks are open while any of them generates
+
     def within(budget: float, seed: int) -> tuple[list[int], list[list[int]]]:
         inputs = tiny.inputs(name, 40, seed=seed)
         with compressing(model, "prefixkv", budget=budget) as session:
+            opened.wait(60)
             output = model.generate(**inputs, max_new_tokens=12, do_sample=False)
         (report,) = session.reports
         return output[0, 40:].tolist(), report.layer_lengths
@@ -88,8 +91,10 @@ def test_threads_with_blocks_of_their_own_generate_what_they_do_alone() -> None:
         blocks = [lambda s=s: within(0.2 + 0.1 * s, s) for s in range(4)]  # type: ignore[misc]
         return [*blocks, *(lambda s=s: generated(model, name, {"config": "snapkv", "budget": 24}, s) for s in range(2))]  # type: ignore[misc]
 
-    wanted = [work() for work in works()]
-    assert together(works()) == wanted
+    first = together(works())
+    assert together(works()) == first
+    opened = threading.Barrier(1)
+    assert [work() for work in works()] == first
     assert "generate" not in vars(model) or not hasattr(vars(model)["generate"], "take_off")
 
 
