@@ -68,12 +68,14 @@ def calibrate(
                 on_sample(number)
 
         found = retentions(loaded, config, samples, budgets, done, processes)
+    decoder = adapter_for(loaded.model).decoder(loaded.model)
     return LayerProfile(
         budgets=budgets,
         retention=found.mean(0).tolist(),
+        heads=found.shape[2] // decoder.config.num_hidden_layers,
         spread=found.std(0, correction=min(1, len(samples) - 1)).tolist(),
         samples=len(samples),
-        model=fingerprint_of(adapter_for(loaded.model).decoder(loaded.model)),
+        model=fingerprint_of(decoder),
         config=config,
         data=data,
         data_hash=data_hash(samples),
@@ -132,6 +134,8 @@ def prompt_retention(
 ) -> Float[Tensor, "budgets layers"]:
     """Share of one prompt's tokens that each layer keeps at each budget, all of them from one scored prefill.
 
+    Where the allocator sizes heads, that each head keeps: those of the first layer first.
+
     Args:
         loaded: the model.
         config: the policies.
@@ -144,7 +148,7 @@ def prompt_retention(
     found = []
     for budget in budgets:
         allocation = cache.allocation_at(config.override(budget=float(budget)))
-        found.append(allocation.budgets[:, 0] / cache.report().row_tokens_seen[0])
+        found.append(allocation.budgets[:, 0].reshape(-1) / cache.report().row_tokens_seen[0])
     return torch.tensor(np.stack(found), dtype=torch.float64)
 
 

@@ -22,7 +22,7 @@ def for_layers(allocator: Allocator, layers: int) -> Allocator:
     for name, value in allocator:
         if isinstance(value, Allocator):
             changed[name] = for_layers(value, layers)
-        elif name == "retention" and value:
+        elif name in ("retention", "gates") and value:
             changed[name] = list(itertools.islice(itertools.cycle(value), layers))
         elif name == "retentions" and value:
             changed[name] = [list(itertools.islice(itertools.cycle(one), layers)) for one in value]
@@ -45,11 +45,34 @@ class AllocationInput:
         """A context without notes."""
         return AllocationContext(valid=self.valid, statistics=self.statistics, is_image=self.is_image)
 
+    def with_heads(self) -> AllocationInput:
+        """The same for an allocator of heads: some neighbouring layers are heads of one."""
+        heads = next((count for count in (2, 3, 5, 7) if self.floor.shape[0] % count == 0), 1)
+
+        def shaped(given: Tensor) -> Tensor:
+            return given.unflatten(0, (-1, heads)).movedim(1, 2)
+
+        return AllocationInput(
+            shaped(self.importance),
+            self.total,
+            shaped(self.floor),
+            shaped(self.capacity),
+            {name: known[::heads] for name, known in self.statistics.items()},
+            None if self.is_image is None else shaped(self.is_image),
+            None if self.valid is None else shaped(self.valid),
+        )
+
     def by(self, allocator: Allocator, **changed: Any) -> Tensor:
-        """What an allocator, made for as many layers, gives for this, or for this with some of it changed."""
+        """What an allocator, made for as many layers, gives for this, or for this with some of it changed.
+
+        Heads count as layers: `[layers, batch]` whatever it sizes.
+        """
         given = replace(self, **changed)
-        allocator = for_layers(allocator, given.floor.shape[0])
-        return allocator.allocate(given.importance, given.total, given.floor, given.capacity, given.context())
+        if allocator.by_head:
+            given = given.with_heads()
+        own = for_layers(allocator, given.floor.shape[0])
+        budget = own.allocate(given.importance, given.total, given.floor, given.capacity, given.context())
+        return budget.movedim(2, 1).flatten(0, 1) if allocator.by_head else budget
 
     def rows(self, rows: slice) -> AllocationInput:
         """Some rows alone."""

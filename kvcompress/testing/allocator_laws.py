@@ -1,4 +1,4 @@
-"""Laws of allocators. Axes before and after `batch` may be layers alone, or layers and heads."""
+"""Laws of allocators, of layers `[layers, batch]` and of heads `[layers, batch, kv_heads]`."""
 
 from __future__ import annotations
 
@@ -38,20 +38,22 @@ def clamped(total: Tensor, floor: Tensor, capacity: Tensor) -> Tensor:
     return torch.minimum(torch.maximum(total, over_layers(floor)), over_layers(capacity))
 
 
-def _unchecked(allocator: Allocator, given: AllocationInput) -> Any:
-    """The answer as it is, without the checks around `allocate`, so that each law speaks for itself."""
+def _unchecked(allocator: Allocator, given: AllocationInput) -> tuple[AllocationInput, Any]:
+    """What it is given, and the answer as it is, without the checks around `allocate`: each law speaks for itself."""
+    if allocator.by_head:
+        given = given.with_heads()
     own = for_layers(allocator, given.floor.shape[0])
     method = type(own).allocate
     target = clamped(given.total, given.floor, given.capacity)
     context = replace(given.context(), problems=Problems())
     raw = getattr(method, "__wrapped__", method)
-    return raw(own, given.importance, target, given.floor, given.capacity, context)
+    return given, raw(own, given.importance, target, given.floor, given.capacity, context)
 
 
 @_allocator_law(share=1 / 4)
 def answers_int64(allocator: Allocator, given: AllocationInput) -> None:
     """The answer is an int64 tensor in the shape of the floors, on their device."""
-    budget = _unchecked(allocator, given)
+    given, budget = _unchecked(allocator, given)
     require(isinstance(budget, Tensor), lambda: f"returned {type(budget).__name__}")
     require(
         budget.dtype == torch.int64 and budget.shape == given.floor.shape and budget.device == given.floor.device,
@@ -62,7 +64,7 @@ def answers_int64(allocator: Allocator, given: AllocationInput) -> None:
 @_allocator_law()
 def stays_within_bounds(allocator: Allocator, given: AllocationInput) -> None:
     """Every layer gets no less than its floor and no more than its capacity."""
-    budget = _unchecked(allocator, given)
+    given, budget = _unchecked(allocator, given)
     require(
         (budget >= given.floor) & (budget <= given.capacity),
         lambda: f"gave {budget.tolist()} for floors {given.floor.tolist()} and capacities {given.capacity.tolist()}",
@@ -72,7 +74,7 @@ def stays_within_bounds(allocator: Allocator, given: AllocationInput) -> None:
 @_allocator_law()
 def meets_the_total_exactly(allocator: Allocator, given: AllocationInput) -> None:
     """The layers of a row add up to clamp(total, sum of floors, sum of capacities), exactly."""
-    budget, target = _unchecked(allocator, given), clamped(given.total, given.floor, given.capacity)
+    (_, budget), target = _unchecked(allocator, given), clamped(given.total, given.floor, given.capacity)
     require(
         over_layers(budget) == target,
         lambda: f"gave {over_layers(budget).tolist()} tokens to the rows, which must be {target.tolist()}",
