@@ -50,7 +50,7 @@ class AllocationInput:
         heads = next((count for count in (2, 3, 5, 7) if self.floor.shape[0] % count == 0), 1)
 
         def shaped(given: Tensor) -> Tensor:
-            return given.unflatten(0, (-1, heads)).movedim(1, 2)
+            return given.reshape(len(given) // heads, heads, *given.shape[1:]).movedim(1, 2)
 
         return AllocationInput(
             shaped(self.importance),
