@@ -290,7 +290,7 @@ wrong(
 )
 wrong("quantizer", "decodes_groups_by_themselves", _Q, "decode", lambda s, right, c: right(c) * c.data.shape[2] ** 0.01)
 wrong("quantizer", "quantizes_rows_by_themselves", _Q, "encode_keys", _codes(lambda c: _scaled(c, len(c.scale) ** 0.1)))
-wrong("quantizer", "loses_less_than_half", _Q, "encode_keys", _codes(lambda c: _scaled(c, 4.0)))
+wrong("quantizer", "is_off_by_less_than_the_largest", _Q, "encode_keys", _codes(lambda c: _scaled(c, 4.0)))
 wrong("quantizer", "leaves_its_numbers_alone", _Q, "encode_keys", overwritten(lambda tensor: tensor))
 wrong("quantizer", "quantizes_alike", _Q, "encode_keys", _codes(lambda c: _scaled(c, 1 + torch.rand(()) * 0.01)))
 wrong(
