@@ -57,6 +57,16 @@ def rotation(seed: int) -> Tensor:
 # -- the contract ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("scorer", [one for one in strategies.scorers() if one.name != "tova"], ids=strategies.label)
+@strategies.examples(6)
+@given(seed=strategies.seeds)
+def test_heads_that_hold_different_tokens_are_scored_as_others(scorer: Scorer, seed: int) -> None:
+    """Places and images given once per head mean what they mean given once for all, but where heads share one score."""
+    layer = context(seed)
+    sets = {"index": layer.index.expand(2, 2, -1), "is_image": layer.is_image.expand(2, 2, -1)}
+    assert torch.equal(scorer.score(dataclasses.replace(layer, **sets)), scorer.score(layer))
+
+
 @pytest.mark.parametrize("name", STATISTICS)
 @given(given_rows=padded_batches)
 def test_a_row_of_a_padded_batch_has_the_statistics_that_it_has_alone(name: str, given_rows: Padded) -> None:

@@ -134,7 +134,7 @@ wrong(
     "scores_heads_that_hold_different_tokens",
     "key_norm",
     "score",
-    lambda self, right, layer: right(layer) * (layer.index.shape[1] if layer.valid is None else 1),
+    lambda self, right, layer: right(layer)[:, :1] if layer.index.shape[1] > 1 else right(layer),
 )
 wrong(
     "scorer",
