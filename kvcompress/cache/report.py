@@ -11,6 +11,7 @@ import numpy as np
 from kvcompress.cache import decoding
 from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.sequence import Counts, stacked
+from kvcompress.cache.sizes import explained
 from kvcompress.cache.state import CacheState
 from kvcompress.markup import bars, size, table
 
@@ -43,7 +44,8 @@ class CacheReport:
         full_kv_bytes: bytes that the keys and values of every column would take.
         threshold: the global threshold that the prefix allocator found per row; None for others.
         decoding: how the last decode step ran: "eager", "captured" or "compiled"; None before the first.
-        notes: what a reader should know, in words.
+        notes: what a reader should know, in words: what lets layers grow past their budget, and what takes bytes
+            beyond it (protected tokens, buffers that grow in blocks, a quantizer's residual, a merger's memory).
     """
 
     tokens_seen: int
@@ -154,7 +156,7 @@ def report_on(state: CacheState) -> CacheReport:
         went_into={layers: into.tolist() for layers, into in sequence.went_into.items()},
         threshold=None if threshold is None else threshold.tolist(),
         decoding=state.ran,
-        notes=_notes(state),
+        notes=[*_notes(state), *explained(state, held)],
         head_lengths=None if held.shape[2] == 1 else held.tolist(),
     )
 
