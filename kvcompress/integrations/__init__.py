@@ -3,5 +3,6 @@
 from kvcompress.integrations.base import Adapter, adapter_for, known_models, register_adapter
 from kvcompress.integrations.llama import LlamaAdapter
 from kvcompress.integrations.llava import LlavaAdapter
+from kvcompress.integrations.qwen_vl import QwenVLAdapter
 
-__all__ = ["Adapter", "LlamaAdapter", "LlavaAdapter", "adapter_for", "known_models", "register_adapter"]
+__all__ = ["Adapter", "LlamaAdapter", "LlavaAdapter", "QwenVLAdapter", "adapter_for", "known_models", "register_adapter"]

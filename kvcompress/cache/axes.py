@@ -1,0 +1,56 @@
+"""Models that place a token by several positions, of time, row and column (M-RoPE), in place of one."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcompress.cache.sequence import Sequence
+from kvcompress.config import CompressionConfig
+from kvcompress.errors import UnsupportedModelError
+from kvcompress.integrations import Adapter
+
+
+def check_axes(config: CompressionConfig, adapter: Adapter, model: PreTrainedModel) -> None:
+    """Refuses policies that take a rotary position to be one number, for a model whose positions are several.
+
+    Raises:
+        UnsupportedModelError: naming the policy and the way out.
+    """
+    if adapter.position_axes == 1:
+        return
+    why = f"{type(model).__name__} places an image's tokens by {adapter.position_axes} numbers (M-RoPE)"
+    if config.scorer is not None and config.scorer.one_axis:
+        raise UnsupportedModelError(
+            f"scorer {config.scorer.name}: takes the rotary position of a token to be the number of tokens before it, "
+            f"and {why}; choose another scorer, such as 'attention' or 'snapkv'"
+        )
+    if config.reducer is not None and config.reducer.positions != "original":
+        raise UnsupportedModelError(
+            f"reducer {config.reducer.name}: positions='{config.reducer.positions}' numbers tokens anew in one line, "
+            f"and {why}; choose positions='original'"
+        )
+
+
+def take_offset(sequence: Sequence, adapter: Adapter, model: PreTrainedModel | None, rows: int) -> None:
+    """Remembers what the model keeps to place the tokens that come, which is the conversation's own."""
+    offset = None if model is None or adapter.position_axes == 1 else adapter.rotary_offset(model)
+    if offset is not None and len(offset) != rows:  # `generate` repeats rows, for beams and several answers
+        offset = None if rows % len(offset) else offset.repeat_interleave(rows // len(offset), dim=0)
+    sequence.rotary_offset = offset
+
+
+def give_offset(sequence: Sequence, adapter: Adapter, model: PreTrainedModel | None, positions: object) -> None:
+    """Gives the model what it kept of this conversation, whatever it read since; nothing to a new conversation.
+
+    Args:
+        sequence: what was seen.
+        adapter: of the model.
+        model: the model.
+        positions: those that the call brings; where a new conversation brings some, the model has them from `generate`.
+    """
+    if model is None or adapter.position_axes == 1:
+        return
+    offset: Tensor | None = sequence.rotary_offset
+    if sequence.seen or positions is None:
+        adapter.set_rotary_offset(model, offset if sequence.seen else None)

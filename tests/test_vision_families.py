@@ -1,0 +1,278 @@
+"""Vision families: what is an image and where its tokens belong, and the laws of the cache with each of them."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from kvcompress import CompressedCache
+from kvcompress.errors import UnsupportedModelError
+from kvcompress.integrations import adapter_for
+from tests import tiny
+from tests.reference import Reference, held, recorded
+from tests.test_physical_equals_masked import check
+from tests.vision import FAMILIES, IMAGE, VIDEO, Family, Written, text_ids
+
+every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
+positioned = pytest.mark.parametrize(
+    "family", [family for family in FAMILIES.values() if family.axes > 1], ids=lambda family: family.name
+)
+
+
+def generated(model: Any, cache: Any, inputs: dict[str, Any], tokens: int = 5, **settings: Any) -> Tensor:
+    """Ids of the prompt and of greedy steps after it."""
+    found: Tensor = model.generate(
+        **inputs, **tiny.with_cache(cache), max_new_tokens=tokens, do_sample=False, **settings
+    )
+    return found
+
+
+def next_turn(ids: Tensor, mask: Tensor, tokens: int, seed: int) -> dict[str, Tensor]:
+    """The conversation so far, and more text."""
+    more = torch.cat([ids, text_ids(len(ids), tokens, seed)], 1)
+    return {"input_ids": more, "attention_mask": torch.nn.functional.pad(mask, (0, more.shape[1] - mask.shape[1]), value=1)}
+
+
+@every_family
+def test_with_room_for_all_tokens_are_those_of_a_dynamic_cache(family: Family) -> None:
+    """In a padded batch with images, and in the turn after it."""
+    inputs = family.two_rows()
+    found = []
+    for model, cache in (
+        (tiny.untouched(family.name), DynamicCache()),
+        (tiny.model(family.name), CompressedCache(tiny.model(family.name), "prefixkv", budget=1.0)),
+    ):
+        first = generated(model, cache, inputs)
+        found.append(generated(model, cache, next_turn(first, inputs["attention_mask"], 4, seed=3)))
+    assert torch.equal(*found)
+
+
+@every_family
+def test_physical_equals_masked(family: Family) -> None:
+    """Prompt, decode steps and a second turn at a budget of 0.3, against all tokens with the others hidden."""
+    model, inputs = tiny.model(family.name), family.two_rows()
+    cache = CompressedCache(model, "prefixkv", budget=0.3)
+    with recorded(model, cache) as steps:
+        first = generated(model, cache, inputs)
+        generated(model, cache, next_turn(first, inputs["attention_mask"], 4, seed=3))
+    assert cache.report().retention < 0.4
+    check(family.name, cache, steps)
+
+
+# -- where image tokens belong -----------------------------------------------------------------------------------------
+
+
+def check_layout(model: Any, inputs: dict[str, Any], seen: list[list[Written]]) -> None:
+    """Asserts that every column has the grid and the cell that it was written for; pictures first, then videos."""
+    ids = inputs["input_ids"]
+    layout = adapter_for(model).image_layout(model, ids, inputs)
+    marks = adapter_for(model).image_tokens(model, ids)
+    assert torch.equal(marks, (ids == IMAGE) | (ids == VIDEO))
+    for row, written in enumerate(seen):
+        first, grids = 0, []
+        in_order = [one for kind in ("image", "video") for one in written if one.kind == kind]
+        for number, one in enumerate(in_order):
+            frames = range(len(one.grids)) if one.kind == "video" else [None] * len(one.grids)
+            grids += [(number, *size, frame) for size, frame in zip(one.grids, frames, strict=True)]
+        assert [(grid.image, grid.height, grid.width, grid.frame) for grid in layout.grids[row]] == grids
+        for kind, token in (("image", IMAGE), ("video", VIDEO)):
+            columns = (ids[row] == token).nonzero().flatten()
+            wanted: list[tuple[int, ...]] = []
+            for one in (one for one in in_order if one.kind == kind):
+                wanted += [(-1, 0, 0) if grid < 0 else (first + grid, *cell) for grid, *cell in one.cells]
+                first += len(one.grids)
+            grid = layout.grid[row, columns]
+            cell = layout.cell[row, columns].masked_fill(grid.unsqueeze(1) < 0, 0)
+            assert torch.cat([grid.unsqueeze(1), cell], 1).tolist() == [list(one) for one in wanted]
+
+
+@every_family
+@pytest.mark.parametrize("number", [0, 1, 2])
+@torch.no_grad()
+def test_every_image_token_has_its_cell(family: Family, number: int) -> None:
+    """Pictures of several sizes and videos, several in a row of a padded batch, called plainly and by `generate`."""
+    model, sizes = tiny.model(family.name), (*family.sizes, *family.sizes)
+    first, second = [("image", sizes[number])], [("image", sizes[number + 1]), ("image", sizes[number])]
+    if "video" in family.kinds:
+        first = [("video", family.video), *first]
+        second.insert(1, ("video", (number + 1, *family.video[1:])))
+    rows = [[3, *(part for one in parts for part in (one, 2))] for parts in (first, second)]
+    inputs = family.prompt(rows)
+    seen = [[family.write(*one) for one in parts] for parts in (first, second)]
+    check_layout(model, inputs, seen)
+    with recorded(model) as steps:
+        generated(model, DynamicCache(), inputs, tokens=1)
+    check_layout(model, steps[0].inputs, seen)
+
+
+@positioned
+def test_cells_are_the_positions_that_the_model_gives(family: Family) -> None:
+    """Row and column of a cell are the model's own positions, counted from the image's first."""
+    model = tiny.model(family.name)
+    inputs = family.prompt([[2, ("video", (3, 2, 4)), 3, ("image", (1, 4, 2)), 1, ("image", (1, 1, 5)), 2]])
+    positions, _ = model.model.get_rope_index(**inputs)
+    layout = adapter_for(model).image_layout(model, inputs["input_ids"], inputs)
+    for number in range(len(layout.grids[0])):
+        columns = (layout.grid[0] == number).nonzero().flatten()
+        own = positions[1:, 0, columns]
+        assert torch.equal(layout.cell[0, columns], (own - own.amin(1, keepdim=True)).T)
+    assert len(layout.grids[0]) == 5
+
+
+# -- reducers ----------------------------------------------------------------------------------------------------------
+
+
+def kept_columns(cache: CompressedCache, row: int) -> list[int]:
+    """Columns of a row that the first layer got."""
+    return held(cache)[0][row][0]
+
+
+@every_family
+@torch.no_grad()
+def test_what_a_reducer_leaves_is_read_at_its_own_positions(family: Family) -> None:
+    """Tokens dropped before the first layer are as if the decoder had been given the others alone."""
+    model, decoder = tiny.model(family.name), tiny.untouched(family.name).get_decoder()
+    whole = family.prompt([[7, ("image", family.sizes[0]), 6, *_video(family)]])
+    cache = CompressedCache(model, "full", reducer={"name": "uniform_grid", "after": [0], "keep_shares": [0.5]})
+    given: dict[str, Any] = {}
+    outputs: list[Tensor] = []
+    handles = [
+        model.get_decoder().register_forward_pre_hook(lambda m, a, kwargs: given.update(kwargs), with_kwargs=True),
+        model.get_decoder().register_forward_hook(lambda m, a, output: outputs.append(output.last_hidden_state)),
+    ]
+    model(**whole, **tiny.with_cache(cache))
+    for handle in handles:
+        handle.remove()
+    kept = kept_columns(cache, 0)
+    assert cache.report().vision_retention < 0.6
+    columns = torch.arange(whole["input_ids"].shape[1])
+    less = {"inputs_embeds": given["inputs_embeds"][:, kept]}
+    positions = given.get("position_ids")
+    less["position_ids"] = columns[None, kept] if positions is None else positions[..., kept]
+    if given.get("visual_pos_masks") is not None:
+        stays = torch.isin(columns, torch.tensor(kept))[given["visual_pos_masks"][0]]
+        less["visual_pos_masks"] = given["visual_pos_masks"][:, kept]
+        less["deepstack_visual_embeds"] = [features[stays] for features in given["deepstack_visual_embeds"]]
+    wanted = decoder(**less, **tiny.with_cache(DynamicCache())).last_hidden_state
+    torch.testing.assert_close(outputs[0][:, kept], wanted, rtol=0, atol=2e-5)
+
+
+def _video(family: Family) -> list[Any]:
+    return [("video", family.video), 3] if "video" in family.kinds else []
+
+
+@every_family
+@pytest.mark.parametrize(
+    "reducer", [{"name": "lightkv", "after": [1], "windows": [1]}, {"name": "fastv", "layer": 1}], ids=str
+)
+@torch.no_grad()
+def test_generate_and_a_plain_call_reduce_the_same(family: Family, reducer: dict[str, Any]) -> None:
+    """In a padded batch, whose tokens a plain call and `generate` place alike."""
+    model, inputs = tiny.model(family.name), family.two_rows()
+    plain, whole = (CompressedCache(model, "full", reducer=reducer) for _ in range(2))
+    positions = {} if family.axes > 1 else {"position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}
+    model(**inputs, **positions, **tiny.with_cache(plain))
+    generated(model, whole, inputs, tokens=1)
+    assert plain.report() == whole.report()
+    assert plain.report().vision_retention < 0.9
+
+
+@pytest.mark.parametrize("family", [one for one in FAMILIES.values() if "video" in one.kinds], ids=lambda one: one.name)
+@torch.no_grad()
+def test_every_frame_of_a_video_has_windows_of_its_own(family: Family) -> None:
+    """Of each frame's tokens, in every window, half are merged into the other half."""
+    model = tiny.model(family.name)
+    size = (3, *family.video[1:])
+    inputs = family.prompt([[3, ("video", size), 4]])
+    cache = CompressedCache(model, "full", reducer={"name": "lightkv", "after": [1], "windows": [1]})
+    model(**inputs, **tiny.with_cache(cache))
+    layout = adapter_for(model).image_layout(model, inputs["input_ids"], inputs)
+    left = layout.grid[0, held(cache)[1][0][0]]
+    tokens = layout.grids[0][0].height * layout.grids[0][0].width
+    assert tokens >= 8
+    assert [int((left == frame).sum()) for frame in range(3)] == [tokens - tokens // 2] * 3
+
+
+# -- positions of three axes -------------------------------------------------------------------------------------------
+
+
+@positioned
+@pytest.mark.parametrize("way", ["same cache", "copy", "saved"])
+def test_a_conversation_goes_on_at_its_own_positions(family: Family, way: str, tmp_path: Path) -> None:
+    """Whatever the model read in between, and in another process, which has read nothing."""
+    inputs, model = family.prompt([[5, ("image", (1, 5, 4)), 4]]), tiny.model(family.name)
+    cache = CompressedCache(model, "prefixkv", budget=0.6)
+    first = generated(model, cache, inputs)
+    turn = next_turn(first, inputs["attention_mask"], 5, seed=4)
+    wanted = generated(model, copy.deepcopy(cache), turn)
+    if way == "saved":
+        cache.save(tmp_path / "story")
+        model.model.rope_deltas = None
+        cache = CompressedCache.load(model, tmp_path / "story")
+    else:
+        generated(model, CompressedCache(model, "uniform"), family.prompt([[6, ("image", (1, 2, 9)), 2]]))
+        cache = copy.deepcopy(cache) if way == "copy" else cache
+    assert torch.equal(generated(model, cache, turn), wanted)
+
+
+@positioned
+def test_rows_take_their_positions_along(family: Family) -> None:
+    """A row that is repeated or chosen goes on as it does in its own batch."""
+    inputs, model = family.two_rows(), tiny.model(family.name)
+    cache = CompressedCache(model, "prefixkv", budget=0.6)
+    first = generated(model, cache, inputs)
+    turn = next_turn(first, inputs["attention_mask"], 5, seed=4)
+    wanted = generated(model, copy.deepcopy(cache), turn)
+    cache.batch_select_indices(torch.tensor([1, 0, 1]))
+    found = generated(model, cache, {name: value[[1, 0, 1]] for name, value in turn.items()})
+    assert torch.equal(found, wanted[[1, 0, 1]])
+
+
+@positioned
+@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"num_return_sequences": 2, "num_beams": 2}], ids=str)
+def test_beams_read_the_same_images(family: Family, settings: dict[str, int]) -> None:
+    """The rows that `generate` makes of one have its images, which a reducer sees in each of them."""
+    inputs, model = family.two_rows(), tiny.model(family.name)
+    cache = CompressedCache(model, "prefixkv", budget=1.0)
+    wanted = generated(tiny.untouched(family.name), DynamicCache(), inputs, **settings)
+    assert torch.equal(generated(model, cache, inputs, **settings), wanted)
+    cache = CompressedCache(model, "full", reducer={"name": "lightkv", "after": [1], "windows": [1]})
+    generated(model, cache, inputs, **settings)
+    counts = cache.report().image_tokens[0]
+    assert counts[0] == counts[1] and counts[2] == counts[3] and cache.report().vision_retention < 0.9
+
+
+@positioned
+@torch.no_grad()
+def test_a_new_conversation_begins_at_zero(family: Family) -> None:
+    """Plain calls for text alone are not moved by images of an earlier conversation."""
+    model = tiny.model(family.name)
+    model(**family.prompt([[5, ("image", (1, 5, 4)), 4]]), **tiny.with_cache(CompressedCache(model, "full")))
+    ids = text_ids(1, 7, seed=2)
+    cache, whole = CompressedCache(model, "full"), tiny.untouched(family.name)
+    model(ids[:, :5], **tiny.with_cache(cache))
+    found = model(ids[:, 5:], **tiny.with_cache(cache)).logits[:, -1]
+    torch.testing.assert_close(found, whole(ids).logits[:, -1], rtol=0, atol=1e-5)
+
+
+@positioned
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"scorer": "expected_attention"}, r"scorer expected_attention: .*3 numbers \(M-RoPE\); choose another"),
+        ({"scorer": "leverage"}, r"scorer leverage: .*\(M-RoPE\)"),
+        ({"scorer": "kvzip"}, r"scorer kvzip: .*\(M-RoPE\)"),
+        ({"reducer": {"name": "lightkv", "positions": "contiguous"}}, "positions='contiguous'.*choose positions='orig"),
+        ({"reducer": {"name": "lightkv", "positions": "per_layer"}}, "positions='per_layer'"),
+    ],
+    ids=str,
+)
+def test_what_takes_a_position_to_be_one_number_is_refused(family: Family, settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=says):
+        CompressedCache(tiny.model(family.name), "snapkv", **settings)
