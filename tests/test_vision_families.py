@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from kvcompress import CompressedCache
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.integrations import adapter_for
 from tests import tiny
-from tests.reference import Reference, held, recorded
+from tests.reference import held, recorded
 from tests.test_physical_equals_masked import check
 from tests.vision import FAMILIES, IMAGE, VIDEO, Family, Written, text_ids
 
@@ -36,7 +37,10 @@ def generated(model: Any, cache: Any, inputs: dict[str, Any], tokens: int = 5, *
 def next_turn(ids: Tensor, mask: Tensor, tokens: int, seed: int) -> dict[str, Tensor]:
     """The conversation so far, and more text."""
     more = torch.cat([ids, text_ids(len(ids), tokens, seed)], 1)
-    return {"input_ids": more, "attention_mask": torch.nn.functional.pad(mask, (0, more.shape[1] - mask.shape[1]), value=1)}
+    return {
+        "input_ids": more,
+        "attention_mask": torch.nn.functional.pad(mask, (0, more.shape[1] - mask.shape[1]), value=1),
+    }
 
 
 @every_family
@@ -77,9 +81,12 @@ def check_layout(model: Any, inputs: dict[str, Any], seen: list[list[Written]]) 
     for row, written in enumerate(seen):
         first, grids = 0, []
         in_order = [one for kind in ("image", "video") for one in written if one.kind == kind]
-        for number, one in enumerate(in_order):
-            frames = range(len(one.grids)) if one.kind == "video" else [None] * len(one.grids)
-            grids += [(number, *size, frame) for size, frame in zip(one.grids, frames, strict=True)]
+        numbers = itertools.count()
+        for one in in_order:
+            number = next(numbers)
+            for frame, size in enumerate(one.grids):
+                number = next(numbers) if one.apart and frame else number
+                grids.append((number, *size, frame if one.kind == "video" else None))
         assert [(grid.image, grid.height, grid.width, grid.frame) for grid in layout.grids[row]] == grids
         for kind, token in (("image", IMAGE), ("video", VIDEO)):
             columns = (ids[row] == token).nonzero().flatten()
@@ -98,10 +105,11 @@ def check_layout(model: Any, inputs: dict[str, Any], seen: list[list[Written]]) 
 def test_every_image_token_has_its_cell(family: Family, number: int) -> None:
     """Pictures of several sizes and videos, several in a row of a padded batch, called plainly and by `generate`."""
     model, sizes = tiny.model(family.name), (*family.sizes, *family.sizes)
+    frames = family.video[0]
     first, second = [("image", sizes[number])], [("image", sizes[number + 1]), ("image", sizes[number])]
     if "video" in family.kinds:
         first = [("video", family.video), *first]
-        second.insert(1, ("video", (number + 1, *family.video[1:])))
+        second.insert(1, ("video", (frames + number * (family.axes > 1), *family.video[1:])))
     rows = [[3, *(part for one in parts for part in (one, 2))] for parts in (first, second)]
     inputs = family.prompt(rows)
     seen = [[family.write(*one) for one in parts] for parts in (first, second)]

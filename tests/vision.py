@@ -5,13 +5,14 @@ Ids of text lie below those of `MARKS`; every prompt is a batch of two rows, the
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from tests import tiny
@@ -45,6 +46,7 @@ class Written:
         ids: ids of all its tokens, marks included.
         grids: height and width of each of its grids, in order.
         cells: grid, row and column of each image token; -1 where it has no cell.
+        apart: whether each grid counts as an image.
     """
 
     kind: str
@@ -52,6 +54,7 @@ class Written:
     ids: list[int]
     grids: list[tuple[int, int]]
     cells: list[tuple[int, int, int]]
+    apart: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Family:
         write: a picture or video of so many frames, rows and columns, from its kind and size.
         pixels: the other inputs, from everything that a batch holds, in order.
         kinds: what it sees.
-        sizes: of pictures in the prompts.
+        sizes: of three pictures, in patches.
+        video: size of the video in the prompts.
         axes: positions of a token.
     """
 
@@ -71,7 +75,8 @@ class Family:
     write: Callable[[str, Size], Written]
     pixels: Callable[[list[Written]], dict[str, Any]]
     kinds: Sequence[str] = ("image",)
-    sizes: Sequence[Size] = ((1, 2, 6), (1, 4, 4))
+    sizes: Sequence[Size] = ((1, 2, 6), (1, 4, 4), (1, 5, 3))
+    video: Size = (2, 2, 6)
     axes: int = 1
 
     def prompt(self, rows: Sequence[Sequence[Any]], seed: int = 0) -> dict[str, Any]:
@@ -101,11 +106,6 @@ class Family:
         if "video" in self.kinds:
             rows[0] += [("video", self.video), 3]
         return self.prompt(rows, seed)
-
-    @property
-    def video(self) -> Size:
-        """Size of the video in the prompts."""
-        return (2, *self.sizes[0][1:])
 
 
 def text_ids(batch: int, tokens: int, seed: int) -> Tensor:
@@ -199,3 +199,246 @@ def _add(builder: Callable[[], PreTrainedModel], family: Family) -> None:
 _add(_qwen2_vl, Family("qwen2_vl", _qwen, _qwen_pixels, ("image", "video"), axes=3))
 _add(_qwen2_5_vl, Family("qwen2_5_vl", _qwen, _qwen_pixels, ("image", "video"), axes=3))
 _add(_qwen3_vl, Family("qwen3_vl", _qwen3, _qwen_pixels, ("image", "video"), axes=3))
+
+
+# -- what features a model makes of a picture's patches, each of which carries its own row and column --------------
+
+
+def places(height: int, width: int) -> Tensor:
+    """Row and column of each patch, `[patches, 2]`."""
+    return torch.cartesian_prod(torch.arange(height), torch.arange(width)).float()
+
+
+def cells_of(features: Tensor, grid: int) -> list[tuple[int, int, int]]:
+    """Cells of features that still carry their rows and columns, `[tokens, 2]`, however these were averaged."""
+    row, column = (torch.unique(axis.round(decimals=3), return_inverse=True)[1].tolist() for axis in features.T)
+    return [(grid, *cell) for cell in zip(row, column, strict=True)]
+
+
+def size_of(cells: list[tuple[int, int, int]]) -> tuple[int, int]:
+    """Height and width of a grid."""
+    return max(row for _, row, _ in cells) + 1, max(column for _, _, column in cells) + 1
+
+
+# -- LLaVA-NeXT-Video and LLaVA-OneVision ------------------------------------------------------------------------------
+
+_TILE = 20  # pixels along a side
+_PINPOINTS = [[a * _TILE, b * _TILE] for a, b in ((1, 2), (2, 1), (2, 2))]
+_LLAVA_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+_TOWER: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "patch_size": 4,
+}
+
+
+def _llava_next_video() -> PreTrainedModel:
+    config = transformers.LlavaNextVideoConfig(
+        vision_config=transformers.CLIPVisionConfig(**_TOWER, image_size=24, projection_dim=16),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_grid_pinpoints=[[a * 24, b * 24] for a, b in ((1, 2), (2, 1), (2, 2))],
+        vision_feature_layer=-2,
+        **_LLAVA_IDS,
+    )
+    return transformers.LlavaNextVideoForConditionalGeneration(config)
+
+
+def _llava_onevision() -> PreTrainedModel:
+    config = transformers.LlavaOnevisionConfig(
+        vision_config=transformers.SiglipVisionConfig(**_TOWER, image_size=20, vision_use_head=False),
+        text_config=transformers.Qwen2Config(**TEXT),
+        image_grid_pinpoints=_PINPOINTS,
+        vision_feature_layer=-1,
+        vision_aspect_ratio="anyres_max_2",
+        **_LLAVA_IDS,
+    )
+    return transformers.LlavaOnevisionForConditionalGeneration(config)
+
+
+def _tiles(name: str) -> tuple[Any, int]:
+    model = tiny.model(name).model
+    return model, model.config.vision_config.image_size
+
+
+def _tiled(name: str) -> Callable[[str, Size], Written]:
+    def write(kind: str, size: Size) -> Written:
+        """A base and tiles with line ends, as the model packs them; a video's frames as it pools them."""
+        model, pixels = _tiles(name)
+        side = pixels // 4
+        if kind == "video":
+            frames, features = size[0], places(side, side).unsqueeze(0)
+            if name == "llava_onevision":
+                pooled = model.apply_pooling(features)[0]
+            else:
+                pooled = model.vision_resampler(features)[0]
+            cells = [cell for frame in range(frames) for cell in cells_of(pooled, frame)]
+            ends = [(-1, 0, 0)] if name == "llava_onevision" else []
+            return Written(
+                kind, size, [START, *[VIDEO] * len(cells + ends), END], [size_of(cells)] * frames, cells + ends
+            )
+        image_size = torch.tensor([[4 * size[1], 4 * size[2]]])
+        tiles = transformers.models.llava_next.modeling_llava_next.image_size_to_num_patches(
+            image_size[0], model.config.image_grid_pinpoints, pixels
+        )
+        patches, newline = torch.zeros(tiles, side**2, 2), torch.full((2,), -1.0)
+        more = ("default",) if name != "llava_onevision" else ()
+        aspect = {} if more else {"vision_aspect_ratio": model.config.vision_aspect_ratio}
+        (features,), _ = model.pack_image_features([patches], image_size, *more, image_newline=newline, **aspect)
+        cells, row, column = cells_of(places(side, side), 0), 0, 0
+        for feature in features[side**2 :]:
+            end = bool((feature < 0).all())
+            cells.append((-1, 0, 0) if end else (1, row, column))
+            row, column = (row + 1, 0) if end else (row, column + 1)
+        grids = [(side, side), size_of([cell for cell in cells if cell[0] == 1])]
+        return Written(kind, size, [START, *[IMAGE] * len(cells), END], grids, cells)
+
+    return write
+
+
+def _tiled_pixels(name: str) -> Callable[[list[Written]], dict[str, Any]]:
+    def pixels(seen: list[Written]) -> dict[str, Any]:
+        _, side = _tiles(name)
+        pictures = [one.size for one in seen if one.kind == "image"]
+        videos = [one.size for one in seen if one.kind == "video"]
+        found: dict[str, Any] = {}
+        if pictures:
+            sizes = torch.tensor([[4 * height, 4 * width] for _, height, width in pictures])
+            found |= {"pixel_values": random_pixels(len(pictures), 5, 3, side, side), "image_sizes": sizes}
+        if videos:
+            assert len({frames for frames, _, _ in videos}) == 1  # a batch of them has as many frames each
+            found["pixel_values_videos"] = random_pixels(len(videos), videos[0][0], 3, side, side)
+        return found
+
+    return pixels
+
+
+for _name, _builder in (("llava_next_video", _llava_next_video), ("llava_onevision", _llava_onevision)):
+    _family = Family(
+        _name, _tiled(_name), _tiled_pixels(_name), ("image", "video"), ((1, 5, 10), (1, 12, 5), (1, 11, 12))
+    )
+    _add(_builder, _family)
+
+
+# -- VipLLaVA ----------------------------------------------------------------------------------------------------------
+
+
+def _vipllava() -> PreTrainedModel:
+    config = transformers.VipLlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**_TOWER, image_size=16, projection_dim=16),
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        vision_feature_layer=[-1, -2],
+    )
+    return transformers.VipLlavaForConditionalGeneration(config)
+
+
+def _square(kind: str, size: Size) -> Written:
+    cells = cells_of(places(4, 4), 0)
+    return Written(kind, size, [IMAGE] * 16, [(4, 4)], cells)
+
+
+_add(_vipllava, Family("vipllava", _square, lambda seen: {"pixel_values": random_pixels(len(seen), 3, 16, 16)}))
+
+
+# -- Mistral 3 ---------------------------------------------------------------------------------------------------------
+
+
+def _mistral3() -> PreTrainedModel:
+    config = transformers.Mistral3Config(
+        vision_config=transformers.PixtralVisionConfig(**_TOWER, image_size=64),
+        text_config=transformers.MistralConfig(**TEXT, sliding_window=None),
+        image_token_id=IMAGE,
+        vision_feature_layer=-1,
+        spatial_merge_size=2,
+    )
+    return transformers.Mistral3ForConditionalGeneration(config)
+
+
+def _merged(kind: str, size: Size) -> Written:
+    """Features merged in squares, a break after each of their rows but the last, which an end follows."""
+    merger = copy.deepcopy(tiny.model("mistral3").model.multi_modal_projector.patch_merger)
+    merger.merging_layer = nn.Identity()
+    features = merger(places(*size[1:]), torch.tensor([size[1:]]) * 4).view(-1, 2, 4).mean(-1)
+    cells = cells_of(features, 0)
+    height, width = size_of(cells)
+    ids = ([IMAGE] * width + [BREAK]) * height
+    return Written(kind, size, [*ids[:-1], END], [(height, width)], cells)
+
+
+def _merged_pixels(seen: list[Written]) -> dict[str, Any]:
+    sizes = torch.tensor([[4 * height, 4 * width] for _, height, width in (one.size for one in seen)])
+    return {"pixel_values": random_pixels(len(seen), 3, *sizes.amax(0).tolist()), "image_sizes": sizes}
+
+
+_add(_mistral3, Family("mistral3", _merged, _merged_pixels, sizes=((1, 4, 12), (1, 8, 6), (1, 6, 10))))
+
+
+# -- InternVL, Idefics 3 and SmolVLM -----------------------------------------------------------------------------------
+
+
+def _internvl() -> PreTrainedModel:
+    tower = transformers.InternVLVisionConfig(**_TOWER, image_size=[24, 24])
+    config = transformers.InternVLConfig(
+        vision_config=tower,
+        text_config=transformers.Qwen2Config(**TEXT),
+        image_token_id=IMAGE,
+        image_seq_length=9,
+        vision_feature_layer=-1,
+    )
+    return transformers.InternVLForConditionalGeneration(config)
+
+
+def _idefics3() -> PreTrainedModel:
+    config = transformers.Idefics3Config(
+        vision_config={**_TOWER, "image_size": 24},
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        scale_factor=2,
+    )
+    return transformers.Idefics3ForConditionalGeneration(config)
+
+
+def _smolvlm() -> PreTrainedModel:
+    config = transformers.SmolVLMConfig(
+        vision_config={**_TOWER, "image_size": 24},
+        text_config=transformers.LlamaConfig(**TEXT),
+        image_token_id=IMAGE,
+        scale_factor=2,
+    )
+    return transformers.SmolVLMForConditionalGeneration(config)
+
+
+def _number_of_tiles(size: Size) -> int:
+    """All of them, and a small picture of the whole where there are several."""
+    return size[1] * size[2] + (size[1] * size[2] > 1)
+
+
+def _internvl_tiles(kind: str, size: Size) -> Written:
+    """One tile after the other."""
+    shuffled = tiny.model("internvl").model.pixel_shuffle(places(6, 6).view(1, 6, 6, 2), scale_factor=0.5)
+    features, tiles = shuffled.reshape(-1, 4, 2).mean(1), _number_of_tiles(size)
+    cells = [cell for tile in range(tiles) for cell in cells_of(features, tile)]
+    return Written(kind, size, [START, *[IMAGE] * len(cells), END], [size_of(cells)] * tiles, cells)
+
+
+def _idefics3_tiles(kind: str, size: Size) -> Written:
+    """Each tile between marks of its own."""
+    shuffled = tiny.model("idefics3").model.connector.pixel_shuffle(places(6, 6).unsqueeze(0), 2)
+    features, tiles = shuffled.reshape(-1, 4, 2).mean(1), _number_of_tiles(size)
+    cells = [cell for tile in range(tiles) for cell in cells_of(features, tile)]
+    ids = [number for _ in range(tiles) for number in (START, 9, *[IMAGE] * len(features))]
+    return Written(kind, size, [*ids, START], [size_of(cells)] * tiles, cells, apart=True)
+
+
+def _tile_pixels(*before: int) -> Callable[[list[Written]], dict[str, Any]]:
+    return lambda seen: {
+        "pixel_values": random_pixels(*before, sum(_number_of_tiles(one.size) for one in seen), 3, 24, 24)
+    }
+
+
+_COUNTS = ((1, 1, 1), (1, 1, 2), (1, 2, 2))
+_add(_internvl, Family("internvl", _internvl_tiles, _tile_pixels(), sizes=_COUNTS))
+_add(_idefics3, Family("idefics3", _idefics3_tiles, _tile_pixels(1), sizes=_COUNTS))
+_add(_smolvlm, Family("smolvlm", _idefics3_tiles, _tile_pixels(1), sizes=_COUNTS))

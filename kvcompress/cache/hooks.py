@@ -246,9 +246,7 @@ def _reduce(
     return ((hidden, *args[1:]), {**kwargs, **changed}) if changed else None
 
 
-def _spread_between(
-    index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-) -> Any:
+def _spread_between(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     cache = cache_among(kwargs)
     return cache.spread_between(index, output) if isinstance(cache, ReducesTokens) else None
 

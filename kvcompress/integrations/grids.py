@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,6 +66,20 @@ def tile_grid(side: int, image_size: list[int], pinpoints: list[list[int]], base
     stitched = torch.empty(1, down * side, across * side, device="meta")
     height, width = unpad_image(stitched, image_size).shape[1:]  # type: ignore[no-untyped-call]
     return int(height), int(width)
+
+
+def in_turn(images: Iterable[list[Piece]]) -> Callable[[int], list[list[Piece]]]:
+    """Gives each row as many of these images, each as its pieces, as its image tokens need; for `layout_of`."""
+    left = iter(images)
+
+    def take(tokens: int) -> list[list[Piece]]:
+        found: list[list[Piece]] = []
+        while tokens > 0 and (pieces := next(left, None)) is not None:
+            found.append(pieces)
+            tokens -= sum(piece.tokens for piece in pieces)
+        return found
+
+    return take
 
 
 def pieces_within(tokens: int, grids: Sequence[tuple[int, int]], class_token: bool) -> list[Piece]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.integrations.base import Adapter, register_adapter
-from kvcompress.integrations.grids import Piece, layout_of, runs, together
+from kvcompress.integrations.grids import Piece, in_turn, layout_of, runs, together
 from kvcompress.policies.images import ImageLayout
 
 
@@ -33,7 +33,8 @@ class QwenVLAdapter(Adapter):
 
     def image_tokens(self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"]) -> Tensor | None:
         """The processor writes one token per feature that is left after merging, of images and of videos."""
-        return (input_ids == model.config.image_token_id) | (input_ids == model.config.video_token_id)
+        is_image: Tensor = (input_ids == model.config.image_token_id) | (input_ids == model.config.video_token_id)
+        return is_image
 
     def image_layout(
         self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"], inputs: dict[str, Any]
@@ -51,15 +52,8 @@ class QwenVLAdapter(Adapter):
                 sizes = _from_positions(marked, inputs, kind)
             else:
                 sizes = ((t, down // merge, across // merge) for t, down, across in torch.as_tensor(given).tolist())
-
-            def images(tokens: int, sizes: Iterator[tuple[int, int, int]] = iter(sizes), kind: str = kind) -> Any:
-                found = []
-                while tokens > 0 and (size := next(sizes, None)) is not None:
-                    found.append([Piece(*size[1:], frames=size[0] if kind == "video" or size[0] > 1 else None)])
-                    tokens -= found[-1][0].tokens
-                return found
-
-            layouts.append(layout_of(marked, images))
+            images = (_piece(kind, *size) for size in sizes)
+            layouts.append(layout_of(marked, in_turn(images)))
         return together(*layouts)
 
     def rotary_offset(self, model: PreTrainedModel) -> Tensor | None:
@@ -69,6 +63,10 @@ class QwenVLAdapter(Adapter):
     def set_rotary_offset(self, model: PreTrainedModel, offset: Tensor | None) -> None:
         """Gives the model that of the conversation that goes on."""
         _inner(model).rope_deltas = offset
+
+
+def _piece(kind: str, frames: int, height: int, width: int) -> list[Piece]:
+    return [Piece(height, width, frames=frames if kind == "video" else None)]
 
 
 def _inner(model: PreTrainedModel) -> Any:
