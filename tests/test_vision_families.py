@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from tests.reference import held, recorded
 from tests.test_physical_equals_masked import check
 from tests.vision import FAMILIES, IMAGE, VIDEO, Family, Written, text_ids
 
+MERGING = {"name": "lightkv", "after": [1], "windows": [1]}
 every_family = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES.keys())
 positioned = pytest.mark.parametrize(
     "family", [family for family in FAMILIES.values() if family.axes > 1], ids=lambda family: family.name
 )
 
 
-def generated(model: Any, cache: Any, inputs: dict[str, Any], tokens: int = 5, **settings: Any) -> Tensor:
+def generated(model: Any, cache: Any, inputs: dict[str, Any], tokens: int = 3, **settings: Any) -> Tensor:
     """Ids of the prompt and of greedy steps after it."""
     found: Tensor = model.generate(
         **inputs, **tiny.with_cache(cache), max_new_tokens=tokens, do_sample=False, **settings
@@ -176,14 +178,11 @@ def _video(family: Family) -> list[Any]:
 
 
 @every_family
-@pytest.mark.parametrize(
-    "reducer", [{"name": "lightkv", "after": [1], "windows": [1]}, {"name": "fastv", "layer": 1}], ids=str
-)
 @torch.no_grad()
-def test_generate_and_a_plain_call_reduce_the_same(family: Family, reducer: dict[str, Any]) -> None:
+def test_generate_and_a_plain_call_reduce_the_same(family: Family) -> None:
     """In a padded batch, whose tokens a plain call and `generate` place alike."""
     model, inputs = tiny.model(family.name), family.two_rows()
-    plain, whole = (CompressedCache(model, "full", reducer=reducer) for _ in range(2))
+    plain, whole = (CompressedCache(model, "full", reducer=MERGING) for _ in range(2))
     positions = {} if family.axes > 1 else {"position_ids": (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)}
     model(**inputs, **positions, **tiny.with_cache(plain))
     generated(model, whole, inputs, tokens=1)
@@ -198,7 +197,7 @@ def test_every_frame_of_a_video_has_windows_of_its_own(family: Family) -> None:
     model = tiny.model(family.name)
     size = (3, *family.video[1:])
     inputs = family.prompt([[3, ("video", size), 4]])
-    cache = CompressedCache(model, "full", reducer={"name": "lightkv", "after": [1], "windows": [1]})
+    cache = CompressedCache(model, "full", reducer=MERGING)
     model(**inputs, **tiny.with_cache(cache))
     layout = adapter_for(model).image_layout(model, inputs["input_ids"], inputs)
     left = layout.grid[0, held(cache)[1][0][0]]
@@ -211,22 +210,18 @@ def test_every_frame_of_a_video_has_windows_of_its_own(family: Family) -> None:
 
 
 @positioned
-@pytest.mark.parametrize("way", ["same cache", "copy", "saved"])
-def test_a_conversation_goes_on_at_its_own_positions(family: Family, way: str, tmp_path: Path) -> None:
+def test_a_conversation_goes_on_at_its_own_positions(family: Family, tmp_path: Path) -> None:
     """Whatever the model read in between, and in another process, which has read nothing."""
     inputs, model = family.prompt([[5, ("image", (1, 5, 4)), 4]]), tiny.model(family.name)
     cache = CompressedCache(model, "prefixkv", budget=0.6)
     first = generated(model, cache, inputs)
     turn = next_turn(first, inputs["attention_mask"], 5, seed=4)
     wanted = generated(model, copy.deepcopy(cache), turn)
-    if way == "saved":
-        cache.save(tmp_path / "story")
-        model.model.rope_deltas = None
-        cache = CompressedCache.load(model, tmp_path / "story")
-    else:
-        generated(model, CompressedCache(model, "uniform"), family.prompt([[6, ("image", (1, 2, 9)), 2]]))
-        cache = copy.deepcopy(cache) if way == "copy" else cache
+    cache.save(tmp_path / "story")
+    generated(model, CompressedCache(model, "uniform"), family.prompt([[6, ("image", (1, 2, 9)), 2]]), tokens=1)
     assert torch.equal(generated(model, cache, turn), wanted)
+    model.model.rope_deltas = None
+    assert torch.equal(generated(model, CompressedCache.load(model, tmp_path / "story"), turn), wanted)
 
 
 @positioned
@@ -243,15 +238,14 @@ def test_rows_take_their_positions_along(family: Family) -> None:
 
 
 @positioned
-@pytest.mark.parametrize("settings", [{"num_beams": 2}, {"num_return_sequences": 2, "num_beams": 2}], ids=str)
-def test_beams_read_the_same_images(family: Family, settings: dict[str, int]) -> None:
+def test_beams_read_the_same_images(family: Family) -> None:
     """The rows that `generate` makes of one have its images, which a reducer sees in each of them."""
     inputs, model = family.two_rows(), tiny.model(family.name)
     cache = CompressedCache(model, "prefixkv", budget=1.0)
-    wanted = generated(tiny.untouched(family.name), DynamicCache(), inputs, **settings)
-    assert torch.equal(generated(model, cache, inputs, **settings), wanted)
-    cache = CompressedCache(model, "full", reducer={"name": "lightkv", "after": [1], "windows": [1]})
-    generated(model, cache, inputs, **settings)
+    wanted = generated(tiny.untouched(family.name), DynamicCache(), inputs, num_beams=2)
+    assert torch.equal(generated(model, cache, inputs, num_beams=2), wanted)
+    cache = CompressedCache(model, "full", reducer=MERGING)
+    generated(model, cache, inputs, tokens=1, num_beams=2)
     counts = cache.report().image_tokens[0]
     assert counts[0] == counts[1] and counts[2] == counts[3] and cache.report().vision_retention < 0.9
 
@@ -284,3 +278,54 @@ def test_a_new_conversation_begins_at_zero(family: Family) -> None:
 def test_what_takes_a_position_to_be_one_number_is_refused(family: Family, settings: dict[str, Any], says: str) -> None:
     with pytest.raises(UnsupportedModelError, match=says):
         CompressedCache(tiny.model(family.name), "snapkv", **settings)
+
+
+@torch.no_grad()
+def test_frames_of_a_video_are_no_tiles_of_an_image() -> None:
+    """Frames of 12 x 12 tokens have the windows of a picture, four along each side, where tiles are split into six."""
+    family = FAMILIES["qwen2_5_vl"]
+    model, inputs = tiny.model(family.name), family.prompt([[3, ("video", (2, 12, 12)), 4]])
+    cache = CompressedCache(model, "full", reducer={"name": "lightkv", "after": [1], "windows": None})
+    model(**inputs, **tiny.with_cache(cache))
+    assert [layer[0] for layer in cache.report().image_tokens] == [288, 16 * 2 * 5, 16 * 2 * 5]
+
+
+@torch.no_grad()
+def test_one_image_of_several_has_no_tiles_in_llava_onevision() -> None:
+    """Where `batch_num_images` says so, from the sizes and from the features that `generate` makes."""
+    family, side = FAMILIES["llava_onevision"], 5
+    model, ids = tiny.model(family.name), torch.tensor([[5, *[IMAGE] * 26, 6, *[IMAGE] * 26, 7]])
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
+        "image_sizes": torch.tensor([[20, 40], [40, 20]]),
+    }
+    inputs |= {"pixel_values": torch.zeros(2, 1, 3, 20, 20), "batch_num_images": torch.tensor([2])}
+    seen = [family.write("image", family.sizes[0])] * 2
+    alone = [replace(one, grids=one.grids[:1], cells=[*one.cells[: side**2], (-1, 0, 0)]) for one in seen]
+    check_layout(model, inputs, [alone])
+    with recorded(model) as steps:
+        generated(model, DynamicCache(), inputs, tokens=1)
+    check_layout(model, steps[0].inputs, [alone])
+
+
+@pytest.mark.parametrize("name", ["vipllava", "internvl", "idefics3", "smolvlm"])
+@pytest.mark.parametrize("pixels", [16, 24, 40])
+def test_tiles_are_as_large_as_the_tower_makes_them(name: str, pixels: int) -> None:
+    """Towers of one size, whose pictures are scaled to it."""
+    model = copy.deepcopy(tiny.model(name))
+    tower = model.config.vision_config
+    tower.image_size = pixels if isinstance(tower.image_size, int) else [pixels, pixels]
+    side = pixels // 4 if name == "vipllava" else pixels // 8
+    ids = torch.tensor([[5, *[IMAGE] * side**2, 7]])
+    layout = adapter_for(model).image_layout(model, ids, {})
+    assert [(grid.height, grid.width) for grid in layout.grids[0]] == [(side, side)]
+    with pytest.raises(UnsupportedModelError, match=rf"row 0 has {side**2 - 1} image tokens"):
+        adapter_for(model).image_layout(model, ids[:, 2:], {})
+
+
+@positioned
+def test_images_whose_shape_nothing_tells_are_refused(family: Family) -> None:
+    model, ids = tiny.model(family.name), torch.tensor([[5, *[IMAGE] * 12, 7]])
+    with pytest.raises(UnsupportedModelError, match="reducer: nothing tells the shape of the images; pass image_grid"):
+        adapter_for(model).image_layout(model, ids, {})

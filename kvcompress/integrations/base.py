@@ -82,7 +82,8 @@ class Adapter(ABC):
         return None
 
     def set_rotary_offset(self, model: PreTrainedModel, offset: Tensor | None) -> None:
-        """Gives the model what it kept of another conversation, which goes on now."""
+        """Gives the model what it kept of another conversation, which goes on now; for models of several axes."""
+        raise NotImplementedError(f"{type(self).__name__}: position_axes is not 1, so it needs set_rotary_offset")
 
     def adds_after(self, model: PreTrainedModel) -> int:
         """Number of first decoder layers after which the model itself adds to hidden states of all columns."""
