@@ -238,6 +238,25 @@ def test_rows_take_their_positions_along(family: Family) -> None:
 
 
 @positioned
+def test_an_image_of_a_later_turn_has_the_positions_that_a_dynamic_cache_gives_it(family: Family) -> None:
+    """A turn of text, one with an image, and one of text."""
+    inputs = family.prompt([[5, ("image", (1, 5, 4)), 4]])
+    found = []
+    for model, cache in (
+        (tiny.untouched(family.name), DynamicCache()),
+        (tiny.model(family.name), CompressedCache(tiny.model(family.name), "prefixkv", budget=1.0)),
+    ):
+        mask = torch.ones_like(inputs["input_ids"][:, :0])
+        first = generated(model, cache, next_turn(mask, mask, 4, seed=5))
+        ids = torch.cat([first, inputs["input_ids"]], 1)
+        types = torch.nn.functional.pad(inputs["mm_token_type_ids"], (first.shape[1], 0))
+        whole = {**inputs, "input_ids": ids, "mm_token_type_ids": types, "attention_mask": torch.ones_like(ids)}
+        second = generated(model, cache, whole)
+        found.append(generated(model, cache, next_turn(second, torch.ones_like(second), 4, seed=3)))
+    assert torch.equal(*found)
+
+
+@positioned
 def test_beams_read_the_same_images(family: Family) -> None:
     """The rows that `generate` makes of one have its images, which a reducer sees in each of them."""
     inputs, model = family.two_rows(), tiny.model(family.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress.cache.sequence import Sequence
@@ -40,17 +39,7 @@ def take_offset(sequence: Sequence, adapter: Adapter, model: PreTrainedModel | N
     sequence.rotary_offset = offset
 
 
-def give_offset(sequence: Sequence, adapter: Adapter, model: PreTrainedModel | None, positions: object) -> None:
-    """Gives the model what it kept of this conversation, whatever it read since; nothing to a new conversation.
-
-    Args:
-        sequence: what was seen.
-        adapter: of the model.
-        model: the model.
-        positions: those that the call brings; where a new conversation brings some, the model has them from `generate`.
-    """
-    if model is None or adapter.position_axes == 1:
-        return
-    offset: Tensor | None = sequence.rotary_offset
-    if sequence.seen or positions is None:
-        adapter.set_rotary_offset(model, offset if sequence.seen else None)
+def give_offset(sequence: Sequence, adapter: Adapter, model: PreTrainedModel | None) -> None:
+    """Gives the model what it kept of this conversation, whatever it read since; a new one begins with nothing."""
+    if model is not None and adapter.position_axes > 1:
+        adapter.set_rotary_offset(model, sequence.rotary_offset if sequence.seen else None)

@@ -102,6 +102,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         self._decoding = _known_decoding(decoding)
         self._state = CacheState(self.config, layers, adapter.head_group(model), calls, reserve)
         self._layout: ImageLayout | None = None  # of the images of the forward about to begin
+        self._in_turn = False  # of `generate`
         self._mask: Mask | None = None  # what the mask of the forward about to begin says, if anything
         super().__init__(layers=self._state.layers)  # type: ignore[arg-type]
         with hooks.changing:
@@ -491,7 +492,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         decoding.catch_up_if_needed(self._state)
         self._state.calls.model(inputs, self._state.sequence.seen, self._state.recording)
         self._forget_images()
-        give_offset(self._state.sequence, self._adapter, self._model(), inputs.get("position_ids"))
+        if not self._in_turn:  # `generate` has seen to it
+            give_offset(self._state.sequence, self._adapter, self._model())
         if is_image is not None:
             if self.config.reducer is not None and bool(is_image.any()):
                 if self._state.recording:
@@ -540,7 +542,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """
         decoding.catch_up_if_needed(self._state)
         self._state.calls.turn(inputs, self._state.sequence.seen)
-        give_offset(self._state.sequence, self._adapter, self._model(), inputs.get("position_ids"))
+        give_offset(self._state.sequence, self._adapter, self._model())
+        self._in_turn = True
 
     def _forget_images(self) -> None:
         """Drops what an earlier call said of images that never came."""
@@ -569,7 +572,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     def after_turn(self) -> None:
         """Forgets what `generate` was about to read and to generate."""
-        self._state.calls.due, self._state.coming = None, 0
+        self._state.calls.due, self._state.coming, self._in_turn = None, 0, False
 
     # -- kvcompress's own ----------------------------------------------------------------------------------------------
 
