@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvcompress import CompressedCache
-from kvcompress.errors import UnsupportedModelError
+from kvcompress.errors import UnsupportedModeError, UnsupportedModelError
 from kvcompress.integrations import adapter_for
 from tests import tiny
 from tests.reference import held, recorded
@@ -68,6 +68,16 @@ def test_physical_equals_masked(family: Family) -> None:
         first = generated(model, cache, inputs)
         generated(model, cache, next_turn(first, inputs["attention_mask"], 4, seed=3))
     assert cache.report().retention < 0.4
+    check(family.name, cache, steps)
+
+
+def test_a_mixture_of_experts_is_served_as_a_dense_model_is() -> None:
+    """Qwen3-VL's, in one turn at a budget of 0.3."""
+    family = replace(FAMILIES["qwen3_vl"], name="qwen3_vl_moe")
+    model, inputs = tiny.model(family.name), family.two_rows()
+    cache = CompressedCache(model, "prefixkv", budget=0.3)
+    with recorded(model, cache) as steps:
+        generated(model, cache, inputs)
     check(family.name, cache, steps)
 
 
@@ -280,6 +290,23 @@ def test_a_new_conversation_begins_at_zero(family: Family) -> None:
     model(ids[:, :5], **tiny.with_cache(cache))
     found = model(ids[:, 5:], **tiny.with_cache(cache)).logits[:, -1]
     torch.testing.assert_close(found, whole(ids).logits[:, -1], rtol=0, atol=1e-5)
+
+
+@positioned
+@torch.no_grad()
+def test_a_plain_call_with_a_mask_and_no_positions_is_refused_after_images(family: Family) -> None:
+    """What transformers makes of it are positions of other columns; without the mask, or with positions, it goes on."""
+    model, inputs = tiny.model(family.name), family.prompt([[5, ("image", (1, 5, 4)), 4]])
+    cache = CompressedCache(model, "uniform", budget=0.8)
+    model(**inputs, **tiny.with_cache(cache))
+    step = {"input_ids": torch.tensor([[5]])}
+    mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
+    with pytest.raises(UnsupportedModeError, match=r"position_ids: .*all 32 columns.*leave attention_mask out"):
+        model(**step, attention_mask=mask, **tiny.with_cache(cache))
+    at = (mask.cumsum(1) - 1)[:, -1:] + model.model.rope_deltas
+    copied = copy.deepcopy(cache)
+    given = model(**step, attention_mask=mask, position_ids=at.expand(3, 1, 1), **tiny.with_cache(copied))
+    assert torch.equal(model(**step, **tiny.with_cache(cache)).logits, given.logits)
 
 
 @positioned

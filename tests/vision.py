@@ -162,6 +162,17 @@ def _qwen3_vl() -> PreTrainedModel:
     return transformers.Qwen3VLForConditionalGeneration(config)
 
 
+def _qwen3_vl_moe() -> PreTrainedModel:
+    dense = _qwen3_vl().config.to_dict()
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "decoder_sparse_step": 1}
+    config = transformers.Qwen3VLMoeConfig(
+        text_config={**dense["text_config"], **experts, "model_type": "qwen3_vl_moe_text"},
+        vision_config={**dense["vision_config"], "model_type": "qwen3_vl_moe_vision"},
+        **_QWEN_IDS,
+    )
+    return transformers.Qwen3VLMoeForConditionalGeneration(config)
+
+
 def _qwen(kind: str, size: Size, apart: bool = False) -> Written:
     """Frames one after the other, in Qwen3-VL's videos each between marks of its own, after its time."""
     frames, height, width = size
@@ -196,6 +207,7 @@ def _add(builder: Callable[[], PreTrainedModel], family: Family) -> None:
     FAMILIES[family.name] = family
 
 
+tiny.add("qwen3_vl_moe", _qwen3_vl_moe)
 _add(_qwen2_vl, Family("qwen2_vl", _qwen, _qwen_pixels, ("image", "video"), axes=3))
 _add(_qwen2_5_vl, Family("qwen2_5_vl", _qwen, _qwen_pixels, ("image", "video"), axes=3))
 _add(_qwen3_vl, Family("qwen3_vl", _qwen3, _qwen_pixels, ("image", "video"), axes=3))

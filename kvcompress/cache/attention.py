@@ -34,6 +34,7 @@ _WITHOUT_MEANING = frozenset(
         "num_items_in_batch",
         "output_attentions",
         "output_hidden_states",
+        "output_router_logits",
         "position_ids",
         "return_dict",
         "token_type_ids",

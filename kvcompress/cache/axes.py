@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import transformers
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvcompress.cache.inputs import shape_of
 from kvcompress.cache.sequence import Sequence
 from kvcompress.config import CompressionConfig
-from kvcompress.errors import UnsupportedModelError
+from kvcompress.errors import UnsupportedModeError, UnsupportedModelError
 from kvcompress.integrations import Adapter
 
 
@@ -28,6 +33,23 @@ def check_axes(config: CompressionConfig, adapter: Adapter, model: PreTrainedMod
         raise UnsupportedModelError(
             f"reducer {config.reducer.name}: positions='{config.reducer.positions}' numbers tokens anew in one line, "
             f"and {why}; choose positions='original'"
+        )
+
+
+def check_positions(sequence: Sequence, adapter: Adapter, inputs: dict[str, Any]) -> None:
+    """Refuses a plain call after images whose positions transformers would make for other columns than its own.
+
+    Raises:
+        UnsupportedModeError: naming the ways out.
+    """
+    shape, mask = shape_of(inputs), inputs.get("attention_mask")
+    if adapter.position_axes == 1 or not sequence.seen or sequence.rotary_offset is None or shape is None:
+        return
+    if isinstance(mask, Tensor) and mask.shape[1] > shape[1] and inputs.get("position_ids") is None:
+        raise UnsupportedModeError(
+            f"position_ids: transformers {transformers.__version__} makes positions for all {mask.shape[1]} columns of "
+            f"attention_mask, and this call brings {shape[1]}; leave attention_mask out, which rows without padding do "
+            "not need, or give position_ids [3, batch, tokens], or use generate"
         )
 
 

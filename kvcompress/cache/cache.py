@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from kvcompress.cache import attention, decoding, hooks, prefill, rows, saving, undoing
 from kvcompress.cache.allocation import Allocation
 from kvcompress.cache.argument import cache_argument
-from kvcompress.cache.axes import check_axes, give_offset, take_offset
+from kvcompress.cache.axes import check_axes, check_positions, give_offset, take_offset
 from kvcompress.cache.calls import Calls
 from kvcompress.cache.capture import GRAPHS, CapturedDecoding
 from kvcompress.cache.inputs import shape_of, tokens_to_come
@@ -493,6 +493,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         self._state.calls.model(inputs, self._state.sequence.seen, self._state.recording)
         self._forget_images()
         if not self._in_turn:  # `generate` has seen to it
+            check_positions(self._state.sequence, self._adapter, inputs)
             give_offset(self._state.sequence, self._adapter, self._model())
         if is_image is not None:
             if self.config.reducer is not None and bool(is_image.any()):
