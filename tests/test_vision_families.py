@@ -8,8 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -143,6 +145,51 @@ def test_cells_are_the_positions_that_the_model_gives(family: Family) -> None:
         own = positions[1:, 0, columns]
         assert torch.equal(layout.cell[0, columns], (own - own.amin(1, keepdim=True)).T)
     assert len(layout.grids[0]) == 5
+
+
+# -- pictures as image processors hand them on ----------------------------------------------------------------------
+
+PICTURES = [(37, 90), (80, 44), (61, 61)]  # height and width in pixels
+PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2_5_vl": ("Qwen2VL", {"patch_size": 4, "merge_size": 2, "min_pixels": 256, "max_pixels": 1024}),
+    "qwen3_vl": ("Qwen2VL", {"patch_size": 4, "merge_size": 2, "min_pixels": 256, "max_pixels": 1024}),
+    "llava_next_video": ("LlavaNext", {"size": {"shortest_edge": 24}, "crop_size": {"height": 24, "width": 24}}),
+    "llava_onevision": ("LlavaOnevision", {"size": {"height": 20, "width": 20}}),
+    "mistral3": ("Pixtral", {"patch_size": 8, "size": {"longest_edge": 64}}),
+    "internvl": ("GotOcr2", {"size": {"height": 24, "width": 24}, "crop_to_patches": True, "max_patches": 4}),
+    "idefics3": ("Idefics3", {"size": {"longest_edge": 48}, "max_image_size": {"longest_edge": 24}}),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+@pytest.mark.parametrize("picture", PICTURES, ids=str)
+@torch.no_grad()
+def test_a_picture_from_its_processor_has_as_many_cells_as_features(name: str, picture: tuple[int, int]) -> None:
+    """The grids cover what the model makes of the pixels, and a reducer takes them."""
+    kind, settings = PROCESSORS[name]
+    processor = getattr(transformers, f"{kind}ImageProcessorPil", None) or getattr(
+        transformers, f"{kind}ImageProcessor"
+    )
+    model = tiny.model(name)
+    if hasattr(model.config, "image_grid_pinpoints"):
+        settings = {**settings, "image_grid_pinpoints": model.config.image_grid_pinpoints}
+    image = np.random.default_rng(sum(picture)).integers(0, 255, (*picture, 3), dtype=np.uint8)
+    found = dict(processor(**settings)([image], return_tensors="pt"))
+    found = {key: value for key, value in found.items() if key not in ("num_patches", "rows", "cols")}
+    features = model.model.get_image_features(**found, return_dict=True).pooler_output
+    counts = [len(one) for one in features]
+    between = [7] if name == "idefics3" else []  # whose tiles are apart
+    ids = [5, *(number for count in counts for number in (*[IMAGE] * count, *between)), 6, 8]
+    inputs = {"input_ids": torch.tensor([ids]), **found}
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if FAMILIES[name].axes > 1:
+        inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).int()
+    layout = adapter_for(model).image_layout(model, inputs["input_ids"], inputs)
+    cells = sum(grid.height * grid.width for grid in layout.grids[0])
+    assert cells == int((layout.grid >= 0).sum()) and layout.image_tokens == [sum(counts)]
+    cache = CompressedCache(model, "full", reducer="uniform_grid")
+    model(**inputs, **tiny.with_cache(cache))
+    assert cache.report().image_tokens[0] == [sum(counts)] and cache.report().vision_retention < 0.9
 
 
 # -- reducers ----------------------------------------------------------------------------------------------------------
