@@ -341,8 +341,9 @@ def _vipllava() -> PreTrainedModel:
         vision_config=transformers.CLIPVisionConfig(**_TOWER, image_size=16, projection_dim=16),
         text_config=transformers.LlamaConfig(**TEXT),
         image_token_id=IMAGE,
-        vision_feature_layer=[-1, -2],
     )
+    plural = hasattr(config, "vision_feature_layers")  # before transformers 5.24
+    setattr(config, f"vision_feature_layer{'s' * plural}", [-1, -2])
     return transformers.VipLlavaForConditionalGeneration(config)
 
 

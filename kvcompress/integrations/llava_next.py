@@ -143,4 +143,6 @@ def _frames(inputs: dict[str, Any], tokens: int, after: int) -> list[int]:
         videos, frames = inputs["pixel_values_videos"].shape[:2]
         return [frames] * videos
     encoded = (inputs.get("mm_encoder_outputs") or {}).get("video")
-    return [] if encoded is None else [(len(features) - after) // tokens for features in encoded.pooler_output]
+    return (
+        [] if encoded is None else [(features[..., 0].numel() - after) // tokens for features in encoded.pooler_output]
+    )
