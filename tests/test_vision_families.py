@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from kvcompress import CompressedCache
+from kvcompress.cache import hooks
 from kvcompress.errors import UnsupportedModeError, UnsupportedModelError
 from kvcompress.integrations import adapter_for
 from tests import tiny
@@ -245,6 +246,18 @@ def test_generate_and_a_plain_call_reduce_the_same(family: Family) -> None:
     generated(model, whole, inputs, tokens=1)
     assert plain.report() == whole.report()
     assert plain.report().vision_retention < 0.9
+
+
+@torch.no_grad()
+def test_hooks_of_a_cache_of_the_language_model_alone_are_no_obstacle() -> None:
+    """Which knows nothing of what the whole model adds after its first layers."""
+    family = FAMILIES["qwen3_vl"]
+    model, inputs = tiny.build(family.name), family.two_rows()
+    hooks.reduce_between(list(model.get_decoder().layers))
+    settings = {"name": "uniform_grid", "after": [0], "keep_shares": [0.5]}
+    found, wanted = (CompressedCache(one, "full", reducer=settings) for one in (model, tiny.model(family.name)))
+    logits = model(**inputs, **tiny.with_cache(found)).logits
+    assert torch.equal(logits, tiny.model(family.name)(**inputs, **tiny.with_cache(wanted)).logits)
 
 
 @pytest.mark.parametrize("family", [one for one in FAMILIES.values() if "video" in one.kinds], ids=lambda one: one.name)

@@ -218,11 +218,13 @@ def reduce_between(layers: list[nn.Module], whole: int = 0) -> None:
         layers: the decoder layers.
         whole: number of first layers whose output has all columns too, since the model adds something to it.
     """
-    if all(map(is_hooked, layers)):
+    between = layers[:-1][:whole]
+    if all(map(is_hooked, layers)) and all(len(layer.__dict__[_HOOK]) > 1 for layer in between):
         return
     for index, layer in enumerate(layers):
+        remove(layer)  # what a cache of the decoder alone put on, which knows of nothing that is added
         layer.__dict__[_HOOK] = [layer.register_forward_pre_hook(partial(_reduce, index), with_kwargs=True)]
-    for index, layer in enumerate(layers[:-1][:whole]):
+    for index, layer in enumerate(between):
         layer.__dict__[_HOOK].append(layer.register_forward_hook(partial(_spread_between, index), with_kwargs=True))
     layers[-1].__dict__[_HOOK].append(layers[-1].register_forward_hook(_spread, with_kwargs=True))
 
