@@ -51,7 +51,7 @@ class HeadGroup:
         return tensor if self.group is None else torch.cat(self._everyone(tensor), 1)
 
     def gather_slots(self, tensor: Tensor, fill: float) -> Tensor:
-        """The same of `[batch, heads, slots]` where processes may have different numbers of slots; filled at the end."""
+        """The same of `[batch, heads, slots]` where processes may differ in the number of slots; filled at the end."""
         if self.group is None:
             return tensor
         sizes = self._everyone(torch.tensor([tensor.shape[2]]))

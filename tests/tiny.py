@@ -84,6 +84,11 @@ MODELS = TEXT_MODELS + IMAGE_MODELS
 LARGE_IMAGE_MODELS = ("llava_36", "llava_next_36")  # 6 x 6 features an image or tile: reducers find something to do
 
 
+def add(name: str, builder: Callable[[], PreTrainedModel]) -> None:
+    """Makes another tiny model known by a name."""
+    _BUILDERS[name] = builder
+
+
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A new model; the global random state is left as it was."""
     return randomised(_BUILDERS[name], dtype, seed)

@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache
 from kvcompress.cache import attention, decoding, hooks, prefill, rows, saving, undoing
 from kvcompress.cache.allocation import Allocation
 from kvcompress.cache.argument import cache_argument
+from kvcompress.cache.axes import check_axes, check_positions, give_offset, take_offset
 from kvcompress.cache.calls import Calls
 from kvcompress.cache.capture import GRAPHS, CapturedDecoding
 from kvcompress.cache.inputs import shape_of, tokens_to_come
@@ -88,6 +89,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         self.config = CompressionConfig.read(config, **profile_override(profile, overrides))
         adapter = adapter_for(model)
         check_profiles(self.config, adapter.decoder(model))
+        check_axes(self.config, adapter, model)
         layers = len(adapter.layers(model))
         if self.config.reducer is not None:
             with policy_errors(self.config.reducer):
@@ -100,13 +102,14 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         self._decoding = _known_decoding(decoding)
         self._state = CacheState(self.config, layers, adapter.head_group(model), calls, reserve)
         self._layout: ImageLayout | None = None  # of the images of the forward about to begin
+        self._in_turn = False  # of `generate`
         self._mask: Mask | None = None  # what the mask of the forward about to begin says, if anything
         super().__init__(layers=self._state.layers)  # type: ignore[arg-type]
         with hooks.changing:
             attention.install(decoder, adapter.attention_modules(model))
             hooks.observe(model, decoder, adapter)
             if self.config.reducer is not None:
-                hooks.reduce_between(adapter.layers(model))
+                hooks.reduce_between(adapter.layers(model), adapter.adds_after(model))
 
     def __repr__(self) -> str:
         return f"CompressedCache({self.config!r}, seen={self._state.sequence.seen})"
@@ -270,6 +273,17 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 self._begin(hidden.shape[0], hidden.shape[1], hidden.device)
         found = prefill.reduce(state, layer, hidden)
         return None if found is None else (_usable(found[0]), found[1])
+
+    def spread_between(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """What comes out of a layer, in all columns, for a model that adds to it there; called by the hooks on layers.
+
+        The tokens that go on are taken from it again before the next layer.
+        """
+        step = self._state.step
+        reduction = step.reduction if isinstance(step, Prefill) else None
+        if reduction is None or layer < reduction.points[0]:
+            return None
+        return reduction.spread_between(hidden)
 
     def renumber(self, layer: int, positions: dict[str, Any]) -> dict[str, Any]:
         """Positions that count a layer's own tokens, for reducers that have such; called by the hooks on the layers."""
@@ -478,6 +492,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         decoding.catch_up_if_needed(self._state)
         self._state.calls.model(inputs, self._state.sequence.seen, self._state.recording)
         self._forget_images()
+        if not self._in_turn:  # `generate` has seen to it
+            check_positions(self._state.sequence, self._adapter, inputs)
+            give_offset(self._state.sequence, self._adapter, self._model())
         if is_image is not None:
             if self.config.reducer is not None and bool(is_image.any()):
                 if self._state.recording:
@@ -511,6 +528,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             self._forget_images()
         shape = shape_of(inputs)
         batch = self._state.sequence.batch
+        if shape is not None and shape[1] > 1:
+            take_offset(self._state.sequence, self._adapter, self._model(), shape[0])
         self._mask = None
         if shape is not None and batch in (0, shape[0]):  # else the first layer says so
             self._mask = read_mask(self._state.sequence, inputs.get("attention_mask"), shape[1])
@@ -524,6 +543,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """
         decoding.catch_up_if_needed(self._state)
         self._state.calls.turn(inputs, self._state.sequence.seen)
+        give_offset(self._state.sequence, self._adapter, self._model())
+        self._in_turn = True
 
     def _forget_images(self) -> None:
         """Drops what an earlier call said of images that never came."""
@@ -552,7 +573,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     def after_turn(self) -> None:
         """Forgets what `generate` was about to read and to generate."""
-        self._state.calls.due, self._state.coming = None, 0
+        self._state.calls.due, self._state.coming, self._in_turn = None, 0, False
 
     # -- kvcompress's own ----------------------------------------------------------------------------------------------
 
