@@ -66,6 +66,15 @@ class CacheState:
         self.ran: str | None = None
         self.step: Step | None = None
 
+    def adopt(self, config: CompressionConfig) -> None:
+        """Compresses by another configuration from here on; its quantizer counts only while nothing is held."""
+        self.config = config
+        for layer in self.layers:
+            layer.config = config
+            if not layer.is_initialized:
+                layer.forget(self.sequence)
+        self.rule = Rule.of(config, len(self.layers))
+
     def forget(self) -> None:
         """Forgets all that was seen, also after a forward that failed."""
         self.step = Prefill()  # until everything is forgotten

@@ -9,6 +9,12 @@ _PREFIX = {"name": "prefix", "protected": "on_top"}  # as its released code coun
 
 # name -> (what it is, fields)
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "auto": (
+        "Chosen for the first prompt that a cache sees, by whether it shows an image: what did best in our own "
+        "measurements (docs/choosing.md); a prompt of at most 128 tokens is kept whole. The report says what was "
+        "chosen, and why.",
+        {"auto": True},
+    ),
     "full": (
         "Keeps everything: the reference that compression is compared with.",
         {"budget": 1.0, "evictor": None},
