@@ -191,6 +191,7 @@ class SlotTable:
         share = self._share
         if self._rule.fraction is not None:
             total = self.seen.to(torch.float64).mul(self._rule.fraction * self._rule.layers).add(1e-6).long()
+            total = total.clamp(min=self._rule.whole * self._rule.layers) if self._rule.whole else total
             share = (share * total[:, None]).div(self._spent, rounding_mode="floor")
         held = self.length if self._packed is None else self.length + self._packed
         return held > torch.maximum(share, least)

@@ -137,7 +137,7 @@ class CompressionConfig(Configured):
             budget = Budget.parse(fields["budget"]).given
             given = self.given.get("budget", {})
             budget = ({**budget, **amounts} if amounts.keys() & given.keys() else budget) | given
-            if prompt.is_short and budget["fraction"] is not None:
+            if prompt.is_short and (budget.get("fraction") or 1.0) < 1.0:
                 budget.setdefault("whole", automatic.SHORT)
             try:
                 config = CompressionConfig(**{**fields, **self.given, "budget": budget})
@@ -253,6 +253,19 @@ class Chosen:
     preset: str
     config: CompressionConfig
     reason: str
+
+    def __str__(self) -> str:
+        """The choice in words."""
+        return f"auto chose {self.preset}: {self.reason}"
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"preset": self.preset, "config": self.config.model_dump(mode="json"), "reason": self.reason}
+
+    @classmethod
+    def from_plain(cls, fields: dict[str, Any]) -> Chosen:
+        """The inverse of `plain`."""
+        return cls(fields["preset"], CompressionConfig.read(fields["config"]), fields["reason"])
 
 
 def _reason(
