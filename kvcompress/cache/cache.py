@@ -51,7 +51,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     Args:
         model: the model that will use it; its decoder gets the attention "kvcompress", which behaves as before with
             any other cache (`kvcompress.restore(model)` takes it off again).
-        config: a preset's name, a `CompressionConfig`, a dict, or the path of a .yaml or .json file.
+        config: a preset's name, a `CompressionConfig`, a dict, or the path of a .yaml or .json file; "auto" chooses
+            by the first prompt, and the report says what and why.
         profile: a `LayerProfile` or its file, in place of the allocator.
         reserve: tokens that are about to be generated: buffers get room for so many at once where they grow, in place
             of a little at a time. To be given where decoding is compiled by hand; `generate` says it by itself.
@@ -78,7 +79,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     def __init__(
         self,
         model: PreTrainedModel,
-        config: str | PathLike[str] | dict[str, Any] | CompressionConfig = "prefixkv",
+        config: str | PathLike[str] | dict[str, Any] | CompressionConfig = "auto",
         *,
         profile: LayerProfile | str | PathLike[str] | None = None,
         reserve: int = 0,

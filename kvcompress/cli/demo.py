@@ -56,7 +56,7 @@ def demo(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="How the cache is compressed ('kvcompress policies presets'); left out: prefixkv, snapkv for images.",
+            help="How the cache is compressed ('kvcompress policies presets'); auto if left out.",
         ),
     ] = None,
     debug: Debug = False,
@@ -65,7 +65,7 @@ def demo(
     with reported(debug=debug):
         if file is not None and not image:
             raise typer.BadParameter("an image is looked at with --image: kvcompress demo --image FILE")
-        preset = preset or ("snapkv" if image else "prefixkv")  # a description needs the question too
+        preset = preset or "auto"
         configs = {f"{share:.0%}": CompressionConfig.preset(preset, budget=share) for share in RETENTIONS}
         if image:
             loaded, inputs, about = _image_prompt(file, question)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -15,7 +15,6 @@ from pydantic import (
     Field,
     PlainSerializer,
     PrivateAttr,
-    SerializerFunctionWrapHandler,
     model_serializer,
     model_validator,
 )
@@ -99,9 +98,9 @@ class CompressionConfig(Configured):
         return self
 
     @model_serializer(mode="wrap")
-    def _plainly(self, as_usual: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _plainly(self, as_usual: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
         """What is given alone where the rest is chosen later; `auto` nowhere else."""
-        fields: dict[str, Any] = as_usual(self)
+        fields = as_usual(self)
         is_auto = fields.pop("auto", self.auto)
         return {"auto": True, **self.given} if is_auto else fields
 

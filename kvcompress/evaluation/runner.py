@@ -53,7 +53,7 @@ class Progress:
 def evaluate(
     loaded: LoadedModel,
     data: str | Sequence[Sample],
-    configs: Configurations = ("prefixkv",),
+    configs: Configurations = ("auto",),
     *,
     source: str | None = None,
     budgets: Sequence[float | int | str] = (),

@@ -57,7 +57,7 @@ class Document:
         text: str | None = None,
         *,
         images: Sequence[Any] = (),
-        config: str | PathLike[str] | dict[str, Any] | CompressionConfig = "prefixkv",
+        config: str | PathLike[str] | dict[str, Any] | CompressionConfig = "auto",
         chat: bool | None = None,
         **overrides: Any,
     ) -> None:
