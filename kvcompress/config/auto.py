@@ -61,7 +61,6 @@ IMAGE = (
 )
 
 
-
 def candidates(prompt: Prompt) -> tuple[Candidate, ...]:
     """What suits a prompt, best first."""
     return IMAGE if prompt.has_image else TEXT

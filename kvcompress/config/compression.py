@@ -90,7 +90,9 @@ class CompressionConfig(Configured):
             if self._given is None:  # pydantic may validate an object twice
                 self._given = {name: self._plain(name) for name in self.model_fields_set if name != "auto"}
                 chosen = [self.for_prompt(prompt).config for prompt in automatic.KINDS]  # refuses what goes with none
-                self.__dict__.update({name: getattr(chosen[0], name) for name in type(self).model_fields if name != "auto"})
+                self.__dict__.update(
+                    {name: getattr(chosen[0], name) for name in type(self).model_fields if name != "auto"}
+                )
             return self
         check_combination(
             Combination(self.budget, self.scorer, self.allocator, self.evictor, self.merger, self.quantizer)
