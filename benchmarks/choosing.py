@@ -25,17 +25,17 @@ from kvcompress.evaluation.shapes.measure import accuracy, description_perplexit
 from kvcompress.evaluation.shapes.questions import KINDS
 
 BUDGETS = (0.2, 0.3, 0.5)
-TOKENS = 1700  # of the long prompts
+TOKENS = 1400  # of the long prompts
 _PLACES = ("the lighthouse", "the old mill", "the wine cellar", "the archive")
 _ALONE = "Answer with the number alone."
-_READ = 16  # tokens of the continuation
-_SAID = 7  # tokens of an answer that begins with its code
+_READ = 8  # tokens of the continuation
+_SAID = 16  # tokens of an answer
 _PER_HEAD = {"name": "topk", "granularity": "head", "decode": "oldest"}
 _PROTECTED = {"fraction": 0.2, "sink": 4, "recent": 32}
 
 # What has no preset of its own stands in one, by what is set in it.
 TEXT: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in ("text", "tova", "snapkv", "uniform", "prefixkv", "streaming")},
+    **{name: (name, {}) for name in ("text", "snapkv", "streaming", "prefixkv", "uniform", "tova")},
     "critical": ("snapkv", {"evictor": "critical"}),
     "expected attention": ("snapkv", {"scorer": "expected_attention", "budget": _PROTECTED}),
     "leverage": ("snapkv", {"scorer": "leverage", "budget": {"fraction": 0.2, "sink": 8, "recent": 4}}),
@@ -81,21 +81,22 @@ class Text:
 
     def ids(self, text: str) -> Tensor:
         """Tokens of a text alone."""
-        return self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+        ids: Tensor = self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+        return ids
 
-    def group(self, tokens: int, rows: int) -> tuple[Tensor, Tensor, Tensor, list[str]]:
+    def group(self, rows: int) -> tuple[Tensor, Tensor, Tensor, list[str]]:
         """Documents with codes at different depths, the question, how each document goes on, and the codes."""
-        draw, documents, after, codes = random.Random(f"choosing {tokens}"), [], [], []
+        draw, documents, after, codes = random.Random("choosing"), [], [], []
         place = draw.choice(_PLACES)
         for row in range(rows):
-            code, start = str(draw.randrange(100_000, 1_000_000)), draw.randrange(self.text.shape[1] - 2 * tokens)
+            code, start = str(draw.randrange(100_000, 1_000_000)), draw.randrange(self.text.shape[1] - 2 * TOKENS)
             parts = [self.ids(self.before), self.ids(f" The secret code of {place} is {code}. ")]
-            hay = self.text[:, start : start + tokens - sum(part.shape[1] for part in parts)]
+            hay = self.text[:, start : start + TOKENS - sum(part.shape[1] for part in parts)]
             depth, end = round((row + 0.5) / rows * hay.shape[1]), start + hay.shape[1]
             documents.append(torch.cat([parts[0], hay[:, :depth], parts[1], hay[:, depth:]], 1))
             after.append(self.text[:, end : end + _READ])
             codes.append(code)
-        asks = f"\n\nWhat is the secret code of {place}? {_ALONE}{self.after}The secret code of {place} is"
+        asks = f"\n\nWhat is the secret code of {place}? {_ALONE}{self.after}"
         return torch.cat(documents), self.ids(asks).expand(rows, -1), torch.cat(after), codes
 
     def step(self, cache: CompressedCache, ids: Tensor) -> Tensor:
@@ -120,21 +121,22 @@ class Text:
         return total
 
     def rows(self, cases: int) -> Iterator[Row]:
-        """One row for each method and budget, with the question known, then with the question unknown."""
-        document, question, more, codes = self.group(TOKENS, cases)
-        for known in (True, False):
-            read = CompressedCache(self.model, "text")
-            read.activate_past_recording()
-            goes_on = self.step(read, torch.cat([document, question], 1) if known else document)
-            for name, share, held in self.ways(read):
-                row = {"task": "text", "cases": cases, "method": name, "budget": share}
-                row["retention"] = held.report().retention
-                if known:
-                    yield {**row, "seen": self.right(held, goes_on, codes)}
-                    continue
-                asked = copy.deepcopy(held)
-                unseen = self.right(asked, self.step(asked, question), codes)
-                yield {**row, "unseen": unseen, "loss": self.loss(held, goes_on, more), "read": more.numel()}
+        """One row for each method and budget."""
+        document, question, more, codes = self.group(cases)
+        known, first = self.read(torch.cat([document, question], 1))
+        unknown, goes_on = self.read(document)
+        for (name, share, seen), (_, _, held) in zip(self.ways(known), self.ways(unknown), strict=True):
+            row = {"task": "text", "cases": cases, "method": name, "budget": share}
+            row |= {"retention": held.report().retention, "seen": self.right(seen, first, codes)}
+            asked = copy.deepcopy(held)
+            row["unseen"] = self.right(asked, self.step(asked, question), codes)
+            yield {**row, "loss": self.loss(held, goes_on, more), "read": more.numel()}
+
+    def read(self, ids: Tensor) -> tuple[CompressedCache, Tensor]:
+        """A cache that has read prompts and has yet to score and to evict, with what comes next."""
+        cache = CompressedCache(self.model, "text")
+        cache.activate_past_recording()
+        return cache, self.step(cache, ids)
 
     def ways(self, read: CompressedCache) -> Iterator[tuple[str, float, CompressedCache]]:
         """Copies of a cache that has yet to score and to evict, compressed by every method to every budget."""
@@ -162,7 +164,7 @@ def images(scenes: int) -> Iterator[Row]:
     loaded, held_out = load_model("shapes"), held_out_scenes(scenes)
     every: list[tuple[str, float, CompressionConfig | None]] = [("full", 1.0, None), *configs(IMAGE)]
     for name, share, config in every:
-        found = accuracy(loaded, config, held_out, KINDS)
+        found = accuracy(loaded, config, held_out, tuple(KINDS))
         yield {
             "task": "image",
             "scenes": scenes,
@@ -180,9 +182,9 @@ def tables(rows: Sequence[Row]) -> str:
         own = [row for row in rows if row["task"] == "text" and (row["method"], row["budget"]) == (name, share)]
 
         def of(kind: str, own: list[Row] = own) -> str:
-            return f"{sum(row.get(kind, 0) for row in own)}/{sum(row['cases'] for row in own if kind in row)}"
+            return f"{sum(row[kind] for row in own)}/{sum(row['cases'] for row in own)}"
 
-        loss = math.exp(sum(row.get("loss", 0.0) for row in own) / sum(row.get("read", 0) for row in own))
+        loss = math.exp(sum(row["loss"] for row in own) / sum(row["read"] for row in own))
         lines.append(f"| {name} | {share} | {of('seen')} | {of('unseen')} | {loss:.2f} |")
     lines += ["", "| preset | budget | short questions | perplexity |", "|---|---|---|---|"]
     for row in rows:

@@ -132,7 +132,7 @@ def test_later_turns_change_no_choice() -> None:
 
 @every_kind
 def test_a_cache_that_was_saved_or_copied_goes_on_with_what_it_chose(kind: str, tmp_path: Path) -> None:
-    name, make, preset, _ = KINDS[kind]
+    name, make, *_ = KINDS[kind]
     model, cache = tiny.model(name), CompressedCache(tiny.model(name), "auto", budget=0.4)
     said(cache, name, make())
     cache.save(tmp_path / "saved")
@@ -204,7 +204,7 @@ def test_what_is_set_by_hand_goes_before_what_is_chosen(kind: str, fields: dict[
     for stage, given in fields.items():
         chosen = getattr(cache.config, stage)
         if stage != "budget":
-            assert given is None and chosen is None or chosen.name == str(given).rstrip("4")
+            assert (given is None and chosen is None) or chosen.name == str(given).rstrip("4")
         elif isinstance(given, Budget):
             assert (chosen.tokens, chosen.sink) == (70, 2)
             assert chosen.recent == CompressionConfig.preset(cache.report().preset or "").budget.recent
@@ -216,7 +216,7 @@ def test_what_goes_with_nothing_that_could_be_chosen_is_refused_at_once() -> Non
     for fields, words in [
         ({"evictor": None}, "nothing could be evicted"),
         ({"budget": 1.5}, r"a fraction lies in \(0, 1\]"),
-        ({"allocator": "prefix", "scorer": None}, "prefix: reads importance, but scorer is none"),
+        ({"allocator": "prefix", "scorer": None}, "reads importance, but scorer is none"),
     ]:
         with pytest.raises(KVCompressError, match=words):
             CompressionConfig.preset("auto", **fields)

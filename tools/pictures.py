@@ -1,4 +1,4 @@
-"""Draws the pictures of the documentation into docs/images/; run it with `python tools/pictures.py` (a few minutes).
+"""Draws the pictures of the documentation into docs/images/; run it with `python -m tools.pictures` (a few minutes).
 
 Names of pictures after the command draw these alone. Figures are measured anew, so times differ from run to run.
 """
@@ -10,13 +10,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
+from benchmarks.machine import processor_name
 from kvcompress import CompressionConfig
 from kvcompress.evaluation import LoadedModel, encode_prompt, inspect, load_model
 from kvcompress.evaluation.benchmark import benchmark
 from kvcompress.evaluation.perplexity import english_text
 from kvcompress.evaluation.plots import lorenz, merging, patches, quality, retention, save, speed
+from kvcompress.evaluation.plots.lines import draw_series, legend
+from kvcompress.evaluation.plots.rows import read_series
+from kvcompress.evaluation.plots.style import drawing, new_figure, ruled
 from kvcompress.evaluation.shapes import draw_scene, sample_scene, scene_seed
 from kvcompress.evaluation.shapes.measure import description_perplexity, held_out_scenes
 from kvcompress.files import replacing
@@ -24,6 +29,7 @@ from kvcompress.files import replacing
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "images"
 BUDGETS = [number / 10 for number in range(1, 10)]
 POLICIES = ("prefixkv", "uniform", "snapkv", "streaming")
+OVERVIEW_TOKENS, ROUNDS = 900, 7
 GROUPS, SCENES = 5, 8  # bands are quartiles over groups of scenes
 LARGEST = 150_000  # bytes of a picture in the repository
 
@@ -53,6 +59,7 @@ def main() -> None:
     merged = inspect(loaded, inputs, CompressionConfig.preset("lightkv"))
     write("lightkv", lambda: merging(merged.report, merged.grid, merged.picture))
     write("speed", lambda: speed(list(speeds(loaded))))
+    write("overview", lambda: overview(list(default_speeds(loaded))))
     write("quality", lambda: quality(list(perplexities(loaded)), "perplexity"))
     if not wanted or any(name.endswith("smollm2") for name in wanted):
         loaded = load_model("smollm2")
@@ -84,6 +91,38 @@ def speeds(loaded: LoadedModel) -> Iterator[dict[str, Any]]:
     ]
     for measurement in benchmark(loaded, configs, prompt_tokens=[900], rounds=7, new_tokens=32):
         yield measurement.to_dict()
+
+
+def default_speeds(loaded: LoadedModel) -> Iterator[dict[str, Any]]:
+    """Memory and times of a prompt of text with the default preset, beside the cache of transformers."""
+    configs = [("auto", CompressionConfig.preset("auto", budget=budget)) for budget in (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)]
+    wanted: dict[str, Any] = {"prompt_tokens": [OVERVIEW_TOKENS], "rounds": ROUNDS, "new_tokens": 32}
+    for measurement in benchmark(loaded, configs, references=["DynamicCache"], **wanted):
+        yield measurement.to_dict()
+
+
+@drawing
+def overview(rows: list[dict[str, Any]]) -> Any:
+    """Memory and time of a step against the budget: the picture on top of the README."""
+    figure = new_figure(7.0, 3.1)
+    panels = (
+        ("held_bytes", "cache after the answer (MB)", 1e-6),
+        ("seconds_per_token", "time per token (ms)", 1e3),
+    )
+    all_axes = figure.subplots(1, len(panels))
+    for axes, (name, label, factor) in zip(all_axes, panels, strict=True):
+        series = read_series(rows, name, "budget")
+        draw_series(axes, series, "budget", factor)
+        axes.set_ylabel(label)
+        axes.set_ylim(0, 1.12 * factor * max(point.high for line in series for point in line.points))
+        ruled(axes)
+    legend(figure, all_axes[0])
+    figure.supxlabel(
+        f"ShapesLLaVA, preset auto, one prompt of {OVERVIEW_TOKENS} tokens of text, {ROUNDS} rounds of 32 tokens;\n"
+        f"medians, bands are quartiles over all steps; {processor_name()}, {torch.get_num_threads()} thread(s)",
+        fontsize="small",
+    )
+    return figure
 
 
 def save_small(name: str, figure: Any) -> None:
