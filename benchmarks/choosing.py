@@ -44,14 +44,13 @@ TEXT: dict[str, tuple[str, dict[str, Any]]] = {
 IMAGE: dict[str, tuple[str, dict[str, Any]]] = {
     name: (name, {})
     for name in (
+        "image",
+        "snapkv",
+        "text",
+        "streaming",
         "prefixkv",
         "prefixkv+merge",
         "uniform",
-        "snapkv",
-        "cake",
-        "h2o",
-        "text",
-        "streaming",
     )
 }
 Row = dict[str, Any]

@@ -55,8 +55,8 @@ TEXT = (
     Candidate("streaming"),
 )
 IMAGE = (
-    Candidate("snapkv"),
-    Candidate("snapkv", {"evictor": {"name": "topk", "granularity": "head", "decode": "fixed_point"}}, _QUANTIZED),
+    Candidate("image"),
+    Candidate("image", {"evictor": {"name": "topk", "granularity": "head", "decode": "fixed_point"}}, _QUANTIZED),
     Candidate("streaming"),
 )
 
