@@ -36,7 +36,7 @@ kvcompress demo --image scene.png --question "how many red objects?"
 TOPICS = ("assert", "del", "return", "raise", "break", "continue", "global", "nonlocal", "if", "while", "for")
 QUESTION = "What is the for statement used to iterate over?"
 RETENTIONS = (1.0, 0.5, 0.2)
-IMAGE_RETENTIONS = (1.0, 0.5, 0.3)  # of 151 tokens
+IMAGE_RETENTIONS = (1.0, 0.5, 0.4)  # of 151 tokens
 _ANSWER_TOKENS = 48
 _DESCRIPTION_TOKENS = 80
 _SCENE = 0  # of the held-out scenes
@@ -67,7 +67,10 @@ def demo(
         if file is not None and not image:
             raise typer.BadParameter("an image is looked at with --image: kvcompress demo --image FILE")
         preset = preset or "auto"
-        configs = {f"{share:.0%}": CompressionConfig.preset(preset, budget=share) for share in (IMAGE_RETENTIONS if image else RETENTIONS)}
+        configs = {
+            f"{share:.0%}": CompressionConfig.preset(preset, budget=share)
+            for share in (IMAGE_RETENTIONS if image else RETENTIONS)
+        }
         if image:
             loaded, inputs, about = _image_prompt(file, question)
         else:
