@@ -1,4 +1,4 @@
-"""Draws the pictures of the documentation into docs/images/; run it with `python -m tools.pictures` (a few minutes).
+"""Draws the pictures of the documentation into docs/images/; run it with `python tools/pictures.py` (a few minutes).
 
 Names of pictures after the command draw these alone. Figures are measured anew, so times differ from run to run.
 """
@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
-from benchmarks.machine import processor_name
 from kvcompress import CompressionConfig
 from kvcompress.evaluation import LoadedModel, encode_prompt, inspect, load_model
 from kvcompress.evaluation.benchmark import benchmark
@@ -29,7 +27,7 @@ from kvcompress.files import replacing
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "images"
 BUDGETS = [number / 10 for number in range(1, 10)]
 POLICIES = ("prefixkv", "uniform", "snapkv", "streaming")
-OVERVIEW_TOKENS, ROUNDS = 900, 7
+MEMORY_TOKENS = 900
 GROUPS, SCENES = 5, 8  # bands are quartiles over groups of scenes
 LARGEST = 150_000  # bytes of a picture in the repository
 
@@ -59,7 +57,7 @@ def main() -> None:
     merged = inspect(loaded, inputs, CompressionConfig.preset("lightkv"))
     write("lightkv", lambda: merging(merged.report, merged.grid, merged.picture))
     write("speed", lambda: speed(list(speeds(loaded))))
-    write("overview", lambda: overview(list(default_speeds(loaded))))
+    write("memory", lambda: memory(list(default_memory(loaded))))
     write("quality", lambda: quality(list(perplexities(loaded)), "perplexity"))
     if not wanted or any(name.endswith("smollm2") for name in wanted):
         loaded = load_model("smollm2")
@@ -93,35 +91,26 @@ def speeds(loaded: LoadedModel) -> Iterator[dict[str, Any]]:
         yield measurement.to_dict()
 
 
-def default_speeds(loaded: LoadedModel) -> Iterator[dict[str, Any]]:
-    """Memory and times of a prompt of text with the default preset, beside the cache of transformers."""
+def default_memory(loaded: LoadedModel) -> Iterator[dict[str, Any]]:
+    """Bytes that a prompt of text takes with the default preset, beside the cache of transformers."""
     configs = [("auto", CompressionConfig.preset("auto", budget=budget)) for budget in (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)]
-    wanted: dict[str, Any] = {"prompt_tokens": [OVERVIEW_TOKENS], "rounds": ROUNDS, "new_tokens": 32}
+    wanted: dict[str, Any] = {"prompt_tokens": [MEMORY_TOKENS], "rounds": 1, "new_tokens": 32}
     for measurement in benchmark(loaded, configs, references=["DynamicCache"], **wanted):
         yield measurement.to_dict()
 
 
 @drawing
-def overview(rows: list[dict[str, Any]]) -> Any:
-    """Memory and time of a step against the budget: the picture on top of the README."""
-    figure = new_figure(7.0, 3.1)
-    panels = (
-        ("held_bytes", "cache after the answer (MB)", 1e-6),
-        ("seconds_per_token", "time per token (ms)", 1e3),
-    )
-    all_axes = figure.subplots(1, len(panels))
-    for axes, (name, label, factor) in zip(all_axes, panels, strict=True):
-        series = read_series(rows, name, "budget")
-        draw_series(axes, series, "budget", factor)
-        axes.set_ylabel(label)
-        axes.set_ylim(0, 1.12 * factor * max(point.high for line in series for point in line.points))
-        ruled(axes)
-    legend(figure, all_axes[0])
-    figure.supxlabel(
-        f"ShapesLLaVA, preset auto, one prompt of {OVERVIEW_TOKENS} tokens of text, {ROUNDS} rounds of 32 tokens;\n"
-        f"medians, bands are quartiles over all steps; {processor_name()}, {torch.get_num_threads()} thread(s)",
-        fontsize="small",
-    )
+def memory(rows: list[dict[str, Any]]) -> Any:
+    """Memory against the budget: the picture on top of the README."""
+    figure, series = new_figure(4.6, 2.9), read_series(rows, "held_bytes", "budget")
+    axes = figure.subplots()
+    draw_series(axes, series, "budget", 1e-6)
+    axes.set_ylabel("cache after the answer (MB)")
+    axes.set_ylim(0, 1.12e-6 * max(point.high for line in series for point in line.points))
+    ruled(axes)
+    legend(figure, axes)
+    said = f"ShapesLLaVA, preset auto, one prompt of {MEMORY_TOKENS} tokens of text and 32 of the answer"
+    figure.supxlabel(said, fontsize="small")
     return figure
 
 

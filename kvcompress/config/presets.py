@@ -141,8 +141,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "image": (
-        "Made for questions about images: SnapKV's scores (arXiv 2404.14469) from the last 8 queries in place of 32, which "
-        "are then all that is protected; best on drawn scenes in our own measurement (see the evaluation).",
+        "Made for questions about images: SnapKV's scores (arXiv 2404.14469) from the last 8 queries in place of 32, "
+        "and next to nothing else protected; best on drawn scenes in our own measurement (see the evaluation).",
         {
             "budget": {"fraction": 0.2, "sink": 1, "recent": 1},
             "scorer": {"name": "snapkv", "window": 8},
