@@ -45,7 +45,11 @@ class KVStore(Protocol):
 
     @property
     def capacity(self) -> int:
-        """Slots that can be written to, and room for more tokens among them."""
+        """Slots that can be written to, room for more tokens among them, in the row and head that has most."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads; 0 before the first token."""
 
     @property
     def nbytes(self) -> int:
@@ -79,6 +83,7 @@ class KVStore(Protocol):
     def take(
         self,
         rest: Int[Tensor, "batch sets slots"],
+        capacity: Counts,
         first: Int[Tensor, "batch sets packed"] | None,
         packed_rows: Counts | None,
         surplus: bool,
@@ -87,6 +92,7 @@ class KVStore(Protocol):
 
         Args:
             rest: slots that can be written to from now on.
+            capacity: how many slots each row and set gets that can be written to, `[batch, sets]`.
             first: slots that stay packed; None if all do, where they are.
             packed_rows: how many of these mean something per row.
             surplus: whether some of the rest were packed before.
@@ -98,14 +104,17 @@ class KVStore(Protocol):
     def replace(self, keys: Keys, values: Values) -> None:
         """The same in new buffers, with no room for more."""
 
-    def room(self, slots: int) -> int:
-        """Slots that can be written to which are enough for so many tokens of a row."""
+    def room(self, slots: Counts) -> Counts:
+        """Slots that can be written to which are enough for so many tokens, `[batch, sets]`."""
 
-    def grow(self, capacity: int) -> None:
-        """Makes room for more slots that can be written to."""
+    def has_room(self, slots: Counts) -> bool:
+        """Whether rows and sets have so many slots that can be written to, `[batch, sets]`."""
 
-    def make_room(self, dense_rows: Counts, later: Counts | None) -> None:
-        """Makes room for what will be packed of so many tokens per row; for that of `later` where buffers grow."""
+    def grow(self, capacity: Counts) -> None:
+        """Makes room for so many slots that can be written to, `[batch, sets]`."""
+
+    def make_room(self, dense: Counts, later: Counts | None) -> None:
+        """Makes room for what will be packed of so many tokens; for that of `later` where buffers grow."""
 
     def select_rows(self, index: Int[Tensor, " rows"], rows: Counts) -> None:
         """Reorders, repeats or drops rows; in place where their number stays."""
@@ -135,6 +144,18 @@ class DenseStore:
     def capacity(self) -> int:
         """Slots that are allocated."""
         return 0 if self.keys is None else self.keys.shape[2]
+
+    @property
+    def rows_and_heads(self) -> tuple[int, int]:
+        """Rows, and key/value heads; 0 before the first token."""
+        if self.keys is None or self.values is None or self.keys.shape[:3] != self.values.shape[:3]:
+            return 0, 0
+        return self.keys.shape[0], self.keys.shape[1]
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads; 0 before the first token."""
+        return self.rows_and_heads[1]
 
     @property
     def nbytes(self) -> int:
@@ -194,12 +215,13 @@ class DenseStore:
     def take(
         self,
         rest: Int[Tensor, "batch sets slots"],
+        capacity: Counts,
         first: Int[Tensor, "batch sets packed"] | None = None,
         packed_rows: Counts | None = None,
         surplus: bool = False,
     ) -> None:
         """Keeps slots in a new order and gives the others back."""
-        keys, values = self.dense()
+        (keys, values), rest = self.dense(), with_slots(rest, capacity)
         self._hold(rows_at(keys, rest), rows_at(values, rest))
 
     def overwrite(self, keys: Keys, values: Values) -> None:
@@ -211,15 +233,20 @@ class DenseStore:
         """Holds other keys and values of the slots in use instead, those given."""
         self._hold(keys, values)
 
-    def room(self, slots: int) -> int:
+    def room(self, slots: Counts) -> Counts:
         """As many."""
         return slots
 
-    def grow(self, capacity: int) -> None:
-        """Makes room for more slots."""
-        if capacity > self.capacity:
+    def has_room(self, slots: Counts) -> bool:
+        """Whether there are as many slots as the row and set needs that needs most."""
+        return bool(slots.max(initial=0) <= self.capacity)
+
+    def grow(self, capacity: Counts) -> None:
+        """Makes room for more slots, as many for every row and set."""
+        if not self.has_room(capacity):
             keys, values = self.dense()
-            self._hold(grown(keys, capacity), grown(values, capacity))
+            most = int(capacity.max())
+            self._hold(grown(keys, most), grown(values, most))
 
     def select_rows(self, index: Int[Tensor, " rows"], rows: Counts) -> None:
         """Reorders, repeats or drops rows; in place where their number stays."""
@@ -245,7 +272,7 @@ class DenseStore:
         """Takes over what `saved` gave."""
         self._hold(grown(saved["keys"], saved["capacity"]), grown(saved["values"], saved["capacity"]))
 
-    def make_room(self, dense_rows: Counts, later: Counts | None = None) -> None:
+    def make_room(self, dense: Counts, later: Counts | None = None) -> None:
         """Nothing to do: all stays in full precision."""
 
     def move_into(self, buffers: list[Tensor]) -> None:
@@ -269,6 +296,12 @@ def rows_at(tensor: Tensor, order: Int[Tensor, "batch sets slots"]) -> Tensor:
     """Slots of every row and head in the given order, copied."""
     heads, width = tensor.shape[1], tensor.shape[3]
     return tensor.gather(2, order.unsqueeze(-1).expand(-1, heads, -1, width))
+
+
+def with_slots(order: Int[Tensor, "batch sets slots"], capacity: Counts) -> Int[Tensor, "batch sets more"]:
+    """Slots in the given order, and any slot after them as far as the row and set goes that gets most."""
+    more = int(capacity.max(initial=0)) - order.shape[2]
+    return F.pad(order, (0, more)) if more > 0 else order
 
 
 def by_key_head(query: Queries, kv_heads: int) -> Tensor:
