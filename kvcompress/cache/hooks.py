@@ -50,8 +50,8 @@ class ObservesInputs(ABC):
         """Gets the decoder that is about to run and its arguments by name."""
 
     @abstractmethod
-    def before_turn(self, inputs: dict[str, Any]) -> None:
-        """Gets the arguments of `generate` by name, before it cuts off what it takes to be seen."""
+    def before_turn(self, model: PreTrainedModel, inputs: dict[str, Any]) -> None:
+        """Gets a model and the arguments of `generate` by name, before it cuts off what it takes to be seen."""
 
     @abstractmethod
     def plan_decoding(self, model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any], Forward | None]:
@@ -178,7 +178,7 @@ class Generate(_Instead):
             return self.of_class(inputs, *args, **kwargs)
         given = dict(zip(("generation_config",), args, strict=False)) | kwargs
         given = given if inputs is None else {**given, "input_ids": inputs}
-        cache.before_turn(given)
+        cache.before_turn(model, given)
         try:
             more, forward = cache.plan_decoding(model, given)
             token = _stands_in.set(None if forward is None else (model, forward))

@@ -54,7 +54,7 @@ class Progress:
 def evaluate(
     loaded: LoadedModel,
     data: str | Sequence[Sample],
-    configs: Configurations = ("prefixkv",),
+    configs: Configurations = ("auto",),
     *,
     source: str | None = None,
     budgets: Sequence[float | int | str] = (),

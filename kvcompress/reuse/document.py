@@ -25,7 +25,7 @@ class Document:
     """Text, images or both, in a compressed cache; questions are answered on copies of it.
 
     The document is compressed by itself, before any question is known, so that what is kept serves every question
-    alike. Policies that look at the last tokens of a prompt (`snapkv`, `tova`) see the document's end there;
+    alike. Policies that look at the last tokens of a prompt (`snapkv`, `tova`, `text`) see the document's end there;
     `scorer="kvzip"`, made for questions that nobody knows yet, lets the model repeat the document and keeps what that
     looks at, which takes two to three times as long.
 
@@ -58,7 +58,7 @@ class Document:
         text: str | None = None,
         *,
         images: Sequence[Any] = (),
-        config: str | PathLike[str] | dict[str, Any] | CompressionConfig = "prefixkv",
+        config: str | PathLike[str] | dict[str, Any] | CompressionConfig = "auto",
         chat: bool | None = None,
         **overrides: Any,
     ) -> None:
