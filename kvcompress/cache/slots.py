@@ -192,6 +192,7 @@ class SlotTable:
         if self._rule.fraction is not None:
             assert self._allocation is not None
             total = self.seen.to(torch.float64).mul(self._rule.fraction * self._rule.layers).add(1e-6).long()
+            total = total.clamp(min=self._rule.whole * self._rule.layers) if self._rule.whole else total
             total = total if self._allocation.sets == 1 else total * self._allocation.sets
             share = (share * total[:, None]).div(self._spent, rounding_mode="floor")
         held = self.length if self._packed is None else self.length + self._packed
@@ -283,8 +284,15 @@ class SlotTable:
                 self.ranks = torch.nn.functional.pad(self.ranks, (0, more), value=torch.nan)
             self._derive()
 
-    def select_rows(self, index: Tensor, rows: Counts) -> None:
-        """Reorders, repeats or drops rows; in place where their number stays."""
+    def select_rows(self, index: Tensor, rows: Counts, allocation: Allocation | None) -> None:
+        """Reorders, repeats or drops rows; in place where their number stays.
+
+        Args:
+            index: rows to take, in order.
+            rows: the same on the host.
+            allocation: the budgets of these rows.
+        """
+        self._allocation = allocation if self.evicts else None
         lengths, row_seen = self._start
         self._start = (lengths[:, rows], row_seen[rows])
         self.extent, self.hole, self._pinned_rows = self.extent[:, rows], self.hole[:, rows], self._pinned_rows[:, rows]

@@ -76,6 +76,7 @@ class LayerContext:
         weights: the layer's own weights, as far as scorers read them.
         heads: which of the layer's heads these are, where several processes share them; a score that depends on a
             head's number or on other heads must ask it.
+        heads_part: whether heads of the layer, of any process, hold different tokens, so that a slot is not one token.
     """
 
     layer: int
@@ -91,6 +92,7 @@ class LayerContext:
     most_images: int | None = None
     weights: LayerWeights = LayerWeights()
     heads: HeadGroup = ALONE
+    heads_part: bool = False
 
     @property
     def row_queries(self) -> Int[Tensor, " batch"]:
