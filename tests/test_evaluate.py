@@ -191,6 +191,34 @@ def test_answers_are_exact_or_contained_as_the_field_counts_them(
     assert found == [exact, contained, recall]
 
 
+@pytest.mark.parametrize(
+    ("text", "answer", "share"),
+    [
+        ("1 and 3", "1<AND>2<AND>3<AND>4", 0.5),
+        ("It is Gandhi.", "Mohandas Gandhi<OR>gandhi", 1),
+        ("nobody", "Mohandas Gandhi<OR>gandhi", 0),
+        ("x and z", "x<AND>y<OR>z", 1),
+    ],
+)
+def test_a_string_match_wants_all_parts_and_one_choice_of_each(text: str, answer: str, share: float) -> None:
+    assert METRICS["string_match"].score(text, "", answer) == share  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("", 1),
+        ("one two three", 1),
+        ("one two three four five", 1),
+        ("go on. " * 6, 2 / 9),
+        ("No No no no no", 1 / 2),
+        ("猫 犬 鳥 魚 " * 3, 4 / 9),
+    ],
+)
+def test_what_is_distinct_is_the_share_of_runs_of_four_words_that_come_once(text: str, share: float) -> None:
+    assert METRICS["distinct"].score(text, "", "") == pytest.approx(share)  # type: ignore[misc]
+
+
 def test_every_metric_tells_its_source() -> None:
     for name, metric in METRICS.items():
         if metric.score is not None:

@@ -21,6 +21,7 @@ _COMMANDS = {
     "caption": ("caption", "caption", "EPILOG"),
     "inspect": ("inspect", "inspect", "EPILOG"),
     "evaluate": ("evaluate", "evaluate", "EPILOG"),
+    "ruler": ("ruler", "ruler", "EPILOG"),
     "tune": ("tune", "tune_command", "EPILOG"),
     "calibrate": ("calibrate", "calibrate_command", "EPILOG"),
     "bench": ("bench", "bench", "EPILOG"),

@@ -14,11 +14,22 @@ from kvcompress.cli.console import output as result_console
 from kvcompress.cli.console import print_json, reported, warn
 from kvcompress.cli.generate import load_with_spinner
 from kvcompress.cli.grid import WIDE, GridDisplay, results_table
-from kvcompress.cli.options import AsJson, Debug, Device, Dtype, DtypeName, ModelName, Modules, PlotFolder
+from kvcompress.cli.options import (
+    AsJson,
+    Debug,
+    Device,
+    Dtype,
+    DtypeName,
+    ModelName,
+    Modules,
+    PlotFolder,
+    Question,
+    QuestionMode,
+)
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation import evaluate as evaluate_grid
-from kvcompress.evaluation.data import load_samples
+from kvcompress.evaluation.data import check_mode, load_samples
 from kvcompress.evaluation.distributed import Processes
 from kvcompress.evaluation.grid import cells_of
 from kvcompress.evaluation.metrics import METRICS, check_metrics
@@ -32,7 +43,7 @@ kvcompress evaluate --model shapes --data shapes --samples 20 --preset prefixkv,
 
 kvcompress evaluate --data text --preset text --preset streaming --budget 0.5 --metric perplexity --output text.jsonl
 
-kvcompress evaluate --data needle:length=500 --samples 10 --preset snapkv --budget 0.2 --json
+kvcompress evaluate --data needle:length=500 --samples 10 --preset snapkv --budget 0.2 --question unseen --json
 
 kvcompress evaluate --model llava-hf/llava-1.5-7b-hf --data mm-vet.json --images images --output mm-vet.jsonl
 
@@ -76,6 +87,7 @@ def evaluate(
         int | None, typer.Option(min=1, metavar="N", help="The first N; all, or the built-in data's own number.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens of a generated answer.")] = 64,
+    question: QuestionMode = Question.seen,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of generated data and confidence intervals.")] = 0,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A .jsonl for the results; a stopped run goes on there.")
@@ -101,6 +113,7 @@ def evaluate(
             if output is not None:
                 processes.from_first(lambda: check_results_file(output, overwrite=overwrite))
             chosen = load_samples(data, images=images, limit=samples, seed=seed)  # before the model: faster to refuse
+            check_mode(question.value, chosen)
             loaded = load_with_spinner(model, dtype.value, processes.device)
             with GridDisplay(shown=processes.first) as display:
                 rows = evaluate_grid(
@@ -111,6 +124,7 @@ def evaluate(
                     budgets=budgets,
                     metrics=metrics,
                     max_new_tokens=max_new_tokens,
+                    question=question.value,
                     seed=seed,
                     output=output,
                     overwrite=overwrite,

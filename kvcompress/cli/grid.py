@@ -93,6 +93,7 @@ def results_table(rows: Sequence[Row], *, wide: bool = True) -> Table:
     """
     first = rows[0]
     title = f"{first['model']} ({first['dtype']}), {first['data']}, {first['samples']} samples"
+    title += f", question {first.get('question', 'seen')}"
     if any(row["skipped"] for row in rows):
         title += f", {max(row['skipped'] for row in rows)} skipped"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")

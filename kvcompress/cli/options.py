@@ -43,6 +43,22 @@ BudgetSize = Annotated[
     str | None,
     typer.Option(metavar="SIZE", help="0.2, 20%: share of the tokens; 512: tokens per layer; 64MiB: bytes."),
 ]
+
+
+class Question(str, Enum):
+    """What `--question` may be."""
+
+    seen = "seen"
+    unseen = "unseen"
+
+
+QuestionMode = Annotated[
+    Question,
+    typer.Option(
+        metavar="WHEN",
+        help="seen: compress once a whole prompt is read; unseen: after its context or image alone.",
+    ),
+]
 ImagesFolder = Annotated[
     Path | None, typer.Option(metavar="FOLDER", help="Where the images of the data are.", file_okay=False)
 ]

@@ -15,10 +15,21 @@ from kvcompress.cli.console import output as result_console
 from kvcompress.cli.console import print_json, reported, warn, working
 from kvcompress.cli.evaluate import configurations, split
 from kvcompress.cli.generate import load_with_spinner
-from kvcompress.cli.options import AsJson, Debug, Device, Dtype, DtypeName, ModelName, Modules, Overwrite
+from kvcompress.cli.options import (
+    AsJson,
+    Debug,
+    Device,
+    Dtype,
+    DtypeName,
+    ModelName,
+    Modules,
+    Overwrite,
+    Question,
+    QuestionMode,
+)
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import BudgetWarning, ConfigError
-from kvcompress.evaluation.data import Sample, load_samples
+from kvcompress.evaluation.data import Sample, check_mode, load_samples
 from kvcompress.evaluation.distributed import Processes
 from kvcompress.evaluation.metrics import METRICS, PERPLEXITY, check_metrics
 from kvcompress.evaluation.results import check_results_file
@@ -79,6 +90,7 @@ def tune_command(
         int | None, typer.Option(min=1, metavar="N", help="The first N; all, or the built-in data's own number.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Most tokens of a generated answer.")] = 64,
+    question: QuestionMode = Question.seen,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of generated data and of draws.")] = 0,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The winner's configuration: .yaml, .yml or .json.")
@@ -98,6 +110,7 @@ def tune_command(
         import_modules(modules or [])
         configs = configurations(split(preset), config or [], settings or [])
         chosen = load_samples(data, images=images, limit=samples, seed=seed)
+        check_mode(question.value, chosen)
         bounds = _bounds(max_ppl_increase, min_accuracy, metric, chosen)
         processes = Processes.current(device)
         try:
@@ -121,6 +134,7 @@ def tune_command(
                     processes=processes,
                     source=data,
                     max_new_tokens=max_new_tokens,
+                    question=question.value,
                     seed=seed,
                 )
         finally:
@@ -191,7 +205,8 @@ def _conclude(found: Tuning, policies: list[str], bounds: list[Bound], output: P
 
 
 def _table(found: Tuning, policies: list[str], bounds: list[Bound]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    title = f"{found.full['model']} ({found.full['dtype']}), {found.full['data']}, question {found.full['question']}"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
     table.add_column("cache", overflow="fold")
     for head in ("budget", "retention", *(bound.metric for bound in bounds), "key/value cache", "tried"):
         table.add_column(head, justify="right")
@@ -224,6 +239,7 @@ def _as_json(found: Tuning, bounds: list[Bound], output: Path | None) -> dict[st
         "policy": winner.policy,
         "budget": winner.budget,
         "config": winner.config.model_dump(mode="json"),
+        "question": found.full["question"],
         "bounds": [{"metric": bound.metric, "worst": bound.worst(found.full)} for bound in bounds],
         "full": found.full,
         "trials": [{"policy": t.policy, "budget": t.budget, "within": t.within, "row": t.row} for t in found.trials],

@@ -119,8 +119,9 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     on_text: Callable[[str], None] | None = None,
+    cache: Cache | None = None,
 ) -> Generation:
-    """Generates an answer with a new cache and measures it.
+    """Generates an answer and measures it.
 
     The clock is read when transformers hands a token on, which waits for the device in any case; time spent in
     `on_text` does not count. Call `warm_up` before the first measurement of a model.
@@ -133,9 +134,10 @@ def generate(
         temperature: 0 always takes the likeliest token; above 0, tokens are drawn.
         seed: of the draws; the random state outside stays as it was.
         on_text: is given the answer piece by piece while it grows.
+        cache: one that may have read the beginning of the inputs, and is written to; a new one if None.
     """
     model = loaded.model
-    cache = make_cache(loaded, config)
+    cache = make_cache(loaded, config) if cache is None else cache
     clock = _Clock(loaded.tokenizer, on_text)
     with seeded(seed, model.device):
         clock.start()

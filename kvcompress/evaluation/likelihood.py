@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 
 from kvcompress.cache import CompressedCache
 from kvcompress.cache.argument import cache_argument
@@ -45,6 +46,7 @@ def read_answer(
     config: CompressionConfig | None,
     *,
     seed: int = 0,
+    cache: Cache | None = None,
 ) -> Reading:
     """Reads a prompt in one forward, compresses, and is then fed the answer token by token.
 
@@ -58,8 +60,12 @@ def read_answer(
         answer: what follows, at least one token.
         config: how the cache is compressed; None for transformers' own.
         seed: of what policies draw.
+        cache: one that may have read the beginning of the inputs, and is written to; a new one if None.
     """
-    model, cache = loaded.model, make_cache(loaded, config)
+    model = loaded.model
+    cache = make_cache(loaded, config) if cache is None else cache
+    if read := cache.get_seq_length():
+        inputs = {"input_ids": inputs["input_ids"][:, read:]}
     count = answer.shape[1]
     with seeded(seed, model.device):
         start = _now(model.device)

@@ -45,6 +45,7 @@ class _Cell(_Figures):
     model: str
     dtype: str
     data: str
+    question: Literal["seen", "unseen"] = "seen"
     samples: int
     skipped: int
     skipped_samples: list[_Skipped]

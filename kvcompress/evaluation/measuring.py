@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError, KVCompressError
-from kvcompress.evaluation.data import Sample, answer_ids, encode_sample
-from kvcompress.evaluation.generation import Generation, generate
+from kvcompress.evaluation.data import Asker, Mode, Sample, answer_ids, encode_sample
+from kvcompress.evaluation.generation import Generation, generate, make_cache, seeded
 from kvcompress.evaluation.likelihood import Reading, read_answer
 from kvcompress.evaluation.memory import peak_bytes, reset_peak
 from kvcompress.evaluation.metrics import METRICS
@@ -22,9 +23,17 @@ from kvcompress.evaluation.models import LoadedModel
 class Measure:
     """Measures samples one by one."""
 
-    def __init__(self, metrics: Sequence[str], max_new_tokens: int, seed: int) -> None:
-        """Takes what is to be measured; `max_new_tokens` limits generated answers, `seed` is of what policies draw."""
+    def __init__(self, metrics: Sequence[str], max_new_tokens: int, seed: int, question: Mode = "seen") -> None:
+        """Takes what is to be measured.
+
+        Args:
+            metrics: names in `METRICS`.
+            max_new_tokens: most tokens of a generated answer, unless its sample says otherwise.
+            seed: of what policies draw.
+            question: "seen" compresses once the whole prompt is read, "unseen" after its context.
+        """
         self.metrics, self.max_new_tokens, self.seed = metrics, max_new_tokens, seed
+        self.asker = Asker() if question == "unseen" else None
         self.reads_text = any(METRICS[name].reads_text for name in metrics)
         self.reads_likelihood = any(not METRICS[name].reads_text for name in metrics)
         self.needs_answer = any(METRICS[name].needs_answer for name in metrics)
@@ -53,17 +62,20 @@ class Measure:
     ) -> dict[str, Any]:
         if self.needs_answer and not (sample.answer or "").strip():
             raise ConfigError("its reference answer is empty; leave out the metrics that need one, or give one")
-        inputs = _encoded(loaded, sample)
         reset_peak(loaded.model.device)
+        inputs, cache = self._asked(loaded, sample, config)
         found: dict[str, Any] = {"kind": sample.kind, "prompt_tokens": inputs["input_ids"].shape[1]}
         measured: Generation | Reading | None = None
         if self.reads_likelihood:
-            measured = read_answer(loaded, inputs, answer_ids(loaded, sample), config, seed=self.seed)
+            measured = read_answer(loaded, inputs, answer_ids(loaded, sample), config, seed=self.seed, cache=cache)
             if not math.isfinite(measured.nll):
                 raise ConfigError(f"the likelihood of its answer is {measured.nll}: the model's logits overflow")
             found |= {"nll": measured.nll, "answer_tokens": measured.tokens}
         if self.reads_text:
-            measured = generate(loaded, inputs, config, max_new_tokens=self.max_new_tokens, seed=self.seed)
+            if measured is not None:  # the cache has read an answer by now
+                inputs, cache = self._asked(loaded, sample, config)
+            most = sample.max_new_tokens or self.max_new_tokens
+            measured = generate(loaded, inputs, config, max_new_tokens=most, seed=self.seed, cache=cache)
             text, answer = measured.text, sample.answer or ""
             found |= {"text": text, "new_tokens": len(measured.token_ids)}
             scores = {name: METRICS[name].score for name in self.metrics}
@@ -86,11 +98,16 @@ class Measure:
             "peak_bytes": peak_bytes(loaded.model.device),
         }
 
-
-def _encoded(loaded: LoadedModel, sample: Sample) -> dict[str, Tensor]:
-    try:
-        return encode_sample(loaded, sample)
-    except (KVCompressError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:  # processors and tokenizers raise whatever they like about odd images and texts
-        raise ConfigError(f"cannot be encoded: {type(error).__name__}: {error}") from error
+    def _asked(
+        self, loaded: LoadedModel, sample: Sample, config: CompressionConfig | None
+    ) -> tuple[dict[str, Tensor], Cache]:
+        """A prompt and the cache that reads it; both new, for one answer."""
+        try:
+            if self.asker is None:
+                return encode_sample(loaded, sample), make_cache(loaded, config)
+            with seeded(self.seed, loaded.model.device):
+                return self.asker.ask(loaded, sample, config)
+        except (KVCompressError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # processors and tokenizers raise whatever they like about odd images and texts
+            raise ConfigError(f"cannot be encoded: {type(error).__name__}: {error}") from error

@@ -13,6 +13,7 @@ from kvcompress.policies.registry import unknown_name
 
 PERPLEXITY = "perplexity"
 _WORD = re.compile(r"-?\d+(?:[.,]\d+)*|\w+")
+_RUN = 4  # words of what may be repeated
 _ARTICLES = {"a", "an", "the"}
 
 
@@ -87,6 +88,27 @@ def recall(text: str, full: str, answer: str) -> float:
     return sum(part in text.lower() for part in parts) / len(parts)
 
 
+def string_match(text: str, full: str, answer: str) -> float:
+    """RULER's own: like `recall`, and of the choices between `<OR>` one is enough.
+
+    Source: RULER (arXiv 2404.06654): `string_match_all` over the parts between `<AND>`, `string_match_part` over the
+    choices of its questions with several answers.
+    """
+    parts = [[choice.strip().lower() for choice in part.split("<OR>")] for part in answer.split("<AND>")]
+    return sum(any(choice in text.lower() for choice in part) for part in parts) / len(parts)
+
+
+def distinct(text: str, full: str, answer: str) -> float:
+    """Share of a text's runs of four words that come once: 1 where nothing is said again; 1 below four words.
+
+    Source: distinct-n (Li et al., arXiv 1510.03055), and 1 - seq-rep-4 of Welleck et al. (arXiv 1908.04319).
+    *Deviates:* words instead of tokens, so that models with other tokenizers compare.
+    """
+    words = _WORD.findall(text.lower())
+    runs = list(zip(*(words[start:] for start in range(_RUN)), strict=False))
+    return len(set(runs)) / len(runs) if runs else 1.0
+
+
 METRICS: dict[str, Metric] = {
     PERPLEXITY: Metric(None, needs_answer=True, higher_is_better=False),
     "rouge1": Metric(rouge1, needs_answer=False),
@@ -95,6 +117,8 @@ METRICS: dict[str, Metric] = {
     "exact": Metric(exact, needs_answer=True),
     "contained": Metric(contained, needs_answer=True),
     "recall": Metric(recall, needs_answer=True),
+    "string_match": Metric(string_match, needs_answer=True),
+    "distinct": Metric(distinct, needs_answer=False),
 }
 
 

@@ -8,7 +8,7 @@ from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
@@ -37,13 +37,13 @@ def samples_of(
 
 
 @torch.inference_mode()
-def continuation_perplexity(
+def continuation_losses(
     model: PreTrainedModel,
     make_cache: Callable[[], Cache],
     ids: Int[Tensor, "batch tokens"],
     prompt: int,
-) -> float:
-    """Perplexity of what follows a prompt, each token fed on its own, so that decode rules are at work.
+) -> Float[Tensor, "batch new"]:
+    """How badly each token after a prompt is foretold, each fed on its own, so that decode rules are at work.
 
     Args:
         model: a causal language model.
@@ -52,12 +52,19 @@ def continuation_perplexity(
         prompt: tokens of the prompt, which is read in one forward and compressed.
 
     Returns:
-        exp of the mean negative log-likelihood per token of the continuation, in nats.
+        Negative log-likelihood of every token of the continuations, in nats, float32.
     """
     cache, losses = make_cache(), []
     logits = model(ids[:, :prompt], **cache_argument(cache), logits_to_keep=1).logits
     for position in range(prompt, ids.shape[1]):
-        losses.append(F.cross_entropy(logits[:, -1].float(), ids[:, position], reduction="sum"))
+        losses.append(F.cross_entropy(logits[:, -1].float(), ids[:, position], reduction="none"))
         if position + 1 < ids.shape[1]:
             logits = model(ids[:, position : position + 1], **cache_argument(cache)).logits
-    return math.exp(float(torch.stack(losses).sum()) / (ids.shape[0] * len(losses)))
+    return torch.stack(losses, 1)
+
+
+def continuation_perplexity(
+    model: PreTrainedModel, make_cache: Callable[[], Cache], ids: Int[Tensor, "batch tokens"], prompt: int
+) -> float:
+    """Perplexity of what follows a prompt: exp of the mean of `continuation_losses`, in nats per token."""
+    return math.exp(float(continuation_losses(model, make_cache, ids, prompt).mean()))

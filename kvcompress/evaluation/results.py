@@ -94,6 +94,7 @@ class ResultsFile:
         self.rows = _cells(path, cells)
         before, records = _samples(beside, samples)
         if before is not None:
+            before = {"question": "seen", **before}  # which nothing else was once
             other = [name for name in {**before, **run} if before.get(name) != run.get(name)]
             if other:
                 changes = ", ".join(

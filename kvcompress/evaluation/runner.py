@@ -14,7 +14,7 @@ import transformers
 
 from kvcompress import __version__
 from kvcompress.errors import BudgetWarning, ConfigError, UnsupportedModelError
-from kvcompress.evaluation.data import Sample, data_hash, load_samples
+from kvcompress.evaluation.data import Mode, Sample, check_mode, data_hash, load_samples
 from kvcompress.evaluation.distributed import Processes
 from kvcompress.evaluation.grid import Cell, Configurations, cells_of
 from kvcompress.evaluation.measuring import Measure
@@ -62,6 +62,7 @@ def evaluate(
     images: Path | None = None,
     limit: int | None = None,
     max_new_tokens: int = 64,
+    question: Mode = "seen",
     seed: int = 0,
     output: str | Path | None = None,
     overwrite: bool = False,
@@ -80,7 +81,9 @@ def evaluate(
         metrics: names in `METRICS`; `default_metrics` if None.
         images: as in `load_samples`.
         limit: as in `load_samples`.
-        max_new_tokens: most tokens of a generated answer.
+        max_new_tokens: most tokens of a generated answer, unless the data say so for a question.
+        question: "seen": a cache is compressed once the whole prompt is read; "unseen": after the context (a document,
+            an image or both), and questions that follow each other on one context are asked from one compressed copy.
         seed: of generated data, of what policies draw and of the confidence intervals.
         output: a .jsonl file; what it holds of the same run is not done again. None writes nothing.
         overwrite: whether to start over where the file exists.
@@ -93,7 +96,8 @@ def evaluate(
         `BudgetWarning` names those that held more than their budget, in tokens.
 
     Raises:
-        ConfigError: if data, a configuration, a metric or the output is wrong, or no sample could be evaluated.
+        ConfigError: if data, a configuration, a metric or the output is wrong, a question that is to be unseen has no
+            context, or no sample could be evaluated.
         UnsupportedModelError: if there are images and the model sees none.
         MissingDependencyError: if a metric needs a package that is not installed.
     """
@@ -110,13 +114,14 @@ def evaluate(
             f"data '{source}': has images, but '{loaded.name}' is a text model ({loaded.model.config.model_type}); "
             "choose a LLaVA model (llava, llava_next)"
         )
-    run = _run(loaded, source, samples, wanted, max_new_tokens, seed)
+    check_mode(question, samples)
+    run = _run(loaded, source, samples, wanted, max_new_tokens, question, seed)
     if len(set(processes.gather([run["data_hash"]]))) > 1:
         raise ConfigError(f"data '{source}': the processes read different samples; give all of them the same files")
     path = None if output is None else Path(output)
     if path is not None and isinstance(data, str) and path.exists() and Path(data).exists() and path.samefile(data):
         raise ConfigError(f"output {path}: is the file of the data; give another file")
-    measure, total = Measure(wanted, max_new_tokens, seed), len(cells) * len(samples)
+    measure, total = Measure(wanted, max_new_tokens, seed, question), len(cells) * len(samples)
     with ExitStack() as held:
         tell = held.enter_context(progress_bar(progress and processes.first, "samples", total))
 
@@ -256,7 +261,13 @@ def _config(cell: Cell) -> Row | None:
 
 
 def _run(
-    loaded: LoadedModel, source: str, samples: list[Sample], metrics: list[str], max_new_tokens: int, seed: int
+    loaded: LoadedModel,
+    source: str,
+    samples: list[Sample],
+    metrics: list[str],
+    max_new_tokens: int,
+    question: Mode,
+    seed: int,
 ) -> Row:
     """What two runs must share for the results of one to stand beside those of the other."""
     return {
@@ -267,6 +278,7 @@ def _run(
         "data_hash": data_hash(samples),
         "metrics": metrics,
         "max_new_tokens": max_new_tokens if any(METRICS[name].reads_text for name in metrics) else None,
+        "question": question,
         "seed": seed,
         "versions": {
             "kvcompress": __version__,

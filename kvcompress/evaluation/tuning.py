@@ -120,7 +120,7 @@ def tune(
         on_progress: is told how far each trial is, in the first process alone.
         progress: whether a bar on stderr shows it for each trial, likewise.
         processes: as for `evaluate`; all find the same.
-        **settings: of `evaluate`: images, limit, max_new_tokens, seed, source.
+        **settings: of `evaluate`: images, limit, max_new_tokens, question, seed, source.
 
     Raises:
         ConfigError: if there is no bound or no configuration, the step is out of range, or `evaluate` refuses.

@@ -142,19 +142,37 @@ class Document:
                 tell(len(answers))
         return answers[0] if isinstance(questions, str) else answers
 
-    def _answer(self, questions: list[str], max_new_tokens: int, generate: dict[str, Any]) -> list[str]:
-        ids, mask = self._prompter.questions(questions, self._after)
+    def prepare(
+        self, questions: Sequence[str], *, answer_prefix: str = ""
+    ) -> tuple[dict[str, Tensor], CompressedCache]:
+        """What `generate` takes to answer questions together, for calls that `ask` does not make.
+
+        Args:
+            questions: at least one.
+            answer_prefix: what every answer begins with, put into the model's mouth.
+
+        Returns:
+            `input_ids` and `attention_mask` of document and questions, int64 [questions, tokens], padded between the
+            two; and a copy of the cache, which has read the document and has a row for each question.
+        """
+        ids, mask = self._prompter.questions(questions, self._after + answer_prefix)
         rows, read = len(questions), self._ids.to(ids.device)
         cache = copy.deepcopy(self.cache)
         if rows > 1:
             cache.batch_repeat_interleave(rows)
         whole = torch.cat([read.expand(rows, -1), ids], 1)
-        shown = torch.cat([torch.ones_like(read).expand(rows, -1), mask], 1)
+        return {
+            "input_ids": whole,
+            "attention_mask": torch.cat([torch.ones_like(read).expand(rows, -1), mask], 1),
+        }, cache
+
+    def _answer(self, questions: list[str], max_new_tokens: int, generate: dict[str, Any]) -> list[str]:
+        inputs, cache = self.prepare(questions)
         wanted = answering(self._prompter, {"max_new_tokens": max_new_tokens, **generate})
         output: Tensor = self.model.generate(  # type: ignore[operator]
-            whole, attention_mask=shown, **cache_argument(cache), **wanted
+            **inputs, **cache_argument(cache), **wanted
         )
-        found = output[:, whole.shape[1] :]
+        found = output[:, inputs["input_ids"].shape[1] :]
         return [str(text) for text in self._prompter.tokenizer.batch_decode(found, skip_special_tokens=True)]
 
     # -- on disk -------------------------------------------------------------------------------------------------------

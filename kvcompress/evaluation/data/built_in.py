@@ -81,7 +81,7 @@ def needle(*, count: int = 20, seed: int = 0, length: int = 1000, depth: float |
         hidden = f"The secret code of {place} is {code}."
         story = " ".join([*hay[:before], hidden, *hay[before:]])
         prompt = f"{story}\n\nWhat is the secret code of {place}? Answer with the number alone."
-        samples.append(Sample(f"needle-{index:04}-depth-{share:.2f}", prompt, code, kind="needle"))
+        samples.append(Sample(f"needle-{index:04}-depth-{share:.2f}", prompt, code, kind="needle", context=story))
     return samples
 
 

@@ -21,13 +21,19 @@ class Sample:
 
     Attributes:
         name: stable and unique within the data.
-        prompt: what the user says.
+        prompt: what the user says, a context at its beginning included.
         answer: the reference answer; None or empty where there is none.
         image: path of the image; None where there is none, or where it is drawn.
         picture: the image itself (PIL) where it is drawn.
         kind: what is asked for, such as "count" for ShapesLLaVA, "ocr+math" for MM-Vet; "text" for plain text, which
             goes to the model without a chat template; "" where the data tell no kinds apart.
         folder: where the image must lie once links are followed; None allows any place.
+        context: the document that the prompt begins with, an empty line before the question; None where there is none.
+        answer_prefix: what the answer begins with, put into the model's mouth; "" where it begins by itself.
+        max_new_tokens: most tokens of a generated answer, where the data say so for this question.
+
+    Raises:
+        ConfigError: if the prompt does not begin with the context, or has no question after it.
     """
 
     name: str
@@ -37,6 +43,26 @@ class Sample:
     picture: Any | None = None
     kind: str = ""
     folder: Path | None = field(default=None, compare=False)
+    context: str | None = None
+    answer_prefix: str = ""
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.context is not None and not (self.prompt.startswith(self.context) and self.context and self.question):
+            raise ConfigError(
+                f"sample '{self.name}': its prompt must begin with its context and go on with a question; build it as "
+                "f'{context}\\n\\n{question}'"
+            )
+
+    @property
+    def has_context(self) -> bool:
+        """Whether something stands before the question: a document, an image, or both."""
+        return self.context is not None or self.has_image
+
+    @property
+    def question(self) -> str:
+        """The prompt without its context."""
+        return self.prompt if self.context is None else self.prompt.removeprefix(self.context).strip()
 
     @property
     def has_image(self) -> bool:
@@ -56,15 +82,17 @@ class Sample:
 
 
 def data_hash(samples: Iterable[Sample]) -> str:
-    """A sha256 over the content of samples: names, prompts, answers, kinds and the bytes of images.
+    """A sha256 over the content of samples: names, prompts, answers, kinds, the bytes of images, what else is read.
 
     It is the same wherever the files lie. An image that is missing, or that `open_picture` would refuse for its place,
     its size or what kind of file it is, counts as missing.
     """
     digest = hashlib.sha256()
     for sample in samples:
-        picture = _picture_hash(sample)
-        line = json.dumps([sample.name, sample.prompt, sample.answer, sample.kind, picture], ensure_ascii=False)
+        content: list[Any] = [sample.name, sample.prompt, sample.answer, sample.kind, _picture_hash(sample)]
+        if sample.context is not None or sample.answer_prefix or sample.max_new_tokens is not None:
+            content += [len(sample.context or ""), sample.answer_prefix, sample.max_new_tokens]
+        line = json.dumps(content, ensure_ascii=False)
         digest.update(line.encode("utf-8", "surrogatepass") + b"\n")
     return digest.hexdigest()
 

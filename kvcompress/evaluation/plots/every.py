@@ -22,21 +22,25 @@ def plot_results(rows: Sequence[Row]) -> dict[str, Figure]:
 
     Args:
         rows: results as `kvcompress evaluate` writes them, see `quality` and `speed`. Where they are about several
-            models or data sets, or have budgets in several units, each has its own pictures.
+            models or data sets, have questions seen and unseen, or budgets in several units, each has its own pictures.
 
     Returns:
-        Figures by a name fit for a file: the metric or "speed", and model, data and unit where there are several.
+        Figures by a name fit for a file: the metric or "speed", and model, data, question and unit where there are
+        several.
 
     Raises:
         ConfigError: if the rows hold no metric.
     """
     check_matplotlib()
-    about: dict[tuple[str, str], list[Row]] = {}
+    about: dict[tuple[str, ...], list[Row]] = {}
+    several = len({row.get("question", "seen") for row in rows}) > 1
     for row in rows:
-        about.setdefault((str(row.get("model", "")), str(row.get("data", ""))), []).append(row)
+        names = [str(row.get(name, "")) for name in ("model", "data")]
+        asked = [f"question-{row.get('question', 'seen')}"] if several else []
+        about.setdefault((*names, *asked), []).append(row)
     groups: dict[str, list[Row]] = {}
-    for (model, data), found in about.items():
-        ending = "" if len(about) == 1 else f"-{_file_name(model)}-{_file_name(data)}"
+    for key, found in about.items():
+        ending = "" if len(about) == 1 else "".join(f"-{_file_name(name)}" for name in key)
         units = by_unit(found)
         groups |= {f"{ending}-{unit}" if len(units) > 1 else ending: group for unit, group in units.items()}
     figures: dict[str, Figure] = {}

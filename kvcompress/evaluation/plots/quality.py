@@ -23,6 +23,8 @@ _LABELS: dict[str, tuple[str, float]] = {
     "exact": ("exact answers (%)", 100),
     "contained": ("answers that contain the right one (%)", 100),
     "recall": ("needles found (%)", 100),
+    "string_match": ("answers found, as RULER counts them (%)", 100),
+    "distinct": ("runs of four words that come once (%)", 100),
     "accuracy": ("right answers (%)", 100),
     "retention": ("retention: kept / seen (%)", 100),
     "kv_bytes": ("key/value cache (MiB)", 2**-20),
@@ -52,7 +54,8 @@ def quality(rows: Sequence[Row], metric: str) -> Figure:
     figure = new_figure(5.0, 3.4)
     axes = figure.subplots()
     draw_series(axes, series, "budget", factor)
-    axes.set_ylabel(label)
+    asked = {str(row["question"]) for row in rows if "question" in row}
+    axes.set_ylabel(label if asked <= {"seen"} else f"{label}\nquestion {' and '.join(sorted(asked))}")
     if metric == "perplexity" and _range(series) >= _LOG_FROM:
         _log_scale(axes)
     elif factor == 100:
