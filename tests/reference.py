@@ -53,6 +53,11 @@ def decoder_layers(model: PreTrainedModel) -> list[Any]:
     return list(model.get_decoder().layers)
 
 
+def attention_in(layer: nn.Module) -> Any:
+    """The attention of a decoder layer, whatever its model calls it."""
+    return getattr(layer, "self_attn", None) or layer.attention
+
+
 Held = list[list[list[list[int]]]]  # columns, [layers][batch][sets][tokens]
 
 
@@ -90,7 +95,7 @@ def recorded(model: PreTrainedModel, cache: CompressedCache | None = None) -> It
     def after(module: nn.Module, args: Any, output: Any) -> None:
         steps[-1].logits = output.logits.detach().clone()
 
-    hooks = [layer.self_attn.register_forward_hook(attended) for layer in decoder_layers(model)]
+    hooks = [attention_in(layer).register_forward_hook(attended) for layer in decoder_layers(model)]
     hooks += [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
     try:
         yield steps
@@ -110,8 +115,9 @@ class Reference:
             _prepared[name, dtype] = model
         self.model = _prepared[name, dtype]
         self.cache = DynamicCache()
-        self.layers = [layer.self_attn for layer in decoder_layers(self.model)]
-        self.kv_heads = self.model.get_decoder().config.num_key_value_heads
+        self.layers = [attention_in(layer) for layer in decoder_layers(self.model)]
+        config = self.model.get_decoder().config
+        self.kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
 
     def run(self, inputs: dict[str, Any], visible: Held) -> Step:
         """Runs the tokens of one forward.

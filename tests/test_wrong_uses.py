@@ -23,7 +23,7 @@ from kvcompress.errors import (
     UnsupportedModeError,
     UnsupportedModelError,
 )
-from kvcompress.integrations import LlamaAdapter, adapter_for, base, register_adapter
+from kvcompress.integrations import Adapter, adapter_for, base, register_adapter
 from kvcompress.policies.base import Allocator, Evictor, Scorer
 from kvcompress.policies.context import LayerContext
 from kvcompress.policies.registry import ALLOCATORS, EVICTORS
@@ -353,17 +353,29 @@ def test_our_own_warnings_alone_are_errors_in_the_tests() -> None:
 
 
 def test_an_adapter_of_ones_own_opens_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A type that was refused is served once it is registered, and one that is served takes the adapter named for it."""
     monkeypatch.setattr(base, "_ADAPTERS", dict(base._ADAPTERS))
-    small = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
-    config = transformers.GemmaConfig(**small, **heads)
-    model = transformers.GemmaForCausalLM(config).eval()
-    with pytest.raises(UnsupportedModelError, match=r"register_adapter\('gemma'\)"):
+    small = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "pad_token_id": 0, "eos_token_id": None}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**small, bos_token_id=1)).eval()
+    with pytest.raises(UnsupportedModelError, match=r"register_adapter\('gpt2'\)"):
         CompressedCache(model, "prefixkv")
-    register_adapter("gemma")(LlamaAdapter)
+
+    @register_adapter("gpt2", "gemma")
+    class Own(Adapter):
+        def decoder(self, model: Any) -> Any:
+            return getattr(model, "transformer", model)
+
+        def layers(self, model: Any) -> list[Any]:
+            return list(self.decoder(model).h)
+
+        def attention_modules(self, model: Any) -> list[Any]:
+            return [layer.attn for layer in self.layers(model)]
+
     cache = CompressedCache(model, "prefixkv", budget=0.5)
-    model.generate(torch.randint(2, 50, (1, 20)), **tiny.with_cache(cache), max_new_tokens=3, do_sample=False)
+    model.generate(tiny.token_ids(1, 20, seed=0), **tiny.with_cache(cache), max_new_tokens=3, do_sample=False)
     assert cache.report().retention <= 0.5
+    monkeypatch.setattr(Own, "check", lambda adapter, model: None)
+    assert type(adapter_for(tiny.build("gemma"))) is Own
 
 
 def test_a_wrong_configuration_leaves_the_model_untouched() -> None:

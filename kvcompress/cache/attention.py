@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvcompress.errors import UnsupportedModeError
+from kvcompress.errors import UnsupportedModeError, UnsupportedModelError
 from kvcompress.kernels import in_one_dtype, without_autocast
 
 NAME = "kvcompress"
@@ -33,6 +33,7 @@ _WITHOUT_MEANING = frozenset(
         "num_items_in_batch",
         "output_attentions",
         "output_hidden_states",
+        "output_router_logits",
         "position_ids",
         "return_dict",
         "token_type_ids",
@@ -93,6 +94,7 @@ def compressed_attention(
 
     Raises:
         UnsupportedModeError: for an argument that it does not know.
+        UnsupportedModelError: for a mask that is not of padding alone.
     """
     call: tuple[Attends, int] | None = getattr(key, _CALL, None)
     if call is None:
@@ -104,6 +106,12 @@ def compressed_attention(
                 "it out, or use another cache"
             )
     cache, layer = call
+    if attention_mask is not None and padding_in(attention_mask) is attention_mask:
+        raise UnsupportedModelError(
+            f"model: layer {layer} ({type(module).__name__}) attends with a mask of the shape "
+            f"{tuple(attention_mask.shape)} that it makes itself, and a compressed cache knows padding alone; use another "
+            "cache"
+        )
     scaling = scaling or query.shape[-1] ** -0.5
     query, key, value = in_one_dtype(query, key, value)
     if not torch.is_grad_enabled():

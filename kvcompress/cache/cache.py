@@ -210,6 +210,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     ) -> Tensor:
         """Takes a layer through the step in progress, which the first layer begins and the last ends."""
         state = self._state
+        if not torch.compiler.is_compiling():
+            state.calls.attends(layer, module)
         if layer == 0 and not state.early:
             self._begin(query.shape[0], query.shape[2], query.device)
         step = state.step
@@ -302,6 +304,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 if not self._state.early:
                     self._state.check_ready()
             self._state.calls.check(layer_idx)
+            self._state.calls.hands_over(layer_idx)
         if layer_idx >= len(self.layers):
             raise CacheStateError(f"layer {layer_idx}: the cache was made for a model of {len(self.layers)} layers")
         return attention.attach(key_states, self, layer_idx), value_states

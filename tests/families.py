@@ -1,0 +1,59 @@
+"""Families of text models that are served by their shape: a tiny model of each, by transformers' name of its type."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from transformers import PreTrainedModel
+
+_EXPERTS = {"moe_intermediate_size": 16, "num_experts_per_tok": 2}
+_SHARED = {**_EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 16}
+_GROUPED = {**_EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1}
+_HEAD = {"head_dim": 8}
+# What the configuration of each type needs beside `tiny`'s.
+FULL: dict[str, dict[str, Any]] = {
+    "apertus": {},
+    "arcee": {},
+    "bitnet": {},
+    "cohere": {"logit_scale": 1.0},
+    "ernie4_5": _HEAD,
+    "ernie4_5_moe": {**_EXPERTS, "moe_num_experts": 4, "moe_k": 2},
+    "exaone": {},
+    "flex_olmo": {"num_experts": 4, "num_experts_per_tok": 2},
+    "gemma": _HEAD,
+    "glm": _HEAD,
+    "glm4": _HEAD,
+    "glm4_moe": {**_GROUPED, **_HEAD},
+    "gpt_neox": {"num_key_value_heads": 4},
+    "granite": {"attention_multiplier": 0.3, "residual_multiplier": 0.7},
+    "granitemoe": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "helium": _HEAD,
+    "hunyuan_v1_dense": _HEAD,
+    "internlm3": _HEAD,
+    "minimax_m2": {**_EXPERTS, "num_local_experts": 4, **_HEAD},
+    "ministral3": _HEAD,
+    "mixtral": {"num_local_experts": 4},
+    "nemotron": {},
+    "olmo": {},
+    "olmo2": {},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "persimmon": {"num_key_value_heads": 4},
+    "phi": {},
+    "phi3": {"partial_rotary_factor": 0.5},
+    "phimoe": {"num_local_experts": 4},
+    "qwen2_moe": _SHARED,
+    "qwen3_moe": {**_SHARED, **_HEAD},
+    "seed_oss": _HEAD,
+    "smollm3": {"no_rope_layers": [1, 0, 1]},
+    "solar_open": {**_GROUPED, **_HEAD},
+    "stablelm": {},
+    "starcoder2": {"sliding_window": None},
+}
+
+
+def build(name: str, text: dict[str, Any]) -> PreTrainedModel:
+    """A model of a family with random weights, from what all configurations share."""
+    config = transformers.AutoConfig.for_model(name, **{**text, **FULL[name]})
+    model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config)
+    return model
