@@ -117,7 +117,7 @@ def test_a_model_of_one_layer_whose_keys_reach_no_attention_is_refused_in_its_se
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     cache = CompressedCache(model, "prefixkv", budget=0.5)
     model(tiny.token_ids(1, 9, seed=1), **tiny.with_cache(cache))
-    with pytest.raises(CacheStateError, match="the keys of layer 0 reached no attention.*call reset"):
+    with pytest.raises(CacheStateError, match=r"the keys of layer 0 reached no attention.*call reset"):
         model(tiny.token_ids(1, 1, seed=2), **tiny.with_cache(cache))
 
 

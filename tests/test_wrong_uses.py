@@ -353,7 +353,7 @@ def test_our_own_warnings_alone_are_errors_in_the_tests() -> None:
 
 
 def test_an_adapter_of_ones_own_opens_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A type that was refused is served once it is registered, and one that is served takes the adapter named for it."""
+    """A type that was refused is served once it is registered; one that is served takes the adapter named for it."""
     monkeypatch.setattr(base, "_ADAPTERS", dict(base._ADAPTERS))
     small = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4, "pad_token_id": 0, "eos_token_id": None}
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**small, bos_token_id=1)).eval()

@@ -109,8 +109,8 @@ def compressed_attention(
     if attention_mask is not None and padding_in(attention_mask) is attention_mask:
         raise UnsupportedModelError(
             f"model: layer {layer} ({type(module).__name__}) attends with a mask of the shape "
-            f"{tuple(attention_mask.shape)} that it makes itself, and a compressed cache knows padding alone; use another "
-            "cache"
+            f"{tuple(attention_mask.shape)} that it makes itself, and a compressed cache knows padding alone; use "
+            "another cache"
         )
     scaling = scaling or query.shape[-1] ** -0.5
     query, key, value = in_one_dtype(query, key, value)

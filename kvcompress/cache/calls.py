@@ -85,8 +85,8 @@ class Calls:
         """
         if self.waits is not None:
             raise CacheStateError(
-                f"cache: in the last forward the keys of layer {self.waits} reached no attention: it failed half-way, or "
-                f"the model attends otherwise than through transformers' attention interface; {_RESET}"
+                f"cache: in the last forward the keys of layer {self.waits} reached no attention: it failed half-way, "
+                f"or the model attends otherwise than through transformers' attention interface; {_RESET}"
             )
         shape, announced = shape_of(inputs), self._announced
         self._announced = None

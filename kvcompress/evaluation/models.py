@@ -133,11 +133,11 @@ def _check_shape(name: str, config: PretrainedConfig) -> None:
     """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
     except Exception as error:  # no text model, or one that cannot be made without its weights
         raise UnsupportedModelError(
-            f"model '{name}': no adapter for its type '{config.model_type}', and no text model of it can be made to look "
-            f"at ({_first_line(error)}); known by name: {', '.join(known_models())}"
+            f"model '{name}': no adapter for its type '{config.model_type}', and no text model of it can be made to "
+            f"look at ({_first_line(error)}); known by name: {', '.join(known_models())}"
         ) from None
     try:
         adapter_for(model)

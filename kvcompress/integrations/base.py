@@ -145,7 +145,7 @@ def adapter_for(model: Any) -> Adapter:
             message says why.
     """
     config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
+    model_type = str(getattr(config, "model_type", None))
     if not isinstance(model, PreTrainedModel):
         inner = _unwrapping(model)
         raise UnsupportedModelError(
@@ -154,8 +154,8 @@ def adapter_for(model: Any) -> Adapter:
         )
     if model_type not in _ADAPTERS and (reason := why_not(model)):
         raise UnsupportedModelError(
-            f"model: no adapter for the model type '{model_type}' ({type(model).__name__}), which {reason}. Known by name: "
-            f"{', '.join(known_models())}; by shape: decoders whose layers each hold one attention with rotary "
+            f"model: no adapter for the model type '{model_type}' ({type(model).__name__}), which {reason}. Known by "
+            f"name: {', '.join(known_models())}; by shape: decoders whose layers each hold one attention with rotary "
             "embeddings that goes through transformers' attention interface. What can be served all the same takes an "
             f"adapter of your own: @kvcompress.integrations.register_adapter('{model_type}') on a subclass of "
             "kvcompress.integrations.Adapter"

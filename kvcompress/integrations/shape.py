@@ -17,8 +17,9 @@ _PROBE = 5  # a position at which rotary embeddings are compared
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel | None:
-    """The module that owns the decoder layers: the model itself, or what it calls its decoder; None if there is none."""
-    own = model.get_decoder() if callable(getattr(model, "get_decoder", None)) else None
+    """The module that owns the decoder layers: the model itself, or what it calls its decoder; None if none does."""
+    asks: Any = getattr(model, "get_decoder", None)
+    own = asks() if callable(asks) else None
     for found in (model, own, getattr(model, "model", None)):
         if isinstance(found, PreTrainedModel) and isinstance(getattr(found, "layers", None), nn.ModuleList):
             return found
@@ -113,6 +114,16 @@ def why_not(model: PreTrainedModel) -> str:
             "takes more than text, and no adapter says which of its tokens are images; its language model alone, "
             "model.get_decoder(), can be served"
         )
+    kinds, layers = layer_kinds(decoder), list(decoder.layers)  # type: ignore[arg-type]
+    if reason := _keeps_otherwise(decoder, kinds) or _without_attention(decoder, kinds, layers):
+        return reason
+    if not decoder._can_set_attn_implementation():
+        return "computes attention itself, not through transformers' attention interface"
+    return ""
+
+
+def _keeps_otherwise(decoder: PreTrainedModel, kinds: list[LayerKind]) -> str:
+    """Why what a decoder remembers is not keys and values of each layer's own; empty if it is."""
     config = decoder.config
     if getattr(config, "kv_lora_rank", None):
         return (
@@ -121,19 +132,11 @@ def why_not(model: PreTrainedModel) -> str:
         )
     if getattr(config, "num_kv_shared_layers", 0):
         return "shares the keys and values of a layer with later layers, which then attend to what it gave up"
-    kinds, layers = layer_kinds(decoder), list(decoder.layers)  # type: ignore[arg-type]
-    if len(kinds) != len(layers):
-        return _positions(decoder) or f"has {len(layers)} decoder layers, and its configuration speaks of {len(kinds)}"
     odd = [index for index, kind in enumerate(kinds) if kind == "other"]
     if odd:
         return f"keeps more than keys and values, or none, in layers {ranges(odd)} ({_name_of_kind(decoder, odd[0])})"
-    for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
-        if kind != "linear" and (reason := _without_attention(model, decoder, layer, index)):
-            return reason
     if set(kinds) == {"linear"}:
         return "keeps a state of one size in every layer (linear attention, state space): there is nothing to compress"
-    if not decoder._can_set_attn_implementation():
-        return "computes attention itself, not through transformers' attention interface"
     return ""
 
 
@@ -142,15 +145,20 @@ def _without_layers(model: PreTrainedModel) -> str:
     return _positions(model) or "has no list of decoder layers (`layers`) in what get_decoder() gives"
 
 
-def _without_attention(model: PreTrainedModel, decoder: PreTrainedModel, layer: nn.Module, index: int) -> str:
-    """Why a layer's attention is none that can be served; empty if it can."""
-    attention = attention_of(layer)
-    if attention is None:
+def _without_attention(decoder: PreTrainedModel, kinds: list[LayerKind], layers: list[nn.Module]) -> str:
+    """Why some layer's attention is none that can be served; empty if each is."""
+    if len(kinds) != len(layers):
+        known = f"has {len(layers)} decoder layers, and its configuration speaks of {len(kinds)}"
+        return _positions(decoder) or known
+    for index, (layer, kind) in enumerate(zip(layers, kinds, strict=True)):
+        attention = attention_of(layer)
+        if kind == "linear" or (attention is not None and attention.layer_idx == index):
+            continue
+        if attention is not None:
+            return f"numbers its layers otherwise than they come: layer {index} calls itself {attention.layer_idx}"
         numbered = [name for name, part in layer.named_children() if hasattr(part, "layer_idx")]
         told = f"layer {index} ({type(layer).__name__}) has {', '.join(numbered) or 'nothing'} that knows its number"
         return _positions(decoder) or f"has no one attention with rotary embeddings in every layer: {told}"
-    if attention.layer_idx != index:
-        return f"numbers its layers otherwise than they come: layer {index} calls itself {attention.layer_idx}"
     return ""
 
 
