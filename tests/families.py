@@ -51,9 +51,43 @@ FULL: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": None},
 }
 
+_WINDOW = {"sliding_window": 9}
+_SLIDES = {**_WINDOW, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
+_SUMS = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+_DELTA = {**_SUMS, "linear_num_key_heads": 2, "linear_num_value_heads": 4, **_HEAD}
+_DELTA |= {"linear_key_head_dim": 8, "linear_value_head_dim": 8}
+# Layers that slide or sum up beside one that attends to everything.
+MIXED: dict[str, dict[str, Any]] = {
+    "afmoe": {**_SLIDES, **_SHARED, **_HEAD, "num_dense_layers": 1},
+    "cohere2": {**_SLIDES, "logit_scale": 1.0},
+    "cwm": {**_SLIDES, **_HEAD},
+    "exaone4": _SLIDES,
+    "gemma2": {**_SLIDES, **_HEAD, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {**_SLIDES, **_HEAD},
+    "gpt_oss": {**_SLIDES, **_HEAD, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granite_swa": {**_SLIDES, **_HEAD},
+    "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
+    "llama4_text": {
+        "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
+        "attention_chunk_size": 8,
+        "num_local_experts": 4,
+        "intermediate_size_mlp": 48,
+        **_HEAD,
+    },
+    "mimo_v2_flash": {**_SLIDES, **_GROUPED, **_HEAD, "v_head_dim": 8},
+    "ministral": {**_SLIDES, **_HEAD},
+    "olmo3": _SLIDES,
+    "olmo_hybrid": _DELTA,
+    "qwen2": {**_SLIDES, "use_sliding_window": True},
+    "qwen3": {**_SLIDES, **_HEAD, "use_sliding_window": True},
+    "qwen3_next": {**_DELTA, **_SHARED},
+    "vaultgemma": {**_SLIDES, **_HEAD},
+}
+EVERY = {**FULL, **{f"{name}, mixed" if name in ("qwen2", "qwen3") else name: more for name, more in MIXED.items()}}
+
 
 def build(name: str, text: dict[str, Any]) -> PreTrainedModel:
     """A model of a family with random weights, from what all configurations share."""
-    config = transformers.AutoConfig.for_model(name, **{**text, **FULL[name]})
+    config = transformers.AutoConfig.for_model(name.removesuffix(", mixed"), **{**text, **EVERY[name]})
     model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config)
     return model

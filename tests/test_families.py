@@ -17,7 +17,7 @@ from kvcompress.integrations import adapter_for
 from tests import checkpoints, families, tiny
 from tests.test_physical_equals_masked import check, forwards
 
-every_family = pytest.mark.parametrize("name", families.FULL)
+every_family = pytest.mark.parametrize("name", families.EVERY)
 
 
 def padded(name: str) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def test_a_family_at_full_budget_answers_as_with_its_own_cache(name: str) -> Non
     assert cache.report().retention == 1.0
 
 
-@every_family
+@pytest.mark.parametrize("name", [name for name in families.EVERY if name != "llama4_text"])  # tells nobody its chunks
 def test_a_family_attends_to_what_is_kept_alone(name: str) -> None:
     """At 30 %, each forward of a padded batch is that of a whole cache in which the rest is hidden."""
     cache = CompressedCache(tiny.model(name), "prefixkv", budget=0.3)

@@ -124,8 +124,8 @@ class Calls:
             if reached != layer:
                 raise CacheStateError(_unseen(f"the call of layer {layer}", "the layers'"))
 
-    def hands_over(self, layer: int) -> None:
-        """A layer hands its keys to the cache, to attend right after.
+    def hands_over(self, layer: int | None) -> None:
+        """A layer hands its keys to the cache, to attend right after; None for one that is not compressed.
 
         Raises:
             UnsupportedModelError: if the keys of the layer before reached no attention.

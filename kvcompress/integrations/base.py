@@ -13,10 +13,13 @@ from transformers import PreTrainedModel
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.integrations.projection import effective_weight
 from kvcompress.integrations.shape import (
+    LayerKind,
     attention_of,
     decoder_of,
     frequencies_of,
+    layer_kinds,
     output_of,
+    own_layers,
     ranges,
     why_not,
 )
@@ -45,6 +48,19 @@ class Adapter(ABC):
         """The attention module of every decoder layer that has one."""
         found = (attention_of(layer) or getattr(layer, "self_attn", None) for layer in self.layers(model))
         return [attention for attention in found if isinstance(attention, nn.Module)]
+
+    def kinds(self, model: PreTrainedModel) -> list[LayerKind]:
+        """What each decoder layer remembers: those that are "full" are compressed, others stay transformers' own."""
+        return layer_kinds(self.decoder(model))
+
+    def compressed_layers(self, model: PreTrainedModel) -> list[int]:
+        """Numbers of the decoder layers that attend to everything before them."""
+        return [number for number, kind in enumerate(self.kinds(model)) if kind == "full"]
+
+    def own_layers(self, model: PreTrainedModel) -> dict[int, Any]:
+        """Empty cache layers of transformers for the decoder layers that are not compressed, by number."""
+        made = zip(self.kinds(model), own_layers(self.decoder(model)), strict=True)
+        return {number: layer for number, (kind, layer) in enumerate(made) if kind != "full"}
 
     def layer_weights(self, decoder: nn.Module, attention: nn.Module) -> LayerWeights:
         """What scorers may read of a layer's weights; looked up anew at each scoring forward, never kept."""
@@ -85,25 +101,29 @@ class Adapter(ABC):
         return None
 
     def check(self, model: PreTrainedModel) -> None:
-        """Refuses decoders with layers that do not attend to everything before them.
+        """Refuses decoders of which no layer attends to everything before it, or some layer keeps something unknown.
 
         Raises:
             UnsupportedModelError: naming the layers and what they are.
         """
-        config = self.decoder(model).config
-        kinds = list(getattr(config, "layer_types", None) or [])
-        if not kinds and getattr(config, "sliding_window", None) is not None:
-            kinds = ["sliding_attention"] * config.num_hidden_layers
-        odd = [index for index, kind in enumerate(kinds) if kind != "full_attention"]
+        config, kinds = self.decoder(model).config, self.kinds(model)
+        name = type(model).__name__
+        odd = [index for index, kind in enumerate(kinds) if kind == "other"]
         if odd:
+            raise UnsupportedModelError(
+                f"model: layers {ranges(odd)} of {name} keep something else than keys and values, or than a state that "
+                "transformers' own cache layers hold; a compressed cache knows no place for it, use another cache"
+            )
+        if "full" not in kinds:
             fields = [name for name in ("use_sliding_window", "sliding_window") if hasattr(config, name)]
             full = [f"config.{name} = {False if name.startswith('use') else None}" for name in fields]
             if getattr(config, "layer_types", None):
                 full.append("config.layer_types = ['full_attention'] * config.num_hidden_layers")
             raise UnsupportedModelError(
-                f"model: layers {ranges(odd)} of {type(model).__name__} are {kinds[odd[0]]}; a compressed cache needs "
-                "full attention in every layer. Sequences that stay within the window lose nothing by it: before the "
-                f"model is made from its (text) config, set {'; '.join(full)}"
+                f"model: layers {ranges(list(range(len(kinds))))} of {name} are {kinds[0]}_attention, and none attends "
+                "to everything before it: there is nothing to compress, and DynamicCache holds no more than that. "
+                "Sequences that stay within the window lose nothing by full attention: for that, before the model is "
+                f"made from its (text) config, set {'; '.join(full)}"
             )
 
 
