@@ -40,6 +40,11 @@ class HeadGroup:
         """Number of this process's first head, where it holds so many."""
         return self.rank * heads
 
+    def part(self, heads: int) -> slice:
+        """This process's part of so many heads over all."""
+        own = heads // self.size
+        return slice(self.first(own), self.first(own) + own)
+
     def gather(self, tensor: Tensor) -> Tensor:
         """What all processes hold of a tensor `[batch, heads, ...]`, in the order of the heads."""
         return tensor if self.group is None else torch.cat(self._everyone(tensor), 1)
@@ -48,8 +53,7 @@ class HeadGroup:
         """This process's part of a tensor `[batch, sets, ...]` over all heads; a single set is for every head."""
         if self.group is None or tensor.shape[1] == 1:
             return tensor
-        heads = tensor.shape[1] // self.size
-        return tensor[:, self.first(heads) : self.first(heads) + heads]
+        return tensor[:, self.part(tensor.shape[1])]
 
     def mean(self, tensor: Tensor) -> Tensor:
         """Mean over the processes, the same to the last bit in each: of a figure that is a mean over heads."""

@@ -84,6 +84,19 @@ MIXED: dict[str, dict[str, Any]] = {
     "vaultgemma": {**_SLIDES, **_HEAD},
 }
 EVERY = {**FULL, **{f"{name}, mixed" if name in ("qwen2", "qwen3") else name: more for name, more in MIXED.items()}}
+# Much like others of the list: only the thorough profile takes them (CONTRIBUTING.md).
+ALIKE = {"afmoe", "apertus", "bitnet", "cwm", "exaone", "flex_olmo", "granite_swa", "granitemoe", "hunyuan_v1_dense"}
+ALIKE |= {
+    "internlm3",
+    "minimax_m2",
+    "ministral",
+    "olmoe",
+    "persimmon",
+    "phimoe",
+    "seed_oss",
+    "solar_open",
+    "vaultgemma",
+}
 
 
 def build(name: str, text: dict[str, Any]) -> PreTrainedModel:

@@ -61,6 +61,7 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ],
     ("allocator", "modality"): [{"image": "uniform", "text": "entropy", "image_share": 0.7}],
     ("allocator", "profile"): [{"retention": None, "retentions": [[0.6, 0.2, 0.7], [0.3, 0, 0.3]]}],
+    ("allocator", "adakv"): [{"safeguard": 0.0, "layers": "prefix"}, {"safeguard": 0.7, "layers": "entropy"}],
     ("evictor", "chunk"): [{"length": 3}],
     ("evictor", "critical"): [{"first": 0.25, "epsilon": 0.1}],
     ("merger", "cam"): [{"reach": 3, "seed": 1}],
@@ -103,7 +104,7 @@ def for_layers(allocator: Allocator, layers: int) -> Allocator:
     for name, value in allocator:
         if isinstance(value, Allocator):
             changed[name] = for_layers(value, layers)
-        elif name == "retention" and value:
+        elif name in ("retention", "gates") and value:
             changed[name] = list(itertools.islice(itertools.cycle(value), layers))
         elif name == "retentions" and value:
             changed[name] = [list(itertools.islice(itertools.cycle(one), layers)) for one in value]
@@ -196,8 +197,22 @@ class AllocationInput:
     def by(self, allocator: Allocator, **changed: Tensor) -> Tensor:
         """What an allocator, made for as many layers, gives for this, or for this with some of it changed."""
         given = replace(self, **changed)
+        if allocator.by_head:
+            return given._by_heads(allocator)
         allocator = for_layers(allocator, given.floor.shape[0])
         return allocator.allocate(given.importance, given.total, given.floor, given.capacity, given.context())
+
+    def _by_heads(self, allocator: Allocator) -> Tensor:
+        """The same of an allocator of heads, with some neighbouring layers as heads of one."""
+        heads = next((count for count in (2, 3, 5, 7) if self.floor.shape[0] % count == 0), 1)
+        importance, floor, capacity, is_image = (
+            None if given is None else given.unflatten(0, (-1, heads)).movedim(1, 2)
+            for given in (self.importance, self.floor, self.capacity, self.is_image)
+        )
+        statistics = {name: known[::heads] for name, known in self.statistics.items()}
+        context = AllocationContext(statistics=statistics, is_image=is_image)
+        allocator = for_layers(allocator, floor.shape[0])
+        return allocator.allocate(importance, self.total, floor, capacity, context).movedim(2, 1).flatten(0, 1)
 
     def rows(self, rows: slice) -> AllocationInput:
         """Some rows alone."""

@@ -284,12 +284,13 @@ def test_prefix_ignores_the_order_of_tokens(prefix: Allocator, given: Allocation
 def test_prefix_permutes_with_the_layers(prefix: Allocator, given: AllocationInput, seed: int) -> None:
     """Without ties, permuting layers permutes their budgets."""
     layers = given.importance.shape[0]
-    # Rank 0 ties in all layers, since no mass is before it; a floor of one decides that tie.
+    # Rank 0 ties in all layers, since no mass is before it; a floor of one, or a total for all of them, decides that.
     capacity = given.capacity.clamp(min=1)
     floor = torch.minimum(given.floor.clamp(min=1), capacity)
+    total = torch.maximum(given.total, (floor + (capacity > floor)).sum(0))
     order = torch.randperm(layers, generator=strategies.generator(seed))
-    budget = prefix.allocate(given.importance, given.total, floor, capacity)
-    permuted = prefix.allocate(given.importance[order], given.total, floor[order], capacity[order])
+    budget = prefix.allocate(given.importance, total, floor, capacity)
+    permuted = prefix.allocate(given.importance[order], total, floor[order], capacity[order])
     assert permuted.tolist() == budget[order].tolist()
 
 

@@ -112,20 +112,7 @@ def test_a_mask_that_shows_a_hidden_token_again_is_right_or_refused(preset: str,
 
 @torch.no_grad()
 @pytest.mark.parametrize(("hidden", "budget"), list(zip(HIDDEN.values(), (0.9, 14), strict=True)), ids=HIDDEN)
-@pytest.mark.parametrize(
-    "preset",
-    [
-        pytest.param(
-            preset,
-            marks=pytest.mark.xfail(
-                strict=True, reason="heads that hold different tokens go on with as many as the one that lost most"
-            ),
-        )
-        if preset == "h2o"
-        else preset
-        for preset in AS_STORED
-    ],
-)
+@pytest.mark.parametrize("preset", AS_STORED)
 @pytest.mark.filterwarnings("ignore:the budget of")
 def test_under_a_budget_hidden_tokens_are_neither_attended_nor_kept(
     preset: str, hidden: list[Sequence[int]], budget: Any

@@ -196,7 +196,7 @@ def test_later_groups_leave_older_ones_alone(name: str, counts: list[int], seed:
         store.append(keys, values, seen - store.packed)
         seen += new
         before = store.nbytes
-        store.pack(np.array([seen - store.packed] * 2))
+        store.pack(np.array([[seen - store.packed]] * 2))
         assert store.packed == max(0, seen - 3) // 4 * 4
         assert store.nbytes <= before
         packed = [tensor[:, :, : store.packed] for tensor in _every_slot(store)]

@@ -1,9 +1,9 @@
-"""How many slots each layer may hold, and how that grows with the tokens seen."""
+"""How many slots each layer, or each head, may hold, and how that grows with the tokens seen."""
 
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 from kvcompress.cache.sequence import Counts
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import BudgetWarning
+from kvcompress.parallel import HeadGroup
 from kvcompress.policies.context import AllocationContext
 from kvcompress.policies.faults import policy_errors
 
@@ -70,26 +71,34 @@ class Allocation:
     """What the last allocation gave, and how it grows with the tokens seen.
 
     Attributes:
-        budgets: slots per layer and row, `[layers, batch]`, on the host.
-        spent: sum of `budgets` per row.
+        budgets: slots per layer, row and set of heads, `[layers, batch, sets]`, on the host; one set where all heads of
+            a layer have as many.
+        spent: sum of `budgets` per row, of the heads of all processes.
         notes: figures that the allocator noted per row (for instance "threshold").
         image_budgets: how many of the slots are for image tokens, where the allocator splits them; on the device.
+        sets: sets of heads over all processes: 1, or every key/value head of a layer.
     """
 
     budgets: np.ndarray
     spent: Counts
     notes: dict[str, Tensor] = field(default_factory=dict)
     image_budgets: Tensor | None = None
+    sets: int = 1
 
     def limits(self, rule: Rule, row_seen: Counts) -> np.ndarray:
-        """Slots that each layer may hold once rows have seen so many tokens, `[layers, batch]`.
+        """Slots that each layer, or head, may hold once rows have seen so many tokens, `[layers, batch, sets]`.
 
-        Every layer has its share of what the budget gives for the tokens seen, and the protected tokens in any case.
+        Each has its share of what the budget gives for the tokens seen, and the protected tokens in any case.
         """
-        totals = rule.totals(row_seen)
-        shares = np.where(self.spent > 0, self.budgets * totals // np.maximum(self.spent, 1), totals // rule.layers)
-        limits: np.ndarray = np.maximum(shares, rule.least(row_seen))
+        totals, spent = (rule.totals(row_seen) * self.sets)[:, None], self.spent[:, None]
+        even = totals // (rule.layers * self.sets)
+        shares = np.where(spent > 0, self.budgets * totals // np.maximum(spent, 1), even)
+        limits: np.ndarray = np.maximum(shares, rule.least(row_seen)[:, None])
         return limits
+
+    def own(self, heads: HeadGroup) -> Allocation:
+        """What this process's heads got."""
+        return self if self.sets == 1 else replace(self, budgets=self.budgets[..., heads.part(self.sets)])
 
     def select_rows(self, index: Tensor, rows: Counts) -> None:
         """Reorders, repeats or drops rows."""
@@ -114,30 +123,33 @@ def allocate(
         config: the policies.
         rule: what the budget says.
         row_seen: tokens of each row.
-        held: slots that each layer holds per row, `[layers, batch]`.
+        held: slots that each layer holds per row, `[layers, batch, 1]`; for an allocator of heads, those of each head,
+            `[layers, batch, kv_heads]`.
         device: where to compute.
-        importance: `[layers, batch, tokens]`; None for allocators that read none.
+        importance: `[layers, batch, tokens]`, or `[layers, batch, kv_heads, tokens]`; None for allocators that read
+            none.
         context: what else they may read.
     """
-    layers, batch = held.shape
-    floor = np.minimum(np.broadcast_to(rule.least(row_seen), held.shape), held)
-    total = rule.totals(row_seen)
+    sets = held.shape[2]
+    floor = np.minimum(rule.least(row_seen)[:, None], held)
+    total = rule.totals(row_seen) * sets
     _warn_if_below_floor(rule, total, floor)
+    shape = held.shape if config.allocator.by_head else held.shape[:2]
     if importance is None:
-        importance = torch.zeros((), device=device, dtype=torch.float32).expand(layers, batch, int(held.max(initial=0)))
+        importance = torch.zeros((), device=device, dtype=torch.float32).expand(*shape, int(held.max(initial=0)))
     context = context or AllocationContext()
     as_tensor = torch.as_tensor
     with policy_errors(config.allocator):
         answer = config.allocator.allocate(
             importance,
             as_tensor(total, device=device),
-            as_tensor(np.ascontiguousarray(floor), device=device),
-            as_tensor(held, device=device),
+            as_tensor(floor.reshape(shape), device=device),
+            as_tensor(np.array(held).reshape(shape), device=device),
             context,
         )
-        budgets, notes = answer.cpu().numpy(), dict(context.notes)
+        budgets, notes = answer.cpu().numpy().reshape(held.shape), dict(context.notes)
     images = notes.pop("image_budget", None)
-    return Allocation(budgets, budgets.sum(0), notes, images)
+    return Allocation(budgets, budgets.sum((0, 2)), notes, images, sets)
 
 
 def protection(config: CompressionConfig) -> tuple[int, int]:
@@ -147,11 +159,11 @@ def protection(config: CompressionConfig) -> tuple[int, int]:
 
 
 def _warn_if_below_floor(rule: Rule, total: Counts, floor: np.ndarray) -> None:
-    protected = floor.sum(0)
+    protected, over = floor.sum((0, 2)), "layers" if floor.shape[2] == 1 else "layers and heads"
     if (total < protected).any():
         row = int((total < protected).argmax())
         warnings.warn(
-            f"the budget of {total[row]} tokens over all layers is below the {protected[row]} that its {rule.sinks} "
+            f"the budget of {total[row]} tokens over all {over} is below the {protected[row]} that its {rule.sinks} "
             f"sinks and {rule.recents} recents need (row {row}); the protected tokens are kept",
             BudgetWarning,
             stacklevel=2,

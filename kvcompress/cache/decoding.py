@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from kvcompress.cache.sequence import Counts, stacked
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Decode, Phase
@@ -29,8 +30,8 @@ def begin(state: CacheState) -> None:
     assert isinstance(step, Decode) and table is not None
     step.device_only = host_is_left_out(state)
     if not step.device_only and table.exact:
-        step.widths = table.extent.max(1).tolist()
-        alike = bool((table.extent == table.extent[:, :1]).all())
+        step.widths = table.extent.max((1, 2)).tolist()
+        alike = bool((table.extent == table.extent[:, :1, :1]).all())
     with state.writable():
         table.advance(step.evicts)
     if state.has_kernels:
@@ -84,11 +85,17 @@ def _choose(state: CacheState, table: SlotTable) -> None:
     evictor, heads = state.config.evictor, state.heads
     if evictor is None or evictor.frees != "chosen" or state.allocation is None:
         return
-    layers, batch = table.length.shape[:2]
-    index, protected = table.index.flatten(0, 1), table.protected().flatten(0, 1)
+    index, protected, importance = table.index, table.protected(), table.importance()
+    if state.allocation.sets > 1:  # a head that holds as many as it likes is a row of its own
+        with policy_errors(evictor):
+            seen = (index, protected, importance)
+            own = [None if one is None else one.flatten(0, 2).unsqueeze(1) for one in seen]
+            victims = evictor.victim(DecodeContext(*own))  # type: ignore[arg-type]
+        table.choose(victims.view(table.length.shape))
+        return
+    index, protected = index.flatten(0, 1), protected.flatten(0, 1)
     if table.sets > 1 or evictor.by_head:
         index, protected = heads.gather(index), heads.gather(protected)
-    importance = table.importance()
     importance = None if importance is None else heads.gather(importance.flatten(0, 1))
     with policy_errors(evictor):
         victims = evictor.victim(DecodeContext(index, protected, importance))
@@ -98,16 +105,19 @@ def _choose(state: CacheState, table: SlotTable) -> None:
             f"evictor {evictor.name}: named a slot for each head, but its by_head says that heads hold the same "
             "tokens; let by_head be True"
         )
-    table.choose(heads.own(victims).view(layers, batch, -1))
+    table.choose(heads.own(victims).view(*table.length.shape[:2], -1))
 
 
 def make_table(state: CacheState) -> SlotTable:
     """The table for the decode steps to come, from what the layers hold now."""
     layers, sequence, evictor = state.layers, state.sequence, state.config.evictor
-    packed = np.stack([layer.packed_rows for layer in layers])
-    held = np.stack([layer.held for layer in layers])
-    pinned = np.stack([layer.pinned if len(layer.pinned) else layer.held * 0 for layer in layers])
+    packed = np.stack([layer.packed_rows for layer in layers])[..., None]
+    held = stacked([layer.held for layer in layers])
+    pinned = stacked([layer.pinned if len(layer.pinned) else layer.held * 0 for layer in layers])
     frees = "nothing" if evictor is None else evictor.frees
+    allocation = None if frees == "nothing" else state.own_allocation
+    if allocation is not None and allocation.sets > 1:
+        held, pinned = (np.array(np.broadcast_to(counts, allocation.budgets.shape)) for counts in (held, pinned))
     chooses = frees == "chosen" and layers[0].unscored is None
     ranks = [ranks for layer in layers if (ranks := layer.ranks()) is not None] if chooses else []
     state.table = SlotTable(
@@ -117,7 +127,7 @@ def make_table(state: CacheState) -> SlotTable:
         [layer.store.capacity for layer in layers],
         sequence.row_seen,
         sequence.seen,
-        None if frees == "nothing" else state.allocation,
+        allocation,
         state.rule,
         by_age=frees == "oldest",
         scored_end=sequence.scored.end,
@@ -135,11 +145,16 @@ def _make_room(state: CacheState) -> None:
     """Lets the buffers grow that this step needs larger, by a block."""
     table = state.table
     assert table is not None
-    needed = table.extent.max(1)
-    for layer, slots in zip(state.layers, needed.tolist(), strict=True):
+    needed = table.extent
+    for layer, slots in zip(state.layers, needed.max((1, 2)).tolist(), strict=True):
         layer.slots = slots
-    if any(layer.store.capacity < layer.slots for layer in state.layers):
+    if not _have_room(state, needed):
         grow_for(state, _block(state, int(needed.max())), needed)
+
+
+def _have_room(state: CacheState, needed: Counts) -> bool:
+    """Whether every buffer has so many slots, `[layers, batch, sets]`."""
+    return all(layer.store.has_room(slots) for layer, slots in zip(state.layers, needed, strict=True))
 
 
 def prepare_step(state: CacheState) -> None:
@@ -151,7 +166,7 @@ def prepare_step(state: CacheState) -> None:
         table.steps += 1  # at most: this may be asked more than once before a step
     pack_if_due(state)
     needed = table.bound(1)
-    if any(layer.store.capacity < slots for layer, slots in zip(state.layers, needed.tolist(), strict=True)):
+    if not _have_room(state, needed):
         catch_up_if_needed(state)
         grow_for(state, state.room or _block(state, int(needed.max())))
 
@@ -161,14 +176,14 @@ def grow_for(state: CacheState, steps: int, needed: np.ndarray | None = None) ->
     table = state.table
     assert table is not None
     needed, wanted = table.bound(1) if needed is None else needed, table.bound(steps)
-    wanted = np.array([layer.store.room(most) for layer, most in zip(state.layers, wanted.tolist(), strict=True)])
+    wanted = np.stack([layer.store.room(most) for layer, most in zip(state.layers, wanted, strict=True)])
     wanted = np.maximum(needed, wanted)
     with state.writable():
         if wanted.max() > table.capacity:
             table.grow(int(wanted.max()))
         later = table.held(steps)
-        for layer, least, most in zip(state.layers, needed.tolist(), wanted.tolist(), strict=True):
-            if layer.store.capacity < least or state.room:
+        for layer, least, most in zip(state.layers, needed, wanted, strict=True):
+            if state.room or not layer.store.has_room(least):
                 layer.store.grow(most)
             layer.store.make_room(later[layer.number])
 
@@ -224,7 +239,7 @@ def tidy(state: CacheState) -> None:
 def _catch_up(state: CacheState, table: SlotTable) -> None:
     """Learns from the device how far it has come; waits for it."""
     more = table.settle() - state.sequence.seen
-    for layer, slots in zip(state.layers, table.extent.max(1).tolist(), strict=True):
+    for layer, slots in zip(state.layers, table.extent.max((1, 2)).tolist(), strict=True):
         layer.slots = slots
     if more:
         state.sequence.extend(None, more, np.full(state.sequence.batch, more), scored=False)
@@ -242,9 +257,9 @@ def evict_waiting(state: CacheState) -> None:
     if evictor is None or evictor.frees == "nothing" or state.allocation is None:
         return
     table = make_table(state)
-    limits = state.allocation.limits(state.rule, state.sequence.row_seen)
+    limits = state.limits()
     while True:
-        held = np.stack([layer.held for layer in state.layers])
+        held = stacked([layer.held for layer in state.layers])
         if (held <= limits).all():
             return
         table.free_now()

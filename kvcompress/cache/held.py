@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcompress.cache.quantized_store import QuantizedStore
+from kvcompress.cache.ragged_store import RaggedStore
 from kvcompress.cache.selection import importance_of, order_of
 from kvcompress.cache.sequence import Counts, Sequence, taken
 from kvcompress.cache.slots import SlotTable
@@ -35,12 +36,12 @@ class HeldTokens:
         device: where they are; None before the first token.
         index: number of tokens of the row before each slot's token, `[batch, sets, packed + slots]`; -1 where a row has
             none. What the table says goes before.
-        held: tokens that the layer holds per row.
-        slots: slots in use that are not packed, in the row that has most.
+        held: tokens that the layer holds, `[batch, sets]`; one set where all heads hold as many.
+        slots: slots in use that are not packed, in the row and head that has most.
         scores: scores of the slots, `[batch, kv_heads, packed + slots]`; None before any were set. Those of tokens that
             came after the last step that scored mean nothing.
         statistics: what the allocator reads of the last step that scored, by name, `[batch]`.
-        pinned: oldest tokens per row that decode steps never evict by age.
+        pinned: oldest tokens that decode steps never evict by age, `[batch, sets]`.
         merger_state: what the merger remembers, batch first.
         heads_part: whether the heads of the layer, in any process, hold different tokens.
     """
@@ -52,18 +53,24 @@ class HeldTokens:
 
     def forget(self, sequence: Sequence) -> None:
         """Starts anew, with what is seen from now on in `sequence`."""
-        quantizer = self.config.quantizer
         self.sequence = sequence
-        self.store: DenseStore = DenseStore() if quantizer is None else QuantizedStore(quantizer, self.number)
+        self.store = self._new_store()
         self.index: Tensor | None = None
-        self.held: Counts = np.zeros(0, dtype=np.int64)
+        self.held: Counts = np.zeros((0, 1), dtype=np.int64)
         self.slots = 0
         self.scores: Tensor | None = None
         self.statistics: dict[str, Tensor] = {}
-        self.pinned: Counts = np.zeros(0, dtype=np.int64)
+        self.pinned: Counts = np.zeros((0, 1), dtype=np.int64)
         self.merger_state: Tensor | None = None
         self.heads_part = False
         self.device: torch.device | None = None
+
+    def _new_store(self) -> DenseStore:
+        """An empty store, of the kind that the policies ask for."""
+        if self.config.quantizer is not None:
+            return QuantizedStore(self.config.quantizer, self.number)
+        by_head = self.config.evictor is not None and self.config.allocator.by_head
+        return RaggedStore() if by_head else DenseStore()
 
     def every_slot(self) -> tuple[Tensor, Tensor]:
         """Keys and values of the slots in use; a copy in full precision where some are packed."""
@@ -73,7 +80,7 @@ class HeldTokens:
         keys, values = zip(*blocks, strict=True)
         return torch.cat(keys, 2), torch.cat(values, 2)
 
-    def close_ranks(self, room: int) -> None:
+    def close_ranks(self, room: Counts | int) -> None:
         """Brings the tokens of rows with padding between them together, in the first slots."""
         assert self.index is not None
         if (self.held != self.index.shape[2]).any():
@@ -99,7 +106,7 @@ class HeldTokens:
             return
         limit = torch.as_tensor(first, dtype=self.index.dtype, device=self.index.device)[:, None, None]
         mask = (self.index >= 0) & (self.index < limit)
-        left = mask[:, 0].sum(-1).cpu().numpy()
+        left = mask[:, : self.held.shape[1]].sum(-1).cpu().numpy()
         if (left != self.held).any():
             self._take(mask, left, room=0)
 
@@ -109,25 +116,22 @@ class HeldTokens:
             return
         self.index = taken(new_index.to(self.index.device), self.index, fill=-1).to(self.index.dtype)
         counts = (self.index >= 0).sum(-1)
-        counts = self.heads.gather(counts) if self.heads_part else counts
-        least, most = torch.stack([counts.amin(1), counts.amax(1)]).cpu().numpy()
-        if (least != most).any():  # heads that hold more than others give up their oldest tokens
-            latest = (self.index >= 0).cumsum(-1)
-            limit = torch.as_tensor(least, device=self.index.device)[:, None, None]
-            kept = (self.index >= 0) & (latest > latest[..., -1:] - limit)
-            self._take(kept, least, room=0)
-        elif (least != self.held).any():
-            self._take(self.index >= 0, least, room=0)
+        everywhere = (self.heads.gather(counts) if self.heads_part else counts).cpu().numpy()
+        left = everywhere[:, :1]
+        if self.held.shape[1] > 1 or (everywhere != left).any():
+            left = everywhere[:, self.heads.part(everywhere.shape[1])]
+        if left.shape != self.held.shape or (left != self.held).any():
+            self._take(self.index >= 0, left, room=0)
 
     def pack(self) -> None:
         """Quantizes what is old enough, while tokens lie in the order of their age."""
         if not isinstance(self.store, QuantizedStore) or self.index is None:
             return
-        before, packed, dense = self.packed_rows, self.store.packed, self.held - self.packed_rows
+        before, packed, dense = self.packed_rows, self.store.packed, self.held - self.packed_rows[:, None]
         more = self.store.pack(dense)
         if not more.any():
             return
-        after, left = before + more, dense - more
+        after, left = before + more, dense - more[:, None]
         stay, width, device = self.store.packed, int(left.max()), self.index.device
         begin, moved = (torch.as_tensor(counts, device=device)[:, None, None] for counts in (before, more))
         place = torch.arange(stay, device=device)
@@ -139,20 +143,20 @@ class HeldTokens:
     @property
     def packed_rows(self) -> Counts:
         """Tokens of each row that are packed."""
-        return np.zeros_like(self.held) if self.store.packed_rows is None else self.store.packed_rows
+        return np.zeros_like(self.held[:, 0]) if self.store.packed_rows is None else self.store.packed_rows
 
-    def _take(self, mask: Tensor, counts: Counts, room: int) -> None:
-        """Keeps the marked slots, `counts[row]` in every set of a row, in the order of their tokens."""
+    def _take(self, mask: Tensor, counts: Counts, room: Counts | int) -> None:
+        """Keeps the marked slots, as many of each row and set as are counted, in the order of their tokens."""
         assert self.index is not None
         self.take(mask, order_of(mask, self.index, int(counts.max(initial=0)), ordered=True), counts, room)
 
-    def take(self, mask: Tensor, order: Tensor, counts: Counts, room: int) -> None:
+    def take(self, mask: Tensor, order: Tensor, counts: Counts, room: Counts | int) -> None:
         """Keeps slots and gives the others back.
 
         Args:
-            mask: slots that stay, `[batch, sets, slots]`, `counts[row]` in every set of a row.
+            mask: slots that stay, `[batch, sets, slots]`.
             order: the same slots in the order of their tokens.
-            counts: how many stay in each row.
+            counts: how many stay in each row and set, `[batch, sets]`, or in every set of a row, `[batch, 1]`.
             room: slots to allocate beyond them.
         """
         packed = self.store.packed
@@ -162,7 +166,7 @@ class HeldTokens:
         quantized = mask[..., :packed].sum(-1)
         quantized = self.heads.gather(quantized) if self.heads_part else quantized
         least, largest = torch.stack([quantized.amin(1), quantized.amax(1)]).cpu().numpy()
-        dense, surplus = counts - least, bool((least != largest).any())
+        dense, surplus = counts - least[:, None], bool((least != largest).any())
         begin = torch.as_tensor(least, device=order.device)[:, None, None]
         place = torch.arange(int(dense.max(initial=0)), device=order.device)
         rest = order.gather(-1, (begin + place).clamp(max=max(0, order.shape[2] - 1)).expand(-1, order.shape[1], -1))
@@ -176,7 +180,7 @@ class HeldTokens:
         packed_rows: Counts,
         rest: Tensor,
         rows: Counts,
-        room: int,
+        room: Counts | int,
         surplus: bool = False,
     ) -> None:
         """Keeps slots in a new order.
@@ -185,12 +189,12 @@ class HeldTokens:
             first: slots that stay packed, `[batch, sets, slots]`; None if all do, where they are.
             packed_rows: how many of them each row has.
             rest: the other slots.
-            rows: how many of them each row has.
+            rows: how many of them each row and set has.
             room: slots to allocate beyond them.
             surplus: whether some of the others were packed before.
         """
         packed = self.store.packed
-        self.store.take(F.pad(rest, (0, room)) if room else rest, first, packed_rows, surplus)
+        self.store.take(rest, rows + room, first, packed_rows, surplus)
         if first is None and packed:
             first = torch.arange(packed, device=rest.device).expand(*rest.shape[:2], -1)
         self._arrange(rest if first is None else torch.cat([first, rest], 2), packed_rows, rows)
@@ -204,13 +208,13 @@ class HeldTokens:
         self.index = self.index.expand(-1, sets, -1).gather(-1, arrangement.expand(-1, sets, -1))
         if (packed_rows != stay).any() or (rows != width).any():
             place = torch.arange(stay + width, device=self.index.device)
-            counts = [torch.as_tensor(n, device=place.device)[:, None, None] for n in (packed_rows, stay + rows)]
-            self.index = self.index.masked_fill(torch.where(place < stay, place >= counts[0], place >= counts[1]), -1)
+            ends = [torch.as_tensor(n, device=place.device)[..., None] for n in (packed_rows[:, None], stay + rows)]
+            self.index = self.index.masked_fill(torch.where(place < stay, place >= ends[0], place >= ends[1]), -1)
         if self.scores is not None:
             more = before - self.scores.shape[2]  # tokens that came since have none
             scores = F.pad(self.scores, (0, more)) if more else self.scores
             self.scores = scores.gather(-1, arrangement.expand(-1, scores.shape[1], -1))
-        self.slots, self.held = width, packed_rows + rows
+        self.slots, self.held = width, packed_rows[:, None] + rows
 
     def ranks(self) -> Tensor | None:
         """Importance of the slots that can be written to, NaN where a token has no score; None without scores."""
@@ -247,7 +251,7 @@ class HeldTokens:
     @property
     def kv_heads(self) -> int:
         """Key/value heads of the layer that this process holds; 0 before the first token."""
-        return 0 if self.store.keys is None else self.store.keys.shape[1]
+        return self.store.kv_heads
 
     def index_tensors(self) -> list[Tensor]:
         """What belongs to slots beside keys and values; layers may share some of it."""

@@ -151,21 +151,25 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         past = self.store.packed + self.slots
         self.store.append(key, value, self.slots)
         if self.index is None:
-            self.index, self.device, self.held = step.index, key.device, np.zeros(len(step.row_new), dtype=np.int64)
+            self.index, self.device, self.held = (
+                step.index,
+                key.device,
+                np.zeros((len(step.row_new), 1), dtype=np.int64),
+            )
         else:
             new = step.index.to(self.index.device).expand(-1, self.index.shape[1], -1)
             self.index = torch.cat([self.index[..., :past], new], 2)
         self.slots += key.shape[2]
-        self.held = self.held + step.row_new
+        self.held = self.held + step.row_new[:, None]
         return past
 
     def _valid(self, step: Prefill) -> Tensor | None:
-        """Which slots hold a token, `[batch, 1, slots]`; None if all do."""
+        """Which slots hold a token, `[batch, sets, slots]`; None if all do."""
         assert self.index is not None
         if (self.held == self.index.shape[2]).all():
             return None
-        index = self.index[:, :1]
-        valid: Tensor = step.once("valid", index if self.index.shape[1] > 1 else self.index, lambda: index >= 0)
+        index = self.index if self.index.shape[1] == self.held.shape[1] else self.index[:, :1]
+        valid: Tensor = step.once("valid", index, lambda: index >= 0)
         return valid
 
     def settle(self, step: Prefill, gone: Counts) -> None:
@@ -194,7 +198,7 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
             lse = None if lse is None else without_last(lse, gone)
             more = torch.as_tensor(gone - gone.min(), device=index.device)[:, None, None]
             index = index.masked_fill(torch.arange(index.shape[2], device=index.device) < more, -1)
-            valid = index[:, :1] >= 0
+            valid = index[:, : self.held.shape[1]] >= 0
         context = LayerContext(
             layer=self.number,
             query=query,
@@ -248,13 +252,15 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
             importance = without_unknown(importance)
         return index, self.heads.gather(importance)
 
-    def let_stay(self, mask: Tensor, order: Tensor, budget: Counts, importance: Tensor | None, room: int) -> None:
+    def let_stay(
+        self, mask: Tensor, order: Tensor, budget: Counts, importance: Tensor | None, room: Counts | int
+    ) -> None:
         """Merges the slots that go into those that stay, if asked for, and gives them back.
 
         Args:
             mask: slots that stay, `[batch, sets, slots or more]`.
             order: the same in the order of their tokens.
-            budget: how many stay in each row.
+            budget: how many stay in each row and set.
             importance: importance of every slot; None without a scorer.
             room: slots to allocate beyond them.
         """

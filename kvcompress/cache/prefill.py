@@ -14,6 +14,7 @@ from kvcompress.cache.allocation import Allocation, Rule, allocate
 from kvcompress.cache.masks import Mask
 from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.selection import Ranked, Ranking, compress, pin, ranking_of
+from kvcompress.cache.sequence import Counts, stacked
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Phase, Prefill
 from kvcompress.config import CompressionConfig
@@ -45,8 +46,10 @@ def begin(state: CacheState, queries: int, device: torch.device, mask: Mask, lay
             step.reduction = _reduction(state, step, layout, points)
     if not (state.config.evictor is None or state.recording or step.reduction is not None):
         if not state.config.allocator.reads_importance:
-            before = [np.broadcast_to(layer.held if len(layer.held) else 0, batch) for layer in state.layers]
-            step.local = partial(_allocate_once, state, np.stack(before) + step.row_new, device)
+            before = stacked(
+                [layer.held if len(layer.held) else np.zeros((batch, 1), dtype=np.int64) for layer in state.layers]
+            )
+            step.local = partial(_allocate_once, state, before + step.row_new[:, None], device)
 
 
 def end(state: CacheState, step: Prefill) -> None:
@@ -71,7 +74,7 @@ def compress_all(state: CacheState, step: Prefill) -> None:
     """Allocates over all layers, then lets each keep what it may."""
     ranking = ranking_of(state.layers, state.config, step)
     importance, context = _allocation_inputs(state, state.config, ranking)
-    held = np.stack([layer.held for layer in state.layers])
+    held = stacked([layer.held for layer in state.layers])
     state.allocation = _allocate(state, held, importance.device, importance, replace(context, problems=step.problems))
     step.room = _room_for(state, state.allocation)
     compress(state.layers, step, state.allocation, ranking)
@@ -81,7 +84,8 @@ def compress_all(state: CacheState, step: Prefill) -> None:
 def allocation_at(state: CacheState, config: CompressionConfig, ranked: list[Ranked]) -> Allocation:
     """What another configuration's allocator and budget would give the layers, from the scores that are there."""
     importance, context = _allocation_inputs(state, config, ranking_of(state.layers, config, Prefill(), ranked))
-    held, rule = np.stack([layer.held for layer in state.layers]), Rule.of(config, len(state.layers))
+    held, rule = stacked([layer.held for layer in state.layers]), Rule.of(config, len(state.layers))
+    held = _for_allocator(state, config, held)
     return allocate(config, rule, state.sequence.row_seen, held, importance.device, importance, context)
 
 
@@ -89,7 +93,10 @@ def _allocation_inputs(
     state: CacheState, config: CompressionConfig, ranking: Ranking
 ) -> tuple[Tensor, AllocationContext]:
     """What an allocator reads: the importance of every layer's slots, and what belongs to it."""
-    importance, context = ranking.means()
+    if config.allocator.by_head:
+        importance, context = ranking.of_heads(state.layers[0].kv_heads * state.heads.size)
+    else:
+        importance, context = ranking.means()
     statistics = {
         name: torch.stack([layer.statistics[name].to(importance.device) for layer in state.layers])
         for name in config.allocator.needs
@@ -116,17 +123,29 @@ def _allocate(
     context: AllocationContext | None = None,
 ) -> Allocation:
     state.rule = _budget_rule(state)
+    held = _for_allocator(state, state.config, held)
     return allocate(state.config, state.rule, state.sequence.row_seen, held, device, importance, context)
 
 
-def _room_for(state: CacheState, allocation: Allocation) -> list[int]:
+def _for_allocator(state: CacheState, config: CompressionConfig, held: Counts) -> Counts:
+    """What this process's layers hold as an allocator counts it: in layers, or in the heads of all processes."""
+    if not config.allocator.by_head:
+        least: Counts = held.min(2, keepdims=True)
+        return least
+    of_heads = np.broadcast_to(held, (*held.shape[:2], state.layers[0].kv_heads))
+    gathered = state.heads.gather(torch.as_tensor(np.array(of_heads)).flatten(0, 1))
+    everywhere: Counts = gathered.numpy().reshape(*held.shape[:2], -1)
+    return everywhere
+
+
+def _room_for(state: CacheState, allocation: Allocation) -> list[Counts]:
     """Slots to allocate beyond each layer's budget: for the token that comes, and what is reserved."""
     evictor, row_seen, reserve = state.config.evictor, state.sequence.row_seen, _reserved(state)
     if evictor is None or evictor.frees == "nothing":
-        return [reserve] * len(state.layers)
-    later = allocation.limits(state.rule, row_seen + reserve).max(1)
-    grown = np.minimum(np.maximum(0, later - allocation.budgets.max(1)), reserve)
-    return [int(slots) + 1 for slots in grown]
+        return [np.full((1, 1), reserve)] * len(state.layers)
+    own = allocation.own(state.heads)
+    later = own.limits(state.rule, row_seen + reserve)
+    return list(np.clip(later - own.budgets, 0, reserve) + 1)
 
 
 def _reserved(state: CacheState) -> int:

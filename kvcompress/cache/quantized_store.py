@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvcompress.cache.packed import Packed
 from kvcompress.cache.sequence import Counts
-from kvcompress.cache.store import DenseStore, InUse, by_key_head, fixed, of_heads, rows_at, slots_in_use
+from kvcompress.cache.store import DenseStore, InUse, by_key_head, fixed, of_heads, rows_at, slots_in_use, with_slots
 from kvcompress.kernels import attention_with_slots, decode_attention_codes, merge_attention
 from kvcompress.policies.base import Quantizer
 from kvcompress.policies.context import Codes, Keys, Queries, Values
@@ -73,10 +73,10 @@ class QuantizedStore(DenseStore):
         if used or not self.packed:
             yield from super().blocks(used)
 
-    def quantizable(self, dense_rows: Counts) -> Counts:
-        """Tokens of each row, in whole groups, that leave the residual in full precision."""
+    def quantizable(self, dense: Counts) -> Counts:
+        """Tokens of each row, in whole groups, that leave the residual in full precision, in every set of heads."""
         group = self.quantizer.group
-        whole: Counts = np.maximum(dense_rows - self.quantizer.residual, 0) // group * group
+        whole: Counts = np.maximum(dense.min(1) - self.quantizer.residual, 0) // group * group
         return whole
 
     def attend(self, query: Queries, scaling: float, used: InUse) -> Tensor:
@@ -127,18 +127,19 @@ class QuantizedStore(DenseStore):
             parts = merge_attention(*parts, *_attend(grouped, *self._decoded(start, end), scaling, mask, softcap))
         return of_heads(query, parts)
 
-    def room(self, slots: int) -> int:
+    def room(self, slots: Counts) -> Counts:
         """As many, but no more than there can be before they are quantized."""
-        return min(slots, self.quantizer.residual + self.quantizer.group)
+        most: Counts = np.minimum(slots, self.quantizer.residual + self.quantizer.group)
+        return most
 
-    def make_room(self, dense_rows: Counts, later: Counts | None = None) -> None:
+    def make_room(self, dense: Counts, later: Counts | None = None) -> None:
         """Makes room for the codes of all tokens of full precision that are older than the residual.
 
         Args:
-            dense_rows: tokens of each row in full precision.
+            dense: tokens of each row and set in full precision.
             later: how many these may be before long; where buffers have to grow, they get room for so many.
         """
-        more, before = self.quantizable(dense_rows), self._packed_rows_of(dense_rows)
+        more, before = self.quantizable(dense), self._packed_rows_of(dense)
         if not more.any() or (self._packed is not None and all(p.has_room(before, more) for p in self._packed)):
             return
         if later is not None:
@@ -148,18 +149,18 @@ class QuantizedStore(DenseStore):
         keys, values = self._packed or self._without_slots()
         self._packed = (keys.with_room(before, more), values.with_room(before, more))
 
-    def pack(self, dense_rows: Counts) -> Counts:
+    def pack(self, dense: Counts) -> Counts:
         """Quantizes the oldest tokens of full precision, as many whole groups of each row as leave the residual.
 
         Codes that are there stay where they are, unless their buffers have to grow.
 
         Args:
-            dense_rows: tokens of each row in full precision, in the order of their age from the first slot on.
+            dense: tokens of each row and set in full precision, in the order of their age from the first slot on.
 
         Returns:
             How many of each row were quantized.
         """
-        more, before = self.quantizable(dense_rows), self._packed_rows_of(dense_rows)
+        more, before = self.quantizable(dense), self._packed_rows_of(dense)
         count = int(more.max(initial=0))
         if count:
             keys, values = self.dense()
@@ -167,11 +168,11 @@ class QuantizedStore(DenseStore):
             if self._packed is None:
                 self._packed = (Packed.of(new[0]).fixed(), Packed.of(new[1]).fixed())
             else:
-                self.make_room(dense_rows)
+                self.make_room(dense)
                 of_keys, of_values = self._packed
                 self._packed = (of_keys.appended(new[0], before, more), of_values.appended(new[1], before, more))
             self._count(before + more)
-            self._drop_first(more, int((dense_rows - more).max()))
+            self._drop_first(more, int((dense - more[:, None]).max()))
         return more
 
     def buffers(self) -> list[Tensor]:
@@ -199,12 +200,13 @@ class QuantizedStore(DenseStore):
     def take(
         self,
         rest: Int[Tensor, "batch sets slots"],
+        capacity: Counts,
         first: Int[Tensor, "batch sets packed"] | None = None,
         packed_rows: Counts | None = None,
         surplus: bool = False,
     ) -> None:
         """Keeps slots in a new order: `first` as codes, or all codes where they are, and the rest in full precision."""
-        keys, values = self.dense()
+        (keys, values), rest = self.dense(), with_slots(rest, capacity)
         if surplus:
             keys, values = (torch.cat(buffers, 2) for buffers in zip(*self.blocks(self.capacity), strict=True))
         else:
@@ -257,8 +259,8 @@ class QuantizedStore(DenseStore):
 
     # -- inner ---------------------------------------------------------------------------------------------------------
 
-    def _packed_rows_of(self, dense_rows: Counts) -> Counts:
-        return np.zeros_like(dense_rows) if self.packed_rows is None else self.packed_rows
+    def _packed_rows_of(self, dense: Counts) -> Counts:
+        return np.zeros_like(dense[:, 0]) if self.packed_rows is None else self.packed_rows
 
     def _count(self, packed_rows: Counts) -> None:
         """Takes note of how many slots of each row are quantized."""

@@ -10,6 +10,7 @@ import numpy as np
 
 from kvcompress.cache import decoding
 from kvcompress.cache.layer import CompressedLayer
+from kvcompress.cache.sequence import Counts, stacked
 from kvcompress.cache.state import CacheState
 from kvcompress.integrations.shape import ranges
 from kvcompress.markup import bars, size, table
@@ -28,8 +29,11 @@ class CacheReport:
         layer_tokens: tokens that each layer was given per row, `[layers][batch]`; fewer than `row_tokens_seen` where a
             reducer acted before it.
         image_tokens: how many of them are image tokens, likewise.
-        layer_lengths: tokens that each layer holds per row, `[layers][batch]`.
-        layer_budgets: tokens that each layer may hold per row at this point; None where nothing limits it.
+        layer_lengths: tokens that each layer holds per row, `[layers][batch]`; where heads hold different numbers,
+            their mean, rounded.
+        head_lengths: tokens that each key/value head holds, `[layers][batch][kv_heads]`; None where all heads of a
+            layer hold as many.
+        layer_budgets: tokens that each layer may hold per row at this point, likewise; None where nothing limits it.
         held_columns: columns of the held tokens, `[layers][batch][sets][tokens]`; `sets` is 1 unless heads keep
             different tokens.
         went_into: what a reducer did: for each number of layers after which it acted, the column that each column of a
@@ -62,6 +66,7 @@ class CacheReport:
     own_kv_bytes: int = 0
     decoding: str | None = None
     notes: list[str] = field(default_factory=list)
+    head_lengths: list[list[list[int]]] | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         return (
@@ -93,6 +98,9 @@ class CacheReport:
     def retention(self) -> float:
         """Tokens kept / tokens seen, over all layers and rows; 1.0 before anything was seen."""
         seen = sum(self.row_tokens_seen) * len(self.layer_lengths)
+        if self.head_lengths is not None and seen:
+            of_heads = [sum(heads) / len(heads) for rows in self.head_lengths for heads in rows]
+            return sum(of_heads) / seen
         return sum(map(sum, self.layer_lengths)) / seen if seen else 1.0
 
     @property
@@ -132,9 +140,9 @@ def report_on(state: CacheState) -> CacheReport:
     """What the cache holds now, in tokens and bytes; waits for the device."""
     decoding.catch_up_if_needed(state)
     sequence, table, numbers = state.sequence, state.table, range(len(state.layers))
-    held = np.stack([layer.held for layer in state.layers])
+    held = stacked([layer.held for layer in state.layers])
     if table is not None and table.steps:
-        held = table.extent - table.hole + np.stack([layer.packed_rows for layer in state.layers])
+        held = table.extent - table.hole + np.stack([layer.packed_rows for layer in state.layers])[..., None]
     limits = state.limits()
     threshold = None if state.allocation is None else state.allocation.notes.get("threshold")
     slot_nbytes = sum(layer.store.slot_nbytes for layer in state.layers)
@@ -143,8 +151,8 @@ def report_on(state: CacheState) -> CacheReport:
         row_tokens_seen=sequence.row_seen.tolist(),
         layer_tokens=[sequence.given(number).tolist() for number in numbers],
         image_tokens=[sequence.images_given(number).tolist() for number in numbers],
-        layer_lengths=held.tolist(),
-        layer_budgets=None if limits is None else limits.tolist(),
+        layer_lengths=_of_layers(held),
+        layer_budgets=None if limits is None else _of_layers(limits),
         held_columns=[_held_columns(state, layer) for layer in state.layers],
         kv_bytes=sum(layer.store.nbytes for layer in state.layers) + state.own.nbytes,
         index_bytes=_index_nbytes(state),
@@ -155,7 +163,14 @@ def report_on(state: CacheState) -> CacheReport:
         own_kv_bytes=state.own.nbytes,
         decoding=state.ran,
         notes=_notes(state),
+        head_lengths=None if held.shape[2] == 1 else held.tolist(),
     )
+
+
+def _of_layers(counts: Counts) -> list[list[int]]:
+    """Numbers of `[layers, batch, sets]` for layers and rows: the mean over heads."""
+    means: list[list[int]] = np.rint(counts.mean(2)).astype(np.int64).tolist()
+    return means
 
 
 def _index_nbytes(state: CacheState) -> int:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcompress.cache.allocation import Allocation, protection
-from kvcompress.cache.sequence import Sequence
+from kvcompress.cache.sequence import Sequence, stacked
 from kvcompress.cache.step import Prefill
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import PolicyError
@@ -66,6 +66,17 @@ class Ranking:
     valid: Tensor
     protected: Tensor
     is_image: Tensor | None
+
+    def of_heads(self, heads: int) -> tuple[Tensor, AllocationContext]:
+        """Importance in every head, `[layers, batch, kv_heads, slots]`, with what else allocators read of slots."""
+        rows, _, slots = self.index.shape
+        shape = (self.layers, rows // self.layers, heads, slots)
+        known = (self.valid, self.is_image, self.protected)
+        valid, images, protected = (None if one is None else one.expand(-1, heads, -1).view(shape) for one in known)
+        importance = self.importance
+        if importance is None:
+            importance = torch.zeros((), dtype=torch.float32, device=self.index.device).expand(rows, heads, slots)
+        return importance.reshape(shape), AllocationContext(valid=valid, is_image=images, protected=protected)
 
     def means(self) -> tuple[Tensor, AllocationContext]:
         """Head-mean importance of every layer, `[layers, batch, slots]`, with what else allocators read of slots."""
@@ -128,15 +139,17 @@ def compress(
     Raises:
         PolicyError: if the evictor's answer has the wrong shape or dtype; what else is wrong with it is noted.
     """
-    numbers = [layer.number for layer in layers]
-    budgets, held = allocation.budgets[numbers], np.stack([layer.held for layer in layers])
-    changed, batch = (budgets != held).any(1), budgets.shape[1]
+    numbers, heads = [layer.number for layer in layers], layers[0].heads
+    budgets = allocation.own(heads).budgets[numbers]
+    changed, batch = (budgets != stacked([layer.held for layer in layers])).any((1, 2)), budgets.shape[1]
+    if allocation.sets > 1:  # each process looks at heads of its own, but all of them have to ask the others
+        changed = heads.mean(torch.as_tensor(changed, dtype=torch.float64)).numpy() > 0
     if changed.any():
         ranking = ranking or ranking_of(layers, layers[0].config, step)
         whole = _selected(layers, step, allocation, ranking)
-        mask = layers[0].heads.own(whole)
+        mask = heads.own(whole)
         order = order_of(mask, ranking.index, int(budgets.max()), ordered=True)
-        importance = None if ranking.importance is None else layers[0].heads.own(ranking.importance)
+        importance = None if ranking.importance is None else heads.own(ranking.importance)
     for at, layer in enumerate(layers):
         room, rows = step.room[layer.number], slice(at * batch, (at + 1) * batch)
         if changed[at]:
@@ -168,24 +181,25 @@ def _selected(layers: List[CompressedLayer], step: Prefill, allocation: Allocati
     """
     numbers, evictor, images = [layer.number for layer in layers], layers[0].config.evictor, allocation.image_budgets
     assert evictor is not None
+    sets = allocation.sets
     context = SelectionContext(
         budget=torch.as_tensor(allocation.budgets[numbers].reshape(-1), device=ranking.index.device),
-        valid=ranking.valid,
-        protected=ranking.protected,
-        index=ranking.index,
-        importance=ranking.importance,
-        is_image=ranking.is_image,
+        valid=_by_head(ranking.valid, sets),
+        protected=_by_head(ranking.protected, sets),
+        index=_by_head(ranking.index, sets),
+        importance=None if ranking.importance is None else _by_head(ranking.importance, sets),
+        is_image=None if ranking.is_image is None else _by_head(ranking.is_image, sets),
         image_budget=None if images is None else images[numbers].flatten().to(ranking.index.device),
         problems=step.problems,
-        value_norms=_value_norms(layers, ranking) if evictor.reads_value_norms else None,
+        value_norms=_by_head(_value_norms(layers, ranking), sets) if evictor.reads_value_norms else None,
     )
-    sets = (1, context.valid.shape[1], 0 if context.importance is None else context.importance.shape[1])
+    allowed = (1, context.valid.shape[1], 0 if context.importance is None else context.importance.shape[1])
     rows, _, slots = context.valid.shape
     number = numbers[0] if len(numbers) == 1 else None
     with policy_errors(evictor, number):
         mask = evictor.select(context)
         fits = mask.dtype == torch.bool and mask.ndim == 3
-    if not fits or mask.shape[1] not in sets or mask.shape[::2] != (rows, slots):
+    if not fits or mask.shape[1] not in allowed or mask.shape[::2] != (rows, slots):
         label = f"evictor {evictor.name}" if number is None else f"evictor {evictor.name}: layer {number}"
         raise PolicyError(
             f"{label}: select must return bool [{rows}, 1 or kv_heads, {slots}], got {mask.dtype} {tuple(mask.shape)}"
@@ -194,7 +208,12 @@ def _selected(layers: List[CompressedLayer], step: Prefill, allocation: Allocati
     if any((layer.held != slots).any() for layer in layers):
         wrong = wrong | (mask > context.valid).any(-1)
     step.problems.note(lambda: _selection_message(evictor, numbers, mask, context), wrong.any())
-    return mask
+    return mask if sets == 1 else mask.view(-1, sets, slots)
+
+
+def _by_head(tensor: Tensor, sets: int) -> Tensor:
+    """Heads that hold as many slots as they like as rows of their own, `[rows * sets, 1, slots]`."""
+    return tensor if sets == 1 else tensor.expand(-1, sets, -1).reshape(-1, 1, tensor.shape[2])
 
 
 def _selection_message(evictor: Evictor, layers: List[int], mask: Tensor, context: SelectionContext) -> str:
@@ -215,10 +234,11 @@ def pin(layers: List[CompressedLayer]) -> None:
         return
     sequence, (sinks, recents) = layers[0].sequence, protection(layers[0].config)
     first = np.stack([sequence.first_given(layer.number, sinks) for layer in layers])
-    kept = np.stack([layer.held for layer in layers])
+    kept = stacked([layer.held for layer in layers])
+    first = first[..., None] + 0 * kept
     with policy_errors(evictor):
         pinned = evictor.pinned(torch.as_tensor(kept.reshape(-1)), torch.as_tensor(first.reshape(-1)), recents).numpy()
-    to_come = np.maximum(0, sinks - sequence.row_seen)
+    to_come = np.maximum(0, sinks - sequence.row_seen)[:, None]
     for layer, own in zip(layers, np.maximum(pinned.reshape(first.shape), first) + to_come, strict=True):
         layer.pinned = own
 

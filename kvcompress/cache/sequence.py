@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-Counts = np.ndarray  # int64, a number per row; kept on the host
+Counts = np.ndarray  # int64, a number per row, or per row and set of heads; kept on the host
 
 
 @dataclass
@@ -339,6 +339,11 @@ def taken(of_tokens: Tensor, index: Int[Tensor, "batch sets slots"], fill: bool 
         return torch.full(index.shape, fill, dtype=of_tokens.dtype, device=index.device)
     flat = index.flatten(1).clamp(min=0, max=of_tokens.shape[1] - 1).long()
     return of_tokens.gather(1, flat).view(index.shape).masked_fill(index < 0, fill)
+
+
+def stacked(counts: list[Counts]) -> Counts:
+    """Numbers of several layers, `[batch, sets]` each, together; as many sets as the layer that has most."""
+    return np.stack(np.broadcast_arrays(*counts))
 
 
 def without_last(tensor: Tensor, gone: Counts) -> Tensor:

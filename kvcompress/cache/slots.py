@@ -37,8 +37,8 @@ class SlotTable:
         seen: tokens of each row.
         columns: columns seen, padding included.
         scored_end: tokens of each row that have a score, `[batch, 1, 1]`.
-        extent: `length` as far as the host knows, `[layers, batch]`.
-        hole: whether a slot is free, as far as the host knows.
+        extent: `length` as far as the host knows, `[layers, batch, sets]`; one set where all heads hold as many.
+        hole: whether a slot is free, as far as the host knows, likewise.
         exact: whether what the host knows is exact; if not, `extent` is an upper bound.
         steps: steps that the table has advanced, or at least so many where the host does not run them.
     """
@@ -63,32 +63,32 @@ class SlotTable:
 
         Args:
             index: token index of each layer's slots, `[batch, sets, slots]`, -1 beyond its tokens.
-            lengths: slots in use per layer and row.
-            pinned: slots per layer and row that never leave by age.
+            lengths: slots in use per layer, row and set of heads, one set where all heads hold as many.
+            pinned: slots that never leave by age, likewise.
             capacities: slots that each layer has.
             row_seen: tokens of each row.
             columns: columns seen.
-            allocation: the budgets; None if nothing is ever evicted.
+            allocation: the budgets of this process's heads; None if nothing is ever evicted.
             rule: how budgets grow with the tokens seen.
             by_age: whether a layer over its limit loses its oldest loose token.
             scored_end: tokens of each row that have a score.
             sets: at least so many sets of heads, which may hold different tokens from now on.
             ranks: importance of each layer's slots, `[batch, kv_heads, slots]`; None unless an evictor chooses by it.
-            packed: tokens per layer and row that lie elsewhere and count as held; None if none.
+            packed: tokens per layer and row, `[layers, batch, 1]`, that lie elsewhere and count as held; None if none.
         """
-        device, sets = index[0].device, max(sets, *(held.shape[1] for held in index))
-        shape = (*lengths.shape, sets)
+        device, sets = index[0].device, max(sets, lengths.shape[2], *(held.shape[1] for held in index))
+        shape = (*lengths.shape[:2], sets)
         self.index = torch.full((*shape, max(capacities)), -1, dtype=torch.int32, device=device)
         for layer, held in enumerate(index):
             self.index[layer, :, :, : held.shape[2]] = held.to(device)
         self.ranks: Tensor | None = None
         if ranks is not None:
             self.ranks = torch.full(
-                (*lengths.shape, ranks[0].shape[1], max(capacities)), torch.nan, device=device, dtype=torch.float32
+                (*lengths.shape[:2], ranks[0].shape[1], max(capacities)), torch.nan, device=device, dtype=torch.float32
             )
             for layer, known in enumerate(ranks):
                 self.ranks[layer, :, :, : known.shape[2]] = known.to(device)
-        self.length = torch.as_tensor(lengths, device=device).unsqueeze(-1).repeat(1, 1, sets)
+        self.length = torch.as_tensor(lengths, device=device).expand(shape).clone()
         self.free = torch.full_like(self.length, -1)
         self.write = torch.zeros_like(self.length)
         self.seen = torch.as_tensor(row_seen, dtype=torch.int32, device=device).clone()
@@ -100,19 +100,19 @@ class SlotTable:
         self.exact, self.steps = True, 0
         self._start, self._first_column = (lengths, row_seen), columns
         self._allocation, self._rule = allocation, rule
-        self._pinned = torch.as_tensor(pinned, device=device).unsqueeze(-1).repeat(1, 1, sets)
+        self._pinned = torch.as_tensor(pinned, device=device).expand(shape).clone()
         self._pinned_rows = pinned
         self._by_age = by_age
         self._packed_rows = np.zeros_like(lengths) if packed is None else packed
-        self._packed = None if packed is None else torch.as_tensor(packed, device=device).unsqueeze(-1)
+        self._packed = None if packed is None else torch.as_tensor(packed, device=device)
         self._age: Tensor | None = None
         if allocation is not None:
-            budgets, spent = allocation.budgets, allocation.spent
+            budgets, spent = allocation.budgets, allocation.spent[:, None]
             if rule.fraction is None:
-                self._share = torch.as_tensor(allocation.limits(rule, row_seen * 0), device=device).unsqueeze(-1)
+                self._share = torch.as_tensor(allocation.limits(rule, row_seen * 0), device=device)
             else:  # a row that was given nothing gets an even share of what comes
-                self._share = torch.as_tensor(np.where(spent > 0, budgets, 1), device=device).unsqueeze(-1)
-                self._spent = torch.as_tensor(np.where(spent > 0, spent, rule.layers), device=device).unsqueeze(-1)
+                self._share = torch.as_tensor(np.where(spent > 0, budgets, 1), device=device)
+                self._spent = torch.as_tensor(np.where(spent > 0, spent, rule.layers * allocation.sets), device=device)
         self._derive()
 
     def _derive(self) -> None:
@@ -190,7 +190,9 @@ class SlotTable:
         least = self.seen.clamp(max=self._rule.sinks + self._rule.recents)[:, None]
         share = self._share
         if self._rule.fraction is not None:
+            assert self._allocation is not None
             total = self.seen.to(torch.float64).mul(self._rule.fraction * self._rule.layers).add(1e-6).long()
+            total = total if self._allocation.sets == 1 else total * self._allocation.sets
             share = (share * total[:, None]).div(self._spent, rounding_mode="floor")
         held = self.length if self._packed is None else self.length + self._packed
         return held > torch.maximum(share, least)
@@ -212,7 +214,8 @@ class SlotTable:
 
     def learn_holes(self) -> None:
         """Reads which layers and rows have a free slot; waits for the device."""
-        self.hole = (self.free >= 0).any(-1).cpu().numpy()
+        hole = self.free >= 0
+        self.hole = (hole if self.extent.shape[2] > 1 else hole.any(-1, keepdim=True)).cpu().numpy()
 
     def choose(self, victims: Int[Tensor, "layers batch sets"]) -> None:
         """Frees the slots that an evictor names, in layers and rows that are over their limit."""
@@ -231,12 +234,12 @@ class SlotTable:
             self.hole = np.zeros_like(self.hole)
 
     def bound(self, steps: int) -> np.ndarray:
-        """At most the slots that each layer has in use while it attends in so many steps more, `[layers]`."""
-        most: np.ndarray = np.maximum(self.held(steps - 1) + 1, self.extent).max(1)
+        """At most the slots in use while layers attend in so many steps more, `[layers, batch, sets]`."""
+        most: np.ndarray = np.maximum(self.held(steps - 1) + 1, self.extent)
         return most
 
     def held(self, steps: int = 0) -> np.ndarray:
-        """At most the tokens that layers and rows hold after so many steps more than now, `[layers, batch]`."""
+        """At most the tokens that layers and rows hold after so many steps more than now, `[layers, batch, sets]`."""
         if self.exact and not steps:
             held: np.ndarray = self.extent - self.hole
             return held
@@ -255,7 +258,11 @@ class SlotTable:
         """Reads how far the device has come where the host did not run its steps; returns the columns seen."""
         columns, self.exact = int(self.columns), True
         self.steps = columns - self._first_column
-        self.extent, self.hole = self.length[:, :, 0].cpu().numpy().copy(), (self.free[:, :, 0] >= 0).cpu().numpy()
+        sets = self.extent.shape[2]
+        self.extent, self.hole = (
+            self.length[..., :sets].cpu().numpy().copy(),
+            (self.free[..., :sets] >= 0).cpu().numpy(),
+        )
         return columns
 
     def become(self, table: SlotTable) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +15,7 @@ from kvcompress.cache.calls import Calls
 from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.own import OwnLayers
 from kvcompress.cache.reduction import Reduction
-from kvcompress.cache.sequence import Sequence
+from kvcompress.cache.sequence import Counts, Sequence
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.step import Phase, Prefill, Step
 from kvcompress.config import CompressionConfig
@@ -168,7 +167,7 @@ class CacheState:
         self.allocation, self.rule, self.recording = saved["allocation"], saved["rule"], bool(saved["recording"])
         self.ran = saved["ran"]
         if saved["table"] is not None:
-            allocation = self.allocation if saved["table_evicts"] else None
+            allocation = self.own_allocation if saved["table_evicts"] else None
             self.table = SlotTable.from_saved(saved["table"], allocation, self.rule)
 
     @property
@@ -214,12 +213,17 @@ class CacheState:
             "again"
         )
 
-    def limits(self) -> np.ndarray | None:
-        """Slots that each layer may hold now, `[layers, batch]`; None if nothing is ever evicted while decoding."""
-        evictor = self.config.evictor
-        if evictor is None or evictor.frees == "nothing" or self.allocation is None:
+    @property
+    def own_allocation(self) -> Allocation | None:
+        """What the last allocation gave to this process's heads."""
+        return None if self.allocation is None else self.allocation.own(self.heads)
+
+    def limits(self) -> Counts | None:
+        """Slots that each layer may hold now, `[layers, batch, sets]`; None if decoding never evicts anything."""
+        evictor, allocation = self.config.evictor, self.own_allocation
+        if evictor is None or evictor.frees == "nothing" or allocation is None:
             return None
-        return self.allocation.limits(self.rule, self.sequence.row_seen)
+        return allocation.limits(self.rule, self.sequence.row_seen)
 
     def index_of(self, layer: CompressedLayer) -> Tensor:
         """Token index of a layer's slots, wherever it is kept now; -1 where a slot is empty."""

@@ -39,7 +39,7 @@ class Prefill:
         order: where each of these columns was in the model's; None if they are where they were.
         first_order: the same before a reducer acted.
         local: gives the budgets, where they need no scores, so that a layer is compressed as soon as it ran.
-        room: slots to allocate beyond each layer's budget.
+        room: slots to allocate beyond each layer's budget, `[batch, sets]`.
         evicts: whether layers over their budget give tokens up in this step.
         reduction: what a reducer does to its images; None if there are none.
         problems: what may be wrong with policies' answers, all read at once.
@@ -55,7 +55,7 @@ class Prefill:
     order: Int[Tensor, "batch columns"] | None = None
     first_order: Int[Tensor, "batch columns"] | None = None
     local: Callable[[], Allocation] | None = None
-    room: list[int] = field(default_factory=list)
+    room: list[Counts] = field(default_factory=list)
     evicts: bool = True
     reduction: Reduction | None = None
     problems: Problems = field(default_factory=Problems)

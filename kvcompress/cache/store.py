@@ -45,7 +45,11 @@ class KVStore(Protocol):
 
     @property
     def capacity(self) -> int:
-        """Slots that can be written to, and room for more tokens among them."""
+        """Slots that can be written to, room for more tokens among them, in the row and head that has most."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads; 0 before the first token."""
 
     @property
     def nbytes(self) -> int:
@@ -84,6 +88,7 @@ class KVStore(Protocol):
     def take(
         self,
         rest: Int[Tensor, "batch sets slots"],
+        capacity: Counts,
         first: Int[Tensor, "batch sets packed"] | None,
         packed_rows: Counts | None,
         surplus: bool,
@@ -92,6 +97,7 @@ class KVStore(Protocol):
 
         Args:
             rest: slots that can be written to from now on.
+            capacity: how many slots each row and set gets that can be written to, `[batch, sets]`.
             first: slots that stay packed; None if all do, where they are.
             packed_rows: how many of these mean something per row.
             surplus: whether some of the rest were packed before.
@@ -103,14 +109,17 @@ class KVStore(Protocol):
     def replace(self, keys: Keys, values: Values) -> None:
         """The same in new buffers, with no room for more."""
 
-    def room(self, slots: int) -> int:
-        """Slots that can be written to which are enough for so many tokens of a row."""
+    def room(self, slots: Counts) -> Counts:
+        """Slots that can be written to which are enough for so many tokens, `[batch, sets]`."""
 
-    def grow(self, capacity: int) -> None:
-        """Makes room for more slots that can be written to."""
+    def has_room(self, slots: Counts) -> bool:
+        """Whether rows and sets have so many slots that can be written to, `[batch, sets]`."""
 
-    def make_room(self, dense_rows: Counts, later: Counts | None) -> None:
-        """Makes room for what will be packed of so many tokens per row; for that of `later` where buffers grow."""
+    def grow(self, capacity: Counts) -> None:
+        """Makes room for so many slots that can be written to, `[batch, sets]`."""
+
+    def make_room(self, dense: Counts, later: Counts | None) -> None:
+        """Makes room for what will be packed of so many tokens; for that of `later` where buffers grow."""
 
     def select_rows(self, index: Int[Tensor, " rows"], rows: Counts) -> None:
         """Reorders, repeats or drops rows; in place where their number stays."""
@@ -140,6 +149,11 @@ class DenseStore:
     def capacity(self) -> int:
         """Slots that are allocated."""
         return 0 if self.keys is None else self.keys.shape[2]
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads; 0 before the first token."""
+        return 0 if self.keys is None else self.keys.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -209,12 +223,13 @@ class DenseStore:
     def take(
         self,
         rest: Int[Tensor, "batch sets slots"],
+        capacity: Counts,
         first: Int[Tensor, "batch sets packed"] | None = None,
         packed_rows: Counts | None = None,
         surplus: bool = False,
     ) -> None:
         """Keeps slots in a new order and gives the others back."""
-        keys, values = self.dense()
+        (keys, values), rest = self.dense(), with_slots(rest, capacity)
         self._hold(rows_at(keys, rest), rows_at(values, rest))
 
     def overwrite(self, keys: Keys, values: Values) -> None:
@@ -226,15 +241,20 @@ class DenseStore:
         """Holds other keys and values of the slots in use instead, those given."""
         self._hold(keys, values)
 
-    def room(self, slots: int) -> int:
+    def room(self, slots: Counts) -> Counts:
         """As many."""
         return slots
 
-    def grow(self, capacity: int) -> None:
-        """Makes room for more slots."""
-        if capacity > self.capacity:
+    def has_room(self, slots: Counts) -> bool:
+        """Whether there are as many slots as the row and set needs that needs most."""
+        return bool(slots.max(initial=0) <= self.capacity)
+
+    def grow(self, capacity: Counts) -> None:
+        """Makes room for more slots, as many for every row and set."""
+        if not self.has_room(capacity):
             keys, values = self.dense()
-            self._hold(grown(keys, capacity), grown(values, capacity))
+            most = int(capacity.max())
+            self._hold(grown(keys, most), grown(values, most))
 
     def select_rows(self, index: Int[Tensor, " rows"], rows: Counts) -> None:
         """Reorders, repeats or drops rows; in place where their number stays."""
@@ -260,7 +280,7 @@ class DenseStore:
         """Takes over what `saved` gave."""
         self._hold(grown(saved["keys"], saved["capacity"]), grown(saved["values"], saved["capacity"]))
 
-    def make_room(self, dense_rows: Counts, later: Counts | None = None) -> None:
+    def make_room(self, dense: Counts, later: Counts | None = None) -> None:
         """Nothing to do: all stays in full precision."""
 
     def move_into(self, buffers: list[Tensor]) -> None:
@@ -299,6 +319,12 @@ def of_heads(query: Queries, parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tens
     """Output and log-sum-exp of queries that `by_key_head` put together, head by head."""
     output, lse = parts
     return output.reshape(*query.shape[:3], -1), lse.reshape(query.shape[:3])
+
+
+def with_slots(order: Int[Tensor, "batch sets slots"], capacity: Counts) -> Int[Tensor, "batch sets more"]:
+    """Slots in the given order, and any slot after them as far as the row and set goes that gets most."""
+    more = int(capacity.max(initial=0)) - order.shape[2]
+    return F.pad(order, (0, more)) if more > 0 else order
 
 
 def by_key_head(query: Queries, kv_heads: int) -> Tensor:

@@ -152,12 +152,13 @@ def _show(profile: LayerProfile, written: list[Path]) -> None:
     table.add_column("layer", justify="right")
     for budget in profile.budgets:
         table.add_column(f"{budget:g}", justify="right", min_width=len("±0.000"))
+    spread = profile.spread if profile.heads == 1 else []
     for layer in range(profile.layers):
-        cells = [f"{one[layer]:.3f}" for one in profile.retention]
-        if profile.spread:
-            cells = [f"{cell} ±{one[layer]:.3f}" for cell, one in zip(cells, profile.spread, strict=True)]
+        cells = [f"{one[layer]:.3f}" for one in profile.layer_retention]
+        if spread:
+            cells = [f"{cell} ±{one[layer]:.3f}" for cell, one in zip(cells, spread, strict=True)]
         table.add_row(str(layer), *cells)
-    known = f", mean ± standard deviation over {profile.samples} samples" if profile.spread else ""
+    known = f", mean ± standard deviation over {profile.samples} samples" if spread else ""
     console.print(f"Retention per layer and budget{known}")
     console.print(table)
     for path in written:

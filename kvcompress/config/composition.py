@@ -29,6 +29,7 @@ NEIGHBOURS = (
 )
 # What a policy is given that cannot be made from its name alone.
 EXAMPLES: dict[tuple[str, str], dict[str, Any]] = {
+    ("allocator", "duo"): {"gates": [[0.9], [0.1], [0.5]], "streaming": 4},
     ("allocator", "profile"): {"retention": [0.6, 0.1, 0.35]},  # as many layers as the models of the tests have
     ("reducer", "lightkv"): {"windows": [2, 1]},  # which the small images of the tests have enough tokens for
 }

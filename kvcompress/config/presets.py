@@ -126,6 +126,36 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "PrefixKV (arXiv 2412.03409) on image tokens that LightKV (arXiv 2605.00789) merged; a combination of ours.",
         {"budget": _ONE, "scorer": "attention", "allocator": _PREFIX, "reducer": "lightkv"},
     ),
+    "headprefix": (
+        "PrefixKV's one threshold (arXiv 2412.03409) over all heads of all layers, each with its own tokens; a "
+        "combination of ours.",
+        {"budget": _ONE, "scorer": "attention", "allocator": {"name": "headprefix", "protected": "on_top"}},
+    ),
+    "adakv": (
+        "AdaKV (arXiv 2407.11550): heads of a layer share its slots by one ranking; attention of all queries. "
+        "Deviates: the paper's scores are those of ada-snapkv.",
+        {"budget": _ONE, "scorer": "attention", "allocator": "adakv"},
+    ),
+    "ada-snapkv": (
+        "AdaKV on SnapKV (arXiv 2407.11550, its Ada-SnapKV): heads share a layer by the attention of the last window. "
+        "Deviates: four sinks are kept too; decoding as in snapkv.",
+        {
+            "budget": {"fraction": 0.2, "sink": 4, "recent": 1},
+            "scorer": "snapkv",
+            "allocator": "adakv",
+            "evictor": {"name": "topk", "decode": "oldest"},
+        },
+    ),
+    "ada-expected": (
+        "AdaKV (arXiv 2407.11550) on expected attention (kvpress), which sees no question. Deviates: four sinks are "
+        "kept too; decoding as in snapkv.",
+        {
+            "budget": {"fraction": 0.2, "sink": 4, "recent": 1},
+            "scorer": "expected_attention",
+            "allocator": "adakv",
+            "evictor": {"name": "topk", "decode": "oldest"},
+        },
+    ),
     "text": (
         "Made for plain text: TOVA's scores with sinks and recents protected; as good as any of these on continuations "
         "of text in our own measurement (see the benchmarks).",

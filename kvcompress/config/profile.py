@@ -35,6 +35,8 @@ class LayerProfile(Configured):
     Args:
         budgets: fractions of the tokens seen, ascending.
         retention: for each budget, the share that each layer keeps, first layer first: the mean over the samples.
+        heads: key/value heads of a layer that the lists tell apart: 1 for a share for each layer; else one for each
+            head, those of the first layer first.
         spread: for each budget and layer, the standard deviation over the samples; 0 for one sample; empty if unknown.
         samples: number of samples; 0 if unknown.
         model: the model's fingerprint; None if unknown, and then only the number of layers is checked.
@@ -56,6 +58,7 @@ class LayerProfile(Configured):
 
     budgets: list[_Budget] = Field(min_length=1)
     retention: list[Annotated[list[_Share], Field(min_length=1)]] = Field(min_length=1)
+    heads: int = Field(default=1, ge=1)
     spread: list[list[_Spread]] = Field(default_factory=list)
     samples: int = Field(default=0, ge=0)
     model: Fingerprint | None = None
@@ -68,12 +71,15 @@ class LayerProfile(Configured):
     def _fit_together(self) -> LayerProfile:
         if any(low >= high for low, high in zip(self.budgets, self.budgets[1:], strict=False)):
             raise ConfigError(f"budgets: must ascend; got {self.budgets}")
-        shape = [self.layers] * len(self.budgets)
+        units = len(self.retention[0])
+        if units % self.heads:
+            raise ConfigError(f"retention: {units} shares are not {self.heads} heads for each of some layers")
+        shape, each = [units] * len(self.budgets), "layers" if self.heads == 1 else "heads"
         for name in ("retention", "spread"):
             lists = getattr(self, name)
             if (lists or name == "retention") and [len(one) for one in lists] != shape:
                 raise ConfigError(
-                    f"{name}: needs a list of {self.layers} layers for each of the {len(self.budgets)} budgets; got "
+                    f"{name}: needs a list of {units} {each} for each of the {len(self.budgets)} budgets; got "
                     f"lists of {[len(one) for one in lists]}"
                 )
         if self.model is not None and self.model.layers != self.layers:
@@ -83,14 +89,20 @@ class LayerProfile(Configured):
     @property
     def layers(self) -> int:
         """Number of decoder layers."""
-        return len(self.retention[0])
+        return len(self.retention[0]) // self.heads
+
+    @property
+    def layer_retention(self) -> list[list[float]]:
+        """For each budget, the share that each layer keeps; the mean over its heads."""
+        shares = torch.tensor(self.retention, dtype=torch.float64).view(len(self.budgets), -1, self.heads)
+        return shares.mean(2).tolist()
 
     def allocator(self) -> Profile:
         """The allocator that gives layers these sizes at any budget, without reading a score."""
-        return Profile(retentions=self.retention, model=self.model)
+        return Profile(retentions=self.retention, heads=self.heads, model=self.model)
 
     def at(self, budget: float) -> list[float]:
-        """Retention per layer for a budget, whose mean over the layers is the budget.
+        """Retention per layer, or per head, for a budget, whose mean over all of them is the budget.
 
         Interpolated linearly between the calibrated budgets, each taken as the mean of what its layers keep (which
         differs a little from the budget asked for, since tokens are whole); below the lowest towards all 0 at budget
@@ -185,7 +197,7 @@ def check_profiles(config: CompressionConfig, decoder: PreTrainedModel, layers: 
     mine = fingerprint_of(decoder) if known else None
     for one in held:
         differences = [] if one.model is None or mine is None else one.model.differences(mine)
-        own = len(one.retentions[0]) if one.retentions else compressed
+        own = len(one.retentions[0]) // one.heads if one.retentions else compressed
         if not differences and own != compressed:
             differences = [f"layers {own} instead of {compressed}"]
         if differences:

@@ -57,12 +57,14 @@ def calibrate(
     budgets = check_budgets(budgets)
     check_config(config)
     found = retentions(loaded, config, samples, budgets, on_sample, processes or Processes.current())
+    decoder = adapter_for(loaded.model).decoder(loaded.model)
     return LayerProfile(
         budgets=budgets,
         retention=found.mean(0).tolist(),
+        heads=found.shape[2] // decoder.config.num_hidden_layers,
         spread=found.std(0, correction=min(1, len(samples) - 1)).tolist(),
         samples=len(samples),
-        model=fingerprint_of(adapter_for(loaded.model).decoder(loaded.model)),
+        model=fingerprint_of(decoder),
         config=config,
         data=data,
         data_hash=data_hash(samples),
@@ -121,6 +123,8 @@ def prompt_retention(
 ) -> Float[Tensor, "budgets layers"]:
     """Share of one prompt's tokens that each layer keeps at each budget, all of them from one scored prefill.
 
+    Where the allocator sizes heads, that each head keeps: those of the first layer first.
+
     Args:
         loaded: the model.
         config: the policies.
@@ -133,7 +137,7 @@ def prompt_retention(
     found = []
     for budget in budgets:
         allocation = cache.allocation_at(config.override(budget=float(budget)))
-        found.append(allocation.budgets[:, 0] / cache.report().row_tokens_seen[0])
+        found.append(allocation.budgets[:, 0].reshape(-1) / cache.report().row_tokens_seen[0])
     return torch.tensor(np.stack(found), dtype=torch.float64)
 
 

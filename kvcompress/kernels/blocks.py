@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvcompress.kernels.dense import attention, attention_with_mask, merge_attention
+from kvcompress.kernels.dense import attention, attention_with_mask, merge_attention, rows_of_heads
 
 
 def attend_blocks(
@@ -16,7 +16,7 @@ def attend_blocks(
     blocks: Iterable[tuple[Tensor, Tensor]],
     past: int,
     scaling: float,
-    valid: Bool[Tensor, "batch one tokens"] | None,
+    valid: Bool[Tensor, "batch sets tokens"] | None,
     wants_lse: bool,
     softcap: float | None = None,
 ) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"] | None]:
@@ -27,13 +27,20 @@ def attend_blocks(
         blocks: keys and values, `[batch, kv_heads, tokens, dim]` each, the queries' own tokens last.
         past: tokens before those of the queries.
         scaling: factor on the logits.
-        valid: which tokens count; None if all do. A row's padding comes first among the queries' own tokens.
+        valid: which tokens count, for all heads or for each key/value head; None if all do. A row's padding comes first
+            among the queries' own tokens.
         wants_lse: whether the log-sum-exp is wanted at all.
         softcap: what logits stay below; None for logits as they are.
 
     Returns:
         The output, zero for queries that see nothing, and the log-sum-exp of each query's logits.
     """
+    if valid is not None and valid.shape[1] > 1:
+        kv_heads, shape = valid.shape[1], query.shape[:3]
+        rows = ((rows_of_heads(keys, kv_heads), rows_of_heads(values, kv_heads)) for keys, values in blocks)
+        of_rows = rows_of_heads(query, kv_heads), rows, past, scaling, valid.flatten(0, 1).unsqueeze(1), wants_lse
+        output, lse = attend_blocks(*of_rows, softcap)
+        return output.reshape(*shape, -1), None if lse is None else lse.reshape(shape)
     first, parts = 0, None
     for keys, values in blocks:
         end = first + keys.shape[2]

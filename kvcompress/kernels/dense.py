@@ -206,6 +206,11 @@ def with_sinks(
     return output, torch.where(lse == -torch.inf, lse, torch.logaddexp(lse, logit))  # what sees nothing still does not
 
 
+def rows_of_heads(tensor: Tensor, kv_heads: int) -> Tensor:
+    """Heads of which each sees other slots as rows of their own: `[batch, heads, ...]` to `[batch * kv_heads, ...]`."""
+    return tensor.reshape(len(tensor) * kv_heads, -1, *tensor.shape[2:])
+
+
 def in_one_dtype(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values in autocast's dtype, or else in that of the queries: fused kernels take no other."""
     dtype, device = query.dtype, query.device.type

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvcompress.kernels.dense import capped, without_autocast
+from kvcompress.kernels.dense import capped, rows_of_heads, without_autocast
 from kvcompress.kernels.device import runs_triton
 
 _TILE_KEYS = 512
@@ -25,7 +25,7 @@ def attention_mass(
     lse: Float[Tensor, "batch heads queries"],
     scaling: float,
     *,
-    valid: Bool[Tensor, "batch tokens"] | None = None,
+    valid: Bool[Tensor, "batch *sets tokens"] | None = None,
     first: Int[Tensor, " batch"] | None = None,
     stride: int = 1,
     start: int = 0,
@@ -43,7 +43,8 @@ def attention_mass(
         lse: log-sum-exp of every query's scaled logits, from `attention_with_mask`; a query with minus infinity, which
             sees nothing, adds nothing.
         scaling: factor on the logits.
-        valid: which tokens are no padding; None if none is. The keys of padding get 0, its queries add nothing.
+        valid: which tokens are no padding, in every head or, `[batch, kv_heads, tokens]`, in each; None if none is. The
+            keys of padding get 0, its queries add nothing.
         first: a row's first query that may count, at least 0; None for 0 in all rows.
         stride: count every `stride`-th query, at least 1.
         start: queries to leave out before the first that counts, at least 0.
@@ -53,10 +54,18 @@ def attention_mass(
         Mass per key, float32. The masses of a key/value head add up to the number of counted queries that see anything,
         times the heads of a group.
     """
+    if valid is not None and valid.ndim == 3:
+        sets, shape = valid.shape[1], keys.shape[:3]
+        query, keys, lse = (rows_of_heads(tensor, sets) for tensor in (query, keys, lse))
+        first, valid = None if first is None else first.repeat_interleave(sets), valid.flatten(0, 1)
+        of_rows = attention_mass(
+            query, keys, lse, scaling, valid=valid, first=first, stride=stride, start=start, softcap=softcap
+        )
+        return of_rows.view(shape)
     if runs_triton(query.device) and softcap is None:
-        from kvcompress.kernels.triton_mass import mass
+        from kvcompress.kernels import triton_mass
 
-        return mass(query, keys, lse, scaling, valid, first, stride, start)
+        return triton_mass.mass(query, keys, lse, scaling, valid, first, stride, start)
     return _in_tiles(query, keys, lse, scaling, valid, first, stride, start, softcap)
 
 

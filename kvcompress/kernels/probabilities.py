@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvcompress.kernels.dense import capped, without_autocast
+from kvcompress.kernels.dense import capped, rows_of_heads, without_autocast
 
 _BLOCK_LOGITS = 256 * 9 * 512  # stays in the last-level cache
 
@@ -18,7 +18,7 @@ def attention_probabilities(
     lse: Float[Tensor, "batch heads queries"],
     scaling: float,
     last: int,
-    valid: Bool[Tensor, "batch tokens"] | None = None,
+    valid: Bool[Tensor, "batch *sets tokens"] | None = None,
     softcap: float | None = None,
 ) -> Float[Tensor, "batch heads last tokens"]:
     """Attention probabilities of the last queries, written out; the arguments are those of `attention_mass`.
@@ -29,12 +29,17 @@ def attention_probabilities(
         lse: log-sum-exp of every query's scaled logits.
         scaling: factor on the logits.
         last: number of last queries; all of them where there are fewer.
-        valid: which tokens are no padding; None if none is.
+        valid: which tokens are no padding, in every head or, `[batch, kv_heads, tokens]`, in each; None if none is.
         softcap: what logits stay below; None for logits as they are.
 
     Returns:
         Probabilities, float32; zero for keys after the query's own, and for the keys and the queries of padding.
     """
+    if valid is not None and valid.ndim == 3:
+        sets, heads = valid.shape[1], query.shape[1]
+        query, key, lse = (rows_of_heads(tensor, sets) for tensor in (query, key, lse))
+        of_rows = attention_probabilities(query, key, lse, scaling, last, valid.flatten(0, 1), softcap)
+        return of_rows.reshape(len(valid), heads, *of_rows.shape[2:])
     query, lse = query[:, :, -last:].float() * scaling, lse[:, :, -last:].float()
     (batch, heads, queries, head_dim), (kv_heads, tokens) = query.shape, key.shape[1:3]
     grouped = query.reshape(batch, kv_heads, -1, head_dim)

@@ -13,10 +13,12 @@ from kvcompress.kernels.device import runs_triton
 
 def decode_attention(
     query: Float[Tensor, "batch heads one head_dim"],
-    keys: Float[Tensor, "batch kv_heads slots head_dim"],
-    values: Float[Tensor, "batch kv_heads slots value_dim"],
+    keys: Float[Tensor, "*buffer head_dim"],
+    values: Float[Tensor, "*buffer value_dim"],
     scaling: float,
     length: Int[Tensor, "batch sets"] | None,
+    start: Int[Tensor, "batch kv_heads"] | None = None,
+    slots: int = 0,
 ) -> Float[Tensor, "batch heads one value_dim"]:
     """Attention of one query per row over the slots in use.
 
@@ -26,47 +28,61 @@ def decode_attention(
 
     Args:
         query: one query per row, after rotary embedding.
-        keys: buffer of keys, after rotary embedding; may have more slots than are in use.
-        values: buffer of values.
+        keys: buffer of keys, after rotary embedding, `[batch, kv_heads, slots, head_dim]`; may have more slots than are
+            in use. With `start`, the slots of all rows and heads one after the other, `[all slots, head_dim]`.
+        values: buffer of values, likewise.
         scaling: factor on the logits.
         length: slots in use, the first ones of each row (`sets` is 1) or of each row and key/value head; None if all
             are. Whatever lies in other slots counts for nothing if it is finite.
+        start: where the slots of each row and key/value head begin in buffers without gaps.
+        slots: with `start`, slots of the row and head that has most.
 
     Returns:
         The attention output in the dtype of `query` (under autocast, in autocast's); 0 where no slot is in use.
     """
     query, keys, values = in_one_dtype(query, keys, values)
     if query.device.type != "cuda":
-        return _in_torch(query, keys, values, scaling, length)
+        return _in_torch(query, keys, values, scaling, length, start, slots)
     if torch.compiler.is_compiling():
-        return decode_op(query, keys, values, scaling, length)  # type: ignore[no-any-return]
-    return _on_cuda(query, keys, values, scaling, length)
+        return decode_op(query, keys, values, scaling, length, start, slots)  # type: ignore[no-any-return]
+    return _on_cuda(query, keys, values, scaling, length, start, slots)
 
 
-def _on_cuda(query: Tensor, keys: Tensor, values: Tensor, scaling: float, length: Tensor | None) -> Tensor:
+def _on_cuda(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, length: Tensor | None, start: Tensor | None, slots: int
+) -> Tensor:
     if not runs_triton(query.device):
-        return _in_torch(query, keys, values, scaling, length).contiguous()
+        return _in_torch(query, keys, values, scaling, length, start, slots).contiguous()
     from kvcompress.kernels.triton_decode import decode
 
-    return decode(query, keys, values, scaling, length)
+    return decode(query, keys, values, scaling, length, start, slots)
 
 
 decode_op = torch.library.custom_op(
     "kvcompress::decode_attention",
     _on_cuda,
     mutates_args=(),
-    schema="(Tensor query, Tensor keys, Tensor values, float scaling, Tensor? length) -> Tensor",
+    schema="(Tensor query, Tensor keys, Tensor values, float scaling, Tensor? length, Tensor? start, int slots) "
+    "-> Tensor",
 )
 
 
 @decode_op.register_fake
-def _shape(query: Tensor, keys: Tensor, values: Tensor, scaling: float, length: Tensor | None) -> Tensor:
-    return query.new_empty(*query.shape[:3], values.shape[3])
+def _shape(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, length: Tensor | None, start: Tensor | None, slots: int
+) -> Tensor:
+    return query.new_empty(*query.shape[:3], values.shape[-1])
 
 
-def _in_torch(query: Tensor, keys: Tensor, values: Tensor, scaling: float, length: Tensor | None) -> Tensor:
+def _in_torch(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, length: Tensor | None, start: Tensor | None, slots: int
+) -> Tensor:
     """The heads of a group as queries of one head, so that keys and values are repeated nowhere."""
     batch, heads, _, head_dim = query.shape
+    if start is not None:
+        place = torch.arange(slots, device=keys.device)
+        at = (start.unsqueeze(-1) + place).clamp(max=keys.shape[0] - 1)
+        keys, values = (buffer.index_select(0, at.flatten()).view(*at.shape, -1) for buffer in (keys, values))
     kv_heads, slots = keys.shape[1:3]
     grouped, mask = query.reshape(batch, kv_heads, heads // kv_heads, head_dim), None
     if length is not None:

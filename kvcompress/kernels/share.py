@@ -23,7 +23,7 @@ def attention_share(
     scaling: float,
     over: Literal["keys", "queries"] = "keys",
     asked: Bool[Tensor, "batch queries"] | None = None,
-    valid: Bool[Tensor, "batch one tokens"] | None = None,
+    valid: Bool[Tensor, "batch counts tokens"] | None = None,
 ) -> Float[Tensor, "batch queries"]:
     """Attention probability that each query gives to some keys, summed over them and over heads, without causal mask.
 

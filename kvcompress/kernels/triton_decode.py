@@ -17,11 +17,11 @@ _MOST_SPLITS = 128
 @triton.jit(do_not_specialize=["slots", "splits"])
 @no_type_check
 def decode_kernel(
-    Q, K, V, LENGTH, OUT, LSE, scale, slots, q_row, q_head, k_row, k_head, k_slot, v_row, v_head, v_slot, length_row,
-    length_head, splits,
+    Q, K, V, LENGTH, START, OUT, LSE, scale, slots, q_row, q_head, k_row, k_head, k_slot, v_row, v_head, v_slot,
+    length_row, length_head, splits,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr,
     CHUNK: tl.constexpr, VALUE_D: tl.constexpr, VALUE_DIMS: tl.constexpr, HAS_LENGTH: tl.constexpr,
-    BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_START: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one key/value head of one row (`HEADS` of them), one share of its slots in use."""
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -35,7 +35,11 @@ def decode_kernel(
     member, dim, value_dim = tl.arange(0, GROUP_BLOCK), tl.arange(0, CHUNK), tl.arange(0, VALUE_DIMS)
     q_at = Q + row * q_row + (head * GROUP + member[:, None]) * q_head + dim[None, :]
     q = tl.load(q_at, mask=(member < GROUP)[:, None] & (dim < D)[None, :], other=0.0)
-    keys, values = K + row * k_row + head * k_head, V + row * v_row + head * v_head
+    if HAS_START:  # buffers without gaps
+        begin = tl.load(START + pair).to(tl.int64)
+        keys, values = K + begin * k_slot, V + begin * v_slot
+    else:
+        keys, values = K + row * k_row + head * k_head, V + row * v_row + head * v_head
     top = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_BLOCK], tl.float32)
     summed = tl.zeros([GROUP_BLOCK, VALUE_DIMS], tl.float32)
@@ -123,20 +127,28 @@ def attend_splits(
     splits: int,
     parts: Tensor,
     lse: Tensor,
+    start: Tensor | None = None,
+    most: int = 0,
 ) -> None:
     """Attention of one query of each head over the slots in use, a share at a time.
 
     Args:
         query: `[batch, heads, head_dim]` in the dtype of keys and values.
-        keys: `[batch, kv_heads, slots, head_dim]`.
-        values: `[batch, kv_heads, slots, value_dim]`.
+        keys: `[batch, kv_heads, slots, head_dim]`, or, with `start`, `[all slots, head_dim]`.
+        values: `[batch, kv_heads, slots, value_dim]`, or `[all slots, value_dim]`.
         scaling: factor on the logits.
         length: slots in use, `[batch, 1 or kv_heads]`; None if all are.
         splits: shares.
         parts: where the output of each share goes, float32 `[splits, batch * heads, value_dim]`.
         lse: where its log-sum-exp goes, `[splits, batch * heads]`; minus infinity where a share is empty.
+        start: where the slots of each row and key/value head begin, `[batch, kv_heads]`, contiguous.
+        most: with `start`, slots of the row and head that has most.
     """
-    (batch, kv_heads, slots, head_dim), heads, value_dim = keys.shape, query.shape[1], values.shape[3]
+    (batch, kv_heads, slots), (heads, head_dim), value_dim = (
+        shape_of(keys, start, most),
+        query.shape[1:],
+        values.shape[-1],
+    )
     group = heads // kv_heads
     query, keys, values = launching(query), launching(keys), launching(values)
     tile: dict[str, Any] = blocks(head_dim, value_dim, keys.element_size())
@@ -145,13 +157,14 @@ def attend_splits(
         keys,
         values,
         lse if length is None else length,
+        lse if start is None else start,
         parts,
         lse,
         scaling,
         slots,
         *query.stride()[:2],
-        *keys.stride()[:3],
-        *values.stride()[:3],
+        *(keys.stride()[:3] if start is None else (0, 0, keys.stride(0))),
+        *(values.stride()[:3] if start is None else (0, 0, values.stride(0))),
         *strides_over_heads(length),
         splits,
         HEADS=kv_heads,
@@ -162,6 +175,7 @@ def attend_splits(
         VALUE_D=value_dim,
         VALUE_DIMS=powers(value_dim),
         HAS_LENGTH=length is not None,
+        HAS_START=start is not None,
         PRECISION="tf32x3" if keys.dtype == torch.float32 else "ieee",
         **tile,
     )
@@ -172,14 +186,29 @@ def strides_over_heads(length: Tensor | None) -> tuple[int, int]:
     return (0, 0) if length is None else (length.stride(0), length.stride(1) if length.shape[1] > 1 else 0)
 
 
-def decode(query: Tensor, keys: Tensor, values: Tensor, scaling: float, length: Tensor | None) -> Tensor:
+def shape_of(keys: Tensor, start: Tensor | None, most: int) -> tuple[int, int, int]:
+    """Rows, key/value heads, and slots of the head that has most."""
+    rows, kv_heads = keys.shape[:2] if start is None else start.shape
+    return rows, kv_heads, keys.shape[2] if start is None else most
+
+
+def decode(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float,
+    length: Tensor | None,
+    start: Tensor | None = None,
+    slots: int = 0,
+) -> Tensor:
     """Attention as in `decode_attention`, over keys and values in the query's dtype."""
     batch, heads, _, head_dim = query.shape
-    tile = blocks(head_dim, values.shape[3], keys.element_size())["BLOCK"]
-    splits = splits_of(batch * keys.shape[1], keys.shape[2], tile, keys.device)
-    parts = torch.empty(splits, batch * heads, values.shape[3], dtype=torch.float32, device=keys.device)
+    value_dim = values.shape[-1]
+    tile, (_, kv_heads, most) = blocks(head_dim, value_dim, keys.element_size())["BLOCK"], shape_of(keys, start, slots)
+    splits = splits_of(batch * kv_heads, most, tile, keys.device)
+    parts = torch.empty(splits, batch * heads, value_dim, dtype=torch.float32, device=keys.device)
     lse = torch.empty(splits, batch * heads, dtype=torch.float32, device=keys.device)
-    attend_splits(query.squeeze(2), keys, values, scaling, length, splits, parts, lse)
-    out = torch.empty(batch, heads, 1, values.shape[3], dtype=query.dtype, device=keys.device)
+    attend_splits(query.squeeze(2), keys, values, scaling, length, splits, parts, lse, start, slots)
+    out = torch.empty(batch, heads, 1, value_dim, dtype=query.dtype, device=keys.device)
     merge_splits(parts, lse, out.view(batch * heads, -1))
     return out

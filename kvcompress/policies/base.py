@@ -101,7 +101,7 @@ class Scorer(Policy):
 
 
 class Allocator(Policy):
-    """Splits the total budget of every row over the layers.
+    """Splits the total budget of every row over the layers, or over the heads of all layers.
 
     Class attributes:
         reads_importance: whether `allocate` looks at importance at all; if not, a layer is compressed as soon as it
@@ -109,9 +109,14 @@ class Allocator(Policy):
         reads_mass: whether it treats importance as mass (shares of a sum), which not every scorer gives.
         needs: names of the statistics (see `kvcompress.policies.statistics`) that it reads from the context.
         splits_modality: whether it gives image tokens a budget of their own, which the evictor must keep.
+        by_head: whether it sizes every key/value head of every layer, rather than layers. Then a slot is that of one
+            head, `[layers, batch]` is `[layers, batch, kv_heads]` in all that `allocate` takes and gives, importance is
+            `[layers, batch, kv_heads, tokens]`, and the total is that of all layers and heads. Asked in the shapes of
+            layers, it answers for layers of one head each.
     """
 
     stage = "allocator"
+    by_head: ClassVar[bool] = False
     reads_importance: ClassVar[bool] = True
     reads_mass: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
@@ -150,7 +155,8 @@ class Allocator(Policy):
             context: validity, modality and the statistics in `needs`; also takes notes for the report.
 
         Returns:
-            int64 `[layers, batch]` with `floor <= budget <= capacity` whose sum over layers is `total`.
+            int64 `[layers, batch]` with `floor <= budget <= capacity` whose sum over layers is `total`; over layers and
+            heads where it sizes heads.
 
         Raises:
             PolicyError: if an input is NaN, negative (for allocators of mass) or misshapen, or the answer breaks the

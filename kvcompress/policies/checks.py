@@ -33,9 +33,11 @@ def checked_allocation(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]
     ) -> Tensor:
         label = self.name or type(self).__name__
         context = context or AllocationContext()
+        if self.by_head and importance.ndim == 3:
+            return _of_one_head(self, importance, total, floor, capacity, context)
         problems = context.problems or Problems()
-        check_allocation_input(problems, label, self.reads_mass, importance, total, floor, capacity)
-        target = torch.minimum(torch.maximum(total, floor.sum(0)), capacity.sum(0))
+        check_allocation_input(problems, self, importance, total, floor, capacity)
+        target = torch.minimum(torch.maximum(total, of_row(floor)), of_row(capacity))
         try:
             budget = allocate(self, importance, target, floor, capacity, replace(context, problems=problems))
         except Exception:
@@ -49,10 +51,31 @@ def checked_allocation(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]
     return checked
 
 
+def _of_one_head(
+    allocator: Any, importance: Tensor, total: Tensor, floor: Tensor, capacity: Tensor, context: AllocationContext
+) -> Tensor:
+    """What an allocator of heads gives layers of one head each, asked in the shapes of layers."""
+    if any(counts.ndim != 2 for counts in (floor, capacity)):
+        raise PolicyError(
+            f"allocator {allocator.name or type(allocator).__name__}: importance [layers, batch, tokens] goes with "
+            "floor and capacity [layers, batch]; for heads, all have kv_heads after batch"
+        )
+    known = (context.valid, context.is_image, context.protected)
+    valid, is_image, protected = (None if one is None else one.unsqueeze(2) for one in known)
+    context = replace(context, valid=valid, is_image=is_image, protected=protected)
+    of_heads = (importance.unsqueeze(2), total, floor.unsqueeze(2), capacity.unsqueeze(2))
+    budget: Tensor = allocator.allocate(*of_heads, context).squeeze(2)
+    return budget
+
+
+def of_row(counts: Tensor) -> Tensor:
+    """Sums over layers, and over heads where there are any: `[layers, batch]` or `[layers, batch, kv_heads]`."""
+    return counts.sum(0) if counts.ndim == 2 else counts.sum((0, 2))
+
+
 def check_allocation_input(
     problems: Problems,
-    label: str,
-    reads_mass: bool,
+    allocator: Any,
     importance: Tensor,
     total: Tensor,
     floor: Tensor,
@@ -63,14 +86,15 @@ def check_allocation_input(
     Raises:
         PolicyError: if a shape or dtype does.
     """
-    if importance.ndim != 3:
-        shape = tuple(importance.shape)
-        raise PolicyError(f"allocator {label}: importance must be [layers, batch, tokens], got the shape {shape}")
-    layers, batch, tokens = importance.shape
+    label, reads_mass, by_head = allocator.name or type(allocator).__name__, allocator.reads_mass, allocator.by_head
+    if importance.ndim != (4 if by_head else 3):
+        shape, axes = tuple(importance.shape), "layers, batch, kv_heads, tokens" if by_head else "layers, batch, tokens"
+        raise PolicyError(f"allocator {label}: importance must be [{axes}], got the shape {shape}")
+    sizes, tokens = tuple(importance.shape[:-1]), importance.shape[-1]
     for argument, tensor, shape in (
-        ("total", total, (batch,)),
-        ("floor", floor, (layers, batch)),
-        ("capacity", capacity, (layers, batch)),
+        ("total", total, sizes[1:2]),
+        ("floor", floor, sizes),
+        ("capacity", capacity, sizes),
     ):
         if tuple(tensor.shape) != shape or tensor.is_floating_point():
             raise PolicyError(
@@ -81,10 +105,10 @@ def check_allocation_input(
     wrong = ~((importance >= 0) & (importance < torch.inf)) if reads_mass else importance.isnan()
 
     def bounds() -> str:
-        layer, row = bad.nonzero()[0].tolist()
+        at = tuple(bad.nonzero()[0].tolist())
         return (
-            f"allocator {label}: layer {layer}, row {row}: needs 0 <= floor <= capacity <= {tokens} tokens, "
-            f"got floor {int(floor[layer, row])} and capacity {int(capacity[layer, row])}"
+            f"allocator {label}: {_place(at)}: needs 0 <= floor <= capacity <= {tokens} tokens, "
+            f"got floor {int(floor[at])} and capacity {int(capacity[at])}"
         )
 
     def numbers() -> str:
@@ -107,22 +131,27 @@ def check_allocation(
     if not isinstance(budget, Tensor) or budget.dtype != torch.int64 or budget.shape != floor.shape:
         came = f"{budget.dtype} of {tuple(budget.shape)}" if isinstance(budget, Tensor) else repr(budget)
         raise PolicyError(f"allocator {label}: must return int64 of the shape {tuple(floor.shape)}, got {came}")
-    outside, sums = (budget < floor) | (budget > capacity), budget.sum(0)
+    outside, sums = (budget < floor) | (budget > capacity), of_row(budget)
     wrong = sums != target
 
     def bounds() -> str:
-        layer, row = outside.nonzero()[0].tolist()
+        at = tuple(outside.nonzero()[0].tolist())
         return (
-            f"allocator {label}: layer {layer}, row {row}: gave {int(budget[layer, row])} tokens, allowed are "
-            f"{int(floor[layer, row])} to {int(capacity[layer, row])}"
+            f"allocator {label}: {_place(at)}: gave {int(budget[at])} tokens, allowed are {int(floor[at])} to "
+            f"{int(capacity[at])}"
         )
 
     def totals() -> str:
         row = int(wrong.nonzero()[0])
         return (
-            f"allocator {label}: row {row}: the layers add up to {int(sums[row])} tokens, "
-            f"must be exactly {int(target[row])}"
+            f"allocator {label}: row {row}: the {'layers' if floor.ndim == 2 else 'heads'} add up to "
+            f"{int(sums[row])} tokens, must be exactly {int(target[row])}"
         )
 
     problems.note(bounds, outside.any())
     problems.note(totals, wrong.any())
+
+
+def _place(at: tuple[int, ...]) -> str:
+    """Which layer and row, and which head where heads are sized."""
+    return f"layer {at[0]}, row {at[1]}" + (f", head {at[2]}" if len(at) > 2 else "")

@@ -23,8 +23,10 @@ Queries: TypeAlias = Float[Tensor, "batch heads queries head_dim"]
 Keys: TypeAlias = Float[Tensor, "batch kv_heads tokens head_dim"]
 Values: TypeAlias = Float[Tensor, "batch kv_heads tokens value_dim"]
 Importance: TypeAlias = Float[Tensor, "batch kv_heads tokens"]  # higher = keep
-LayerImportance: TypeAlias = Float[Tensor, "layers batch tokens"]  # higher = keep
-TokenCounts: TypeAlias = Int[Tensor, "layers batch"]
+LayerImportance: TypeAlias = Float[Tensor, "layers batch *heads tokens"]  # higher = keep; heads where heads are sized
+TokenCounts: TypeAlias = Int[Tensor, "layers batch *heads"]
+HeadImportance: TypeAlias = Float[Tensor, "layers batch kv_heads tokens"]  # higher = keep
+HeadCounts: TypeAlias = Int[Tensor, "layers batch kv_heads"]
 TokenIndex: TypeAlias = Int[Tensor, "batch sets slots"]  # number of tokens before; -1 marks an empty slot
 
 
@@ -66,7 +68,8 @@ class LayerContext:
         scaling: factor on the logits.
         index: number of tokens of the row that came before each slot's token; -1 where there is none.
         seen: number of tokens of each row, this forward included.
-        valid: which slots hold a token; None if all do.
+        valid: which slots hold a token, in all heads or, where heads hold different numbers of tokens, in each; None if
+            all do.
         is_image: which slots hold image tokens; None for a text-only sequence.
         most_images: at least the number of image tokens that this forward brings in any row, known without asking the
             device; None if nobody counted.
@@ -85,7 +88,7 @@ class LayerContext:
     scaling: float
     index: Int[Tensor, "batch sets tokens"]
     seen: Int[Tensor, " batch"]
-    valid: Bool[Tensor, "batch one tokens"] | None = None
+    valid: Bool[Tensor, "batch counts tokens"] | None = None
     is_image: Bool[Tensor, "batch sets tokens"] | None = None
     most_images: int | None = None
     weights: LayerWeights = LayerWeights()
@@ -101,12 +104,12 @@ class LayerContext:
         return self.valid[:, 0, -queries:].sum(-1)
 
     @property
-    def row_tokens(self) -> Int[Tensor, " batch"]:
-        """Slots of each row that hold a token, those of this forward included."""
+    def held(self) -> Int[Tensor, "batch sets one"]:
+        """Slots that hold a token, those of this forward included; for all heads or, where they differ, for each."""
         batch, tokens = self.keys.shape[0], self.keys.shape[2]
         if self.valid is None:
-            return torch.full((batch,), tokens, dtype=torch.int64, device=self.keys.device)
-        return self.valid[:, 0].sum(-1)
+            return torch.full((batch, 1, 1), tokens, dtype=torch.int64, device=self.keys.device)
+        return self.valid.sum(-1, keepdim=True)
 
     def attention_mass(self, first: Int[Tensor, " batch"] | int = 0, step: int = 1) -> Importance:
         """Attention probability that each slot received in this forward, summed over queries, head mean per group.
@@ -160,8 +163,8 @@ class LayerContext:
         return score if self.valid is None else torch.where(self.valid, score, otherwise)
 
     @property
-    def _valid_tokens(self) -> Bool[Tensor, "batch tokens"] | None:
-        return None if self.valid is None else self.valid[:, 0]
+    def _valid_tokens(self) -> Bool[Tensor, "batch *sets tokens"] | None:
+        return self.valid if self.valid is None or self.valid.shape[1] > 1 else self.valid[:, 0]
 
     def _lse(self) -> Tensor:
         if self.lse is None:
@@ -172,6 +175,8 @@ class LayerContext:
 @dataclass(frozen=True)
 class AllocationContext:
     """What an allocator may read beyond importance, and where it notes what it found.
+
+    For an allocator of heads, what is said of slots is said of each head's own, `[layers, batch, kv_heads, tokens]`.
 
     Attributes:
         valid: which slots hold a token; slots beyond a row's tokens are False.
@@ -185,10 +190,10 @@ class AllocationContext:
             that reads its own.
     """
 
-    valid: Bool[Tensor, "layers batch tokens"] | None = None
-    is_image: Bool[Tensor, "layers batch tokens"] | None = None
+    valid: Bool[Tensor, "layers batch *heads tokens"] | None = None
+    is_image: Bool[Tensor, "layers batch *heads tokens"] | None = None
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
-    protected: Bool[Tensor, "layers batch tokens"] | None = None
+    protected: Bool[Tensor, "layers batch *heads tokens"] | None = None
     notes: dict[str, Tensor] = field(default_factory=dict)
     problems: Problems | None = None
 
@@ -197,8 +202,8 @@ class AllocationContext:
 class SelectionContext:
     """What an evictor sees when it selects the slots that stay, in one layer or in several at once.
 
-    Of several layers, `batch` counts the rows of all, those of one layer after those of the other. So an evictor treats
-    every row by itself.
+    Of several layers, `batch` counts the rows of all, those of one layer after those of the other. Where heads have
+    budgets of their own, each head is a row with one set of one head. So an evictor treats every row by itself.
 
     Attributes:
         budget: slots to keep per row, at least as many as are protected.
@@ -312,8 +317,9 @@ class Codes:
 class DecodeContext:
     """What an evictor sees at a decode step when layers may be a slot over their budget.
 
-    All layers are shown at once: `batch` counts the rows of every layer, those of one after those of the other. So an
-    evictor treats every row by itself.
+    All layers are shown at once: `batch` counts the rows of every layer, those of one after those of the other. Where
+    heads have budgets of their own, each head is a row with one set of one head. So an evictor treats every row by
+    itself.
 
     Attributes:
         index: number of tokens of the row that came before each slot's token, -1 where the slot is empty.

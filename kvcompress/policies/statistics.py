@@ -35,12 +35,12 @@ def attention_sparsity(layer: LayerContext) -> Float[Tensor, " batch"]:
     probability = layer.attention_probabilities(_AFTER_IMAGE)
     queries, tokens = probability.shape[2:]
     device = probability.device
-    visible = torch.ones(queries, tokens, dtype=torch.bool, device=device).tril(tokens - queries)
+    visible = torch.ones(1, 1, queries, tokens, dtype=torch.bool, device=device).tril(tokens - queries)
     counted = torch.arange(queries, 0, -1, device=device) <= _queries_after_image(layer)[:, None]  # [batch, queries]
     if layer.valid is not None:
-        visible, counted = visible & layer.valid, counted & layer.valid[:, 0, -queries:]
-    negligible = visible.unsqueeze(-3) & (probability < _NEGLIGIBLE * probability.amax(-1, keepdim=True))
-    entries = (counted * visible.sum(-1)).sum(-1) * probability.shape[1]
+        visible, counted = visible & _of_heads(layer, layer.valid).unsqueeze(2), counted & layer.valid[:, 0, -queries:]
+    negligible = visible & (probability < _NEGLIGIBLE * probability.amax(-1, keepdim=True))
+    entries = (visible.sum(-1).expand(-1, probability.shape[1], -1).sum(1) * counted).sum(-1)
     return (negligible.sum((1, 3)) * counted).sum(-1).float() / entries.clamp(min=1)
 
 
@@ -93,9 +93,14 @@ def _window(
         counted = torch.ones(batch, queries, dtype=torch.bool, device=device)
         return (probability[..., : tokens - queries] if tokens > queries else probability), counted
     counted = layer.valid[:, 0, -queries:]
-    alone = layer.row_tokens == counted.sum(-1)  # a row that has its window only
-    before = (torch.arange(tokens, device=device) < tokens - queries) | alone[:, None]
-    return torch.where(before[:, None, None], probability, 0.0), counted
+    alone = _of_heads(layer, layer.held == counted.sum(-1)[:, None, None])  # a row that has its window only
+    before = (torch.arange(tokens, device=device) < tokens - queries) | alone
+    return torch.where(before.unsqueeze(2), probability, 0.0), counted
+
+
+def _of_heads(layer: LayerContext, sets: Tensor) -> Tensor:
+    """What is known of all heads, or of each key/value head, for query heads: `[batch, 1 or heads, ...]`."""
+    return sets if sets.shape[1] == 1 else sets.repeat_interleave(layer.query.shape[1] // sets.shape[1], 1)
 
 
 def _queries_after_image(layer: LayerContext) -> Int[Tensor, " batch"]:

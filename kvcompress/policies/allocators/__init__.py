@@ -1,6 +1,9 @@
-"""Allocators: how many slots each layer keeps."""
+"""Allocators: how many slots each layer, or each head, keeps."""
 
+from kvcompress.policies.allocators.adakv import AdaKV
+from kvcompress.policies.allocators.duo import Duo
 from kvcompress.policies.allocators.entropy import Entropy
+from kvcompress.policies.allocators.headprefix import HeadPrefix
 from kvcompress.policies.allocators.modality import Modality
 from kvcompress.policies.allocators.prefix import Prefix
 from kvcompress.policies.allocators.profile import Profile
@@ -8,4 +11,4 @@ from kvcompress.policies.allocators.pyramid import Pyramid
 from kvcompress.policies.allocators.sparsity import Sparsity
 from kvcompress.policies.allocators.uniform import Uniform
 
-__all__ = ["Entropy", "Modality", "Prefix", "Profile", "Pyramid", "Sparsity", "Uniform"]
+__all__ = ["AdaKV", "Duo", "Entropy", "HeadPrefix", "Modality", "Prefix", "Profile", "Pyramid", "Sparsity", "Uniform"]

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from kvcompress.policies.allocators.ranks import cut
 from kvcompress.policies.base import Allocator
 from kvcompress.policies.context import AllocationContext, LayerImportance, TokenCounts
 from kvcompress.policies.registry import ALLOCATORS
@@ -47,25 +48,28 @@ class Prefix(Allocator):
         context: AllocationContext | None = None,
     ) -> TokenCounts:
         """Finds p on the device of `importance`; cost: a sort of each layer, and one of all together."""
+        return self.sizes(importance, total, floor, capacity, context)
+
+    def sizes(
+        self,
+        importance: LayerImportance,
+        total: Int[Tensor, " batch"],
+        floor: TokenCounts,
+        capacity: TokenCounts,
+        context: AllocationContext | None,
+    ) -> TokenCounts:
+        """What `allocate` gives, of checked arguments, for whatever stands in the place of layers."""
         if importance.shape[-1] == 0:
             return capacity.clone()
         if context is not None and context.valid is not None:
             importance = importance.masked_fill(~context.valid, 0.0)
         before = _mass_before(importance, capacity)
-        ranks = torch.arange(before.shape[-1], device=before.device)
         # Ranks that floors do not give already: those beyond a floor, or as many from the first on.
         begin, end = (floor, capacity) if self.protected == "floor" else (torch.zeros_like(floor), capacity - floor)
-        loose = (ranks >= begin.unsqueeze(-1)) & (ranks < end.unsqueeze(-1))
-        before = torch.where(loose, before, torch.inf)
-        wanted = total - floor.sum(0)
-        ordered = before.transpose(0, 1).flatten(1).sort(dim=-1).values  # a row's ranks of all layers
-        threshold = ordered.gather(-1, (wanted - 1).clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        below, upto = (compared.sum(-1) for compared in (before < threshold[:, None], before <= threshold[:, None]))
-        tied = upto - below
-        rest = wanted - below.sum(0) - (tied.cumsum(0) - tied)  # left for a layer once those before it took theirs
+        budget, threshold = cut(before, total, floor, begin, end)
         if context is not None:
-            context.notes["threshold"] = torch.where(wanted > 0, threshold, 0.0).clamp(max=1.0)
-        return floor + below + torch.minimum(tied, rest.clamp(min=0))
+            context.notes["threshold"] = torch.where(threshold < torch.inf, threshold, 0.0).clamp(max=1.0)
+        return budget
 
 
 def _mass_before(importance: Tensor, capacity: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Layer sizes that were estimated offline, read and interpolated."""
+"""Sizes of layers, or of heads, that were estimated offline, read and interpolated."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from kvcompress.errors import ConfigError, PolicyError, shown
 from kvcompress.files import read_structure
 from kvcompress.policies.allocators.apportionment import apportion
+from kvcompress.policies.allocators.heads import as_heads, as_layers
 from kvcompress.policies.allocators.interpolation import interpolate
 from kvcompress.policies.base import Allocator
 from kvcompress.policies.context import AllocationContext, LayerImportance, TokenCounts
@@ -32,13 +33,16 @@ class Profile(Allocator):
     A single `retention` is rescaled to the budget. Where the total is what it asks for itself, the sum of retention x
     tokens rounded to the nearest (a half up), every layer gets exactly that. Several `retentions` each stand for the
     budget that is their mean over the layers; a row whose total is another share of its slots gets what lies between
-    the next two, and beyond the last ones towards all 0 at budget 0 and all 1 at budget 1.
+    the next two, and beyond the last ones towards all 0 at budget 0 and all 1 at budget 1. With several `heads`, all of
+    this is said of the key/value heads of every layer.
 
     *Deviates:* the paper's configuration files hold the share evicted; a profile holds the share kept.
 
     Args:
         retention: share of its tokens that each layer keeps, first layer first, from 0 to 1.
         retentions: such a list for each of several budgets, in any order; instead of `retention`.
+        heads: key/value heads of a layer that the lists tell apart: 1 for lists with a share for each layer; else they
+            hold one for each head, those of the first layer first.
         model: the model that they were estimated for, if known; a cache for another model is refused.
         path: short for the other fields in a .json, .yaml or .yml file, which is read when the policy is made: a list;
             a mapping with the key "retention", whose other keys are for the reader; or what `kvcompress calibrate`
@@ -49,7 +53,13 @@ class Profile(Allocator):
 
     retention: list[_Share] | None = Field(default=None, min_length=1)
     retentions: list[Annotated[list[_Share], Field(min_length=1)]] | None = Field(default=None, min_length=1)
+    heads: int = Field(default=1, ge=1)
     model: Fingerprint | None = None
+
+    @property
+    def by_head(self) -> bool:  # type: ignore[override]
+        """Whether its lists tell heads apart."""
+        return self.heads > 1
 
     @model_validator(mode="before")
     @classmethod
@@ -72,10 +82,16 @@ class Profile(Allocator):
         lengths = [len(one) for one in self.retentions or []]
         if len(set(lengths)) > 1:
             raise ConfigError(f"retentions: each list needs one share per layer; got lists of {lengths}")
+        for name, lists in (("retention", [self.retention]), ("retentions", self.retentions)):
+            if lists and lists[0] is not None and len(lists[0]) % self.heads:
+                raise ConfigError(
+                    f"{name}: {len(lists[0])} shares are not {self.heads} heads for each of some layers; give a share "
+                    "for every head of every layer, or heads=1"
+                )
         return self
 
     def retention_at(self, budget: Float[Tensor, " batch"]) -> Float[Tensor, "layers batch"]:
-        """Retention per layer for the budget of each row, a fraction from 0 to 1; float64."""
+        """Retention per layer, or per head, for the budget of each row, a fraction from 0 to 1; float64."""
         if self.retentions is None:
             one = torch.tensor(self.retention, dtype=torch.float64, device=budget.device)
             return one.unsqueeze(1).expand(-1, len(budget))
@@ -90,14 +106,20 @@ class Profile(Allocator):
         context: AllocationContext | None = None,
     ) -> TokenCounts:
         """Apportions the total by retention x capacity, or gives just that where it is what adds up to the total."""
+        layers = len(floor)
+        if self.by_head:
+            floor, capacity = as_layers(floor), as_layers(capacity)
         share = self.retention_at(total.double() / capacity.sum(0).clamp(min=1))
         if len(share) != len(floor):
+            known = f"{len(share) // self.heads} layers" + (f" of {self.heads} heads" if self.by_head else "")
+            model = f"{layers}" + (f" of {len(floor) // max(1, layers)}" if self.by_head else "")
             raise PolicyError(
-                f"allocator {self.name}: the profile has {len(share)} layers, the model has {len(floor)}; use "
-                "a profile that was made for this model"
+                f"allocator {self.name}: the profile has {known}, the model has {model}; use a profile that was made "
+                "for this model"
             )
         implied = torch.maximum((share * capacity + 0.5).floor().long(), floor)
-        return torch.where(implied.sum(0) == total, implied, apportion(share * capacity, total, floor, capacity))
+        budget = torch.where(implied.sum(0) == total, implied, apportion(share * capacity, total, floor, capacity))
+        return as_heads(budget, layers) if self.by_head else budget
 
 
 def _fields_in(path: Path) -> dict[str, Any]:
@@ -105,11 +127,13 @@ def _fields_in(path: Path) -> dict[str, Any]:
     if path.suffix not in (".json", ".yaml", ".yml"):
         raise ConfigError(f"path: a profile is a .json, .yaml or .yml file; got '{path}'")
     held = read_structure(path, "path: the profile")
-    model = None
+    model = heads = None
     if isinstance(held, dict):
         model = held.get("model") if "budgets" in held else None  # in files of users it means whatever they like
+        heads = held.get("heads") if "budgets" in held else None
         held = held.get("retention")
     if not isinstance(held, list):
         raise ConfigError(f"path: the profile {path} must hold a list, or a mapping with the list 'retention'")
     several = bool(held) and isinstance(held[0], list)
-    return {"retentions" if several else "retention": held, **({} if model is None else {"model": model})}
+    known = {} if model is None else {"model": model}
+    return {"retentions" if several else "retention": held, **known, **({} if heads is None else {"heads": heads})}

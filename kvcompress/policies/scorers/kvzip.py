@@ -37,7 +37,7 @@ class KVzip(Scorer):
         (batch, _, queries, _), (kv_heads, tokens) = layer.query.shape, layer.keys.shape[1:3]
         if layer.lse is None:
             raise RuntimeError("attention: the scorer must set reads_attention = True to read attention")
-        valid = None if layer.valid is None else layer.valid[:, 0]
+        valid = None if layer.valid is None else layer.valid
         highest = torch.zeros(batch, kv_heads, tokens, dtype=torch.float32, device=layer.keys.device)
         for first in range(0, queries, _TILE):
             end = min(first + _TILE, queries)
@@ -48,7 +48,7 @@ class KVzip(Scorer):
                 layer.lse[:, :, first:end],
                 layer.scaling,
                 end - first,
-                None if valid is None else valid[:, :seen],
+                None if valid is None else valid[..., :seen],
                 layer.softcap,
             )
             own = probability.view(batch, kv_heads, -1, seen).amax(2)

@@ -46,7 +46,7 @@ class LagKV(Scorer):
         """Needs no attention; scores lie in (0, 2], those of slots without one above."""
         tokens, shape = layer.keys.shape[2], layer.keys.shape[:3]
         rank = torch.arange(tokens, device=layer.keys.device)  # of a token in its row
-        count = tokens if layer.valid is None else layer.row_tokens.clamp(min=1)[:, None, None]
+        count = tokens if layer.valid is None else layer.held.clamp(min=1)
         by_rank = torch.where(rank < self.sink, 4.0, 2 + (rank + 1).float() / count)
         slots, ranks = _slots_and_ranks(layer, tokens - count)
         partitions = (tokens - self.sink) // self.lag

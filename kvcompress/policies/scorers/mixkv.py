@@ -40,7 +40,7 @@ class MixKV(SnapKV):
         unit = F.normalize(layer.keys.float(), dim=-1)
         if layer.valid is not None:
             unit = torch.where(layer.valid.unsqueeze(-1), unit, 0.0)
-        count = layer.row_tokens[:, None, None].clamp(min=1)
+        count = layer.held.clamp(min=1)
         total = unit.sum(2, keepdim=True)
         # The squared length of the sum is the sum over all pairs; a key with itself has the cosine 1.
         pairs = total.square().sum(-1) - unit.square().sum(-1).sum(-1, keepdim=True)

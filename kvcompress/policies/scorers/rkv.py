@@ -70,4 +70,4 @@ class RKV(SnapKV):
             latest, place = copies.max(-1, keepdim=True)
             cosine = cosine.masked_fill((slots == place) & (latest >= 0), 0.0)
             total += cosine.sum(2)
-        return total / layer.row_tokens[:, None, None].clamp(min=1)
+        return total / layer.held.clamp(min=1)

@@ -1,0 +1,224 @@
+"""A layer's store whose heads have different numbers of slots, in one flat buffer without gaps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor
+
+from kvcompress.cache.sequence import Counts
+from kvcompress.cache.store import DenseStore, InUse, by_key_head, fixed
+from kvcompress.kernels import decode_attention
+from kvcompress.policies.context import Keys, Queries, Values
+
+
+class RaggedStore(DenseStore):
+    """Keys and values of every row and head one after the other, so that bytes are what the heads hold together.
+
+    `keys` and `values` are `[slots of all rows and heads, dim]`. While a forward of several tokens looks at them, they
+    are copied into `[batch, kv_heads, slots, dim]` where heads differ, one layer at a time; decode steps on a GPU read
+    them where they are.
+
+    Attributes:
+        slots: slots of each row and head, `[batch, kv_heads]`; on the host.
+        start: the first of them, likewise; on the device.
+    """
+
+    def __init__(self) -> None:
+        """Starts empty; the first append decides shapes, dtype and device."""
+        super().__init__()
+        self.slots: Counts = np.zeros((0, 0), dtype=np.int64)
+        self.start: Int[Tensor, "batch kv_heads"] | None = None
+        self._at: Int[Tensor, "batch kv_heads slots"] | None = None
+
+    @property
+    def capacity(self) -> int:
+        """Slots of the row and head that has most."""
+        return int(self.slots.max(initial=0))
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads; 0 before the first token."""
+        return int(self.slots.shape[1])
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes of one row's slot over all heads; 0 before the first token."""
+        if self.keys is None or self.values is None:
+            return 0
+        return self.kv_heads * (self.keys.shape[1] + self.values.shape[1]) * self.keys.element_size()
+
+    @property
+    def is_even(self) -> bool:
+        """Whether every row and head has as many slots."""
+        return bool((self.slots == self.capacity).all())
+
+    def buffers(self) -> list[Tensor]:
+        """Every tensor that it holds, keys and values first."""
+        return [*super().buffers(), *(one for one in (self.start, self._at) if one is not None)]
+
+    def append(self, keys: Keys, values: Values, used: int) -> None:
+        """Adds tokens after the first `used` slots of every row and head."""
+        if self.keys is not None and self.values is not None and used:
+            before = self.padded(used)
+            keys, values = torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2)
+        self.replace(keys.detach(), values.detach())
+
+    def write(self, key: Keys, value: Values, slot: Int[Tensor, "batch sets"]) -> None:
+        """Puts one token of each row into a slot of every head."""
+        assert self.keys is not None and self.values is not None and self.start is not None
+        at = (self.start + slot).flatten()
+        self.keys.index_copy_(0, at, key.reshape(-1, key.shape[3]))
+        self.values.index_copy_(0, at, value.reshape(-1, value.shape[3]))
+
+    def dense(self) -> tuple[Keys, Values]:
+        """Keys and values `[batch, kv_heads, slots, dim]`; copies where heads have different numbers of slots."""
+        return self.padded(self.capacity)
+
+    def padded(self, width: int) -> tuple[Keys, Values]:
+        """The first slots of every row and head; where one has fewer, its last one again in their place."""
+        assert self.keys is not None and self.values is not None
+        if self.is_even:
+            keys, values = (buffer.view(*self.slots.shape, self.capacity, -1) for buffer in (self.keys, self.values))
+            return keys[:, :, :width], values[:, :, :width]
+        at = self._places()[..., :width]
+        keys, values = (buffer.index_select(0, at.flatten()).view(*at.shape, -1) for buffer in (self.keys, self.values))
+        return keys, values
+
+    def blocks(self, used: int) -> Iterator[tuple[Keys, Values]]:
+        """Keys and values of the first `used` slots, in one piece."""
+        yield self.padded(used)
+
+    def attend(self, query: Queries, scaling: float, used: InUse) -> Tensor:
+        """Attention of one query per row over the slots in use of every head."""
+        assert self.keys is not None and self.values is not None
+        if used.length is not None:
+            return decode_attention(query, self.keys, self.values, scaling, used.length, self.start, self.capacity)
+        keys, values = self.padded(self.capacity if used.width is None else used.width)
+        bias = None if used.bias is None else used.bias[..., : keys.shape[2]].expand(-1, keys.shape[1], -1, -1)
+        grouped = by_key_head(query, keys.shape[1])
+        output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=scaling)
+        return output.reshape(*query.shape[:3], -1)
+
+    def take(
+        self,
+        rest: Int[Tensor, "batch sets slots"],
+        capacity: Counts,
+        first: Int[Tensor, "batch sets packed"] | None = None,
+        packed_rows: Counts | None = None,
+        surplus: bool = False,
+    ) -> None:
+        """Keeps slots in a new order, as many of each head as it is to have, and gives the others back."""
+        self._lay_out(np.maximum(1, np.broadcast_to(capacity, self.slots.shape)), rest)
+
+    def overwrite(self, keys: Keys, values: Values) -> None:
+        """Replaces keys and values of the first slots."""
+        assert self.keys is not None and self.values is not None
+        owner, place = self._owners(np.minimum(self.slots, keys.shape[2]))
+        assert self.start is not None
+        at = self.start.flatten()[owner] + place
+        for buffer, new in ((self.keys, keys), (self.values, values)):
+            buffer.index_copy_(0, at, new.flatten(0, 1)[owner, place])
+
+    def replace(self, keys: Keys, values: Values) -> None:
+        """Holds other keys and values of all rows and heads, as many of each."""
+        self._hold(*(new.contiguous().view(-1, new.shape[3]) for new in (keys, values)))
+        self._count(np.full(keys.shape[:2], keys.shape[2]))
+
+    def has_room(self, slots: Counts) -> bool:
+        """Whether every row and head has so many slots."""
+        return bool((slots <= self.slots).all())
+
+    def grow(self, capacity: Counts) -> None:
+        """Makes room for so many slots of each row and head."""
+        if not self.has_room(capacity):
+            self._lay_out(np.maximum(self.slots, capacity))
+
+    def select_rows(self, index: Int[Tensor, " rows"], rows: Counts) -> None:
+        """Reorders, repeats or drops rows; in place where their number, and the slots of each, stay."""
+        if self.keys is None or self.values is None:
+            return
+        before, now = self.buffers(), self.slots[rows]
+        alike = now.shape == self.slots.shape and bool((now == self.slots).all())
+        self._lay_out(now, rows=index)
+        if alike:
+            self.move_into(before)
+
+    def move_into(self, buffers: list[Tensor]) -> None:
+        """Puts what it holds into `buffers` that it had before, where compiled steps look for it."""
+        for buffer, now in zip(buffers, self.buffers(), strict=True):
+            buffer.copy_(now)
+        self.keys, self.values, self.start, *rest = buffers
+        self._at = rest[0] if rest else None
+
+    def to(self, device: torch.device) -> None:
+        """Moves every buffer to a device, without waiting for the copy."""
+        if self.keys is not None and self.values is not None:
+            self._hold(*(buffer.to(device, non_blocking=True) for buffer in (self.keys, self.values)))
+            self._count(self.slots)
+
+    def saved(self, used: int) -> dict[str, Any]:
+        """Everything, and how many slots each row and head has."""
+        return {"keys": self.keys, "values": self.values, "slots": self.slots}
+
+    def restore(self, saved: Any) -> None:
+        """Takes over what `saved` gave."""
+        self._hold(saved["keys"].contiguous(), saved["values"].contiguous())
+        self._count(saved["slots"])
+
+    # -- inner ---------------------------------------------------------------------------------------------------------
+
+    def _lay_out(self, slots: Counts, order: Tensor | None = None, rows: Tensor | None = None) -> None:
+        """Copies slots into buffers in which each row and head has so many.
+
+        Args:
+            slots: slots of each row and head from now on.
+            order: which of the slots of each, `[batch, sets, slots]`; the first ones if None. Where there are fewer,
+                any slot stands in their place.
+            rows: rows to take; all if None.
+        """
+        keys, values, start = self.keys, self.values, self.start
+        assert keys is not None and values is not None and start is not None
+        last = torch.as_tensor(self.slots - 1, device=start.device)
+        if rows is not None:
+            start, last = start.index_select(0, rows.to(start.device)), last.index_select(0, rows.to(start.device))
+        owner, place = self._owners(slots)
+        if order is not None:
+            order = order.expand(-1, slots.shape[1], -1).flatten(0, 1)
+            place = order[owner, place.clamp(max=max(0, order.shape[1] - 1))] if order.shape[1] else place * 0
+        at = start.flatten()[owner] + torch.minimum(place, last.flatten()[owner]).clamp(min=0)
+        self._hold(keys.index_select(0, at), values.index_select(0, at))
+        self._count(slots)
+
+    def _owners(self, slots: Counts) -> tuple[Tensor, Tensor]:
+        """For each slot of a layout the number of its row and head, and its place among theirs."""
+        assert self.keys is not None
+        total, device = int(slots.sum()), self.keys.device
+        counts = torch.as_tensor(np.array(slots).reshape(-1), device=device)
+        owner = torch.arange(counts.numel(), device=device).repeat_interleave(counts, output_size=total)
+        first = counts.cumsum(0) - counts
+        return owner, torch.arange(total, device=device) - first[owner]
+
+    def _count(self, slots: Counts) -> None:
+        """Takes note of how many slots each row and head has."""
+        assert self.keys is not None
+        self.slots = np.array(slots)
+        flat = self.slots.reshape(-1)
+        start = torch.as_tensor((flat.cumsum() - flat).reshape(self.slots.shape), device=self.keys.device)
+        self.start, self._at = fixed(start), None
+        if not self.is_even and self.keys.device.type == "cpu":
+            self._at = fixed(self._places())
+
+    def _places(self) -> Int[Tensor, "batch kv_heads slots"]:
+        """Where each row's and head's slots are, the last one again where it has fewer than others."""
+        if self._at is not None:
+            return self._at
+        assert self.start is not None
+        last = torch.as_tensor(self.slots - 1, device=self.start.device).clamp(min=0).unsqueeze(-1)
+        place = torch.arange(self.capacity, device=self.start.device)
+        return self.start.unsqueeze(-1) + torch.minimum(place, last)
