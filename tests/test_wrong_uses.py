@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
@@ -293,54 +292,6 @@ def test_the_advice_on_sliding_windows_opens_the_model(make: Callable[[], Any]) 
     opened.load_state_dict(model.state_dict())
     found = opened(ids, **tiny.with_cache(CompressedCache(opened, "full"))).logits
     torch.testing.assert_close(found, model.eval()(ids).logits)
-
-
-class Peft(torch.nn.Module):
-    """Calls the model inside as PEFT does: past its hooks."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.inside = model
-
-    def get_base_model(self) -> Any:
-        return self.inside
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.inside.forward(*args, **kwargs)
-
-
-class Parallel(torch.nn.Module):
-    """Wraps as DistributedDataParallel does."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.module = model
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module(*args, **kwargs)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    ("wrap", "inside"),
-    [
-        (Peft, "model.get_base_model()"),
-        (Parallel, "model.module"),
-        (lambda model: torch.compile(model, backend="eager"), "model._orig_mod"),
-        (lambda model: torch.compile(Parallel(Peft(model))), "model._orig_mod.module.get_base_model()"),
-    ],
-    ids=["peft", "parallel", "compiled", "all"],
-)
-def test_a_wrapped_model_is_refused_with_the_way_to_the_model_inside(wrap: Callable[[Any], Any], inside: str) -> None:
-    model = tiny.build("llama")
-    wrapped = wrap(model)
-    with pytest.raises(UnsupportedModelError, match=re.escape(f"the model inside, {inside}, and")):
-        adapter_for(wrapped)
-    assert eval(inside, {"model": wrapped}) is model
-    if isinstance(wrapped, (Peft, Parallel)):
-        cache, twin = (CompressedCache(model, "prefixkv", budget=0.5) for _ in range(2))
-        found = wrapped(**prompt(), **tiny.with_cache(cache)).logits
-        assert torch.equal(found, model(**prompt(), **tiny.with_cache(twin)).logits)
 
 
 def test_our_own_warnings_alone_are_errors_in_the_tests() -> None:

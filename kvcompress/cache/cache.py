@@ -36,11 +36,17 @@ from kvcompress.config.profile import LayerProfile, check_profiles, profile_over
 from kvcompress.errors import CacheStateError, ConfigError, UnsupportedModeError, UnsupportedModelError
 from kvcompress.integrations import Adapter, adapter_for
 from kvcompress.integrations.shape import ranges
+from kvcompress.integrations.wrapped import unwrapped
 from kvcompress.parallel import ALONE
 from kvcompress.policies.context import LayerWeights
 from kvcompress.policies.faults import policy_errors
 from kvcompress.policies.images import ImageLayout
 
+_COMPILED = (
+    "torch.compile: a compiled forward reads one token of every row, after a prompt that was read without compilation; "
+    "call generate, or read the prompt with the model inside (compiled._orig_mod). Layers that slide or sum up are not "
+    "compiled at all"
+)
 _WORTH_CAPTURING = 32  # tokens to come
 
 
@@ -51,7 +57,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     Args:
         model: the model that will use it; its decoder gets the attention "kvcompress", which behaves as before with
-            any other cache (`kvcompress.restore(model)` takes it off again).
+            any other cache (`kvcompress.restore(model)` takes it off again). It may be wrapped by PEFT, `torch.compile`
+            or DistributedDataParallel.
         config: a preset's name, a `CompressionConfig`, a dict, or the path of a .yaml or .json file.
         profile: a `LayerProfile` or its file, in place of the allocator.
         reserve: tokens that are about to be generated: buffers get room for so many at once where they grow, in place
@@ -76,7 +83,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         config: str | PathLike[str] | dict[str, Any] | CompressionConfig = "prefixkv",
         *,
         profile: LayerProfile | str | PathLike[str] | None = None,
@@ -85,6 +92,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         **overrides: Any,
     ) -> None:
         self.config = CompressionConfig.read(config, **profile_override(profile, overrides))
+        model = unwrapped(model)
         adapter = adapter_for(model)
         numbers, own = adapter.compressed_layers(model), OwnLayers(adapter.own_layers(model))
         check_profiles(self.config, adapter.decoder(model), len(numbers))
@@ -168,7 +176,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     @classmethod
     def load(
-        cls, model: PreTrainedModel, folder: str | PathLike[str], *, reserve: int = 0, decoding: str = "captured"
+        cls, model: nn.Module, folder: str | PathLike[str], *, reserve: int = 0, decoding: str = "captured"
     ) -> CompressedCache:
         """Reads a cache that `save` wrote; decoding goes on to the bit as with the one that was saved.
 
@@ -187,7 +195,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         return cls.from_saved(model, saving.Saved.read(folder), reserve=reserve, decoding=decoding)
 
     @classmethod
-    def from_saved(cls, model: PreTrainedModel, saved: saving.Saved, **options: Any) -> CompressedCache:
+    def from_saved(cls, model: nn.Module, saved: saving.Saved, **options: Any) -> CompressedCache:
         """The second half of `load`: a cache from what was read."""
         cache = cls(model, saved.config, **options)
         saved.fill(cache._state, cache.decoder())
@@ -220,7 +228,10 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     ) -> Tensor:
         """Takes a layer through the step in progress, which the first layer begins and the last ends."""
         state = self._state
-        if not torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            if query.shape[2] > 1 or state.table is None or state.own:
+                raise UnsupportedModeError(_COMPILED)
+        else:
             state.calls.attends(layer, module)
         layer = self._place[layer]
         if layer == 0 and not state.early:
@@ -659,12 +670,13 @@ class _Weights:
         return self.adapter.layer_weights(decoder, module)
 
 
-def restore(model: PreTrainedModel) -> None:
+def restore(model: nn.Module) -> None:
     """Takes everything that kvcompress put on a model off again: its attention and its hooks.
 
     What caches of its parts brought along goes too, such as those of the language model inside a LLaVA. Caches made for
     the model before can no longer be used with it.
     """
+    model = unwrapped(model)
     adapter = adapter_for(model)
     with hooks.changing:
         attention.uninstall(adapter.decoder(model), adapter.attention_modules(model))

@@ -23,6 +23,7 @@ from kvcompress.integrations.shape import (
     ranges,
     why_not,
 )
+from kvcompress.integrations.wrapped import unwrapped
 from kvcompress.parallel import HeadGroup, head_group
 from kvcompress.policies.context import LayerWeights
 from kvcompress.policies.images import ImageLayout
@@ -158,20 +159,14 @@ def known_models() -> list[str]:
 
 
 def adapter_for(model: Any) -> Adapter:
-    """The adapter of a model.
+    """The adapter of a model, or of the one inside a wrapper (`wrapped.unwrapped`).
 
     Raises:
         UnsupportedModelError: if no adapter is registered for its type and its shape is none that can be served; the
             message says why.
     """
-    config = getattr(model, "config", None)
-    model_type = str(getattr(config, "model_type", None))
-    if not isinstance(model, PreTrainedModel):
-        inner = _unwrapping(model)
-        raise UnsupportedModelError(
-            f"model: must be a transformers model, got {type(model).__name__}"
-            + (f"; make the cache for the model inside, {inner}, and go on calling this one" if inner else "")
-        )
+    model = unwrapped(model)
+    model_type = str(model.config.model_type)
     if model_type not in _ADAPTERS and (reason := why_not(model)):
         raise UnsupportedModelError(
             f"model: no adapter for the model type '{model_type}' ({type(model).__name__}), which {reason}. Known by "
@@ -183,18 +178,3 @@ def adapter_for(model: Any) -> Adapter:
     adapter = _ADAPTERS.get(model_type, DecoderAdapter)()
     adapter.check(model)
     return adapter
-
-
-def _unwrapping(model: Any) -> str:
-    """The expression that gives the model inside a wrapper (PEFT, torch.compile, DataParallel); empty if it is none."""
-    found, expression = model, "model"
-    while not isinstance(found, PreTrainedModel):
-        if callable(getattr(found, "get_base_model", None)):
-            found, expression = found.get_base_model(), f"{expression}.get_base_model()"
-        elif isinstance(getattr(found, "_orig_mod", None), nn.Module):
-            found, expression = found._orig_mod, f"{expression}._orig_mod"
-        elif isinstance(getattr(found, "module", None), nn.Module):
-            found, expression = found.module, f"{expression}.module"
-        else:
-            return ""
-    return expression
