@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from transformers import DynamicCache
 from kvcompress import CompressedCache, CompressionConfig
 from kvcompress.errors import CacheStateError, UnsupportedModelError
 from kvcompress.evaluation import load_model
-from kvcompress.integrations import adapter_for
+from kvcompress.integrations import adapter_for, base
 from tests import checkpoints, families, strategies, tiny
 from tests.test_physical_equals_masked import check, forwards
 
@@ -166,3 +168,38 @@ def test_the_output_projection_of_a_family_is_found(name: str) -> None:
     for attention in adapter.attention_modules(model):
         output = adapter.layer_weights(decoder, attention).output
         assert output is not None and output.shape == (32, 32)
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+
+
+def test_the_page_lists_the_families_that_are_tested() -> None:
+    """Each row of its table is a family of the tests, with the layers that are compressed there."""
+    rows = re.findall(r"^\| .* \| `(\w+)` \| (.*?) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    listed = {(name, kind) for name, kinds in rows for kind in kinds.split("; ")}
+    whole = {*families.FULL, *tiny.TEXT_MODELS} - {"llama_mha"}
+    assert listed == {(name, "all") for name in whole} | {(name, "those of full attention") for name in families.MIXED}
+
+
+def test_an_adapter_from_the_page_obeys_the_law_as_a_users_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a file of its own and at most 15 lines, it opens GPT-2, whose answers at full budget are DynamicCache's."""
+    code = re.search(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert code is not None
+    adapter = code[1][code[1].index("@register") :]
+    assert len(adapter.strip().splitlines()) <= 15
+    monkeypatch.setattr(base, "_ADAPTERS", dict(base._ADAPTERS))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "adapter_of_a_user.py").write_text(code[1], encoding="utf-8")
+    importlib.import_module("adapter_of_a_user")
+    sizes = {"vocab_size": 97, "n_embd": 32, "n_layer": 3, "n_head": 4}
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(**sizes, bos_token_id=1, pad_token_id=0, eos_token_id=None)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    wanted = answers("llama", model, DynamicCache())
+    found = answers("llama", model, CompressedCache(model, "prefixkv", budget=1.0))
+    assert torch.equal(found[0], wanted[0])
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-5, atol=1e-5)
+    cache = CompressedCache(model, "prefixkv", budget=0.3)
+    assert not torch.allclose(answers("llama", model, cache)[1], wanted[1], atol=1e-3) and cache.report().retention < 0.4
