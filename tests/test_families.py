@@ -202,4 +202,6 @@ def test_an_adapter_from_the_page_obeys_the_law_as_a_users_module(
     assert torch.equal(found[0], wanted[0])
     torch.testing.assert_close(found[1], wanted[1], rtol=1e-5, atol=1e-5)
     cache = CompressedCache(model, "prefixkv", budget=0.3)
-    assert not torch.allclose(answers("llama", model, cache)[1], wanted[1], atol=1e-3) and cache.report().retention < 0.4
+    assert (
+        not torch.allclose(answers("llama", model, cache)[1], wanted[1], atol=1e-3) and cache.report().retention < 0.4
+    )

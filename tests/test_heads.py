@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcompress import CompressedCache, CompressionConfig
+from kvcompress import ALLOCATORS, CompressedCache, CompressionConfig, KVCompressError
+from kvcompress.errors import ConfigError
+from kvcompress.kernels import attend_blocks
+from kvcompress.policies.base import Scorer
+from kvcompress.policies.context import AllocationContext, LayerContext, LayerWeights
 from tests import strategies, tiny
 from tests.strategies import examples
 from tests.test_physical_equals_masked import budgets, check, forwards, schedules, with_budget
@@ -99,3 +106,170 @@ def test_heads_hold_their_sum_and_no_more(skew: int) -> None:
         model(tiny.token_ids(2, 1, seed=step), **tiny.with_cache(cache))
     now = cache.report()
     assert now.kv_bytes <= 1.2 * said.kv_bytes and now.retention == pytest.approx(said.retention, abs=0.01)
+
+
+def uneven_layer(scorer: Scorer, seed: int) -> LayerContext:
+    """Two rows whose heads hold 9 and 4, and 7 and 2 older tokens, right after five new ones, and three."""
+    g, heads, width = strategies.generator(seed), 2, 8
+    held, new, fresh = torch.tensor([[9, 4], [7, 2]]), 5, torch.tensor([5, 3])
+    place = torch.arange(9)
+    older = (place * 2).expand(2, heads, -1).masked_fill(place >= held.unsqueeze(-1), -1)
+    late = (torch.arange(new) - (new - fresh[:, None]))[:, None].expand(-1, heads, -1)
+    index = torch.cat([older, torch.where(late >= 0, late + 30, -1)], 2)
+    query = torch.randn(2, 2 * heads, new, width, generator=g)
+    keys, values = (torch.randn(2, heads, 9 + new, width, generator=g) for _ in range(2))
+    valid = index >= 0
+    _, lse = attend_blocks(query, [(keys, values)], 9, 0.35, valid, True)
+    weights = LayerWeights(torch.randn(16, 2 * heads * width, generator=g), 0.5 ** torch.arange(width // 2))
+    seen = 30 + fresh
+    lse = lse if scorer.reads_attention else None
+    return LayerContext(0, query, keys, values, lse, 0.35, index, seen, valid, weights=weights)
+
+
+def head_alone(layer: LayerContext, head: int) -> LayerContext:
+    """One key/value head of a layer as a layer of its own."""
+    of_queries, columns = slice(2 * head, 2 * head + 2), slice(16 * head, 16 * head + 16)
+    weights = replace(layer.weights, output=layer.weights.output[:, columns])
+    own = {name: getattr(layer, name)[:, head : head + 1] for name in ("keys", "values", "index", "valid")}
+    lse = None if layer.lse is None else layer.lse[:, of_queries]
+    return replace(layer, query=layer.query[:, of_queries], lse=lse, weights=weights, **own)
+
+
+OVER_ALL_HEADS = ("leverage", "random")  # by design: standardised over the heads of a layer, drawn by a head's number
+
+
+@pytest.mark.parametrize("scorer", strategies.scorers(), ids=strategies.label)
+@examples(4)
+@given(seed=strategies.seeds)
+def test_a_head_is_scored_by_what_it_holds(scorer: Scorer, seed: int) -> None:
+    """Of heads that hold different numbers of tokens, each is scored as if the layer had no other head."""
+    layer = uneven_layer(scorer, seed)
+    found = scorer.score(layer)
+    assert found.shape == layer.index.shape and found.isfinite().all()
+    if scorer.name in OVER_ALL_HEADS or (scorer.name == "defensive" and scorer.projected):
+        return
+    for head in range(2):
+        alone = head_alone(layer, head)
+        wanted = scorer.score(alone)[:, 0]
+        torch.testing.assert_close(found[:, head][alone.valid[:, 0]], wanted[alone.valid[:, 0]], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@every_allocator
+def test_a_saved_cache_goes_on_as_if_it_had_not_been(allocator: dict[str, Any], tmp_path: Path) -> None:
+    """What heads hold is kept with their numbers; rows can be taken, repeated and dropped, drafts taken back."""
+    model, prompt = tiny.model("llama"), padded([21, 13], seed=4)
+    cache = CompressedCache(model, of_heads(allocator, budget=0.4))
+    model(**prompt, position_ids=(prompt["attention_mask"].cumsum(1) - 1).clamp(min=0), **tiny.with_cache(cache))
+    for seed in range(3):
+        model(tiny.token_ids(2, 1, seed), **tiny.with_cache(cache))
+    cache.save(tmp_path / "saved")
+    loaded = CompressedCache.load(model, tmp_path / "saved")
+    assert loaded.report() == cache.report()
+    other = copy.deepcopy(cache)
+    for one in (cache, loaded, other):  # a draft that is taken back
+        one.activate_past_recording()
+        model(tiny.token_ids(2, 3, seed=20), **tiny.with_cache(one))
+        one.crop(-3)
+    swapped = copy.deepcopy(cache)
+    swapped.batch_select_indices(torch.tensor([1, 0, 1]))
+    for seed in range(5, 9):
+        ids = tiny.token_ids(2, 1, seed)
+        wanted = model(ids, **tiny.with_cache(cache)).logits
+        for one in (loaded, other):
+            torch.testing.assert_close(model(ids, **tiny.with_cache(one)).logits, wanted, rtol=0, atol=1e-5)
+        found = model(ids[[1, 0, 1]], **tiny.with_cache(swapped)).logits
+        torch.testing.assert_close(found, wanted[[1, 0, 1]], rtol=0, atol=1e-5)
+    lengths = torch.tensor(cache.report().head_lengths)
+    assert lengths.shape == (3, 2, 2) and torch.tensor(swapped.report().head_lengths).equal(lengths[:, [1, 0, 1]])
+
+
+@examples(10)
+@given(given=strategies.allocation_inputs(kinds=st.just("random"), min_tokens=2), seed=strategies.seeds)
+def test_headprefix_leaves_no_head_worse_than_it_must(given: strategies.AllocationInput, seed: int) -> None:
+    """No other sizes with the same total give the head that retains least a larger share of its mass."""
+    layers, batch = given.floor.shape
+    importance = torch.stack([given.importance, given.importance.flip(-1).square()], 2)  # two heads that differ
+    capacity, floor = (torch.stack([counts, counts], 2) for counts in (given.capacity, given.capacity * 0))
+    total = given.total.clamp(min=0).minimum(capacity.sum((0, 2)))
+    budget = ALLOCATORS.create("headprefix").allocate(importance, total, floor, capacity)
+    assert budget.shape == (layers, batch, 2) and budget.sum((0, 2)).tolist() == total.tolist()
+    retained = retained_mass(importance, budget)
+    g = strategies.generator(seed)
+    for _ in range(20):  # moves of a few slots between heads
+        other = budget.clone().flatten()
+        give, take = torch.randperm(other.numel(), generator=g)[:2].tolist() if other.numel() > 1 else (0, 0)
+        moved = min(int(other[give]), int(capacity.flatten()[take] - other[take]), 2)
+        other[give] -= moved
+        other[take] += moved
+        other = other.view(budget.shape)
+        same_row = other.sum((0, 2)) == total
+        worst, before = (share.amin((0, 2)) for share in (retained_mass(importance, other), retained))
+        assert (worst[same_row] <= before[same_row] + 1e-6).all()
+
+
+def retained_mass(importance: Tensor, budget: Tensor) -> Tensor:
+    """Share of its mass that each head's best slots hold."""
+    ranked = importance.sort(-1, descending=True).values
+    kept = torch.arange(ranked.shape[-1]) < budget.unsqueeze(-1)
+    return (ranked * kept).sum(-1) / ranked.sum(-1).clamp(min=1e-30)
+
+
+def test_one_head_per_layer_is_prefix() -> None:
+    """With one head each, heads are layers."""
+    importance, floor = torch.rand(4, 2, 9, generator=strategies.generator(1)), torch.ones(4, 2, dtype=torch.long)
+    asked = importance, torch.tensor([17, 20]), floor, floor * 9
+    budgets = [ALLOCATORS.create(name).allocate(*asked) for name in ("prefix", "headprefix")]
+    assert budgets[0].equal(budgets[1])
+
+
+def test_adakv_gives_a_layer_to_its_highest_scores() -> None:
+    """By hand: four slots of a layer after one for each head in safety, and what is protected in any case."""
+    importance = torch.tensor([[9.0, 8.0, 7.0, 1.5, 1.0], [6.0, 2.0, 1.0, 0.5, 0.1]]).view(1, 1, 2, 5)
+    total, none, five = torch.tensor([6]), torch.zeros(1, 1, 2, dtype=torch.long), torch.full((1, 1, 2), 5)
+    adakv = ALLOCATORS.create("adakv", safeguard=0.0)
+    assert adakv.allocate(importance, total, none, five).tolist() == [[[4, 2]]]
+    assert adakv.allocate(importance, torch.tensor([4]), none, five).tolist() == [[[3, 1]]]
+    assert adakv.allocate(importance, torch.tensor([2]), none, five).tolist() == [[[2, 0]]]
+    half = ALLOCATORS.create("adakv", safeguard=0.9)
+    assert half.allocate(importance, torch.tensor([4]), none, five).tolist() == [[[3, 1]]]
+    protected = torch.zeros(1, 1, 2, 5, dtype=torch.bool)
+    protected[..., 1, 3:] = True
+    said = adakv.allocate(importance, torch.tensor([4]), none, five, AllocationContext(protected=protected))
+    assert said.tolist() == [[[2, 2]]]
+
+
+def test_duo_fills_retrieval_heads_in_the_order_of_their_gates() -> None:
+    """By hand: every head streams, then the highest gate is filled, and the next as far as the total goes."""
+    duo = ALLOCATORS.create("duo", gates=[[0.1, 0.9], [0.5, 0.2]], streaming=2)
+    floor, capacity = torch.ones(2, 1, 2, dtype=torch.long), torch.full((2, 1, 2), 10)
+    for total, wanted in (
+        (4, [[1, 1], [1, 1]]),
+        (12, [[3, 3], [3, 3]]),
+        (19, [[3, 10], [3, 3]]),
+        (22, [[3, 10], [6, 3]]),
+    ):
+        found = duo.allocate(torch.zeros(2, 1, 2, 10), torch.tensor([total]), floor, capacity)
+        assert found[:, 0].tolist() == wanted, total
+
+
+def test_heads_with_budgets_of_their_own_are_not_quantized() -> None:
+    """Refused with the reason and the way out."""
+    with pytest.raises(ConfigError, match=r"quantizer quanto: .* heads hold different numbers .* quantizer=None"):
+        of_heads(BY_HEAD["adakv"], quantizer="quanto4")
+
+
+@pytest.mark.parametrize(
+    ("allocator", "says"),
+    [
+        ({"name": "duo", "gates": [[0.5, 0.5, 0.5]] * 3}, "gates are of 3 layers with 3 heads, the model has 3 with 2"),
+        (
+            {"name": "profile", "retention": [0.5] * 9, "heads": 3},
+            "profile has 3 layers of 3 heads, the model has 3 of 2",
+        ),
+    ],
+)
+def test_sizes_of_another_model_are_refused(allocator: dict[str, Any], says: str) -> None:
+    cache = CompressedCache(tiny.model("llama"), of_heads(allocator, budget=0.5, evictor="streaming"))
+    with pytest.raises(KVCompressError, match=says):
+        tiny.model("llama")(tiny.token_ids(1, 9, seed=1), **tiny.with_cache(cache))

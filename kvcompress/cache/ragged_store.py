@@ -42,9 +42,9 @@ class RaggedStore(DenseStore):
         return int(self.slots.max(initial=0))
 
     @property
-    def kv_heads(self) -> int:
-        """Key/value heads; 0 before the first token."""
-        return int(self.slots.shape[1])
+    def rows_and_heads(self) -> tuple[int, int]:
+        """Rows, and key/value heads; 0 before the first token."""
+        return self.slots.shape[0], self.slots.shape[1]
 
     @property
     def slot_nbytes(self) -> int:

@@ -305,6 +305,11 @@ def _check_room(layers: list[Any], table: Any) -> None:
     """Whether buffers have no more room than the table accounts for; without a table they get a little at most."""
     for layer in layers:
         store = layer["store"]
+        if "slots" in store:  # without gaps, so what is there is what there is room for
+            counts = store["slots"]
+            must(counts.ndim == 2 and int(counts.min(initial=1)) > 0, "slots of heads")
+            must(int(counts.sum()) == len(store["keys"]) == len(store["values"]), f"{counts.sum()} slots of heads")
+            continue
         used = store["keys"].shape[2]
         if table is None:
             store["capacity"] = min(store["capacity"], used + max(used, _ROOM))
@@ -320,11 +325,13 @@ def _check_state(state: CacheState, decoder: PreTrainedModel) -> None:
         must((keys is None) == (index is None), "a layer without its keys")
         if keys is None or values is None or index is None:
             continue
-        must(keys.shape[:2] == values.shape[:2] == (batch, heads), f"keys of the shape {tuple(keys.shape)}")
+        must(layer.store.rows_and_heads == (batch, heads), f"keys of the shape {tuple(keys.shape)}")
+        must(layer.store.has_room(layer.held - layer.packed_rows[:, None]), "fewer slots than tokens")
         slots = layer.store.packed + layer.slots
         must(index.shape[0] in (1, batch) and index.shape[1] in (1, heads), "the shape of an index")
         must(index.shape[2] >= layer.store.packed and slots <= layer.store.packed + layer.store.capacity, "slots")
-        must(index.dtype == torch.int32 and len(layer.held) == batch, "an index of another kind")
+        must(index.dtype == torch.int32 and layer.held.ndim == 2, "an index of another kind")
+        must(len(layer.held) == batch and layer.held.shape[1] in (1, heads), "counts of other rows or heads")
         must(not index.numel() or int(index.max()) < state.sequence.seen, "tokens that were not seen")
     report_on(state)
 

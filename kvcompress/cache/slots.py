@@ -283,8 +283,15 @@ class SlotTable:
                 self.ranks = torch.nn.functional.pad(self.ranks, (0, more), value=torch.nan)
             self._derive()
 
-    def select_rows(self, index: Tensor, rows: Counts) -> None:
-        """Reorders, repeats or drops rows; in place where their number stays."""
+    def select_rows(self, index: Tensor, rows: Counts, allocation: Allocation | None) -> None:
+        """Reorders, repeats or drops rows; in place where their number stays.
+
+        Args:
+            index: rows to take, in order.
+            rows: the same on the host.
+            allocation: the budgets of these rows.
+        """
+        self._allocation = allocation if self.evicts else None
         lengths, row_seen = self._start
         self._start = (lengths[:, rows], row_seen[rows])
         self.extent, self.hole, self._pinned_rows = self.extent[:, rows], self.hole[:, rows], self._pinned_rows[:, rows]

@@ -151,9 +151,16 @@ class DenseStore:
         return 0 if self.keys is None else self.keys.shape[2]
 
     @property
+    def rows_and_heads(self) -> tuple[int, int]:
+        """Rows, and key/value heads; 0 before the first token."""
+        if self.keys is None or self.values is None or self.keys.shape[:3] != self.values.shape[:3]:
+            return 0, 0
+        return self.keys.shape[0], self.keys.shape[1]
+
+    @property
     def kv_heads(self) -> int:
         """Key/value heads; 0 before the first token."""
-        return 0 if self.keys is None else self.keys.shape[1]
+        return self.rows_and_heads[1]
 
     @property
     def nbytes(self) -> int:

@@ -47,7 +47,7 @@ class Leverage(Scorer):
         """Needs no attention of the layer; costs tokens x (head_dim^2 + chunk x head_dim), the first in float64."""
         queries = layer.query.shape[2]
         new = slice(layer.keys.shape[2] - queries, None)
-        valid = None if layer.valid is None else layer.valid[..., new]
+        valid = None if layer.valid is None else layer.valid[:, :1, new]  # of all heads
         attention = self._attention(layer, new) * torch.linalg.vector_norm(layer.values[:, :, new].float(), dim=-1)
         if valid is not None:
             attention = attention * valid
@@ -64,7 +64,7 @@ class Leverage(Scorer):
         pad = (0, 0, -count % size, 0)  # before the first, so that chunks end with the last
         query = F.pad(layer.query, pad).view(batch, kv_heads, heads // kv_heads, -1, size, dim)
         keys = F.pad(layer.keys[:, :, new], pad).view(batch, kv_heads, -1, size, dim)
-        held = layer.query.new_ones(1, 1, count, dtype=torch.bool) if layer.valid is None else layer.valid[..., new]
+        held = layer.query.new_ones(1, 1, count, dtype=torch.bool) if layer.valid is None else layer.valid[:, :1, new]
         held = F.pad(held, pad[2:]).view(held.shape[0], 1, -1, size)
         parts = []
         for first in range(0, keys.shape[2], _CHUNKS):
@@ -110,10 +110,10 @@ def _standardised(score: Importance, valid: Tensor | None, layer: LayerContext) 
     """With the mean 0 and the deviation 1 over all heads of the layer and the slots of a row that hold a token."""
     score = score.double()
     held = torch.ones_like(score[:, :1]) if valid is None else valid.double()
-    count = held.sum(-1, keepdim=True).clamp(min=1)
+    count = layer.heads.mean(held.sum(-1, keepdim=True).mean(1, keepdim=True)).clamp(min=1)
 
     def mean(of: Tensor) -> Tensor:
-        return layer.heads.mean((of * held).sum(-1, keepdim=True).mean(1, keepdim=True) / count)
+        return layer.heads.mean((of * held).sum(-1, keepdim=True).mean(1, keepdim=True)) / count
 
     centred = score - mean(score)
     return centred / mean(centred.square()).sqrt().clamp(min=_LEAST_DEVIATION)

@@ -23,6 +23,8 @@ class TOVA(Scorer):
     reads_attention: ClassVar[bool] = True
 
     def score(self, layer: LayerContext) -> Importance:
-        """One row of the softmax, the same for every key/value head."""
-        mean = layer.heads.mean(layer.attention_probabilities(last=1).mean(1))
-        return mean.expand(layer.keys.shape[:3])
+        """One row of the softmax: the same for every key/value head, or its own where heads hold different tokens."""
+        probability = layer.attention_probabilities(last=1).squeeze(2)
+        if layer.index.shape[1] > 1:
+            return probability.unflatten(1, (layer.keys.shape[1], -1)).mean(2)  # type: ignore[no-untyped-call,no-any-return]
+        return layer.heads.mean(probability.mean(1, keepdim=True)).expand(layer.keys.shape[:3])
