@@ -55,7 +55,9 @@ _PARTS = (
     "kernels",
     "parallel",
     "policies",
+    "progress",
     "reuse",
+    "testing",
 )
 
 

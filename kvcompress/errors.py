@@ -7,6 +7,7 @@ KVCompressError
 ├── PolicyError (ValueError)          a policy was given or returned something outside its contract
 ├── UnsupportedModelError (TypeError) a model that no adapter knows, or with layers that cannot be compressed
 ├── UnsupportedModeError (RuntimeError) a way of calling the model that a compressed cache cannot serve
+├── LawError (AssertionError)         a policy breaks a law of `kvcompress.testing`
 ├── CacheStateError (RuntimeError)    the cache is not in a state in which the call makes sense
 └── MissingDependencyError (ImportError) an optional package that the call needs
 """
@@ -75,6 +76,10 @@ class UnsupportedModeError(KVCompressError, RuntimeError):
 
 class CacheStateError(KVCompressError, RuntimeError):
     """The cache is not in a state in which the call makes sense."""
+
+
+class LawError(KVCompressError, AssertionError):
+    """A policy breaks a law of its stage; see `kvcompress.testing`."""
 
 
 class MissingDependencyError(KVCompressError, ImportError):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvcompress.errors import UnsupportedModelError
@@ -48,6 +49,13 @@ class HeadGroup:
     def gather(self, tensor: Tensor) -> Tensor:
         """What all processes hold of a tensor `[batch, heads, ...]`, in the order of the heads."""
         return tensor if self.group is None else torch.cat(self._everyone(tensor), 1)
+
+    def gather_slots(self, tensor: Tensor, fill: float) -> Tensor:
+        """The same of `[batch, heads, slots]` where processes may differ in the number of slots; filled at the end."""
+        if self.group is None:
+            return tensor
+        sizes = self._everyone(torch.tensor([tensor.shape[2]]))
+        return self.gather(F.pad(tensor, (0, int(torch.cat(sizes).max()) - tensor.shape[2]), value=fill))
 
     def own(self, tensor: Tensor) -> Tensor:
         """This process's part of a tensor `[batch, sets, ...]` over all heads; a single set is for every head."""

@@ -63,8 +63,9 @@ def cases(dtype: torch.dtype, head_dim: int, group: int, target: int) -> dict[st
         "DIMS": dims,
         "VALUE_D": head_dim,
     }
-    decode |= {"VALUE_DIMS": dims, "HAS_LENGTH": True, "PRECISION": precision}
+    decode |= {"VALUE_DIMS": dims, "HAS_LENGTH": True, "HAS_START": False, "PRECISION": precision}
     decode_types = {"Q": f"*{name}", "K": f"*{name}", "V": f"*{name}", "LENGTH": "*i64", "OUT": "*fp32", "LSE": "*fp32"}
+    decode_types |= {"START": "*i64"}
     return {
         "mass": (
             triton_mass.mass_kernel,
@@ -76,6 +77,12 @@ def cases(dtype: torch.dtype, head_dim: int, group: int, target: int) -> dict[st
             triton_decode.decode_kernel,
             {**decode_types, "scale": "fp32"},
             decode,
+            triton_decode.blocks(head_dim, head_dim, itemsize),
+        ),
+        "decode without gaps": (
+            triton_decode.decode_kernel,
+            {**decode_types, "scale": "fp32"},
+            {**decode, "HAS_START": True},
             triton_decode.blocks(head_dim, head_dim, itemsize),
         ),
         "merge": (

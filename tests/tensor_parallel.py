@@ -63,6 +63,7 @@ def cases() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
         yield f"{way}, a set per layer", "qwen3", way, {"evictor": {**LOWEST, "granularity": "layer"}}
         yield f"{way}, one head each", "llama", way, {"evictor": LOWEST}
         yield f"{way}, two heads each", "llama_mha", way, {"evictor": LOWEST}
+        yield f"{way}, heads of their own sizes", "llama_mha", way, {"allocator": "headprefix", "evictor": LOWEST}
     for name in ("llama", "llama_mha"):  # the first steps evict nothing, then the heads part
         late = {"budget": {"tokens": TOKENS + 3}, "evictor": LOWEST}
         yield f"late, {name}", name, "generate", late
@@ -106,6 +107,7 @@ def played(model: PreTrainedModel, name: str, way: str, fields: dict[str, Any]) 
     return {
         "said": said,
         "lengths": report.layer_lengths,
+        "head_lengths": report.head_lengths,
         "columns": report.held_columns,
         "least_held": least_held(cache),
         "logits": result.logits[-1][0].tolist(),

@@ -23,6 +23,7 @@ from kvcompress.cache import capture
 from kvcompress.config.presets import PRESETS
 from kvcompress.errors import ConfigError, KVCompressWarning
 from tests import tiny
+from tests.vision import FAMILIES
 
 PROMPT, NEW = 60, 40
 
@@ -139,11 +140,13 @@ def test_captured_steps_on_a_gpu_are_those_of_python(kind: str, name: str) -> No
     check_captured(name, tiny.build(kind).cuda())
 
 
-def test_image_prompts_are_decoded_by_captured_steps(recorders: list[Recorder]) -> None:
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl"])
+def test_image_prompts_are_decoded_by_captured_steps(name: str, recorders: list[Recorder]) -> None:
     """After a reducer too, which acts in the prompt alone."""
-    model = tiny.build("llava_next")
+    model = tiny.build(name)
     model._valid_auto_compile_criteria = lambda kwargs, config: not config.disable_compile
-    inputs, found = tiny.prompt("llava_next", [4, 0, 5], seed=4), []
+    inputs = FAMILIES[name].two_rows() if name in FAMILIES else tiny.prompt(name, [4, 0, 5], seed=4)
+    found = []
     for how in ("eager", "captured"):
         cache = CompressedCache(model, "prefixkv", reducer="fastv", budget=0.4, decoding=how)
         found.append(model.generate(**inputs, **tiny.with_cache(cache), max_new_tokens=NEW, do_sample=False))

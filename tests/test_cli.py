@@ -69,7 +69,7 @@ def picture(tmp_path: Path) -> Path:
 
 
 def test_json_tells_the_answer_the_memory_and_the_time(text: Path) -> None:
-    told = answer("--model", text, "--prompt", PROMPT, "--no-chat", "--budget", "0.5")
+    told = answer("--model", text, "--prompt", PROMPT, "--no-chat", "--preset", "prefixkv", "--budget", "0.5")
     seen = len(PROMPT) + 12 - 1  # the last token is never read
     assert told["prompt_tokens"] == len(PROMPT) and told["new_tokens"] == 12 and told["tokens_seen"] == seen
     assert len(told["kept_per_layer"]) == 3
@@ -83,8 +83,9 @@ def test_json_tells_the_answer_the_memory_and_the_time(text: Path) -> None:
 
 
 def test_without_json_the_answer_comes_first_and_a_table_after(text: Path) -> None:
-    told = answer("--model", text, "--prompt", PROMPT)
-    result = run("generate", "--model", text, "--prompt", PROMPT, "--max-new-tokens", 12)
+    words = ("--model", text, "--prompt", PROMPT, "--preset", "prefixkv")
+    told = answer(*words)
+    result = run("generate", *words, "--max-new-tokens", 12)
     assert result.exit_code == 0
     assert result.stdout.startswith(told["text"])
     for label in ("tokens seen", "kept per layer", "retention", "key/value cache", "time to first token", "tokens/s"):
@@ -106,7 +107,7 @@ def test_compare_shows_both_answers_and_where_they_part(text: Path) -> None:
     told = answer(*budget, "--compare")
     assert told["same_answer"] is False and 0 <= told["same_tokens"] < 12
     result = run("generate", *budget, "--compare", "--max-new-tokens", 12)
-    assert "prefixkv" in result.stdout and "full cache" in result.stdout
+    assert "auto" in result.stdout and "full cache" in result.stdout and "auto chose text: the" in result.stdout
     assert f"agree in their first {told['same_tokens']} of 12 tokens" in result.stdout
 
 
@@ -117,7 +118,7 @@ def test_a_bare_budget_is_a_fraction_tokens_or_bytes(text: Path, budget: str, fi
     told = answer("--model", text, "--prompt", PROMPT, "--preset", "streaming", "--budget", budget)
     given = told["config"]["budget"]
     assert given.pop(field) == value
-    assert given == {"sink": 4, "recent": 1} | dict.fromkeys({"fraction", "tokens", "bytes"} - {field})
+    assert given == {"sink": 4, "recent": 1, "whole": 0} | dict.fromkeys({"fraction", "tokens", "bytes"} - {field})
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ def test_a_bare_budget_is_a_fraction_tokens_or_bytes(text: Path, budget: str, fi
 )
 def test_set_reaches_any_field(text: Path, settings: list[str], expected: dict[str, Any]) -> None:
     flags = [part for setting in settings for part in ("--set", setting)]
-    config = answer("--model", text, "--prompt", PROMPT, *flags)["config"]
+    config = answer("--model", text, "--prompt", PROMPT, "--preset", "prefixkv", *flags)["config"]
     for path, value in expected.items():
         found: Any = config
         for part in path.split("."):

@@ -24,6 +24,9 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CONTRIBUTING.md"]
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _SLOW = ("kvcompress demo",)  # minutes; `make demo` runs it
+# What the answers on a page must hold, so that it shows no nonsense; what its commands print, by how they begin.
+SAID = {"README.md": (" garden.", "auto chose text", "['7', 'nothing']", "The red box is in the garden.")}
+PRINTED = {'kvcompress generate --prompt "What is the capital of France?"': ("Paris", "The answers are the same.")}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,7 +65,10 @@ def test_python_blocks_run_in_order(
     monkeypatch.setattr(base, "_ADAPTERS", dict(base._ADAPTERS))
     code = "\n".join(blocks(page, "python"))
     exec(compile(code, str(page), "exec"), {"__name__": page.stem})
-    assert capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out
+    for words in SAID.get(page.name, ()):
+        assert words in out, out
 
 
 @pytest.mark.parametrize(
@@ -74,6 +80,15 @@ def test_command_lines_run(page: Path, line: str, tmp_path: Path, monkeypatch: p
         line += " --help"
     result = CliRunner().invoke(app, shlex.split(line)[1:])
     assert result.exit_code == 0, result.output
+    for start, expected in PRINTED.items():
+        if line.startswith(start):
+            assert all(words in result.output for words in expected), result.output
+
+
+def test_what_must_be_said_is_asked_on_the_page() -> None:
+    assert all((ROOT / page).exists() for page in SAID)
+    lines = command_lines(ROOT / "README.md")
+    assert all(any(line.startswith(start) for line in lines) for start in PRINTED)
 
 
 @pytest.mark.parametrize(

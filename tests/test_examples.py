@@ -5,9 +5,11 @@ from __future__ import annotations
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from kvcompress import ALLOCATORS
 from tests import checkpoints
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -18,9 +20,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoints.save_text(tmp_path_factory.mktemp("text"))
 
 
-def run(name: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> None:
+def run(name: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
 
 
 def test_documents_are_stored_and_asked(
@@ -43,6 +45,17 @@ def test_pipelines_and_a_streamer_are_compressed(
     lines = capsys.readouterr().out
     assert lines.count("retention 50.0%") + lines.count("retention 49.") == 3
     assert "row 1 column 1: small yellow circle" in lines
+
+
+def test_an_own_allocator_keeps_its_laws_and_runs(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ALLOCATORS, "_policies", dict(ALLOCATORS._policies))
+    names = run("own_allocator.py", text, monkeypatch=monkeypatch)
+    kept = [int(number) for number in capsys.readouterr().out.split("[")[1].rstrip("]\n").split(",")]
+    assert kept[0] < kept[1] < kept[2]
+    names["test_every_law_of_allocators_holds"]()
+    names["test_later_layers_get_no_less_where_all_have_the_same_bounds"]()
 
 
 def test_a_task_of_the_harness_runs(

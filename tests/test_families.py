@@ -16,8 +16,9 @@ from kvcompress import CompressedCache, CompressionConfig
 from kvcompress.errors import CacheStateError, UnsupportedModelError
 from kvcompress.evaluation import load_model
 from kvcompress.integrations import adapter_for, base
+from kvcompress.testing.running import forwards, require_masked
 from tests import checkpoints, families, strategies, tiny
-from tests.test_physical_equals_masked import check, forwards
+from tests.reference import Reference
 
 FAMILIES = [name for name in families.EVERY if strategies.THOROUGH or name not in families.ALIKE]
 every_family = pytest.mark.parametrize("name", FAMILIES)
@@ -54,7 +55,8 @@ def test_a_family_at_full_budget_answers_as_with_its_own_cache(name: str) -> Non
 def test_a_family_attends_to_what_is_kept_alone(name: str) -> None:
     """At 30 %, each forward of a padded batch is that of a whole cache in which the rest is hidden."""
     cache = CompressedCache(tiny.model(name), "prefixkv", budget=0.3)
-    check(name, cache, forwards(name, cache, padded(name), [1, 1, 3, 1], seed=4), tolerance=1e-4)
+    steps = forwards(tiny.model(name), cache, padded(name), [1, 1, 3, 1], seed=4)
+    require_masked(Reference(name), cache, steps, tolerance=1e-4)
     assert cache.report().retention < 0.4
 
 
@@ -63,7 +65,8 @@ def test_a_family_attends_to_what_is_kept_alone(name: str) -> None:
 def test_a_family_attends_to_what_each_head_keeps_alone(name: str, preset: str) -> None:
     """The same where heads keep different tokens, and different numbers of them."""
     cache = CompressedCache(tiny.model(name), preset, budget=0.5)
-    check(name, cache, forwards(name, cache, padded(name), [1, 1, 3, 1], seed=4), tolerance=1e-4)
+    steps = forwards(tiny.model(name), cache, padded(name), [1, 1, 3, 1], seed=4)
+    require_masked(Reference(name), cache, steps, tolerance=1e-4)
 
 
 def of_type(name: str, **more: Any) -> Any:

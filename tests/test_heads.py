@@ -18,9 +18,11 @@ from kvcompress.errors import ConfigError
 from kvcompress.kernels import attend_blocks
 from kvcompress.policies.base import Scorer
 from kvcompress.policies.context import AllocationContext, LayerContext, LayerWeights
+from kvcompress.testing.running import forwards, require_masked, with_budget
 from tests import strategies, tiny
+from tests.reference import Reference
 from tests.strategies import examples
-from tests.test_physical_equals_masked import budgets, check, forwards, schedules, with_budget
+from tests.test_physical_equals_masked import budgets, schedules
 
 BY_HEAD = {
     "headprefix": {"name": "headprefix"},
@@ -65,7 +67,9 @@ def test_every_forward_equals_masked_attention(
     """Prompt, decode steps and turns of a left-padded batch: each head attends over what it holds, and stores that."""
     config = of_heads(allocator, evictor={"name": "topk", "decode": decode, "distance": 3})
     cache = CompressedCache(tiny.model("llama"), with_budget(config, budget, recent=recent))
-    check("llama", cache, forwards("llama", cache, padded(lengths, seed), [*schedule, 1, 1], seed))
+    require_masked(
+        Reference("llama"), cache, forwards(tiny.model("llama"), cache, padded(lengths, seed), [*schedule, 1, 1], seed)
+    )
 
 
 EVICTORS = ["topk", "chunk", "critical", "streaming"]
@@ -77,14 +81,18 @@ EVICTORS = ["topk", "chunk", "critical", "streaming"]
 def test_every_evictor_selects_for_heads(evictor: str, budget: Any, lengths: list[int], seed: int) -> None:
     """An evictor sees each head as a row, so that it need not know of budgets per head."""
     cache = CompressedCache(tiny.model("llama"), with_budget(of_heads(BY_HEAD["headprefix"], evictor=evictor), budget))
-    check("llama", cache, forwards("llama", cache, padded(lengths, seed), [1, 3, 1, 1], seed))
+    require_masked(
+        Reference("llama"), cache, forwards(tiny.model("llama"), cache, padded(lengths, seed), [1, 3, 1, 1], seed)
+    )
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_every_model_equals_masked_attention(name: str) -> None:
     """With grouped and ungrouped heads, and with images in the prompt."""
     cache = CompressedCache(tiny.model(name), of_heads(BY_HEAD["adakv"], budget=0.4))
-    check(name, cache, forwards(name, cache, tiny.inputs(name, 20, seed=1), [1, 1, 4, 1], seed=2))
+    require_masked(
+        Reference(name), cache, forwards(tiny.model(name), cache, tiny.inputs(name, 20, seed=1), [1, 1, 4, 1], seed=2)
+    )
 
 
 @torch.no_grad()
@@ -123,7 +131,7 @@ def uneven_layer(scorer: Scorer, seed: int) -> LayerContext:
     weights = LayerWeights(torch.randn(16, 2 * heads * width, generator=g), 0.5 ** torch.arange(width // 2))
     seen = 30 + fresh
     lse = lse if scorer.reads_attention else None
-    return LayerContext(0, query, keys, values, lse, 0.35, index, seen, valid, weights=weights)
+    return LayerContext(0, query, keys, values, lse, 0.35, index, seen, valid, weights=weights, heads_part=True)
 
 
 def head_alone(layer: LayerContext, head: int) -> LayerContext:

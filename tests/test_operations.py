@@ -21,6 +21,7 @@ LAYERS, TOKENS = 8, 200
 BATCHES = {"one row": (1, False), "16 rows": (16, False), "16 padded rows": (16, True)}
 BY_AGE = ("uniform", "prefixkv", "snapkv", "streaming", "pyramidkv")
 BY_SCORE = ("h2o", "tova")
+BY_HEAD = ("headprefix", "ada-snapkv")  # these copy what heads hold into one shape where no kernel reads it as it is
 
 
 @cache
@@ -83,29 +84,29 @@ def counts(name: str, rows: str) -> tuple[int, int, int, int]:
 
 
 @pytest.mark.parametrize("rows", BATCHES)
-@pytest.mark.parametrize("name", [*BY_AGE, *BY_SCORE, "full"])
+@pytest.mark.parametrize("name", [*BY_AGE, *BY_SCORE, *BY_HEAD, "full"])
 def test_a_decode_step_is_quiet(name: str, rows: str) -> None:
     """It waits for nothing, and starts little more than the model does by itself, whatever leaves by which rule."""
     _, _, operations, syncs = counts(name, rows)
     assert syncs == 0
-    per_layer = 4 if name in BY_SCORE else 2  # the victims of all layers are found at once
+    per_layer = 5 if name in BY_HEAD else 4 if name in BY_SCORE else 2  # the victims of all layers are found at once
     assert operations <= counts("DynamicCache", rows)[2] + per_layer * LAYERS + 15
 
 
 @pytest.mark.parametrize("rows", BATCHES)
-@pytest.mark.parametrize("name", [*BY_AGE, *BY_SCORE])
+@pytest.mark.parametrize("name", [*BY_AGE, *BY_SCORE, *BY_HEAD])
 def test_compressing_a_prompt_takes_few_operations(name: str, rows: str) -> None:
-    """Some 45 a layer more than keeping everything at most, the attention mass as one, and few syncs for all layers."""
+    """45 a layer more than keeping everything at most, the attention mass as one, and few syncs for all layers."""
     operations, syncs, *_ = counts(name, rows)
     full, full_syncs, *_ = counts("full", rows)
-    assert operations <= full + 45 * LAYERS
+    assert operations <= full + (50 if name in BY_HEAD else 45) * LAYERS
     assert syncs <= full_syncs + 3  # of the budgets, of the checks, and of padding
 
 
-@pytest.mark.parametrize("name", [*BY_AGE, *BY_SCORE])
+@pytest.mark.parametrize("name", [*BY_AGE, *BY_SCORE, *BY_HEAD])
 def test_rows_cost_no_operations(name: str) -> None:
     """16 rows take as many operations as one, and within a tenth as many if they are padded."""
     one, many, padded = (counts(name, rows)[0] for rows in BATCHES)
     padding = counts("full", "16 padded rows")[0] - counts("full", "16 rows")[0]  # what it costs without eviction
-    assert abs(one - many) <= 2
+    assert abs(one - many) <= (2 * LAYERS if name in BY_HEAD else 2)  # of heads that hold as many, nothing is copied
     assert padded - padding <= 1.1 * many

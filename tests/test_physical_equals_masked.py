@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,10 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcompress import Budget, CompressedCache, CompressionConfig
-from kvcompress.cache.attention import padding_in
+from kvcompress import CompressedCache, CompressionConfig
+from kvcompress.testing.running import forwards, require_masked, with_budget
 from tests import strategies, tiny
-from tests.reference import Reference, Step, recorded
+from tests.reference import Reference, recorded
 from tests.strategies import examples
 
 # A merger, a quantizer or a reducer changes what is stored; the law speaks of what is kept as it was.
@@ -28,43 +27,6 @@ budgets = st.one_of(
     st.integers(1, 12).map(lambda kib: f"{kib}KiB"),  # 8 slots of the tiny LLaMA each
 )
 schedules = st.lists(st.sampled_from([1, 1, 1, 3, 6]), min_size=1, max_size=8)
-
-
-def with_budget(config: CompressionConfig, budget: Any, **protected: int) -> CompressionConfig:
-    """The configuration with a drawn budget, unless it evicts nothing."""
-    if config.evictor is None:
-        return config
-    budget = Budget.parse(budget, default=config.budget)
-    return config.model_copy(update={"budget": budget.model_copy(update=protected)})
-
-
-def forwards(
-    name: str, cache: CompressedCache, prompt: dict[str, Any], schedule: Sequence[int], seed: int
-) -> list[Step]:
-    """Plain forwards: the prompt, then random tokens in numbers of the schedule."""
-    model, mask = tiny.model(name), prompt["attention_mask"]
-    with recorded(model, cache) as steps, torch.no_grad():
-        model(**prompt, position_ids=(mask.cumsum(1) - 1).clamp(min=0), **tiny.with_cache(cache))
-        for number, tokens in enumerate(schedule):
-            ids = tiny.token_ids(mask.shape[0], tokens, seed + number)
-            mask = torch.cat([mask, mask.new_ones(mask.shape[0], tokens)], dim=1)
-            positions = (mask.cumsum(1) - 1)[:, -tokens:]
-            model(input_ids=ids, attention_mask=mask, position_ids=positions, **tiny.with_cache(cache))
-    return steps
-
-
-def check(name: str, cache: CompressedCache, steps: list[Step], tolerance: float = 2e-5) -> None:
-    """Runs the same forwards with everything stored and all columns hidden that the cache did not hold."""
-    other = Reference(name)
-    for step in steps:
-        wanted = other.run(step.inputs, step.held)
-        mask = padding_in(step.inputs.get("attention_mask"))
-        end = other.cache.get_seq_length()
-        real = torch.ones_like(step.inputs["input_ids"]) if mask is None else mask[:, end - step.columns : end]
-        for found_layer, wanted_layer in zip(step.attention, wanted.attention, strict=True):
-            torch.testing.assert_close(found_layer[real.bool()], wanted_layer[real.bool()], rtol=0, atol=tolerance)
-        torch.testing.assert_close(step.logits[:, -1], wanted.logits[:, -1], rtol=0, atol=tolerance)
-    other.check_stored(cache)
 
 
 @pytest.mark.parametrize("config", plain)
@@ -82,7 +44,7 @@ def test_every_forward_equals_masked_attention(
     cache = CompressedCache(tiny.model("llama"), with_budget(config, budget))
     prompt = tiny.inputs("llama", max(lengths), seed, len(lengths))
     prompt["attention_mask"] = (torch.arange(max(lengths)) >= max(lengths) - torch.tensor(lengths)[:, None]).long()
-    check("llama", cache, forwards("llama", cache, prompt, schedule, seed))
+    require_masked(Reference("llama"), cache, forwards(tiny.model("llama"), cache, prompt, schedule, seed))
 
 
 @pytest.mark.parametrize("name", tiny.MODELS)
@@ -96,7 +58,9 @@ def test_every_model_equals_masked_attention(
     config = with_budget(CompressionConfig.preset("prefixkv"), budget)
     config = config.override(evictor={"name": "topk", "granularity": granularity})
     cache = CompressedCache(tiny.model(name), config)
-    check(name, cache, forwards(name, cache, tiny.inputs(name, tokens, seed), schedule, seed))
+    require_masked(
+        Reference(name), cache, forwards(tiny.model(name), cache, tiny.inputs(name, tokens, seed), schedule, seed)
+    )
 
 
 @pytest.mark.parametrize("decode", ["fixed_point", "oldest", "lowest_score", "none"])
@@ -112,7 +76,11 @@ def test_every_decode_rule_equals_masked_attention(
     config = CompressionConfig(scorer="attention", allocator=allocator, evictor=evictor)
     cache = CompressedCache(tiny.model("llama"), with_budget(config, budget, recent=recent))
     schedule = [*schedule, 1, 1, 1, 1]
-    check("llama", cache, forwards("llama", cache, tiny.inputs("llama", 20, seed, 2), schedule, seed))
+    require_masked(
+        Reference("llama"),
+        cache,
+        forwards(tiny.model("llama"), cache, tiny.inputs("llama", 20, seed, 2), schedule, seed),
+    )
 
 
 @pytest.mark.parametrize(
@@ -140,14 +108,14 @@ def test_generate_equals_masked_attention(name: str, settings: dict[str, Any], p
     assert len(steps) >= 12
     assert cache.get_seq_length() == ids.shape[1] + 5
     assert cache.report().retention < 0.5
-    check(name, cache, steps)
+    require_masked(Reference(name), cache, steps)
 
 
 def test_the_check_sees_one_hidden_column_too_many() -> None:
     """The law is sharp: hide one more column of one layer in one step, and outputs differ."""
     cache = CompressedCache(tiny.model("llama"), "prefixkv", budget=0.5)
-    steps = forwards("llama", cache, tiny.inputs("llama", 20, seed=13), [1, 1], seed=14)
-    check("llama", cache, steps)
+    steps = forwards(tiny.model("llama"), cache, tiny.inputs("llama", 20, seed=13), [1, 1], seed=14)
+    require_masked(Reference("llama"), cache, steps)
     del steps[1].held[2][0][0][3]
     with pytest.raises(AssertionError):
-        check("llama", cache, steps)
+        require_masked(Reference("llama"), cache, steps)

@@ -78,6 +78,26 @@ except AttributeError:
     assert done.stdout == "fine\n", done.stderr
 
 
+def test_the_kit_of_laws_is_imported_when_it_is_asked_for() -> None:
+    """Neither the package nor the pytest plug-in brings Hypothesis; without it, the error says what to install."""
+    program = """
+import sys
+import kvcompress, kvcompress.cache, kvcompress.config, kvcompress.evaluation, kvcompress.reuse, kvcompress.testing
+assert not {"hypothesis", "pytest", "_pytest"} & set(sys.modules)
+import kvcompress.testing.plugin
+assert "hypothesis" not in sys.modules
+assert "check_allocator" in dir(kvcompress.testing)
+sys.modules["hypothesis"] = None
+try:
+    kvcompress.testing.check_allocator
+except kvcompress.errors.MissingDependencyError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    told = "kvcompress.testing: needs hypothesis; install it with: pip install 'kvcompress[testing]'\n"
+    assert done.stdout == told, done.stderr
+
+
 def test_restore_takes_everything_off_a_model() -> None:
     model, fresh = tiny.build("llava"), tiny.build("llava")
     modules = {name: set(module.__dict__) for name, module in model.named_modules()}

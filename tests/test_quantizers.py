@@ -19,6 +19,7 @@ from kvcompress.cache.quantized_store import QuantizedStore
 from kvcompress.errors import ConfigError
 from kvcompress.policies.base import Quantizer
 from kvcompress.policies.context import Codes, Keys, Values
+from kvcompress.testing.numbers import tensors
 from tests import strategies, tiny
 from tests.reference import held
 
@@ -59,24 +60,6 @@ class Lossless(Quantizer):
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def tensors(draw: st.DrawFn, group: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Keys with channels and tokens of very different magnitude, constant ones and zeros among them."""
-    batch, heads, groups = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    dim = draw(st.sampled_from([4, 6, 8, 16, 64]))
-    g = strategies.generator(draw(strategies.seeds))
-    keys = torch.randn(batch, heads, groups * group, dim, generator=g) + torch.randn(dim, generator=g)
-    keys = keys * torch.pow(10.0, torch.randint(-2, 3, (dim,), generator=g))
-    kind = draw(st.sampled_from(["mixed", "constant", "zero", "outlier"]))
-    if kind == "constant":
-        keys = keys[:, :, :1].expand(keys.shape).contiguous()
-    elif kind == "zero":
-        keys = torch.zeros_like(keys)
-    elif kind == "outlier":
-        keys[..., 0] *= 10
-    return keys.to(dtype)
 
 
 def hadamard(size: int) -> list[list[int]]:
@@ -149,22 +132,6 @@ def test_fp8_keeps_three_bits_of_mantissa(data: st.DataObject, group: int) -> No
     for encode in (quantizer.encode_keys, quantizer.encode_values):
         error = (quantizer.decode(encode(keys)) - keys).abs()
         assert (error <= keys.abs() / 16 * (1 + 1e-5) + smallest * (1 + 1e-5)).all()
-
-
-@names
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@given(data=st.data())
-def test_half_precision_decodes_like_single(name: str, dtype: torch.dtype, data: st.DataObject) -> None:
-    """The same codes and scales mean the same numbers, but for the rounding of the dtype."""
-    quantizer, keys = QUANTIZERS.create(name, group=8), data.draw(tensors(8, dtype))
-    for codes in (quantizer.encode_keys(keys), quantizer.encode_values(keys)):
-        found = quantizer.decode(codes)
-        wanted = quantizer.decode(
-            Codes(codes.data, codes.scale.float(), None if codes.shift is None else codes.shift.float(), codes.dim)
-        )
-        assert found.dtype == dtype and found.isfinite().all()
-        largest = wanted.abs().amax() if codes.shift is None else codes.shift.abs().amax() + wanted.abs().amax()
-        assert ((found.float() - wanted).abs() <= 4 * torch.finfo(dtype).eps * largest).all()
 
 
 @pytest.mark.parametrize(("name", "bits"), [("quanto2", 2), ("quanto4", 4)])

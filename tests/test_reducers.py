@@ -27,8 +27,8 @@ from kvcompress.policies.reducers import (
     ToMe,
     UniformGrid,
 )
+from kvcompress.testing.image_rows import Row, rows
 from tests import reduction_oracle, strategies
-from tests.image_rows import Row, reduced_by, rows
 from tests.strategies import examples
 
 
@@ -163,24 +163,6 @@ def dropping(share: float) -> list[Any]:
 
 
 # -- rows --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "reducer", [*strategies.reducers(), *dropping(0.3), LightKV(after=(1,), windows=(1,))], ids=str
-)
-@examples(20)
-@given(drawn=st.lists(rows(), min_size=1, max_size=4), kv_heads=st.sampled_from([1, 2, 4]))
-def test_a_row_is_reduced_as_it_would_be_alone(reducer: Any, drawn: list[Row], kv_heads: int) -> None:
-    """Beside rows with more or fewer tokens, grids and earlier turns, whatever stands in their padding."""
-    drawn = [replace(row, kv_heads=kv_heads) for row in drawn]
-    together = reduced_by(reducer, drawn)
-    assert bool(together.hidden.isfinite().all())
-    for number, row in enumerate(drawn):
-        alone, padding = row.by(reducer), together.into.shape[1] - len(row.grid)
-        into = together.into[number, padding:]
-        assert torch.equal(torch.where(into < 0, into, into - padding), alone.into[0])
-        stay = survivors(alone)
-        torch.testing.assert_close(together.hidden[number, padding:][stay], alone.hidden[0, stay], rtol=0, atol=1e-5)
 
 
 # -- the published numbers ---------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from kvcompress.policies.reducers import (
     ToMe,
     UniformGrid,
 )
-from tests.image_rows import Row, layout_of, reduction_of, rows, side_by_side
+from kvcompress.testing.image_rows import Row, layout_of, reduction_of, rows, side_by_side
 from tests.strategies import examples
 
 LAYERS, POINTS, WIDTH = 6, (1, 3, 4), 6

@@ -14,7 +14,7 @@ from kvcompress import ALLOCATORS, CompressedCache, CompressionConfig, KVCompres
 from kvcompress.policies import registry
 from kvcompress.policies.base import Allocator
 from kvcompress.policies.registry import REGISTRIES
-from tests import strategies, tiny
+from tests import tiny
 
 USERS_MODULE = '''
 import torch
@@ -30,7 +30,7 @@ class DeepHeavy(Allocator):
 
     def allocate(self, importance, total, floor, capacity, context=None):
         budget = floor.clone()
-        weight = torch.linspace(1, self.steep, len(budget))[:, None]
+        weight = torch.linspace(1, self.steep, len(budget), device=budget.device)[:, None]
         while (left := total - budget.sum(0)).any():
             room = torch.where(budget < capacity, budget / weight, torch.inf)
             budget.scatter_add_(0, room.argmin(0, keepdim=True), (left > 0).long()[None])
@@ -135,12 +135,3 @@ def test_every_policy_has_a_summary_a_source_and_a_home(stage: str, name: str) -
     assert len(lines) <= 130, "one method, one file, under about 120 lines"
     for field in policy.model_fields:
         assert f"{field}:" in policy.__doc__, f"{field} is not described"
-
-
-@pytest.mark.parametrize(
-    "policy", [p for given in REGISTRIES for p in strategies.variants(given)], ids=strategies.label
-)
-def test_every_policy_survives_json(policy: Any) -> None:
-    given = next(given for given in REGISTRIES if given.stage == policy.stage)
-    assert given.parse(given.dump(policy)) == policy
-    assert type(policy).model_validate_json(policy.model_dump_json()) == policy

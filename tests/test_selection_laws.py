@@ -10,13 +10,13 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from torch import Tensor
 
 from kvcompress import EVICTORS, Budget, CompressedCache, CompressionConfig
 from kvcompress.errors import ConfigError, PolicyError
 from kvcompress.policies.base import Evictor
 from kvcompress.policies.context import DecodeContext, SelectionContext
 from kvcompress.policies.evictors import TopK
+from kvcompress.testing.running import require_protected, require_within_budget, started, stepped
 from tests import oracles, strategies, tiny
 from tests.operations import Operations
 from tests.reference import Reference, held
@@ -27,72 +27,7 @@ every_evictor = pytest.mark.parametrize("evictor", strategies.evictors(), ids=st
 known = [evictor for evictor in strategies.evictors() if evictor.name in ("topk", "streaming")]
 
 
-def prompt(row_lengths: list[int], seed: int) -> tuple[dict[str, Any], Tensor]:
-    """A left-padded batch for plain forwards, and which columns are tokens."""
-    longest = max(row_lengths)
-    ids = tiny.token_ids(len(row_lengths), longest, seed)
-    valid = torch.arange(longest) >= longest - torch.tensor(row_lengths)[:, None]
-    positions = (valid.cumsum(1) - 1).clamp(min=0)
-    return {"input_ids": ids, "attention_mask": valid.long(), "position_ids": positions}, valid
-
-
-def step(cache: CompressedCache, valid: Tensor, seed: int, tokens: int = 1) -> Tensor:
-    """One more forward of random tokens; returns the columns' validity with the new ones."""
-    batch = valid.shape[0]
-    valid = torch.cat([valid, torch.ones(batch, tokens, dtype=torch.bool)], dim=1)
-    positions = (valid.cumsum(1) - 1)[:, -tokens:]
-    ids = tiny.token_ids(batch, tokens, seed)
-    with torch.no_grad():
-        tiny.model("llama")(ids, attention_mask=valid.long(), position_ids=positions, **tiny.with_cache(cache))
-    return valid
-
-
-def started(config: CompressionConfig, row_lengths: list[int], seed: int) -> tuple[CompressedCache, Tensor]:
-    """A cache of the tiny LLaMA after a prompt."""
-    cache = CompressedCache(tiny.model("llama"), config)
-    inputs, valid = prompt(row_lengths, seed)
-    with torch.no_grad():
-        tiny.model("llama")(**inputs, **tiny.with_cache(cache))
-    return cache, valid
-
-
 # -- one selection -----------------------------------------------------------------------------------------------------
-
-
-@every_evictor
-@given(layer=selection_contexts())
-def test_a_selection_is_the_budget_the_protected_and_no_empty_slot(evictor: Evictor, layer: SelectionContext) -> None:
-    """Every set keeps exactly the budget of its row, all protected slots among it, and only slots that hold a token."""
-    mask = evictor.select(layer)
-    batch, sets, slots = layer.valid.shape
-    heads = layer.importance.shape[1]
-    assert mask.dtype == torch.bool
-    assert mask.shape[0] == batch
-    assert mask.shape[1] in (sets, heads)
-    assert mask.shape[2] == slots
-    assert (mask.sum(-1) == layer.budget[:, None]).all()
-    assert not (mask & ~layer.valid).any()
-    assert (mask | ~layer.protected).all()
-
-
-@every_evictor
-@given(layer=selection_contexts())
-def test_a_selection_changes_nothing_it_was_shown(evictor: Evictor, layer: SelectionContext) -> None:
-    """An evictor writes to no tensor of its context."""
-    before = {name: tensor.clone() for name, tensor in vars(layer).items() if isinstance(tensor, Tensor)}
-    evictor.select(layer)
-    assert all(torch.equal(getattr(layer, name), tensor) for name, tensor in before.items())
-
-
-@pytest.mark.parametrize("evictor", [e for e in strategies.evictors() if e.keeps_modality], ids=strategies.label)
-@given(layer=selection_contexts(modality=True))
-def test_image_tokens_get_their_own_budget(evictor: Evictor, layer: SelectionContext) -> None:
-    """Every set keeps as many image slots as they have of the budget, and as many text slots as is left of it."""
-    mask = evictor.select(layer)
-    assert ((mask & layer.is_image).sum(-1) == layer.image_budget[:, None]).all()
-    assert ((mask & ~layer.is_image).sum(-1) == (layer.budget - layer.image_budget)[:, None]).all()
-    assert (mask | ~layer.protected).all()
-    assert not (mask & ~layer.valid).any()
 
 
 @pytest.mark.parametrize("evictor", [e for e in strategies.evictors() if e.keeps_modality], ids=strategies.label)
@@ -277,16 +212,13 @@ def test_sinks_and_recents_survive_every_step(
     """After the prompt and after every decode step, every layer and head holds each row's first and last tokens."""
     if "distance" in type(evictor).model_fields:
         evictor = type(evictor)(**{**dict(evictor), "distance": distance})
-    cache, valid = started(strategies.config_with(evictor, budget=budget, scorer=Scripted(seed=seed)), lengths, seed)
+    cache, valid = started(
+        tiny.model("llama"), strategies.config_with(evictor, budget=budget, scorer=Scripted(seed=seed)), lengths, seed
+    )
     for number in range(steps + 1):
-        tokens = [row.nonzero().flatten().tolist() for row in valid]
-        for layer in held(cache):
-            for row, sets in enumerate(layer):
-                protected = {*tokens[row][: budget.sink], *tokens[row][max(0, len(tokens[row]) - budget.recent) :]}
-                for columns in sets:
-                    assert protected <= set(columns) <= set(tokens[row])
+        require_protected(cache, valid)
         if number < steps:
-            valid = step(cache, valid, seed + number)
+            valid = stepped(tiny.model("llama"), cache, valid, seed + number)
 
 
 @pytest.mark.parametrize("evictor", known, ids=strategies.label)
@@ -316,13 +248,13 @@ def test_a_running_cache_holds_what_plain_lists_hold(
         assume(4 not in forwards)  # how heads with different tokens are compared is not the matter here
     scorer = Scripted(seed=seed)
     config = CompressionConfig(budget=budget, scorer=scorer, allocator=allocator, evictor=evictor)
-    cache, valid = started(config, lengths, seed)
+    cache, valid = started(tiny.model("llama"), config, lengths, seed)
     rows = [oracles.PlainRow(config, layers=3, heads=2, score=scorer.at) for _ in lengths]
     for row, row_valid in zip(rows, valid.tolist(), strict=True):
         row.forward(row_valid, recording=False)
     for number, tokens in enumerate([0, *forwards]):
         if tokens:
-            valid = step(cache, valid, seed + number, tokens)
+            valid = stepped(tiny.model("llama"), cache, valid, seed + number, tokens)
             for row in rows:
                 row.forward([True] * tokens, recording=False)
         expected = [[row.layers[layer].held for row in rows] for layer in range(3)]
@@ -350,29 +282,25 @@ def test_no_layer_holds_more_than_the_budget(
     evictor: Evictor, budget: Budget, lengths: list[int], forwards: list[int], seed: int
 ) -> None:
     """After every forward the layers of a row together hold at most its budget, or the protected if they are more."""
-    cache, valid = started(strategies.config_with(evictor, budget=budget, scorer=Scripted(seed=seed)), lengths, seed)
+    cache, valid = started(
+        tiny.model("llama"), strategies.config_with(evictor, budget=budget, scorer=Scripted(seed=seed)), lengths, seed
+    )
     for number, tokens in enumerate([0, *forwards]):
         if tokens:
-            valid = step(cache, valid, seed + number, tokens)
-        report = cache.report()
-        for row, seen in enumerate(valid.sum(1).tolist()):
-            allowed = budget.tokens * 3 if budget.tokens else int(budget.fraction * seen * 3)
-            protected = min(seen, budget.sink + budget.recent)
-            assert sum(layer[row] for layer in report.layer_lengths) <= max(allowed, 3 * protected)
-            for layer, limits in zip(report.layer_lengths, report.layer_budgets, strict=True):
-                assert layer[row] <= limits[row]
+            valid = stepped(tiny.model("llama"), cache, valid, seed + number, tokens)
+        require_within_budget(cache, valid)
 
 
 @pytest.mark.parametrize("kept", [40, 26, 25, 12])
 def test_the_papers_fixed_point(kept: int) -> None:
     """The first kept - 25 slots stay for good, half of them if fewer are kept; the rest leave by age."""
     config = CompressionConfig.preset("prefixkv", budget=kept, scorer=Scripted(), allocator="uniform")
-    cache, valid = started(config, [60], seed=0)
+    cache, valid = started(tiny.model("llama"), config, [60], seed=0)
     stay = kept - 25 if kept > 25 else kept // 2
     first = cache.report().positions(0, 0)
     model = list(first)
     for number in range(60):
-        valid = step(cache, valid, seed=number)
+        valid = stepped(tiny.model("llama"), cache, valid, seed=number)
         model = [*model[:stay], *model[stay + 1 :], 60 + number]
         assert cache.report().positions(0, 0) == model
     assert model == [*first[:stay], *range(120 - (kept - stay), 120)]

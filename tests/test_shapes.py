@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from kvcompress import CompressionConfig
 from kvcompress.cli import app
+from kvcompress.cli.demo import IMAGE_RETENTIONS, _image_prompt
 from kvcompress.config.presets import PRESETS
 from kvcompress.errors import ConfigError, MissingDependencyError
 from kvcompress.evaluation import LoadedModel, encode_prompt, generate, load_model
@@ -327,13 +328,22 @@ def test_a_file_without_image_is_refused(tmp_path: Path) -> None:
     assert result.exit_code == 2 and "--image" in result.output
 
 
+@pytest.mark.parametrize("share", IMAGE_RETENTIONS)
+def test_what_the_demo_says_of_its_scene_is_right(share: float) -> None:
+    loaded, inputs, _ = _image_prompt(None, None)
+    scene = sample_scene(scene_seed("test", 0))
+    found = generate(loaded, inputs, CompressionConfig.preset("auto", budget=share), max_new_tokens=80)
+    assert found.report.preset == "image" and found.report.retention <= share
+    assert right_objects(found.text, scene) >= len(scene.things) - 1, found.text
+
+
 def test_the_demo_looks_at_a_scene_and_at_a_file(tmp_path: Path) -> None:
     picture = tmp_path / "scene.png"
     draw_scene(SCENES[0]).save(picture)
     result = CliRunner().invoke(app, ["demo", "--image"])
     assert result.exit_code == 0, result.output
-    assert "144 vision tokens" in result.stdout and "retention 20%" in result.stdout
-    assert "snapkv: SnapKV" in result.stdout
+    assert "144 vision tokens" in result.stdout and "retention 40%" in result.stdout
+    assert "auto chose image" in result.stdout
     result = CliRunner().invoke(app, ["demo", "--image", str(picture), "--question", "how many objects?"])
     assert result.exit_code == 0, result.output
     assert "scene.png" in "".join(result.stdout.split())  # long paths are broken over lines

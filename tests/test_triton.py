@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kvcompress.kernels.codes import codes_op
+from kvcompress.kernels.ragged import _in_torch
 from tests.strategies import generator
 from tests.test_kernels import counted_mass, padding, quantized, slots_attention
 
@@ -101,6 +102,25 @@ def test_the_decode_kernel_attends_over_slots_in_use(
     close(found, slots_attention(query, keys, values, length), ERRORS[dtype])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("head_dim", "value_dim", "group"), [(16, 16, 2), (20, 32, 3)])
+def test_the_decode_kernel_reads_buffers_without_gaps(
+    dtype: torch.dtype, head_dim: int, value_dim: int, group: int
+) -> None:
+    """Each row and head begins where it does, and has as many slots as it has."""
+    slots = torch.tensor([[70, 3, 1], [130, 9, 40]])
+    length = torch.tensor([[65, 3, 0], [129, 1, 40]])
+    start = (slots.flatten().cumsum(0) - slots.flatten()).view(2, 3)
+    keys, values = (drawn(dtype, int(slots.sum()), 1, 1, size)[:, 0, 0] for size in (head_dim, value_dim))
+    query = drawn(dtype, 2, 1, 3 * group, head_dim).transpose(1, 2)
+    places = (start.unsqueeze(-1) + torch.arange(130)).clamp(max=len(keys) - 1).to(DEVICE)
+    expected = slots_attention(query, keys[places], values[places], length.to(DEVICE))
+    found = triton_decode.decode(query, keys, values, head_dim**-0.5, length.to(DEVICE), start.to(DEVICE), 130)
+    in_torch = _in_torch(query, keys, values, head_dim**-0.5, length.to(DEVICE), start.to(DEVICE), 130)
+    for one in (found, in_torch.nan_to_num()):
+        close(one, expected, ERRORS[dtype])
+
+
 def test_what_lies_in_unused_slots_counts_for_nothing() -> None:
     query, keys, values = drawn(torch.float32, 1, 2, 1, 16), *(drawn(torch.float32, 1, 1, 90, 16) for _ in range(2))
     length = torch.tensor([[33]], device=DEVICE)
@@ -146,7 +166,7 @@ def test_kernels_compile_for_gpus_that_are_not_here_and_spill_nothing() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 6 * len(cases)
+    assert len(found) == 7 * len(cases)
     for resources in found:
         assert resources["local"] == 0, resources
         assert resources["shared"] <= 99 * 1024, resources

@@ -69,7 +69,10 @@ def test_a_wrapped_model_gives_what_the_model_gives(wrap: Callable[[Any], Any], 
     model, twin, inputs = tiny.build("llama"), tiny.model("llama"), tiny.inputs("llama", 20, seed=1)
     wrapped = wrap(model)
     assert unwrapped(wrapped) is model and type(adapter_for(wrapped)) is type(adapter_for(model))
-    caches = CompressedCache(model if inside else wrapped, "prefixkv", budget=0.5), CompressedCache(twin, budget=0.5)
+    caches = (
+        CompressedCache(model if inside else wrapped, "prefixkv", budget=0.5),
+        CompressedCache(twin, "prefixkv", budget=0.5),
+    )
     for given in (inputs, {"input_ids": tiny.token_ids(1, 1, seed=2)}):
         found = [one(**given, **tiny.with_cache(c)).logits for one, c in zip((wrapped, twin), caches, strict=True)]
         assert torch.equal(*found)
@@ -81,7 +84,7 @@ def test_a_wrapped_model_gives_what_the_model_gives(wrap: Callable[[Any], Any], 
 @pytest.mark.parametrize("wrap", [Peft, lambda model: torch.compile(model, backend="eager")], ids=["peft", "compiled"])
 def test_generate_of_a_wrapper_uses_the_cache(wrap: Callable[[Any], Any]) -> None:
     wrapped, inputs = wrap(tiny.build("llama")), tiny.inputs("llama", 20, seed=1)
-    cache, twin = CompressedCache(wrapped, budget=0.5), CompressedCache(tiny.model("llama"), budget=0.5)
+    cache, twin = (CompressedCache(one, "prefixkv", budget=0.5) for one in (wrapped, tiny.model("llama")))
     found, wanted = (
         model.generate(**inputs, **tiny.with_cache(one), max_new_tokens=4, do_sample=False)
         for model, one in ((wrapped, cache), (tiny.model("llama"), twin))

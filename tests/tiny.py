@@ -16,76 +16,37 @@ from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from kvcompress.testing.models import IMAGE_TOKEN, TEXT, VISION, llama, llava, randomised, token_ids
 from tests import families
 
 # What the installed transformers calls the argument that takes a cache.
 CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
-VOCABULARY = 97
-IMAGE_TOKEN = 96
-_TEXT = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": None,  # so that every row generates as many tokens as asked for
-    "tie_word_embeddings": False,
-}
-_VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 8,
-    "patch_size": 4,
-    "projection_dim": 16,
-}
-# Queries and keys so large that attention is far from uniform; logits so small that rounding stays far below 1e-5.
-_GAINS = {"q_proj": 1.7, "k_proj": 1.7, "lm_head": 0.3}
-
-
-def _llama(layers: int = 3) -> PreTrainedModel:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**_TEXT, "num_hidden_layers": layers}))
 
 
 def _llama_mha() -> PreTrainedModel:
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**_TEXT, "num_key_value_heads": 4}))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**TEXT, "num_key_value_heads": 4}))
 
 
 def _mistral() -> PreTrainedModel:
-    return transformers.MistralForCausalLM(transformers.MistralConfig(**_TEXT, sliding_window=None))
+    return transformers.MistralForCausalLM(transformers.MistralConfig(**TEXT, sliding_window=None))
 
 
 def _qwen2() -> PreTrainedModel:
-    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**_TEXT, use_sliding_window=False))
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**TEXT, use_sliding_window=False))
 
 
 def _qwen3() -> PreTrainedModel:
     # head_dim is a setting of its own here, and differs from hidden_size / num_attention_heads.
-    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**_TEXT, head_dim=16))
-
-
-def _llava(image_size: int = 8, layers: int = 3) -> PreTrainedModel:
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**{**_VISION, "image_size": image_size}),
-        text_config=transformers.LlamaConfig(**{**_TEXT, "num_hidden_layers": layers}),
-        image_token_id=IMAGE_TOKEN,
-        vision_feature_layer=-2,
-    )
-    return transformers.LlavaForConditionalGeneration(config)
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**TEXT, head_dim=16))
 
 
 def _llava_pixtral() -> PreTrainedModel:
     """A LLaVA whose tower takes images of any size; its processor ends each row of an image with a token."""
-    tower = {**_VISION, "image_size": 64, "intermediate_size": 24}
+    tower = {**VISION, "image_size": 64, "intermediate_size": 24}
     del tower["projection_dim"]
     config = transformers.LlavaConfig(
         vision_config=transformers.PixtralVisionConfig(**tower),
-        text_config=transformers.LlamaConfig(**_TEXT),
+        text_config=transformers.LlamaConfig(**TEXT),
         image_token_id=IMAGE_TOKEN,
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
@@ -95,8 +56,8 @@ def _llava_pixtral() -> PreTrainedModel:
 
 def _llava_next(image_size: int = 8, layers: int = 3) -> PreTrainedModel:
     config = transformers.LlavaNextConfig(
-        vision_config=transformers.CLIPVisionConfig(**{**_VISION, "image_size": image_size}),
-        text_config=transformers.LlamaConfig(**{**_TEXT, "num_hidden_layers": layers}),
+        vision_config=transformers.CLIPVisionConfig(**{**VISION, "image_size": image_size}),
+        text_config=transformers.LlamaConfig(**{**TEXT, "num_hidden_layers": layers}),
         image_token_id=IMAGE_TOKEN,
         vision_feature_layer=-2,
         image_grid_pinpoints=[[h * image_size, w * image_size] for h, w in ((1, 2), (2, 1), (2, 2))],
@@ -105,19 +66,19 @@ def _llava_next(image_size: int = 8, layers: int = 3) -> PreTrainedModel:
 
 
 _BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
-    "llama": _llama,
-    "llama_shallow": functools.partial(_llama, 2),
+    "llama": llama,
+    "llama_shallow": functools.partial(llama, 2),
     "llama_mha": _llama_mha,
     "mistral": _mistral,
     "qwen2": _qwen2,
     "qwen3": _qwen3,
-    "llava": _llava,
+    "llava": llava,
     "llava_next": _llava_next,
     "llava_pixtral": _llava_pixtral,
-    "llava_36": functools.partial(_llava, 24),
+    "llava_36": functools.partial(llava, 24),
     "llava_next_36": functools.partial(_llava_next, 24),
-    "llava_deep": functools.partial(_llava, 24, 6),
-    **{name: functools.partial(families.build, name, _TEXT) for name in families.EVERY},
+    "llava_deep": functools.partial(llava, 24, 6),
+    **{name: functools.partial(families.build, name, TEXT) for name in families.EVERY},
 }
 TEXT_MODELS = ("llama", "llama_mha", "mistral", "qwen2", "qwen3")
 IMAGE_MODELS = ("llava", "llava_next")
@@ -125,17 +86,14 @@ MODELS = TEXT_MODELS + IMAGE_MODELS
 LARGE_IMAGE_MODELS = ("llava_36", "llava_next_36")  # 6 x 6 features an image or tile: reducers find something to do
 
 
+def add(name: str, builder: Callable[[], PreTrainedModel]) -> None:
+    """Makes another tiny model known by a name."""
+    _BUILDERS[name] = builder
+
+
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A new model; the global random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = _BUILDERS[name]()
-        with torch.no_grad():
-            for path, parameter in model.named_parameters():
-                if parameter.ndim > 1:
-                    gain = next((gain for part, gain in _GAINS.items() if part in path), 1.0)
-                    parameter.normal_(0.0, gain * (parameter.numel() // parameter.shape[0]) ** -0.5)
-    return model.eval().to(dtype)
+    return randomised(_BUILDERS[name], dtype, seed)
 
 
 @functools.cache
@@ -153,12 +111,6 @@ def untouched(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> P
 def with_cache(cache: object) -> dict[str, Any]:
     """The keyword argument that hands a cache to a model or to `generate`."""
     return {CACHE: cache}
-
-
-def token_ids(batch: int, tokens: int, seed: int) -> Tensor:
-    """Random text tokens, none of them padding or an image."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, IMAGE_TOKEN, (batch, tokens), generator=generator)
 
 
 def image_side(name: str) -> int:

@@ -79,7 +79,7 @@ def check_contents(sdist: Path, wheel: Path) -> None:
 
 
 def check_install(wheel: Path) -> None:
-    """The wheel, installed alone, can be imported and gives a working command."""
+    """The wheel, installed alone, can be imported, gives a working command and brings its pytest plug-in."""
     with tempfile.TemporaryDirectory() as folder:
         outside = Path(folder).resolve()
         home = outside / "venv"
@@ -96,6 +96,8 @@ def check_install(wheel: Path) -> None:
 
         run(python, "-I", "-c", IMPORT_FROM_OUTSIDE, cwd=outside)
         run(python.parent / PACKAGE, "--help", cwd=outside)
+        # Through the entry point of the wheel: the laws of one policy.
+        run(python, "-m", "pytest", "-q", "--kvcompress-policies", "uniform", "-k", "meets_the_total", cwd=outside)
 
 
 def main() -> None:

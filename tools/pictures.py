@@ -17,6 +17,9 @@ from kvcompress.evaluation import LoadedModel, encode_prompt, inspect, load_mode
 from kvcompress.evaluation.benchmark import benchmark
 from kvcompress.evaluation.perplexity import english_text
 from kvcompress.evaluation.plots import lorenz, merging, patches, quality, retention, save, speed
+from kvcompress.evaluation.plots.lines import draw_series, legend
+from kvcompress.evaluation.plots.rows import read_series
+from kvcompress.evaluation.plots.style import drawing, new_figure, ruled
 from kvcompress.evaluation.shapes import draw_scene, sample_scene, scene_seed
 from kvcompress.evaluation.shapes.measure import description_perplexity, held_out_scenes
 from kvcompress.files import replacing
@@ -24,6 +27,7 @@ from kvcompress.files import replacing
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "images"
 BUDGETS = [number / 10 for number in range(1, 10)]
 POLICIES = ("prefixkv", "uniform", "snapkv", "streaming")
+MEMORY_TOKENS = 900
 GROUPS, SCENES = 5, 8  # bands are quartiles over groups of scenes
 LARGEST = 150_000  # bytes of a picture in the repository
 
@@ -53,6 +57,7 @@ def main() -> None:
     merged = inspect(loaded, inputs, CompressionConfig.preset("lightkv"))
     write("lightkv", lambda: merging(merged.report, merged.grid, merged.picture))
     write("speed", lambda: speed(list(speeds(loaded))))
+    write("memory", lambda: memory(list(default_memory(loaded))))
     write("quality", lambda: quality(list(perplexities(loaded)), "perplexity"))
     if not wanted or any(name.endswith("smollm2") for name in wanted):
         loaded = load_model("smollm2")
@@ -84,6 +89,29 @@ def speeds(loaded: LoadedModel) -> Iterator[dict[str, Any]]:
     ]
     for measurement in benchmark(loaded, configs, prompt_tokens=[900], rounds=7, new_tokens=32):
         yield measurement.to_dict()
+
+
+def default_memory(loaded: LoadedModel) -> Iterator[dict[str, Any]]:
+    """Bytes that a prompt of text takes with the default preset, beside the cache of transformers."""
+    configs = [("auto", CompressionConfig.preset("auto", budget=budget)) for budget in (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)]
+    wanted: dict[str, Any] = {"prompt_tokens": [MEMORY_TOKENS], "rounds": 1, "new_tokens": 32}
+    for measurement in benchmark(loaded, configs, references=["DynamicCache"], **wanted):
+        yield measurement.to_dict()
+
+
+@drawing
+def memory(rows: list[dict[str, Any]]) -> Any:
+    """Memory against the budget: the picture on top of the README."""
+    figure, series = new_figure(4.6, 2.9), read_series(rows, "held_bytes", "budget")
+    axes = figure.subplots()
+    draw_series(axes, series, "budget", 1e-6)
+    axes.set_ylabel("cache after the answer (MB)")
+    axes.set_ylim(0, 1.12e-6 * max(point.high for line in series for point in line.points))
+    ruled(axes)
+    legend(figure, axes)
+    said = f"ShapesLLaVA, preset auto, one prompt of {MEMORY_TOKENS} tokens of text and 32 of the answer"
+    figure.supxlabel(said, fontsize="small")
+    return figure
 
 
 def save_small(name: str, figure: Any) -> None:

@@ -29,6 +29,7 @@ class Rule:
         layers: decoder layers.
         sinks: first tokens that every layer keeps.
         recents: last tokens that every layer keeps.
+        whole: tokens up to which a row is kept whole, where the budget is a fraction.
     """
 
     fraction: float | None
@@ -36,6 +37,7 @@ class Rule:
     layers: int
     sinks: int
     recents: int
+    whole: int = 0
 
     @classmethod
     def of(cls, config: CompressionConfig, layers: int, slots_within_bytes: float = 0.0) -> Rule:
@@ -52,13 +54,15 @@ class Rule:
             fixed = budget.tokens * layers
         elif budget.bytes is not None:  # each layer has room for one slot more while it decodes
             fixed = max(0, int(slots_within_bytes) - layers)
-        return cls(budget.fraction, fixed, layers, sinks, recents)
+        return cls(budget.fraction, fixed, layers, sinks, recents, budget.whole)
 
     def totals(self, row_seen: Counts) -> Counts:
         """Slots over all layers for rows that have seen so many tokens."""
         if self.fraction is None:
             return np.full(len(row_seen), self.fixed, dtype=np.int64)
-        return np.floor(self.fraction * row_seen * self.layers + _ROUNDING).astype(np.int64)
+        shares = np.floor(self.fraction * row_seen * self.layers + _ROUNDING).astype(np.int64)
+        totals: Counts = np.maximum(shares, self.whole * self.layers)
+        return totals
 
     def least(self, row_seen: Counts) -> Counts:
         """Protected tokens per row: sinks and recents, as far as the row has them."""

@@ -29,6 +29,7 @@ _CALL = "_kvcompress_call"  # on the key tensor of a forward: the cache and the 
 _WITHOUT_MEANING = frozenset(
     {
         "cache_position",
+        "logits_to_keep",
         "mm_token_type_ids",
         "num_items_in_batch",
         "output_attentions",

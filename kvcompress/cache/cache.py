@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvcompress.cache import attention, decoding, hooks, prefill, rows, saving, undoing
+from kvcompress.cache import attention, choosing, decoding, hooks, prefill, rows, saving, undoing
 from kvcompress.cache.allocation import Allocation
 from kvcompress.cache.argument import cache_argument
+from kvcompress.cache.axes import check_axes, check_positions, give_offset, take_offset
 from kvcompress.cache.calls import Calls
 from kvcompress.cache.capture import GRAPHS, CapturedDecoding
 from kvcompress.cache.inputs import shape_of, tokens_to_come
@@ -59,7 +60,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         model: the model that will use it; its decoder gets the attention "kvcompress", which behaves as before with
             any other cache (`kvcompress.restore(model)` takes it off again). It may be wrapped by PEFT, `torch.compile`
             or DistributedDataParallel.
-        config: a preset's name, a `CompressionConfig`, a dict, or the path of a .yaml or .json file.
+        config: a preset's name, a `CompressionConfig`, a dict, or the path of a .yaml or .json file; "auto" chooses
+            by the first prompt, and the report says what and why.
         profile: a `LayerProfile` or its file, in place of the allocator.
         reserve: tokens that are about to be generated: buffers get room for so many at once where they grow, in place
             of a little at a time. To be given where decoding is compiled by hand; `generate` says it by itself.
@@ -84,45 +86,52 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     def __init__(
         self,
         model: nn.Module,
-        config: str | PathLike[str] | dict[str, Any] | CompressionConfig = "prefixkv",
+        config: str | PathLike[str] | dict[str, Any] | CompressionConfig = "auto",
         *,
         profile: LayerProfile | str | PathLike[str] | None = None,
         reserve: int = 0,
         decoding: str = "captured",
         **overrides: Any,
     ) -> None:
-        self.config = CompressionConfig.read(config, **profile_override(profile, overrides))
+        asked = CompressionConfig.read(config, **profile_override(profile, overrides))
         model = unwrapped(model)
         adapter = adapter_for(model)
         numbers, own = adapter.compressed_layers(model), OwnLayers(adapter.own_layers(model))
-        check_profiles(self.config, adapter.decoder(model), len(numbers))
+        check_profiles(asked, adapter.decoder(model), len(numbers))
+        check_axes(asked, adapter, model)
         layers = len(adapter.layers(model))
-        if own and self.config.reducer is not None:
+        if own and asked.reducer is not None:
             raise UnsupportedModelError(
                 f"reducer: layers {ranges(sorted(own.layers))} of {type(model).__name__} slide or sum up, and count "
                 "every token that comes; let the reducer be None, or choose a model all of whose layers attend to "
                 "everything"
             )
-        if self.config.reducer is not None:
-            with policy_errors(self.config.reducer):
-                self.config.reducer.acts_after(layers)  # complains before anything is touched
+        if asked.reducer is not None:
+            with policy_errors(asked.reducer):
+                asked.reducer.acts_after(layers)  # complains before anything is touched
         decoder = adapter.decoder(model)
         self._adapter, self._decoder, self._model = adapter, weakref.ref(decoder), weakref.ref(model)
         # A bare decoder may be part of a model that sees images, which its adapter cannot know.
-        may_see_images, reduces = adapter.sees_images or decoder is model, self.config.reducer is not None
-        calls = Calls(reduces or (may_see_images and self.config.reads_modality), adapter.sees_images, reduces)
+        may_see_images, reduces = adapter.sees_images or decoder is model, asked.reducer is not None
+        calls = Calls(reduces or (may_see_images and asked.reads_modality), adapter.sees_images, reduces)
         self._decoding = _known_decoding(decoding)
-        self._state = CacheState(self.config, numbers, adapter.head_group(model), calls, reserve, own)
+        self._state = CacheState(asked, numbers, adapter.head_group(model), calls, reserve, own)
         self._place = {number: place for place, number in enumerate(numbers)}  # of compressed layers among themselves
         self._layout: ImageLayout | None = None  # of the images of the forward about to begin
+        self._in_turn = False  # of `generate`
         self._mask: Mask | None = None  # what the mask of the forward about to begin says, if anything
         every = own.layers | dict(zip(numbers, self._state.layers, strict=True))
         super().__init__(layers=[every[number] for number in range(layers)])
         with hooks.changing:
             attention.install(decoder, adapter.attention_modules(model))
             hooks.observe(model, decoder, adapter)
-            if self.config.reducer is not None:
-                hooks.reduce_between(adapter.layers(model))
+            if reduces:
+                hooks.reduce_between(adapter.layers(model), adapter.adds_after(model))
+
+    @property
+    def config(self) -> CompressionConfig:
+        """How it compresses: what was asked for, and from the first prompt on what `auto` chose for that."""
+        return self._state.config
 
     def __repr__(self) -> str:
         return f"CompressedCache({self.config!r}, seen={self._state.sequence.seen})"
@@ -299,6 +308,17 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 self._begin(hidden.shape[0], hidden.shape[1], hidden.device)
         found = prefill.reduce(state, layer, hidden)
         return None if found is None else (_usable(found[0]), found[1])
+
+    def spread_between(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """What comes out of a layer, in all columns, for a model that adds to it there; called by the hooks on layers.
+
+        The tokens that go on are taken from it again before the next layer.
+        """
+        step = self._state.step
+        reduction = step.reduction if isinstance(step, Prefill) else None
+        if reduction is None or layer < reduction.points[0]:
+            return None
+        return reduction.spread_between(hidden)
 
     def renumber(self, layer: int, positions: dict[str, Any]) -> dict[str, Any]:
         """Positions that count a layer's own tokens, for reducers that have such; called by the hooks on the layers."""
@@ -518,6 +538,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         decoding.catch_up_if_needed(self._state)
         self._state.calls.model(inputs, self._state.sequence.seen, self._state.recording)
         self._forget_images()
+        if not self._in_turn:  # `generate` has seen to it
+            check_positions(self._state.sequence, self._adapter, inputs)
+            give_offset(self._state.sequence, self._adapter, self._model())
         if is_image is not None:
             if self.config.reducer is not None and bool(is_image.any()):
                 if self._state.recording:
@@ -551,9 +574,12 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             self._forget_images()
         shape = shape_of(inputs)
         batch = self._state.sequence.batch
+        if shape is not None and shape[1] > 1:
+            take_offset(self._state.sequence, self._adapter, self._model(), shape[0])
         self._mask = None
         if shape is not None and batch in (0, shape[0]):  # else the first layer says so
             self._mask = read_mask(self._state.sequence, inputs.get("attention_mask"), shape[1])
+            choosing.for_forward(self._state, shape[1], self._mask)
         if self._state.own:
             self._state.check_ready()
             self._state.own.unfinished = True
@@ -562,8 +588,12 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """Hears that the decoder came to its end; called by the hook on it."""
         self._state.own.unfinished = False
 
-    def before_turn(self, inputs: dict[str, Any]) -> None:
+    def before_turn(self, model: PreTrainedModel, inputs: dict[str, Any]) -> None:
         """Looks at what `generate` was given, before it cuts off what was seen.
+
+        Args:
+            model: the model that generates.
+            inputs: what `generate` was given.
 
         Raises:
             CacheStateError: if the ids do not begin with what the cache has seen, or the mask does not cover it.
@@ -571,6 +601,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """
         decoding.catch_up_if_needed(self._state)
         self._state.calls.turn(inputs, self._state.sequence.seen)
+        give_offset(self._state.sequence, self._adapter, self._model())
+        self._in_turn = True
+        choosing.for_turn(self._state, model, self._adapter, inputs)
 
     def _forget_images(self) -> None:
         """Drops what an earlier call said of images that never came."""
@@ -599,7 +632,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     def after_turn(self) -> None:
         """Forgets what `generate` was about to read and to generate."""
-        self._state.calls.due, self._state.coming = None, 0
+        self._state.calls.due, self._state.coming, self._state.whole_prompt = None, 0, None
+        self._in_turn = False
 
     # -- kvcompress's own ----------------------------------------------------------------------------------------------
 

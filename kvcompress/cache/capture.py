@@ -78,6 +78,9 @@ class CapturedDecoding:
     def __call__(self, **inputs: Any) -> Any:
         """What the model returns for one token of every row."""
         state, table = self.state, self.state.table
+        mask = inputs.get("attention_mask")
+        if isinstance(mask, dict) and all(value is None for value in mask.values()):
+            inputs["attention_mask"] = None  # one for each kind of layer, and none of them says anything
         ids = inputs.get("input_ids")
         one = isinstance(ids, Tensor) and ids.shape[1] == 1 and inputs.get("attention_mask") is None
         usual = cache_among(inputs) is not None and table is not None and table.exact and state.step is None

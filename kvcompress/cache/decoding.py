@@ -94,9 +94,11 @@ def _choose(state: CacheState, table: SlotTable) -> None:
         table.choose(victims.view(table.length.shape))
         return
     index, protected = index.flatten(0, 1), protected.flatten(0, 1)
+    uneven = any(layer.uneven for layer in state.layers)
+    gather = heads.gather_slots if uneven else lambda tensor, fill: heads.gather(tensor)
     if table.sets > 1 or evictor.by_head:
-        index, protected = heads.gather(index), heads.gather(protected)
-    importance = None if importance is None else heads.gather(importance.flatten(0, 1))
+        index, protected = gather(index, fill=-1), gather(protected, fill=1)
+    importance = None if importance is None else gather(importance.flatten(0, 1), fill=torch.nan)
     with policy_errors(evictor):
         victims = evictor.victim(DecodeContext(index, protected, importance))
         sets = victims.shape[1]

@@ -18,7 +18,7 @@ from kvcompress.cache.store import DenseStore
 from kvcompress.config import CompressionConfig
 from kvcompress.parallel import ALONE, HeadGroup
 
-_SAVED = ("index", "held", "slots", "scores", "statistics", "pinned", "merger_state", "heads_part")
+_SAVED = ("index", "held", "slots", "scores", "statistics", "pinned", "merger_state", "heads_part", "uneven")
 
 
 class HeldTokens:
@@ -44,6 +44,7 @@ class HeldTokens:
         pinned: oldest tokens that decode steps never evict by age, `[batch, sets]`.
         merger_state: what the merger remembers, batch first.
         heads_part: whether the heads of the layer, in any process, hold different tokens.
+        uneven: whether they hold different numbers of them.
     """
 
     def __init__(self, number: int, config: CompressionConfig, sequence: Sequence, heads: HeadGroup = ALONE) -> None:
@@ -62,7 +63,7 @@ class HeldTokens:
         self.statistics: dict[str, Tensor] = {}
         self.pinned: Counts = np.zeros((0, 1), dtype=np.int64)
         self.merger_state: Tensor | None = None
-        self.heads_part = False
+        self.heads_part = self.uneven = False
         self.device: torch.device | None = None
 
     def _new_store(self) -> DenseStore:
@@ -118,7 +119,8 @@ class HeldTokens:
         counts = (self.index >= 0).sum(-1)
         everywhere = (self.heads.gather(counts) if self.heads_part else counts).cpu().numpy()
         left = everywhere[:, :1]
-        if self.held.shape[1] > 1 or (everywhere != left).any():
+        if self.uneven or (everywhere != left).any():
+            self.uneven = True
             left = everywhere[:, self.heads.part(everywhere.shape[1])]
         if left.shape != self.held.shape or (left != self.held).any():
             self._take(self.index >= 0, left, room=0)

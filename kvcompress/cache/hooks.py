@@ -54,8 +54,8 @@ class ObservesInputs(ABC):
         """Hears that the decoder came to its end, where layers that are not compressed have to hear of it."""
 
     @abstractmethod
-    def before_turn(self, inputs: dict[str, Any]) -> None:
-        """Gets the arguments of `generate` by name, before it cuts off what it takes to be seen."""
+    def before_turn(self, model: PreTrainedModel, inputs: dict[str, Any]) -> None:
+        """Gets a model and the arguments of `generate` by name, before it cuts off what it takes to be seen."""
 
     @abstractmethod
     def plan_decoding(self, model: PreTrainedModel, inputs: dict[str, Any]) -> tuple[dict[str, Any], Forward | None]:
@@ -81,6 +81,10 @@ class ReducesTokens(ABC):
     @abstractmethod
     def renumber(self, layer: int, positions: dict[str, Any]) -> dict[str, Any]:
         """Position ids and rotary embeddings that go into a layer instead of these; empty for themselves."""
+
+    @abstractmethod
+    def spread_between(self, layer: int, hidden: Tensor) -> Tensor | None:
+        """What comes out of a layer before the last, likewise, where the model adds to it; None for itself."""
 
     @abstractmethod
     def spread(self, hidden: Tensor) -> Tensor | None:
@@ -192,7 +196,7 @@ class Generate(_Instead):
             return self.of_class(inputs, *args, **kwargs)
         given = dict(zip(("generation_config",), args, strict=False)) | kwargs
         given = given if inputs is None else {**given, "input_ids": inputs}
-        cache.before_turn(given)
+        cache.before_turn(model, given)
         try:
             more, forward = cache.plan_decoding(model, given)
             token = _stands_in.set(None if forward is None else (model, forward))
@@ -222,16 +226,24 @@ def is_hooked(module: nn.Module) -> bool:
     return handles is not None and all(handle.id in (handle.hooks_dict_ref() or ()) for handle in handles)
 
 
-def reduce_between(layers: list[nn.Module]) -> None:
+def reduce_between(layers: list[nn.Module], whole: int = 0) -> None:
     """Puts hooks on decoder layers, unless they are there, that let caches reduce the tokens that go into each.
 
     A layer after a reduction gets the hidden states, position ids and rotary embeddings of the tokens that go on, and
     no mask, since the cache knows which are padding. The last layer's output has all columns again.
+
+    Args:
+        layers: the decoder layers.
+        whole: number of first layers whose output has all columns too, since the model adds something to it.
     """
-    if all(map(is_hooked, layers)):
+    between = layers[:-1][:whole]
+    if all(map(is_hooked, layers)) and all(len(layer.__dict__[_HOOK]) > 1 for layer in between):
         return
     for index, layer in enumerate(layers):
+        remove(layer)  # what a cache of the decoder alone put on, which knows of nothing that is added
         layer.__dict__[_HOOK] = [layer.register_forward_pre_hook(partial(_reduce, index), with_kwargs=True)]
+    for index, layer in enumerate(between):
+        layer.__dict__[_HOOK].append(layer.register_forward_hook(partial(_spread_between, index), with_kwargs=True))
     layers[-1].__dict__[_HOOK].append(layers[-1].register_forward_hook(_spread, with_kwargs=True))
 
 
@@ -252,6 +264,11 @@ def _reduce(
         changed["attention_mask"] = None
     changed |= cache.renumber(index, positions | changed)
     return ((hidden, *args[1:]), {**kwargs, **changed}) if changed else None
+
+
+def _spread_between(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    cache = cache_among(kwargs)
+    return cache.spread_between(index, output) if isinstance(cache, ReducesTokens) else None
 
 
 def _spread(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

@@ -213,6 +213,7 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
             weights=of.weights() if scorer is not None else LayerWeights(),
             heads=self.heads,
             softcap=self._softcap,
+            heads_part=self.heads_part,
         )
         if observed:
             assert step.reduction is not None
@@ -243,14 +244,18 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
     def ranked(self) -> Ranked:
         """Token index and importance of the slots over all heads of the layer, those of other processes included."""
         assert self.index is not None
-        index = self.heads.gather(self.index) if self.heads_part else self.index
+        index = self._gathered(self.index, -1) if self.heads_part else self.index
         if self.config.scorer is None or self.scores is None:
             return index, None
         full = bool((self.held == self.index.shape[2]).all())
         importance = importance_of(self.config.scorer, self.scores, self.index, self.sequence, self.number, full)
         if (self.sequence.scored.end < self.sequence.row_seen).any():
             importance = without_unknown(importance)
-        return index, self.heads.gather(importance)
+        return index, self._gathered(importance, 0.0)
+
+    def _gathered(self, of_slots: Tensor, fill: float) -> Tensor:
+        """What all processes hold of the layer's slots, filled where one holds less than others."""
+        return self.heads.gather_slots(of_slots, fill) if self.uneven else self.heads.gather(of_slots)
 
     def let_stay(
         self, mask: Tensor, order: Tensor, budget: Counts, importance: Tensor | None, room: Counts | int

@@ -203,6 +203,7 @@ def reduce(state: CacheState, layer: int, hidden: Tensor) -> tuple[Tensor, Reduc
     reduction = step.reduction
     if layer < reduction.points[0]:
         return None
+    hidden = reduction.taken_again(hidden)
     if layer in reduction.points:
         with state.writable():
             hidden = reduction.reduce(layer, hidden)

@@ -86,9 +86,8 @@ class RaggedStore(DenseStore):
         if self.is_even:
             keys, values = (buffer.view(*self.slots.shape, self.capacity, -1) for buffer in (self.keys, self.values))
             return keys[:, :, :width], values[:, :, :width]
-        at = self._places()[..., :width]
-        keys, values = (buffer.index_select(0, at.flatten()).view(*at.shape, -1) for buffer in (self.keys, self.values))
-        return keys, values
+        at = torch.as_tensor(self._places(), device=self.keys.device) if self._at is None else self._at
+        return self.keys[at[..., :width]], self.values[at[..., :width]]
 
     def blocks(self, used: int) -> Iterator[tuple[Keys, Values]]:
         """Keys and values of the first `used` slots, in one piece."""
@@ -119,11 +118,11 @@ class RaggedStore(DenseStore):
     def overwrite(self, keys: Keys, values: Values) -> None:
         """Replaces keys and values of the first slots."""
         assert self.keys is not None and self.values is not None
-        owner, place = self._owners(np.minimum(self.slots, keys.shape[2]))
-        assert self.start is not None
-        at = self.start.flatten()[owner] + place
+        owner, place = _owners(np.minimum(self.slots, keys.shape[2]))
+        at = torch.as_tensor(_starts(self.slots).reshape(-1)[owner] + place, device=self.keys.device)
+        entry = torch.as_tensor(owner * keys.shape[2] + place, device=self.keys.device)
         for buffer, new in ((self.keys, keys), (self.values, values)):
-            buffer.index_copy_(0, at, new.flatten(0, 1)[owner, place])
+            buffer.index_copy_(0, at, new.reshape(-1, new.shape[3]).index_select(0, entry))
 
     def replace(self, keys: Keys, values: Values) -> None:
         """Holds other keys and values of all rows and heads, as many of each."""
@@ -145,7 +144,7 @@ class RaggedStore(DenseStore):
             return
         before, now = self.buffers(), self.slots[rows]
         alike = now.shape == self.slots.shape and bool((now == self.slots).all())
-        self._lay_out(now, rows=index)
+        self._lay_out(now, rows=rows)
         if alike:
             self.move_into(before)
 
@@ -173,7 +172,7 @@ class RaggedStore(DenseStore):
 
     # -- inner ---------------------------------------------------------------------------------------------------------
 
-    def _lay_out(self, slots: Counts, order: Tensor | None = None, rows: Tensor | None = None) -> None:
+    def _lay_out(self, slots: Counts, order: Tensor | None = None, rows: Counts | None = None) -> None:
         """Copies slots into buffers in which each row and head has so many.
 
         Args:
@@ -182,43 +181,45 @@ class RaggedStore(DenseStore):
                 any slot stands in their place.
             rows: rows to take; all if None.
         """
-        keys, values, start = self.keys, self.values, self.start
-        assert keys is not None and values is not None and start is not None
-        last = torch.as_tensor(self.slots - 1, device=start.device)
-        if rows is not None:
-            start, last = start.index_select(0, rows.to(start.device)), last.index_select(0, rows.to(start.device))
-        owner, place = self._owners(slots)
-        if order is not None:
-            order = order.expand(-1, slots.shape[1], -1).flatten(0, 1)
-            place = order[owner, place.clamp(max=max(0, order.shape[1] - 1))] if order.shape[1] else place * 0
-        at = start.flatten()[owner] + torch.minimum(place, last.flatten()[owner]).clamp(min=0)
+        keys, values, start = self.keys, self.values, _starts(self.slots)
+        assert keys is not None and values is not None
+        start = start if rows is None else start[rows]
+        owner, place = _owners(slots)
+        if order is None:
+            at = torch.as_tensor(start.reshape(-1)[owner] + place, device=keys.device)
+        else:
+            width = order.shape[2]
+            entry = torch.as_tensor(owner * width + np.minimum(place, width - 1), device=keys.device)
+            begin = torch.as_tensor(start.reshape(-1)[owner], device=keys.device)
+            at = order.expand(-1, slots.shape[1], -1).reshape(-1).index_select(0, entry).add_(begin)
+        at = at.clamp_(max=len(keys) - 1)  # what lies beyond a head's own slots means nothing
         self._hold(keys.index_select(0, at), values.index_select(0, at))
         self._count(slots)
-
-    def _owners(self, slots: Counts) -> tuple[Tensor, Tensor]:
-        """For each slot of a layout the number of its row and head, and its place among theirs."""
-        assert self.keys is not None
-        total, device = int(slots.sum()), self.keys.device
-        counts = torch.as_tensor(np.array(slots).reshape(-1), device=device)
-        owner = torch.arange(counts.numel(), device=device).repeat_interleave(counts, output_size=total)
-        first = counts.cumsum(0) - counts
-        return owner, torch.arange(total, device=device) - first[owner]
 
     def _count(self, slots: Counts) -> None:
         """Takes note of how many slots each row and head has."""
         assert self.keys is not None
         self.slots = np.array(slots)
-        flat = self.slots.reshape(-1)
-        start = torch.as_tensor((flat.cumsum() - flat).reshape(self.slots.shape), device=self.keys.device)
-        self.start, self._at = fixed(start), None
-        if not self.is_even and self.keys.device.type == "cpu":
-            self._at = fixed(self._places())
+        self.start = fixed(torch.as_tensor(_starts(self.slots), device=self.keys.device))
+        on_cpu = self.keys.device.type == "cpu"
+        self._at = None if self.is_even or not on_cpu else fixed(torch.as_tensor(self._places()))
 
-    def _places(self) -> Int[Tensor, "batch kv_heads slots"]:
-        """Where each row's and head's slots are, the last one again where it has fewer than others."""
-        if self._at is not None:
-            return self._at
-        assert self.start is not None
-        last = torch.as_tensor(self.slots - 1, device=self.start.device).clamp(min=0).unsqueeze(-1)
-        place = torch.arange(self.capacity, device=self.start.device)
-        return self.start.unsqueeze(-1) + torch.minimum(place, last)
+    def _places(self) -> Counts:
+        """Where each row's and head's slots are, `[batch, kv_heads, slots]`; the last again where it has fewer."""
+        place = np.minimum(np.arange(self.capacity), self.slots[..., None] - 1)
+        places: Counts = _starts(self.slots)[..., None] + place
+        return places
+
+
+def _starts(slots: Counts) -> Counts:
+    """Slots before those of each row and head."""
+    flat = slots.reshape(-1)
+    starts: Counts = (flat.cumsum() - flat).reshape(slots.shape)
+    return starts
+
+
+def _owners(slots: Counts) -> tuple[Counts, Counts]:
+    """For each slot of a layout the number of its row and head, and its place among theirs."""
+    flat = slots.reshape(-1)
+    owner = np.repeat(np.arange(flat.size), flat)
+    return owner, np.arange(owner.size) - _starts(flat)[owner]

@@ -67,6 +67,7 @@ class Reduction:
         self._into = columns
         self._order = columns if order is None else order.long()
         self._aligned = order is None  # whether hidden states come in these columns
+        self._spread = False  # whether hidden states of the tokens that go on come in all columns of the model
         self._takes = self._order  # columns of the model whose positions the tokens have
         self._first = 0 if valid is None else (~valid).sum(1, keepdim=True)  # column of each row's first token
         images = is_image.clone()
@@ -169,6 +170,19 @@ class Reduction:
         full = hidden.new_zeros(batch * queries + 1, hidden.shape[2])
         full = full.index_copy(0, places.flatten(), hidden.flatten(0, 1))
         return full[:-1].view(batch, queries, -1)
+
+    def spread_between(self, hidden: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch columns hidden"]:
+        """`spread`, of what `taken_again` is about to get."""
+        self._spread = True
+        return self.spread(hidden)
+
+    def taken_again(self, hidden: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch fewer hidden"]:
+        """Hidden states of the tokens that go on, from what `spread_between` gave; others as they are."""
+        if not self._spread:
+            return hidden
+        self._move(hidden.device)
+        self._spread = False
+        return _taken(hidden, self._order.gather(1, self._columns))
 
     # -- inner ---------------------------------------------------------------------------------------------------------
 

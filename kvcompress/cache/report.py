@@ -11,6 +11,7 @@ import numpy as np
 from kvcompress.cache import decoding
 from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.sequence import Counts, stacked
+from kvcompress.cache.sizes import explained
 from kvcompress.cache.state import CacheState
 from kvcompress.integrations.shape import ranges
 from kvcompress.markup import bars, size, table
@@ -21,7 +22,8 @@ class CacheReport:
     """A snapshot of what a cache holds; plain numbers and lists, so it can be kept, compared and written as JSON.
 
     Where several processes share the heads, it is that of one of them: bytes are those of its heads, and so are the
-    columns once heads hold different tokens. Everything else is the same in all.
+    columns once heads hold different tokens, and lengths once they hold different numbers. Everything else is the same
+    in all.
 
     Attributes:
         tokens_seen: columns that the model saw, padding included.
@@ -47,7 +49,10 @@ class CacheReport:
         own_kv_bytes: bytes that layers hold which stay transformers' own, whatever the budget; a part of `kv_bytes` and
             of `full_kv_bytes`.
         decoding: how the last decode step ran: "eager", "captured" or "compiled"; None before the first.
-        notes: what a reader should know, in words.
+        preset: what `auto` chose; None where nothing was left to it, and before the first prompt.
+        notes: what a reader should know, in words: what `auto` chose and why, what lets layers grow past their budget,
+            and what takes bytes beyond it (protected tokens, buffers that grow in blocks, a quantizer's residual, a
+            merger's memory).
     """
 
     tokens_seen: int
@@ -65,6 +70,7 @@ class CacheReport:
     layers: list[int] = field(default_factory=list, repr=False)
     own_kv_bytes: int = 0
     decoding: str | None = None
+    preset: str | None = None
     notes: list[str] = field(default_factory=list)
     head_lengths: list[list[list[int]]] | None = field(default=None, repr=False)
 
@@ -82,6 +88,8 @@ class CacheReport:
             "key/value cache": f"{size(self.kv_bytes)} of {size(self.full_kv_bytes)}",
             "index": size(self.index_bytes),
         }
+        if self.preset is not None:
+            figures["preset"] = self.preset
         if self.threshold is not None:
             figures["threshold p"] = ", ".join(f"{one:.4f}" for one in self.threshold)
         if self.vision_retention is not None:
@@ -162,7 +170,8 @@ def report_on(state: CacheState) -> CacheReport:
         layers=list(state.numbers),
         own_kv_bytes=state.own.nbytes,
         decoding=state.ran,
-        notes=_notes(state),
+        preset=None if state.chosen is None else state.chosen.preset,
+        notes=[*_notes(state), *explained(state, held)],
         head_lengths=None if held.shape[2] == 1 else held.tolist(),
     )
 
@@ -190,7 +199,7 @@ def _held_columns(state: CacheState, layer: CompressedLayer) -> list[list[list[i
 
 
 def _notes(state: CacheState) -> list[str]:
-    evictor, notes = state.config.evictor, []
+    evictor, notes = state.config.evictor, [] if state.chosen is None else [str(state.chosen)]
     if evictor is not None and evictor.frees == "nothing":
         notes.append("decode rule 'none': layers grow by every generated token, past their budget")
     if state.own:

@@ -119,7 +119,7 @@ def save(
                 "tensors_sha256": digest,
                 "model": fingerprint_of(model),
                 "dtype": _name_of(model.dtype),
-                "config": cache.config.model_dump(mode="json"),
+                "config": cache.asked.model_dump(mode="json"),
                 "state": state,
                 "extra": kept,
             }
@@ -148,7 +148,7 @@ def _whole(cache: CacheState) -> dict[str, Any]:
             "save: the last forward may still be undone; call crop(0) or compress() first, which ends that"
         )
     try:
-        CompressionConfig.read(cache.config.model_dump(mode="json"))
+        CompressionConfig.read(cache.asked.model_dump(mode="json"))
     except KVCompressError as error:
         raise ConfigError(
             f"save: its configuration could not be read again: {error}; register policies of your own, as in "

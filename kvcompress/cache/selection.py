@@ -154,6 +154,7 @@ def compress(
         room, rows = step.room[layer.number], slice(at * batch, (at + 1) * batch)
         if changed[at]:
             layer.heads_part = layer.heads_part or whole.shape[1] > 1
+            layer.uneven = allocation.sets > 1
             layer.let_stay(
                 mask[rows],
                 order[rows, :, : int(budgets[at].max())],

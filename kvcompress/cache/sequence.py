@@ -40,6 +40,7 @@ class Sequence:
         row_seen: tokens of each row so far, padding left out.
         valid: which of the first columns hold a token of the row, later ones do all; None while no row has padding.
         is_image: which of the first columns hold image tokens; None for text alone.
+        rotary_offset: what the model adds to the number of a token that comes, to place it (M-RoPE); None if nothing.
         scored: the last step that scored.
         decoded: for each run of decode steps, whose queries scored nothing, the token index of its first token and of
             the first after it, per row.
@@ -53,6 +54,7 @@ class Sequence:
         self.row_seen: Counts = np.zeros(0, dtype=np.int64)
         self.valid: Bool[Tensor, "batch columns"] | None = None
         self.is_image: Bool[Tensor, "batch columns"] | None = None
+        self.rotary_offset: Int[Tensor, "batch one"] | None = None
         self.scored = Scored(*(np.zeros(0, dtype=np.int64) for _ in range(3)))
         self.decoded: list[tuple[Counts, Counts]] = []
         self.went_into: dict[int, Int[Tensor, "batch columns"]] = {}
@@ -66,6 +68,7 @@ class Sequence:
 
     def restore(self, saved: Any) -> None:
         """Takes over what `saved` gave."""
+        saved = {"rotary_offset": None, **saved}  # older releases knew no such models
         self.__dict__.update({name: saved[name] for name in vars(self)})
 
     @property
@@ -274,6 +277,8 @@ class Sequence:
             self.valid = self.valid.index_select(0, index.to(self.valid.device))
         if self.is_image is not None:
             self.is_image = self.is_image.index_select(0, index.to(self.is_image.device))
+        if self.rotary_offset is not None:
+            self.rotary_offset = self.rotary_offset.index_select(0, index.to(self.rotary_offset.device))
         for layers, into in self.went_into.items():
             self.went_into[layers] = into.index_select(0, index.to(into.device))
 

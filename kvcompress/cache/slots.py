@@ -192,6 +192,7 @@ class SlotTable:
         if self._rule.fraction is not None:
             assert self._allocation is not None
             total = self.seen.to(torch.float64).mul(self._rule.fraction * self._rule.layers).add(1e-6).long()
+            total = total.clamp(min=self._rule.whole * self._rule.layers) if self._rule.whole else total
             total = total if self._allocation.sets == 1 else total * self._allocation.sets
             share = (share * total[:, None]).div(self._spent, rounding_mode="floor")
         held = self.length if self._packed is None else self.length + self._packed

@@ -53,7 +53,7 @@ def bench(
     model: ModelName = "smollm2",
     presets: Annotated[
         list[str] | None,
-        typer.Option("--preset", metavar="NAME", help="A named configuration; repeatable; prefixkv if none is given."),
+        typer.Option("--preset", metavar="NAME", help="A named configuration; repeatable; auto if none is given."),
     ] = None,
     configs: Annotated[
         list[Path] | None,
@@ -129,7 +129,7 @@ def _configurations(
     names: list[tuple[str, str | None, Path | None]] = [(preset, preset, None) for preset in presets or []]
     names += [(file.stem, None, file) for file in files or []]
     found = []
-    for name, preset, file in names or [("prefixkv", "prefixkv", None)]:
+    for name, preset, file in names or [("auto", "auto", None)]:
         own = read_config(preset, file, None, settings)
         if own.evictor is None or not budgets:
             found.append((name, own))

@@ -27,7 +27,6 @@ from kvcompress.cli.options import (
     Modules,
     Overwrite,
     PlotFolder,
-    PresetName,
     Settings,
 )
 from kvcompress.config.profile import LayerProfile
@@ -74,7 +73,9 @@ def calibrate_command(
             help="A share of the tokens; repeatable, or with commas. 0.1 to 0.9 if left out.",
         ),
     ] = None,
-    preset: PresetName = None,
+    preset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A named configuration; prefixkv if left out.")
+    ] = None,
     config: ConfigFile = None,
     settings: Settings = None,
     modules: Modules = None,
@@ -103,7 +104,7 @@ def calibrate_command(
         if from_prefixkv is not None:
             profile = LayerProfile.from_prefixkv(from_prefixkv)
         else:
-            compression = read_config(preset, config, None, settings or [])
+            compression = read_config(preset, config, None, settings or [], "prefixkv")
             check_config(compression)
             shares = check_budgets(_fractions(budgets) if budgets else BUDGETS)
             read = load_samples(data, images=images, limit=samples, seed=seed)

@@ -26,27 +26,28 @@ _BYTES = re.compile(r"\d+(\.\d+)?\s*([KMGTP]?i?B|%)", re.IGNORECASE)
 
 
 def read_config(
-    preset: str | None, file: Path | None, budget: str | None, settings: Sequence[str]
+    preset: str | None, file: Path | None, budget: str | None, settings: Sequence[str], default: str = "auto"
 ) -> CompressionConfig:
     """Builds the configuration that the options describe.
 
     Args:
-        preset: a preset's name; prefixkv if neither it nor a file is given.
+        preset: a preset's name.
         file: a .yaml or .json file.
         budget: the bare amount, see `parse_budget`.
         settings: `field=value` or `field.parameter=value`, applied in order.
+        default: the preset if neither it nor a file is given.
 
     Raises:
         ConfigError: if they describe none.
     """
     if preset is not None and file is not None:
         raise typer.BadParameter("give --preset or --config, not both")
-    config = CompressionConfig.load(file) if file is not None else CompressionConfig.preset(preset or "prefixkv")
+    config = CompressionConfig.load(file) if file is not None else CompressionConfig.preset(preset or default)
     if budget is not None:
         config = config.override(budget=parse_budget(budget))
     if not settings:
         return config
-    fields = {name: _given(getattr(config, name)) for name in CompressionConfig.model_fields}
+    fields = _fields(config)
     for setting in settings:
         path, separator, value = setting.partition("=")
         if not (separator and path):
@@ -115,6 +116,13 @@ def import_modules(names: Sequence[str]) -> None:
             raise ConfigError(f"import '{name}': cannot be imported: {type(error).__name__}: {error}") from error
 
 
+def _fields(config: CompressionConfig) -> dict[str, Any]:
+    """What a configuration says, as a user would write it."""
+    if config.auto:
+        return {"auto": True, **config.given}
+    return {name: _given(getattr(config, name)) for name in CompressionConfig.model_fields if name != "auto"}
+
+
 def _given(value: Any) -> Any:
     """A field as a user would write it: parameters at their defaults stay out, so that short ways may set them."""
     if isinstance(value, Policy):
@@ -124,6 +132,18 @@ def _given(value: Any) -> Any:
 
 def _assign(fields: dict[str, Any], path: list[str], value: Any) -> None:
     name, *inner = path
+    if fields.get("auto") is True and name in CompressionConfig.model_fields:
+        if name == "budget" and not inner:  # sinks and recents are the chosen preset's, unless they were given
+            kept = {key: kept for key, kept in fields.get(name, {}).items() if key not in _AMOUNTS}
+            fields[name] = kept | Budget.parse(value).given
+            return
+        if name == "budget":
+            fields.setdefault(name, CompressionConfig.model_fields[name].default.given)
+        elif inner and name not in fields:
+            raise ConfigError(
+                f"{'.'.join(path)}: the preset auto chooses the {name} once it sees the prompt; set one first with "
+                f"--set {name}=NAME ('kvcompress policies {name}' lists them), or name another --preset"
+            )
     if not inner or name not in fields:
         # A bare budget keeps sinks and recents; an unknown name gets the configuration's own error.
         fields[name] = _given(Budget.parse(value, Budget(**fields[name]))) if name == "budget" else value

@@ -125,11 +125,11 @@ def evaluate(
 
 
 def configurations(presets: list[str], files: list[Path], settings: list[str]) -> dict[str, CompressionConfig]:
-    """Configurations by name; prefixkv if none is asked for."""
+    """Configurations by name; auto if none is asked for."""
     found: dict[str, CompressionConfig] = {}
     named: list[tuple[str, str | None, Path | None]] = [(name, name, None) for name in presets]
     named += [(file.stem, None, file) for file in files]
-    for name, preset, file in named or [("prefixkv", "prefixkv", None)]:
+    for name, preset, file in named or [("auto", "auto", None)]:
         if name in found:
             raise ConfigError(f"preset, config: '{name}' is there twice; give each file a name of its own")
         found[name] = read_config(preset, file, None, settings)

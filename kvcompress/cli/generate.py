@@ -42,7 +42,7 @@ kvcompress generate --prompt-file report.txt --prompt "Sum this up." --budget 0.
 
 kvcompress generate --prompt-file - --preset streaming --budget 512 < report.txt
 
-kvcompress generate --prompt "Hello" --set scorer.window=32 --set allocator=uniform --json
+kvcompress generate --prompt "Hello" --preset snapkv --set scorer.window=16 --set allocator=uniform --json
 
 kvcompress generate --model shapes --image scene.png --prompt "describe the image."
 
@@ -94,7 +94,7 @@ def generate(
         wanted = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
 
         streams = not (compare or as_json)
-        name = str(config) if config is not None else preset or "prefixkv"
+        name = str(config) if config is not None else preset or "auto"
         results = {name: run_with_spinner(loaded, inputs, compression, wanted, name, streams=streams)}
         if compare:
             results["full cache"] = run_with_spinner(loaded, inputs, None, wanted, "full cache")

@@ -77,7 +77,7 @@ def inspect(
         if plot is not None:
             check_pictures(plot)
         import_modules(modules or [])
-        compression = read_config(preset, config, budget, settings or [])
+        compression = read_config(preset, config, budget, settings or [], "prefixkv")
         text = read_prompt(prompt, prompt_file)
         picture = None if image is None else open_image(image)
         loaded = load_with_spinner(model, dtype.value, device)

@@ -33,7 +33,7 @@ DtypeName = Annotated[
 Device = Annotated[str, typer.Option(metavar="DEVICE", help="cpu, cuda, cuda:1; auto is a GPU if there is one.")]
 PresetName = Annotated[
     str | None,
-    typer.Option(metavar="NAME", help="A named configuration ('kvcompress policies presets'); prefixkv if left out."),
+    typer.Option(metavar="NAME", help="A named configuration ('kvcompress policies presets'); auto if left out."),
 ]
 ConfigFile = Annotated[
     Path | None,

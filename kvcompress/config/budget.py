@@ -29,6 +29,7 @@ class Budget(Configured):
             the report counts it.
         sink: first tokens of a row that every layer keeps.
         recent: last tokens of a row that every layer keeps.
+        whole: tokens up to which a row is kept whole, whatever the fraction gives; goes with a fraction alone.
 
     Raises:
         BudgetError: if none or several are given, or one is out of range.
@@ -41,6 +42,7 @@ class Budget(Configured):
     bytes: ByteSize | None = None
     sink: int = Field(default=1, ge=0)
     recent: int = Field(default=1, ge=0)
+    whole: int = Field(default=0, ge=0)
 
     @field_validator("bytes", mode="before")
     @classmethod
@@ -66,6 +68,11 @@ class Budget(Configured):
             raise BudgetError(f"budget: tokens per layer must be at least 1; got {self.tokens}")
         if self.bytes is not None and not 1 <= self.bytes <= _MOST_BYTES:
             raise BudgetError(f"budget: bytes must be from 1 to 2^63 - 1; got {shown(int(self.bytes))}")
+        if self.whole and self.fraction is None:
+            raise BudgetError(
+                f"budget: whole goes with a fraction, since tokens and bytes are amounts that no row goes beyond; got "
+                f"whole={self.whole} with {next(iter(given))}; leave one out"
+            )
         return self
 
     @field_serializer("bytes")
@@ -76,6 +83,11 @@ class Budget(Configured):
     def keeps_everything(self) -> bool:
         """Whether nothing ever has to go."""
         return self.fraction == 1.0
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The fields that were given, as plain values."""
+        return self.model_dump(mode="json", exclude_unset=True, exclude_none=True)
 
     @classmethod
     def parse(cls, given: object, default: Budget | None = None) -> Budget:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,10 +14,13 @@ from pydantic import (
     BeforeValidator,
     Field,
     PlainSerializer,
+    PrivateAttr,
+    model_serializer,
     model_validator,
 )
 
 from kvcompress import policies  # noqa: F401  (registers the built-in policies)
+from kvcompress.config import auto as automatic
 from kvcompress.config.budget import Budget
 from kvcompress.config.combination import Combination, check_combination
 from kvcompress.config.presets import PRESETS
@@ -54,6 +59,8 @@ class CompressionConfig(Configured):
         merger: folds evicted tokens into kept ones.
         quantizer: stores tokens in fewer bits.
         reducer: shrinks hidden states in prefill.
+        auto: lets a cache choose what is not given, once it sees its first prompt (`for_prompt`); until then the
+            fields are those for plain text. What is given goes before what is chosen.
 
     Raises:
         ConfigError: for a wrong field, value, name or combination, before any model is touched.
@@ -74,13 +81,73 @@ class CompressionConfig(Configured):
     merger: _Merger = None
     quantizer: _Quantizer = None
     reducer: _Reducer = None
+    auto: bool = False
+    _given: dict[str, Any] | None = PrivateAttr(None)  # beside `auto`, where that is set
 
     @model_validator(mode="after")
     def _combination(self) -> CompressionConfig:
+        if self.auto:
+            if self._given is None:  # pydantic may validate an object twice
+                self._given = {name: self._plain(name) for name in self.model_fields_set if name != "auto"}
+                chosen = [self.for_prompt(prompt).config for prompt in automatic.KINDS]  # refuses what goes with none
+                self.__dict__.update(
+                    {name: getattr(chosen[0], name) for name in type(self).model_fields if name != "auto"}
+                )
+            return self
         check_combination(
             Combination(self.budget, self.scorer, self.allocator, self.evictor, self.merger, self.quantizer)
         )
         return self
+
+    @model_serializer(mode="wrap")
+    def _plainly(self, as_usual: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """What is given alone where the rest is chosen later; `auto` nowhere else."""
+        fields = as_usual(self)
+        is_auto = fields.pop("auto", self.auto)
+        return {"auto": True, **self.given} if is_auto else fields
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What was set by hand where the rest is chosen later, as plain values; empty for any other configuration."""
+        return dict(self._given or {})
+
+    def _plain(self, name: str) -> Any:
+        if name == "budget":
+            return self.budget.given
+        policy = getattr(self, name)
+        return None if policy is None else {"name": policy.name, **policy.model_dump(mode="json")}
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """What is given alone where the rest is chosen later."""
+        given = {"auto", *self.given} if self.auto else set(type(self).model_fields) - {"auto"}
+        return [(name, value) for name, value in super().__repr_args__() if name in given]
+
+    def for_prompt(self, prompt: automatic.Prompt) -> Chosen:
+        """What `auto` makes of a prompt: the first preset for its kind that goes with what was given.
+
+        Args:
+            prompt: what is known of it.
+
+        Raises:
+            ConfigError: if none does; the reason is that of the first.
+        """
+        refused: ConfigError | None = None
+        for candidate in automatic.candidates(prompt):
+            fields = {**PRESETS[candidate.preset][1], **candidate.fields}
+            amounts = dict.fromkeys(("fraction", "tokens", "bytes"))
+            budget = Budget.parse(fields["budget"]).given
+            given = self.given.get("budget", {})
+            budget = ({**budget, **amounts} if amounts.keys() & given.keys() else budget) | given
+            if prompt.is_short and (budget.get("fraction") or 1.0) < 1.0:
+                budget.setdefault("whole", automatic.SHORT)
+            try:
+                config = CompressionConfig(**{**fields, **self.given, "budget": budget})
+            except ConfigError as error:
+                refused = refused or error
+                continue
+            return Chosen(candidate.preset, config, _reason(prompt, candidate, config, refused))
+        assert refused is not None
+        raise refused
 
     def _repr_html_(self) -> str:
         """What notebooks show: a row for each stage."""
@@ -121,7 +188,11 @@ class CompressionConfig(Configured):
 
     def override(self, **overrides: Any) -> CompressionConfig:
         """A copy with some fields replaced, validated anew; a bare budget keeps sinks and recents."""
-        if "budget" in overrides:
+        if "budget" in overrides and self.auto:  # sinks and recents are the chosen preset's, unless they were given
+            known = self.given.get("budget", {})
+            kept = {name: known[name] for name in ("sink", "recent") if name in known}
+            overrides["budget"] = kept | Budget.parse(overrides["budget"]).given
+        elif "budget" in overrides:
             overrides["budget"] = Budget.parse(overrides["budget"], default=self.budget)
         return type(self)(**{**self.model_dump(), **overrides})
 
@@ -168,6 +239,47 @@ class CompressionConfig(Configured):
             json.dumps(fields, indent=2) + "\n" if path.suffix == ".json" else yaml.safe_dump(fields, sort_keys=False)
         )
         write_text(path, text, "config")
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What `auto` chose.
+
+    Attributes:
+        preset: its name.
+        config: the preset with what the user has set.
+        reason: why, in words.
+    """
+
+    preset: str
+    config: CompressionConfig
+    reason: str
+
+    def __str__(self) -> str:
+        """The choice in words."""
+        return f"auto chose {self.preset}: {self.reason}"
+
+    def plain(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"preset": self.preset, "config": self.config.model_dump(mode="json"), "reason": self.reason}
+
+    @classmethod
+    def from_plain(cls, fields: dict[str, Any]) -> Chosen:
+        """The inverse of `plain`."""
+        return cls(fields["preset"], CompressionConfig.read(fields["config"]), fields["reason"])
+
+
+def _reason(
+    prompt: automatic.Prompt, candidate: automatic.Candidate, config: CompressionConfig, refused: ConfigError | None
+) -> str:
+    parts = [f"{prompt}"]
+    if config.budget.whole:
+        parts.append(f"up to {config.budget.whole} are kept whole, which costs next to nothing")
+    if candidate.because:
+        parts.append(candidate.because)
+    elif refused is not None:
+        parts.append(f"the first choice does not go with what is set ({refused})")
+    return "; ".join(parts)
 
 
 _FORMATS = (".yaml", ".yml", ".json")

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from kvcompress.evaluation.memory import held_bytes, peak_of
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.evaluation.perplexity import english_text
 from kvcompress.evaluation.timing import Stopwatch, in_turns, ratios, short_collections
+from kvcompress.progress import progress_bar
 
 BASE = "DynamicCache"
 QUANTIZED = "QuantizedCache"
@@ -71,6 +73,7 @@ def benchmark(
     memory_limit: int | None = None,
     on_round: Callable[[], None] | None = None,
     on_wait: Callable[[str], None] | None = None,
+    progress: bool = False,
 ) -> Iterator[Measurement]:
     """Measures caches against transformers' own, in turns, so that a busy machine slows all of them alike.
 
@@ -93,6 +96,7 @@ def benchmark(
             unlimited.
         on_round: called after each round, warm-up included; `rounds_of` tells how many there are.
         on_wait: is told what is going on before a wait that is no round, as for a compiler.
+        progress: whether a bar on stderr shows how many rounds are done.
 
     Yields:
         Measurements of a batch and length at a time, references first, in order.
@@ -116,13 +120,22 @@ def benchmark(
     missing = None
     if QUANTIZED in references:
         missing = prepare_extension(model.device, on_wait or (lambda message: None))
-    for tokens in prompt_tokens:
-        for batch in batches:
-            ids = text_rows(loaded, batch, tokens)
-            contestants = _contestants(model, configs, references, new_tokens, missing)
-            with short_collections():
-                _compete(model, contestants, ids, rounds, new_tokens, on_round or (lambda: None))
-            yield from _measurements(contestants, ids, model, memory_limit)
+    total = rounds_of(len(configs), len(prompt_tokens), len(batches), rounds, len(references))
+    with progress_bar(progress, "rounds", total) as tell:
+        done = count(1)
+
+        def told() -> None:
+            tell(next(done))
+            if on_round is not None:
+                on_round()
+
+        for tokens in prompt_tokens:
+            for batch in batches:
+                ids = text_rows(loaded, batch, tokens)
+                contestants = _contestants(model, configs, references, new_tokens, missing)
+                with short_collections():
+                    _compete(model, contestants, ids, rounds, new_tokens, told)
+                yield from _measurements(contestants, ids, model, memory_limit)
 
 
 def rounds_of(configs: int, prompt_tokens: int, batches: int, rounds: int, references: int = len(REFERENCES)) -> int:

@@ -21,6 +21,7 @@ from kvcompress.evaluation.distributed import Processes
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.integrations import adapter_for
 from kvcompress.policies.fingerprint import fingerprint_of
+from kvcompress.progress import progress_bar
 
 BUDGETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -33,6 +34,7 @@ def calibrate(
     budgets: Sequence[float] = BUDGETS,
     data: str = "",
     on_sample: Callable[[int], None] | None = None,
+    progress: bool = False,
     processes: Processes | None = None,
 ) -> LayerProfile:
     """Estimates the retention per layer for several budgets.
@@ -46,6 +48,7 @@ def calibrate(
         budgets: fractions of the tokens, each above 0 and at most 1.
         data: what the samples were taken from, for the reader of the profile.
         on_sample: is told the number of samples done.
+        progress: whether a bar on stderr shows how far it is, in the first process alone.
         processes: those that share the samples; None for what `accelerate launch` started. All get the same profile.
 
     Raises:
@@ -56,12 +59,21 @@ def calibrate(
         raise ConfigError("samples: there are none; calibration needs at least one")
     budgets = check_budgets(budgets)
     check_config(config)
-    found = retentions(loaded, config, samples, budgets, on_sample, processes or Processes.current())
-    decoder = adapter_for(loaded.model).decoder(loaded.model)
+    processes = processes or Processes.current()
+    with progress_bar(progress and processes.first, "prompts read", len(samples)) as tell:
+
+        def done(number: int) -> None:
+            tell(number)
+            if on_sample is not None:
+                on_sample(number)
+
+        found = retentions(loaded, config, samples, budgets, done, processes)
+    adapter = adapter_for(loaded.model)
+    decoder = adapter.decoder(loaded.model)
     return LayerProfile(
         budgets=budgets,
         retention=found.mean(0).tolist(),
-        heads=found.shape[2] // decoder.config.num_hidden_layers,
+        heads=found.shape[2] // len(adapter.compressed_layers(loaded.model)),
         spread=found.std(0, correction=min(1, len(samples) - 1)).tolist(),
         samples=len(samples),
         model=fingerprint_of(decoder),

@@ -17,6 +17,7 @@ from kvcompress.errors import ConfigError
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.files import append_line, check_output, locked, open_picture, parse_json, read_bytes
 from kvcompress.files.reading import DATA_BYTES
+from kvcompress.progress import progress_bar
 from kvcompress.reuse.prompts import Prompter, answering
 
 _ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
@@ -37,7 +38,6 @@ def pictures_in(folder: Path) -> list[Path]:
     return found
 
 
-@torch.inference_mode()
 def caption_images(
     loaded: LoadedModel,
     paths: Sequence[Path],
@@ -45,8 +45,11 @@ def caption_images(
     config: CompressionConfig,
     max_new_tokens: int,
     folder: Path | None = None,
+    *,
+    batch_size: int | None = None,
+    progress: bool = False,
 ) -> list[dict[str, Any]]:
-    """Describes images together, in one batch.
+    """Describes images, some of them together in one batch.
 
     Args:
         loaded: a model that sees images.
@@ -55,13 +58,35 @@ def caption_images(
         config: how the cache is compressed.
         max_new_tokens: most tokens of a caption.
         folder: where images must lie once links are followed; None allows any place.
+        batch_size: images of a batch; None for all of them.
+        progress: whether a bar on stderr shows how many are described.
 
     Returns:
         For each its name, `image`, and its `caption`.
 
     Raises:
-        ConfigError: if an image cannot be read.
+        ConfigError: if an image cannot be read, or the size of a batch is below 1.
     """
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"batch_size: must be at least 1; got {batch_size}")
+    found: list[dict[str, Any]] = []
+    with progress_bar(progress, "images", len(paths)) as tell:
+        for first in range(0, len(paths), batch_size or len(paths) or 1):
+            part = paths[first : first + (batch_size or len(paths))]
+            found += _caption_batch(loaded, part, prompt, config, max_new_tokens, folder)
+            tell(len(found))
+    return found
+
+
+@torch.inference_mode()
+def _caption_batch(
+    loaded: LoadedModel,
+    paths: Sequence[Path],
+    prompt: str,
+    config: CompressionConfig,
+    max_new_tokens: int,
+    folder: Path | None,
+) -> list[dict[str, Any]]:
     prompter = Prompter(loaded.model, loaded.processor)
     rows = [prompter.turn(prompt, [open_picture(path, folder)], first=True) for path in paths]
     longest = max(row["input_ids"].shape[1] for row in rows)

@@ -60,6 +60,7 @@ class Generation:
             "full_kv_bytes": report.full_kv_bytes,
             "seconds_to_first_token": self.seconds_to_first_token,
             "tokens_per_second": self.tokens_per_second,
+            "preset": report.preset,
             "notes": report.notes,
         }
 

@@ -42,7 +42,7 @@ class CompressedLM(HFLM):  # type: ignore[misc]
     """
 
     def __init__(
-        self, pretrained: Any, preset: str = "prefixkv", budget: float | int | str | None = None, **kwargs: Any
+        self, pretrained: Any, preset: str = "auto", budget: float | int | str | None = None, **kwargs: Any
     ) -> None:
         self.compression = CompressionConfig.read(preset, **({} if budget is None else {"budget": budget}))
         if kwargs.get("backend", "causal") != "causal":

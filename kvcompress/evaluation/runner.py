@@ -23,6 +23,7 @@ from kvcompress.evaluation.models import LoadedModel
 from kvcompress.evaluation.overshoot import warn_of_overshoots
 from kvcompress.evaluation.results import ResultsFile, Row, writing_results
 from kvcompress.evaluation.summary import summarise
+from kvcompress.progress import progress_bar
 
 _GATHERED = 8  # samples of each process between two exchanges with the others
 
@@ -53,7 +54,7 @@ class Progress:
 def evaluate(
     loaded: LoadedModel,
     data: str | Sequence[Sample],
-    configs: Configurations = ("prefixkv",),
+    configs: Configurations = ("auto",),
     *,
     source: str | None = None,
     budgets: Sequence[float | int | str] = (),
@@ -65,6 +66,7 @@ def evaluate(
     output: str | Path | None = None,
     overwrite: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
+    progress: bool = False,
     processes: Processes | None = None,
 ) -> list[Row]:
     """Evaluates a model with every configuration at every budget, and with the full cache, on the same samples.
@@ -83,6 +85,7 @@ def evaluate(
         output: a .jsonl file; what it holds of the same run is not done again. None writes nothing.
         overwrite: whether to start over where the file exists.
         on_progress: is told how far the grid is, in the first process alone.
+        progress: whether a bar on stderr shows it, likewise.
         processes: those that share the work; None for what `accelerate launch` started.
 
     Returns:
@@ -113,8 +116,16 @@ def evaluate(
     path = None if output is None else Path(output)
     if path is not None and isinstance(data, str) and path.exists() and Path(data).exists() and path.samefile(data):
         raise ConfigError(f"output {path}: is the file of the data; give another file")
-    grid = _Grid(loaded, samples, cells, Measure(wanted, max_new_tokens, seed), run, processes, on_progress)
+    measure, total = Measure(wanted, max_new_tokens, seed), len(cells) * len(samples)
     with ExitStack() as held:
+        tell = held.enter_context(progress_bar(progress and processes.first, "samples", total))
+
+        def told(now: Progress) -> None:
+            tell(now.done, label=now.cell.name)
+            if on_progress is not None:
+                on_progress(now)
+
+        grid = _Grid(loaded, samples, cells, measure, run, processes, told)
 
         def begin() -> ResultsFile:
             held.enter_context(writing_results(path))

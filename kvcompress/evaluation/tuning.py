@@ -99,6 +99,7 @@ def tune(
     step: float = STEP,
     results: Path | None = None,
     on_progress: Callable[[Progress], None] | None = None,
+    progress: bool = False,
     processes: Processes | None = None,
     **settings: Any,
 ) -> Tuning:
@@ -117,6 +118,7 @@ def tune(
         step: distance of the budgets, above 0 and at most 0.5.
         results: a .jsonl file for the results of all trials, with which a stopped run goes on; None keeps none.
         on_progress: is told how far each trial is, in the first process alone.
+        progress: whether a bar on stderr shows it for each trial, likewise.
         processes: as for `evaluate`; all find the same.
         **settings: of `evaluate`: images, limit, max_new_tokens, seed, source.
 
@@ -132,6 +134,7 @@ def tune(
     with tempfile.TemporaryDirectory() as folder:  # the full cache is evaluated once, then read from the file
         file = results or Path(folder) / "trials.jsonl"
         settings |= {"metrics": metrics, "output": file, "on_progress": on_progress, "processes": processes}
+        settings["progress"] = progress
         full = evaluate(loaded, data, {}, **settings)[0]
 
         def measure(policy: str, config: CompressionConfig, budget: float) -> Trial:

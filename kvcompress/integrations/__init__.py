@@ -3,12 +3,23 @@
 from kvcompress.integrations.base import Adapter, DecoderAdapter, adapter_for, known_models, register_adapter
 from kvcompress.integrations.llama import LlamaAdapter
 from kvcompress.integrations.llava import LlavaAdapter
+from kvcompress.integrations.llava_next import LlavaNextAdapter, LlavaNextVideoAdapter, LlavaOnevisionAdapter
+from kvcompress.integrations.mistral3 import Mistral3Adapter
+from kvcompress.integrations.qwen_vl import QwenVLAdapter
+from kvcompress.integrations.tiles import Idefics3Adapter, InternVLAdapter
 
 __all__ = [
     "Adapter",
     "DecoderAdapter",
+    "Idefics3Adapter",
+    "InternVLAdapter",
     "LlamaAdapter",
     "LlavaAdapter",
+    "LlavaNextAdapter",
+    "LlavaNextVideoAdapter",
+    "LlavaOnevisionAdapter",
+    "Mistral3Adapter",
+    "QwenVLAdapter",
     "adapter_for",
     "known_models",
     "register_adapter",

@@ -101,6 +101,20 @@ class Adapter(ABC):
         """
         return None
 
+    position_axes: ClassVar[int] = 1  # 3 where rotary positions are those of time, row and column (M-RoPE)
+
+    def rotary_offset(self, model: PreTrainedModel) -> Tensor | None:
+        """What the model keeps of a conversation to place its next tokens, `[rows, 1]`; None if it keeps nothing."""
+        return None
+
+    def set_rotary_offset(self, model: PreTrainedModel, offset: Tensor | None) -> None:
+        """Gives the model what it kept of another conversation, which goes on now; for models of several axes."""
+        raise NotImplementedError(f"{type(self).__name__}: position_axes is not 1, so it needs set_rotary_offset")
+
+    def adds_after(self, model: PreTrainedModel) -> int:
+        """Number of first decoder layers after which the model itself adds to hidden states of all columns."""
+        return 0
+
     def check(self, model: PreTrainedModel) -> None:
         """Refuses decoders of which no layer attends to everything before it, or some layer keeps something unknown.
 

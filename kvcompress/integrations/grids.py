@@ -1,9 +1,9 @@
-"""Where image tokens belong in their images, from the order in which LLaVA's processors write them."""
+"""Where image tokens belong in their images, from the order in which processors write them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Int
@@ -16,31 +16,41 @@ from kvcompress.policies.images import ImageGrid, ImageLayout
 
 @dataclass(frozen=True)
 class Piece:
-    """A grid of image tokens, written row by row.
+    """A grid of image tokens, written row by row, or one for each frame of a video.
 
     Attributes:
         height: rows.
         width: columns.
         before: tokens before it that belong to no cell.
         line_ends: tokens after each row that belong to no cell.
+        after: tokens after it that belong to no cell.
+        frames: frames of a video, written one after the other; None for a picture.
     """
 
     height: int
     width: int
     before: int = 0
     line_ends: int = 0
+    after: int = 0
+    frames: int | None = None
+
+    @property
+    def grids(self) -> int:
+        """Number of grids."""
+        return 1 if self.frames is None else self.frames
 
     @property
     def tokens(self) -> int:
         """Tokens of all cells and of none."""
-        return self.before + self.height * (self.width + self.line_ends)
+        return self.before + self.grids * self.height * (self.width + self.line_ends) + self.after
 
     def cells(self) -> tuple[Tensor, Tensor]:
-        """Row and column of each token, `[tokens, 2]`, and whether it has a cell at all."""
-        row = torch.arange(self.height).repeat_interleave(self.width + self.line_ends)
-        column = torch.arange(self.width + self.line_ends).repeat(self.height)
-        cell = torch.cat([torch.full((self.before, 2), -1), torch.stack([row, column], 1)])
-        return cell, (cell[:, 1] >= 0) & (cell[:, 1] < self.width)
+        """Grid, row and column of each token, `[tokens, 3]`, and whether it has a cell at all."""
+        sides = (self.grids, self.height, self.width + self.line_ends)
+        grid, row, column = torch.meshgrid(*map(torch.arange, sides), indexing="ij")
+        cell = torch.stack([grid, row, column], -1).view(-1, 3)
+        cell = torch.cat([torch.full((self.before, 3), -1), cell, torch.full((self.after, 3), -1)])
+        return cell, (cell[:, 2] >= 0) & (cell[:, 2] < self.width)
 
 
 def tile_grid(side: int, image_size: list[int], pinpoints: list[list[int]], base_size: int) -> tuple[int, int]:
@@ -56,6 +66,20 @@ def tile_grid(side: int, image_size: list[int], pinpoints: list[list[int]], base
     stitched = torch.empty(1, down * side, across * side, device="meta")
     height, width = unpad_image(stitched, image_size).shape[1:]  # type: ignore[no-untyped-call]
     return int(height), int(width)
+
+
+def in_turn(images: Iterable[list[Piece]]) -> Callable[[int], list[list[Piece]]]:
+    """Gives each row as many of these images, each as its pieces, as its image tokens need; for `layout_of`."""
+    left = iter(images)
+
+    def take(tokens: int) -> list[list[Piece]]:
+        found: list[list[Piece]] = []
+        while tokens > 0 and (pieces := next(left, None)) is not None:
+            found.append(pieces)
+            tokens -= sum(piece.tokens for piece in pieces)
+        return found
+
+    return take
 
 
 def pieces_within(tokens: int, grids: Sequence[tuple[int, int]], class_token: bool) -> list[Piece]:
@@ -138,10 +162,40 @@ def layout_of(is_image: Bool[Tensor, "batch columns"], pieces_of: Callable[[int]
         for number, pieces in enumerate(images):
             for piece in pieces:
                 cell, has_cell = piece.cells()
-                grid = torch.where(has_cell, len(grids[row]), -1)
-                size = torch.tensor([[piece.height, piece.width]]).expand_as(cell)
-                facts.append(torch.cat([grid.unsqueeze(1), cell, size], 1))
-                grids[row].append(ImageGrid(number, piece.height, piece.width))
+                grid = torch.where(has_cell, len(grids[row]) + cell[:, 0], -1)
+                size = torch.tensor([[piece.height, piece.width]]).expand(len(cell), -1)
+                facts.append(torch.cat([grid.unsqueeze(1), cell[:, 1:], size], 1))
+                frames = [None] if piece.frames is None else range(piece.frames)
+                grids[row] += [ImageGrid(number, piece.height, piece.width, frame) for frame in frames]
     table = torch.full((*is_image.shape, 5), -1, dtype=torch.int64, device=is_image.device)
     table = table.masked_scatter(is_image.unsqueeze(-1), torch.cat(facts).to(is_image.device))
     return ImageLayout(grids, image_tokens, table[..., 0], table[..., 1:3], table[..., 3:])
+
+
+def together(pictures: ImageLayout, videos: ImageLayout) -> ImageLayout:
+    """Pictures and videos of the same columns; videos are numbered after all pictures of their row."""
+    if not any(videos.image_tokens):
+        return pictures
+    grids, moved = [], videos.grid.clone()
+    for row, (first, then) in enumerate(zip(pictures.grids, videos.grids, strict=True)):
+        images = 1 + max((grid.image for grid in first), default=-1)
+        grids.append([*first, *(replace(grid, image=images + grid.image) for grid in then)])
+        moved[row] += len(first) * (videos.grid[row] >= 0)
+    of_video = (videos.grid >= 0).unsqueeze(-1)
+    return ImageLayout(
+        grids,
+        [sum(tokens) for tokens in zip(pictures.image_tokens, videos.image_tokens, strict=True)],
+        torch.where(of_video[..., 0], moved, pictures.grid),
+        torch.where(of_video, videos.cell, pictures.cell),
+        torch.where(of_video, videos.size, pictures.size),
+    )
+
+
+def runs(marked: Bool[Tensor, "batch columns"]) -> list[list[tuple[int, int]]]:
+    """Where marked columns follow each other: first column and length, for each row; waits for the device once."""
+    edges = torch.nn.functional.pad(marked.to(torch.int8), (1, 1)).diff(dim=1)
+    found: list[list[tuple[int, int]]] = [[] for _ in marked]
+    ends = (edges < 0).nonzero().tolist()
+    for (row, first), (_, last) in zip((edges > 0).nonzero().tolist(), ends, strict=True):
+        found[row].append((first, last - first))
+    return found

@@ -132,6 +132,8 @@ def _keeps_otherwise(decoder: PreTrainedModel, kinds: list[LayerKind]) -> str:
         )
     if getattr(config, "num_kv_shared_layers", 0):
         return "shares the keys and values of a layer with later layers, which then attend to what it gave up"
+    if "mrope_section" in (getattr(config, "rope_parameters", None) or {}):
+        return "places tokens by several numbers (M-RoPE), of which the adapter of the whole model knows; give that one"
     odd = [index for index, kind in enumerate(kinds) if kind == "other"]
     if odd:
         return f"keeps more than keys and values, or none, in layers {ranges(odd)} ({_name_of_kind(decoder, odd[0])})"

@@ -54,6 +54,8 @@ class Scorer(Policy):
         reads_attention: whether `LayerContext.attention_mass` is called; costs nothing where it is False.
         accumulates: whether scores of a later forward add to those a slot has (else they replace them).
         reconstructs: whether it is made for `CompressedCache.score_by_reconstruction`.
+        one_axis: whether it takes a token's rotary position to be the number of tokens before it, so that models with
+            several positions a token (M-RoPE) are refused.
         independent: whether the score of a token follows from that token alone, so that it stays right when later
             tokens are taken back.
     """
@@ -61,6 +63,7 @@ class Scorer(Policy):
     stage = "scorer"
     mass: ClassVar[bool] = False
     reconstructs: ClassVar[bool] = False
+    one_axis: ClassVar[bool] = False
     reads_attention: ClassVar[bool] = False
     independent: ClassVar[bool] = False
 

@@ -37,6 +37,7 @@ def checked_allocation(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]
             return _of_one_head(self, importance, total, floor, capacity, context)
         problems = context.problems or Problems()
         check_allocation_input(problems, self, importance, total, floor, capacity)
+        total, floor, capacity = total.long(), floor.long(), capacity.long()  # the type of the answer
         target = torch.minimum(torch.maximum(total, of_row(floor)), of_row(capacity))
         try:
             budget = allocate(self, importance, target, floor, capacity, replace(context, problems=problems))

@@ -78,6 +78,7 @@ class LayerContext:
             head's number or on other heads must ask it.
         softcap: what the model keeps its logits below; None if it lets them be. What a model adds to the logits that
             the softmax runs over (attention sinks) is in `lse` alone.
+        heads_part: whether heads of the layer, of any process, hold different tokens, so that a slot is not one token.
     """
 
     layer: int
@@ -94,6 +95,7 @@ class LayerContext:
     weights: LayerWeights = LayerWeights()
     heads: HeadGroup = ALONE
     softcap: float | None = None
+    heads_part: bool = False
 
     @property
     def row_queries(self) -> Int[Tensor, " batch"]:

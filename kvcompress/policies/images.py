@@ -12,15 +12,19 @@ from torch import Tensor
 class ImageGrid:
     """A rectangle of image features: one an image in LLaVA-1.5, two in LLaVA-NeXT (a base, and its tiles in one).
 
+    A video is an image of several grids, one for each frame that its features tell apart.
+
     Attributes:
-        image: number of the image in its row.
+        image: number of the image or video in its row; videos come after all images.
         height: rows of features.
         width: columns of features.
+        frame: number of the frame in its video, from 0; None for pictures.
     """
 
     image: int
     height: int
     width: int
+    frame: int | None = None
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class ImageLayout:
         image_tokens: image tokens of each row, those of no grid included.
         grid: number of each column's grid among those of its row; -1 for text and for image tokens of no grid (the
             ends of LLaVA-NeXT's lines).
-        cell: row and column in the grid; meaningless where there is no grid.
+        cell: row and column in the grid; meaningless where there is no grid. The time axis of a video is in its grids,
+            one for each frame.
         size: height and width of the grid; meaningless where there is no grid.
     """
 

@@ -39,7 +39,7 @@ class Chat:
         self,
         model: PreTrainedModel,
         processor: Any,
-        config: str | PathLike[str] | dict[str, Any] | CompressionConfig = "prefixkv",
+        config: str | PathLike[str] | dict[str, Any] | CompressionConfig = "auto",
         *,
         chat: bool | None = None,
         **overrides: Any,

@@ -17,6 +17,7 @@ from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.report import CacheReport
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError
+from kvcompress.progress import progress_bar
 from kvcompress.reuse.prompts import Prompter, answering
 
 
@@ -24,7 +25,7 @@ class Document:
     """Text, images or both, in a compressed cache; questions are answered on copies of it.
 
     The document is compressed by itself, before any question is known, so that what is kept serves every question
-    alike. Policies that look at the last tokens of a prompt (`snapkv`, `tova`) see the document's end there;
+    alike. Policies that look at the last tokens of a prompt (`snapkv`, `tova`, `text`) see the document's end there;
     `scorer="kvzip"`, made for questions that nobody knows yet, lets the model repeat the document and keeps what that
     looks at, which takes two to three times as long.
 
@@ -57,7 +58,7 @@ class Document:
         text: str | None = None,
         *,
         images: Sequence[Any] = (),
-        config: str | PathLike[str] | dict[str, Any] | CompressionConfig = "prefixkv",
+        config: str | PathLike[str] | dict[str, Any] | CompressionConfig = "auto",
         chat: bool | None = None,
         **overrides: Any,
     ) -> None:
@@ -90,15 +91,29 @@ class Document:
         return self.cache.report()
 
     @overload
-    def ask(self, questions: str, *, max_new_tokens: int = ..., batch_size: int = ..., **generate: Any) -> str: ...
+    def ask(
+        self, questions: str, *, max_new_tokens: int = ..., batch_size: int = ..., progress: bool = ..., **generate: Any
+    ) -> str: ...
 
     @overload
     def ask(
-        self, questions: Sequence[str], *, max_new_tokens: int = ..., batch_size: int = ..., **generate: Any
+        self,
+        questions: Sequence[str],
+        *,
+        max_new_tokens: int = ...,
+        batch_size: int = ...,
+        progress: bool = ...,
+        **generate: Any,
     ) -> list[str]: ...
 
     def ask(
-        self, questions: str | Sequence[str], *, max_new_tokens: int = 128, batch_size: int = 8, **generate: Any
+        self,
+        questions: str | Sequence[str],
+        *,
+        max_new_tokens: int = 128,
+        batch_size: int = 8,
+        progress: bool = False,
+        **generate: Any,
     ) -> str | list[str]:
         """Answers questions, each as if it were the only one; the document stays as it is.
 
@@ -106,6 +121,7 @@ class Document:
             questions: one, or several.
             max_new_tokens: most tokens of an answer.
             batch_size: questions that are answered at a time, each with a copy of the cache.
+            progress: whether a bar on stderr shows how many are answered.
             **generate: arguments of `generate`; greedy unless `do_sample` is among them.
 
         Returns:
@@ -120,8 +136,10 @@ class Document:
         if not all(question.strip() for question in several):
             raise ConfigError("questions: one of them is empty; ask something")
         answers: list[str] = []
-        for first in range(0, len(several), batch_size):
-            answers += self._answer(several[first : first + batch_size], max_new_tokens, generate)
+        with progress_bar(progress, "questions", len(several)) as tell:
+            for first in range(0, len(several), batch_size):
+                answers += self._answer(several[first : first + batch_size], max_new_tokens, generate)
+                tell(len(answers))
         return answers[0] if isinstance(questions, str) else answers
 
     def _answer(self, questions: list[str], max_new_tokens: int, generate: dict[str, Any]) -> list[str]:

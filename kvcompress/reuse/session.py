@@ -66,7 +66,7 @@ class Session:
 @contextmanager
 def compressing(
     model: PreTrainedModel,
-    config: str | PathLike[str] | dict[str, Any] | CompressionConfig = "prefixkv",
+    config: str | PathLike[str] | dict[str, Any] | CompressionConfig = "auto",
     *,
     reserve: int = 0,
     decoding: str = "captured",

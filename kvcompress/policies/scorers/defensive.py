@@ -79,5 +79,9 @@ class Defensive(SnapKV):
         asks = f"scorer {self.name}: layer {layer.layer}: {{}}, or choose projected=False or another scorer"
         norm = projected_norm(layer.values, layer.weights, 1, asks)
         heads = norm.shape[1] * layer.heads.size
-        share = norm / (layer.heads.mean(norm.mean(1, keepdim=True)) * heads).clamp(min=_LEAST)
+        of_heads = norm.mean(1, keepdim=True)
+        if layer.heads_part:  # slots are not the same token in all heads, so a row's mean has to do
+            held = layer.held.expand(-1, norm.shape[1], -1).clamp(min=1)
+            of_heads = (layer.at_tokens(norm).sum(-1, keepdim=True) / held).mean(1, keepdim=True)
+        share = norm / (layer.heads.mean(of_heads) * heads).clamp(min=_LEAST)
         return layer.at_tokens(share)

@@ -40,6 +40,7 @@ class ExpectedAttention(Scorer):
     """
 
     mass: ClassVar[bool] = True
+    one_axis: ClassVar[bool] = True
 
     future: int = Field(default=512, ge=1)
     sink: int = Field(default=4, ge=0)

@@ -31,6 +31,7 @@ class KVzip(Scorer):
     mass: ClassVar[bool] = True
     reads_attention: ClassVar[bool] = True
     reconstructs: ClassVar[bool] = True
+    one_axis: ClassVar[bool] = True  # the repetition is read at the positions that follow
 
     def score(self, layer: LayerContext) -> Importance:
         """Costs queries x tokens x head_dim, a tile of queries at a time."""

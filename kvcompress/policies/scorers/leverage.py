@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -39,6 +41,8 @@ class Leverage(Scorer):
         blend: factor on the leverage.
         chunk: tokens that attend to each other.
     """
+
+    one_axis: ClassVar[bool] = True
 
     blend: float = Field(default=0.35, ge=0, allow_inf_nan=False)
     chunk: int = Field(default=256, ge=1)

@@ -25,6 +25,6 @@ class TOVA(Scorer):
     def score(self, layer: LayerContext) -> Importance:
         """One row of the softmax: the same for every key/value head, or its own where heads hold different tokens."""
         probability = layer.attention_probabilities(last=1).squeeze(2)
-        if layer.index.shape[1] > 1:
+        if layer.heads_part:
             return probability.unflatten(1, (layer.keys.shape[1], -1)).mean(2)  # type: ignore[no-untyped-call,no-any-return]
         return layer.heads.mean(probability.mean(1, keepdim=True)).expand(layer.keys.shape[:3])

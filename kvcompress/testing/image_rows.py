@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvcompress.policies.context import LayerContext, Reduced, ReductionContext
 from kvcompress.policies.images import ImageGrid, ImageLayout
-from tests import reduction_oracle, strategies
+from kvcompress.testing.importance import generator, seeds
 
 
 @dataclass
@@ -31,7 +31,8 @@ class Row:
 
     @cached_property
     def hidden(self) -> Tensor:
-        return torch.randn(len(self.grid), 6, generator=strategies.generator(self.seed))
+        """States of its tokens."""
+        return torch.randn(len(self.grid), 6, generator=generator(self.seed))
 
     @cached_property
     def row(self) -> ReductionContext:
@@ -44,11 +45,13 @@ class Row:
         return layer_of([self])
 
     @property
-    def places(self) -> list[reduction_oracle.Place]:
+    def places(self) -> list[tuple[int, int, int] | None]:
+        """Grid, row and column of each token; None for text and for image tokens of no grid."""
         return [None if number < 0 else (number, *cell) for number, cell in zip(self.grid, self.cell, strict=True)]
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
+        """Height and width of each grid."""
         return [(height, width) for _, height, width in self.grids]
 
     def by(self, reducer: Any) -> Reduced:
@@ -59,7 +62,8 @@ class Row:
 def reduced_by(reducer: Any, drawn: list[Row]) -> Reduced:
     """What a reducer makes of rows side by side, guided by the layer."""
     weights = reducer.guidance(layer_of(drawn)) if reducer.reads_attention else None
-    return reducer.reduce(replace(reduction_of(drawn), guidance=weights))
+    found: Reduced = reducer.reduce(replace(reduction_of(drawn), guidance=weights))
+    return found
 
 
 def side_by_side(parts: list[Tensor], noise: int | None = None) -> Tensor:
@@ -67,7 +71,7 @@ def side_by_side(parts: list[Tensor], noise: int | None = None) -> Tensor:
     longest = max(map(len, parts))
     found = torch.full((len(parts), longest, *parts[0].shape[1:]), -1, dtype=parts[0].dtype)
     if noise is not None:
-        found = torch.randn(found.shape, generator=strategies.generator(noise)) * 3
+        found = torch.randn(found.shape, generator=generator(noise)) * 3
     for row, part in zip(found, parts, strict=True):
         row[longest - len(part) :] = part
     return found
@@ -96,7 +100,7 @@ def layer_of(drawn: list[Row]) -> LayerContext:
     """Rows side by side in the layer before, with what is left of earlier turns."""
     query, keys, facts = [], [], []
     for row in drawn:
-        new, tokens, g = len(row.grid), len(row.past) + len(row.grid), strategies.generator(row.seed + 1)
+        new, tokens, g = len(row.grid), len(row.past) + len(row.grid), generator(row.seed + 1)
         keys.append(torch.randn(row.kv_heads, tokens, 4, generator=g).transpose(0, 1) * 2)
         query.append(torch.randn(4, new, 4, generator=g).transpose(0, 1))
         facts.append(torch.tensor([[*row.past, *row.image], range(tokens)]).T)
@@ -129,8 +133,8 @@ def layer_of(drawn: list[Row]) -> LayerContext:
 @st.composite
 def rows(draw: st.DrawFn, largest: int = 10) -> Row:
     """Text, grids of any size with tokens of no grid between them, some of which have gone already."""
-    seed = draw(strategies.seeds)
-    g = strategies.generator(seed + 2)
+    seed = draw(seeds)
+    g = generator(seed + 2)
     sizes = draw(st.lists(st.tuples(st.integers(1, largest), st.integers(1, largest)), min_size=1, max_size=3))
     left = draw(st.sampled_from([1.0, 0.7, 0.3]))
     found = Row([], [], [], [], draw(st.lists(st.booleans(), max_size=3)), draw(st.sampled_from([1, 2, 4])), 0, seed)

@@ -1,0 +1,67 @@
+"""Models that place a token by several positions, of time, row and column (M-RoPE), in place of one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcompress.cache.inputs import shape_of
+from kvcompress.cache.sequence import Sequence
+from kvcompress.config import CompressionConfig
+from kvcompress.errors import UnsupportedModeError, UnsupportedModelError
+from kvcompress.integrations import Adapter
+
+
+def check_axes(config: CompressionConfig, adapter: Adapter, model: PreTrainedModel) -> None:
+    """Refuses policies that take a rotary position to be one number, for a model whose positions are several.
+
+    Raises:
+        UnsupportedModelError: naming the policy and the way out.
+    """
+    if adapter.position_axes == 1:
+        return
+    why = f"{type(model).__name__} places an image's tokens by {adapter.position_axes} numbers (M-RoPE)"
+    if config.scorer is not None and config.scorer.one_axis:
+        raise UnsupportedModelError(
+            f"scorer {config.scorer.name}: takes the rotary position of a token to be the number of tokens before it, "
+            f"and {why}; choose another scorer, such as 'attention' or 'snapkv'"
+        )
+    if config.reducer is not None and config.reducer.positions != "original":
+        raise UnsupportedModelError(
+            f"reducer {config.reducer.name}: positions='{config.reducer.positions}' numbers tokens anew in one line, "
+            f"and {why}; choose positions='original'"
+        )
+
+
+def check_positions(sequence: Sequence, adapter: Adapter, inputs: dict[str, Any]) -> None:
+    """Refuses a plain call after images whose positions transformers would make for other columns than its own.
+
+    Raises:
+        UnsupportedModeError: naming the ways out.
+    """
+    shape, mask = shape_of(inputs), inputs.get("attention_mask")
+    if adapter.position_axes == 1 or not sequence.seen or sequence.rotary_offset is None or shape is None:
+        return
+    if isinstance(mask, Tensor) and mask.shape[1] > shape[1] and inputs.get("position_ids") is None:
+        raise UnsupportedModeError(
+            f"position_ids: transformers {transformers.__version__} makes positions for all {mask.shape[1]} columns of "
+            f"attention_mask, and this call brings {shape[1]}; leave attention_mask out, which rows without padding do "
+            "not need, or give position_ids [3, batch, tokens], or use generate"
+        )
+
+
+def take_offset(sequence: Sequence, adapter: Adapter, model: PreTrainedModel | None, rows: int) -> None:
+    """Remembers what the model keeps to place the tokens that come, which is the conversation's own."""
+    offset = None if model is None or adapter.position_axes == 1 else adapter.rotary_offset(model)
+    if offset is not None and len(offset) != rows:  # `generate` repeats rows, for beams and several answers
+        offset = None if rows % len(offset) else offset.repeat_interleave(rows // len(offset), dim=0)
+    sequence.rotary_offset = offset
+
+
+def give_offset(sequence: Sequence, adapter: Adapter, model: PreTrainedModel | None) -> None:
+    """Gives the model what it kept of this conversation, whatever it read since; a new one begins with nothing."""
+    if model is not None and adapter.position_axes > 1:
+        adapter.set_rotary_offset(model, sequence.rotary_offset if sequence.seen else None)

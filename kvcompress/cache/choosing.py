@@ -1,0 +1,49 @@
+"""What `auto` is told of the first prompt: by `generate`, which has all of it, or else by the forward that begins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from kvcompress.cache.inputs import shape_of
+from kvcompress.cache.masks import Mask
+from kvcompress.cache.state import CacheState
+from kvcompress.config.auto import Prompt
+from kvcompress.integrations import Adapter
+
+
+def for_turn(state: CacheState, model: PreTrainedModel, adapter: Adapter, inputs: dict[str, Any]) -> None:
+    """Chooses for the prompt that `generate` was given, which it may read in chunks.
+
+    Args:
+        state: of the cache.
+        model: the model that generates.
+        adapter: its own.
+        inputs: what `generate` was given.
+    """
+    shape, ids, mask = shape_of(inputs), inputs.get("input_ids"), inputs.get("attention_mask")
+    if not state.asked.auto or state.sequence.seen or shape is None:
+        return
+    tokens = shape[1]
+    if isinstance(mask, Tensor) and mask.ndim == 2:
+        tokens = int((mask != 0).sum(1).max())
+    is_image = adapter.image_tokens(model, ids) if isinstance(ids, Tensor) else None
+    state.whole_prompt = Prompt(tokens, is_image is not None and bool(is_image.any()))
+    state.choose(state.whole_prompt)
+
+
+def for_forward(state: CacheState, columns: int, mask: Mask | None) -> None:
+    """Chooses for a forward of so many columns that is about to begin, where it is the first and nobody knew more.
+
+    Args:
+        state: of the cache; it knows which of the new columns are images.
+        columns: of the forward.
+        mask: what the attention mask says of them, if anything.
+    """
+    if not state.asked.auto or state.sequence.seen or state.whole_prompt is not None:
+        return
+    images = state.sequence.is_image
+    tokens = columns if mask is None else int(mask.row_new.max())
+    state.choose(Prompt(tokens, images is not None and bool(images.any())))

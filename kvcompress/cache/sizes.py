@@ -1,0 +1,74 @@
+"""Why a cache takes more bytes than its budget speaks of, in words."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kvcompress.cache.allocation import protection
+from kvcompress.cache.sequence import Counts
+from kvcompress.cache.state import CacheState
+from kvcompress.markup import size
+
+
+def explained(state: CacheState, held: Counts) -> list[str]:
+    """What stands beside the tokens that a budget counts, or takes more than it says; nothing where nothing does.
+
+    Args:
+        state: of the cache.
+        held: tokens that each layer holds, `[layers, batch, sets]`.
+    """
+    if not held.size or not state.layers[0].store.slot_nbytes:
+        return []
+    full = held.sum((1, 2)) - held.shape[2] * np.array(  # tokens in full precision, in slots of one set
+        [0 if (rows := layer.store.packed_rows) is None else int(rows.sum()) for layer in state.layers]
+    )
+    return [note for note in (_protected(state, held), _room(state, held, full), *_beside(state, held, full)) if note]
+
+
+def _protected(state: CacheState, held: Counts) -> str:
+    """Sinks and recents that are more than the budget."""
+    totals = state.rule.totals(state.sequence.row_seen)
+    over = int(np.maximum(0, held.mean(2).sum(0) - totals).sum())
+    if state.config.evictor is None or state.config.evictor.frees == "nothing" or state.recording or not over:
+        return ""
+    sinks, recents = protection(state.config)
+    return (
+        f"the first {sinks} and last {recents} tokens stay in every layer whatever the budget: over all layers "
+        f"{over:,} tokens more than it says"
+    )
+
+
+def _room(state: CacheState, held: Counts, full: Counts) -> str:
+    """Slots without a token, where they take the cache over what its tokens may take."""
+    limits, stores = state.limits(), [layer.store for layer in state.layers]
+    allowed = (held if limits is None else np.maximum(limits, held)).sum((1, 2))
+    allowed = allowed + held.shape[1] * held.shape[2]  # and the token that comes
+    slot = np.array([store.slot_nbytes for store in stores]) / held.shape[2]
+    if sum(store.nbytes for store in stores) <= (allowed * slot).sum():
+        return ""
+    dense = np.array([sum(buffer.nbytes for buffer in store.buffers()[:2]) for store in stores])
+    empty = int((dense - full * slot).clip(min=0).sum())
+    if not empty:
+        return ""
+    return (
+        f"{size(empty)} of the keys and values are slots without a token: buffers grow in blocks ahead of the tokens "
+        "that come, and are as long as their longest row"
+    )
+
+
+def _beside(state: CacheState, held: Counts, full: Counts) -> list[str]:
+    """What a quantizer leaves in full precision, and what a merger remembers."""
+    notes, quantizer, merger = [], state.config.quantizer, state.config.merger
+    if quantizer is not None:
+        exact = int(full.sum()) * state.layers[0].store.slot_nbytes // held.shape[2]
+        notes.append(
+            f"quantizer {quantizer.name}: {size(exact)} are in full precision, the last {quantizer.residual} tokens of "
+            f"each layer and those that have not filled a group of {quantizer.group} yet"
+        )
+    remembered = sum(layer.merger_state.nbytes for layer in state.layers if layer.merger_state is not None)
+    if merger is not None and remembered:
+        notes.append(
+            f"merger {merger.name}: remembers {size(remembered)} of what was merged, counted with the index; a token "
+            "that others were merged into takes one slot, as their mean"
+        )
+    return notes

@@ -1,0 +1,69 @@
+"""What the preset `auto` chooses, by what it sees of the first prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+SHORT = 128  # tokens: a prompt of at most so many is kept whole
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What is known of a prompt before it is read.
+
+    Attributes:
+        tokens: of its longest row, padding left out.
+        has_image: whether any row has an image token.
+    """
+
+    tokens: int
+    has_image: bool
+
+    @property
+    def is_short(self) -> bool:
+        """Whether compressing it saves nothing."""
+        return self.tokens <= SHORT
+
+    def __str__(self) -> str:
+        """The facts in words."""
+        return f"the first prompt has {self.tokens:,} tokens, {'some' if self.has_image else 'none'} of an image"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A preset, and what is set in it.
+
+    Attributes:
+        preset: its name.
+        fields: of the configuration, that replace its own.
+        because: why they are set; empty where nothing is.
+    """
+
+    preset: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    because: str = ""
+
+
+_QUANTIZED = "tokens leave by their place while decoding, since what is quantized cannot leave by its score or age"
+
+# The first that goes together with what the user has set is taken.
+TEXT = (
+    Candidate("text"),
+    Candidate("text", {"evictor": {"name": "topk", "decode": "fixed_point"}}, _QUANTIZED),
+    Candidate("streaming"),
+)
+IMAGE = (
+    Candidate("image"),
+    Candidate("image", {"evictor": {"name": "topk", "granularity": "head", "decode": "fixed_point"}}, _QUANTIZED),
+    Candidate("streaming"),
+)
+
+
+def candidates(prompt: Prompt) -> tuple[Candidate, ...]:
+    """What suits a prompt, best first."""
+    return IMAGE if prompt.has_image else TEXT
+
+
+KINDS = (Prompt(2 * SHORT, False), Prompt(2 * SHORT, True))  # one prompt of each kind that there is

@@ -1,0 +1,82 @@
+"""A report says in words what takes more than the budget, with the bytes or tokens that it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from kvcompress import Budget, CompressedCache
+from kvcompress.cache.report import CacheReport
+from kvcompress.markup import size
+from tests import tiny
+
+SLOT = 2 * 2 * 8 * 4  # bytes: keys and values of two heads of eight dimensions
+
+
+def reported(config: str, tokens: int, new: int = 0, rows: int = 1, pad: int = 0, **fields: Any) -> CacheReport:
+    """After a prompt, whose first row is padded, and some steps."""
+    cache = CompressedCache(tiny.model("llama"), config, **fields)
+    mask = torch.ones(rows, tokens, dtype=torch.long)
+    mask[0, :pad] = 0
+    with torch.no_grad():
+        for number in range(new + 1):
+            ids = tiny.token_ids(rows, 1 if number else tokens, seed=number)
+            if number:
+                mask = torch.cat([mask, mask.new_ones(rows, 1)], 1)
+            given = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]}
+            tiny.model("llama")(ids, **given, **tiny.with_cache(cache))
+    return cache.report()
+
+
+def held(report: CacheReport) -> int:
+    return sum(map(sum, report.layer_lengths))
+
+
+@pytest.mark.parametrize("config", ["prefixkv", "uniform", "streaming", "snapkv"])
+def test_a_cache_within_its_budget_says_nothing(config: str) -> None:
+    assert reported(config, 400, new=3, budget=100).notes == []
+
+
+def test_the_protected_beyond_a_budget_are_counted() -> None:
+    report = reported("streaming", 60, budget=Budget(tokens=6, sink=4, recent=8))
+    assert held(report) == 3 * 12
+    assert report.notes[0] == (
+        "the first 4 and last 8 tokens stay in every layer whatever the budget: over all layers 18 tokens more than it "
+        "says"
+    )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"config": "full", "tokens": 30, "new": 3},
+        {"config": "full", "tokens": 40, "rows": 2, "pad": 25},
+        {"config": "prefixkv", "tokens": 40, "rows": 2, "pad": 25, "budget": 0.5},
+    ],
+    ids=["blocks", "padded", "padded-half"],
+)
+def test_slots_without_a_token_are_told_in_bytes(given: dict[str, Any]) -> None:
+    """Held tokens and these make up all that is allocated."""
+    report = reported(**given)
+    (note,) = (note for note in report.notes if "slots without a token" in note)
+    assert note.startswith(f"{size(report.kv_bytes - SLOT * held(report))} of the keys and values are slots without")
+
+
+def test_what_a_quantizer_leaves_in_full_precision_is_told_in_bytes() -> None:
+    quantizer = {"name": "quanto4", "group": 8, "residual": 8}
+    report = reported("full", 45, quantizer=quantizer)
+    (note,) = (note for note in report.notes if note.startswith("quantizer quanto: "))
+    full = 45 - (45 - 8) // 8 * 8
+    assert note == (
+        f"quantizer quanto: {size(3 * full * SLOT)} are in full precision, the last 8 tokens of each layer and those "
+        "that have not filled a group of 8 yet"
+    )
+
+
+def test_what_a_merger_remembers_is_told_in_bytes() -> None:
+    report = reported("prefixkv", 60, new=4, budget=0.3, merger="threshold")
+    (note,) = (note for note in report.notes if note.startswith("merger threshold: remembers "))
+    assert note.startswith("merger threshold: remembers 24 bytes of what was merged, counted with the index; ")
+    assert not any("merger" in note for note in reported("prefixkv", 60, budget=0.3).notes)
