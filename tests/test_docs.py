@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from kvcompress import CompressedCache, restore
 from kvcompress.cli import app
 from kvcompress.evaluation import smollm2
+from kvcompress.integrations import base
 from tests import checkpoints, tiny
 
 ROOT = Path(__file__).parents[1]
@@ -61,6 +62,7 @@ def test_python_blocks_run_in_order(
     from kvcompress import ALLOCATORS
 
     monkeypatch.setattr(ALLOCATORS, "_policies", dict(ALLOCATORS._policies))
+    monkeypatch.setattr(base, "_ADAPTERS", dict(base._ADAPTERS))
     code = "\n".join(blocks(page, "python"))
     exec(compile(code, str(page), "exec"), {"__name__": page.stem})
     out = capsys.readouterr().out

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcompress import ALLOCATORS, CompressedCache, CompressionConfig, KVCompressError
+from kvcompress import ALLOCATORS, Budget, CompressedCache, CompressionConfig, KVCompressError
 from kvcompress.errors import ConfigError
 from kvcompress.kernels import attend_blocks
 from kvcompress.policies.base import Scorer
@@ -70,6 +70,20 @@ def test_every_forward_equals_masked_attention(
     require_masked(
         Reference("llama"), cache, forwards(tiny.model("llama"), cache, padded(lengths, seed), [*schedule, 1, 1], seed)
     )
+
+
+@torch.no_grad()
+@every_allocator
+def test_heads_may_hold_nothing(allocator: dict[str, Any]) -> None:
+    """A budget of no tokens leaves every head empty until the next token comes."""
+    model = tiny.model("llama")
+    cache = CompressedCache(model, of_heads(allocator, budget=Budget(fraction=0.1)))
+    model(tiny.token_ids(2, 1, seed=1), **tiny.with_cache(cache))
+    assert cache.report().head_lengths == [[[0, 0]] * 2] * 3
+    for seed in range(12):
+        assert model(tiny.token_ids(2, 1, seed), **tiny.with_cache(cache)).logits.isfinite().all()
+    model(tiny.token_ids(2, 9, seed=13), **tiny.with_cache(cache))
+    assert sum(sum(sum(row) for row in layer) for layer in cache.report().head_lengths) == 2 * 2 * int(0.1 * 22 * 3)
 
 
 EVICTORS = ["topk", "chunk", "critical", "streaming"]

@@ -226,8 +226,6 @@ def test_attention_maps_are_given_by_other_caches_and_refused_by_ours() -> None:
 @pytest.mark.parametrize(
     "given",
     [
-        {"s_aux": torch.zeros(4)},
-        {"softcap": 30.0},
         {"sliding_window": 4},
         {"is_causal": False},
         {"cu_seq_lens_q": torch.tensor([0, 5, 12])},

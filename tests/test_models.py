@@ -73,7 +73,7 @@ def test_a_folder_without_a_model_is_refused_in_one_line(tmp_path: Path) -> None
 
 def test_a_model_that_no_adapter_knows_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
     transformers.GPT2Config(n_layer=1).save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedModelError, match=r"no adapter for its type 'gpt2'.*llava"):
+    with pytest.raises(UnsupportedModelError, match=r"no adapter for the model type 'gpt2'.*llava"):
         load_model(str(tmp_path))
 
 

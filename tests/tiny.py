@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress.testing.models import IMAGE_TOKEN, TEXT, VISION, llama, llava, randomised, token_ids
+from tests import families
 
 # What the installed transformers calls the argument that takes a cache.
 CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
@@ -77,6 +78,7 @@ _BUILDERS: dict[str, Callable[[], PreTrainedModel]] = {
     "llava_36": functools.partial(llava, 24),
     "llava_next_36": functools.partial(_llava_next, 24),
     "llava_deep": functools.partial(llava, 24, 6),
+    **{name: functools.partial(families.build, name, TEXT) for name in families.EVERY},
 }
 TEXT_MODELS = ("llama", "llama_mha", "mistral", "qwen2", "qwen3")
 IMAGE_MODELS = ("llava", "llava_next")
@@ -134,7 +136,7 @@ def images(name: str, number: int, seed: int) -> dict[str, Tensor]:
 def inputs(name: str, tokens: int, seed: int, batch: int = 1) -> dict[str, Any]:
     """Inputs for `generate` or a forward: text, and for image models an image of random pixels before its end."""
     ids = token_ids(batch, tokens, seed)
-    if name in TEXT_MODELS:
+    if name in TEXT_MODELS or name in families.EVERY:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     before = tokens // 2
     image = torch.full((batch, image_tokens(name)), IMAGE_TOKEN)

@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvcompress.errors import UnsupportedModeError
+from kvcompress.errors import UnsupportedModeError, UnsupportedModelError
 from kvcompress.kernels import in_one_dtype, without_autocast
 
 NAME = "kvcompress"
@@ -57,6 +57,8 @@ class Attends(Protocol):
         value: Tensor,
         mask: Tensor | None,
         scaling: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Attends over the stored slots and the new tokens; returns `[batch, heads, queries, head_dim]`."""
 
@@ -75,6 +77,8 @@ def compressed_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention with the signature that transformers asks for.
@@ -87,6 +91,8 @@ def compressed_attention(
         attention_mask: what the sdpa mask function made.
         dropout: unused with a compressed cache, which refuses training.
         scaling: factor on the logits.
+        softcap: what the model keeps its logits below; None if it lets them be.
+        s_aux: a logit of each head that the softmax runs over too, `[heads]`; None if there is none.
         **kwargs: passed on to the model's former attention; with a compressed cache, all that would change what
             attention means has to be None.
 
@@ -95,10 +101,13 @@ def compressed_attention(
 
     Raises:
         UnsupportedModeError: for an argument that it does not know.
+        UnsupportedModelError: for a mask that is not of padding alone.
     """
     call: tuple[Attends, int] | None = getattr(key, _CALL, None)
     if call is None:
-        return _former_attention(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+        shaped = {name: given for name, given in (("softcap", softcap), ("s_aux", s_aux)) if given is not None}
+        kwargs |= {"dropout": dropout, "scaling": scaling, **shaped}
+        return _former_attention(module, query, key, value, attention_mask, written_out=bool(shaped), **kwargs)
     for name in kwargs.keys() - _WITHOUT_MEANING:
         if kwargs[name] is not None:
             raise UnsupportedModeError(
@@ -106,13 +115,19 @@ def compressed_attention(
                 "it out, or use another cache"
             )
     cache, layer = call
+    if attention_mask is not None and padding_in(attention_mask) is attention_mask:
+        raise UnsupportedModelError(
+            f"model: layer {layer} ({type(module).__name__}) attends with a mask of the shape "
+            f"{tuple(attention_mask.shape)} that it makes itself, and a compressed cache knows padding alone; use "
+            "another cache"
+        )
     scaling = scaling or query.shape[-1] ** -0.5
     query, key, value = in_one_dtype(query, key, value)
     if not torch.is_grad_enabled():
-        output = _attend(query, key, value, cache, layer, module, attention_mask, scaling)
+        output = _attend(query, key, value, cache, layer, module, attention_mask, scaling, softcap, s_aux)
     else:
         with torch.no_grad():
-            output = _attend(query, key, value, cache, layer, module, attention_mask, scaling)
+            output = _attend(query, key, value, cache, layer, module, attention_mask, scaling, softcap, s_aux)
         if query.requires_grad:
             output = _InferenceOnly.apply(output, query)  # type: ignore[no-untyped-call]
     return output.transpose(1, 2).contiguous(), None
@@ -128,8 +143,10 @@ def _attend(
     module: nn.Module,
     mask: Tensor | None,
     scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> Tensor:
-    return cache.attend(layer, module, query, key, value, mask, scaling)
+    return cache.attend(layer, module, query, key, value, mask, scaling, softcap, sinks)
 
 
 def padding_mask(
@@ -157,7 +174,7 @@ def padding_in(mask: Any) -> Any:
     `generate` makes masks before it calls the model, for some models one for each kind of layer.
     """
     if isinstance(mask, dict):
-        mask = next(iter(mask.values()), None)
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
     made = isinstance(mask, Tensor) and mask.ndim == 4 and mask.dtype == torch.bool and mask.shape[1:3] == (1, 1)
     return mask[:, 0, 0] if made else mask
 
@@ -205,10 +222,21 @@ class _InferenceOnly(torch.autograd.Function):
 
 
 def _former_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    written_out: bool = False,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention the model had before, given the mask in the form that it expects."""
+    """The attention the model had before, given the mask in the form that it expects.
+
+    What sdpa knows nothing of, a cap or sinks, the model's own eager attention does if no flash attention did.
+    """
     name = getattr(module, _PREVIOUS, "sdpa")
+    if written_out and not name.startswith("flash"):
+        name = "eager"
     if name == "eager":
         eager: Callable[..., tuple[Tensor, Tensor | None]]
         eager = sys.modules[type(module).__module__].eager_attention_forward

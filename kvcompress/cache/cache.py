@@ -23,8 +23,8 @@ from kvcompress.cache.axes import check_axes, check_positions, give_offset, take
 from kvcompress.cache.calls import Calls
 from kvcompress.cache.capture import GRAPHS, CapturedDecoding
 from kvcompress.cache.inputs import shape_of, tokens_to_come
-from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.masks import Mask, read_mask
+from kvcompress.cache.own import OwnLayers
 from kvcompress.cache.reconstruction import reconstruct
 from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.renumbering import lost_before, moved_back
@@ -34,13 +34,20 @@ from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Prefill
 from kvcompress.config import CompressionConfig
 from kvcompress.config.profile import LayerProfile, check_profiles, profile_override
-from kvcompress.errors import CacheStateError, ConfigError, UnsupportedModeError
+from kvcompress.errors import CacheStateError, ConfigError, UnsupportedModeError, UnsupportedModelError
 from kvcompress.integrations import Adapter, adapter_for
+from kvcompress.integrations.shape import ranges
+from kvcompress.integrations.wrapped import unwrapped
 from kvcompress.parallel import ALONE
 from kvcompress.policies.context import LayerWeights
 from kvcompress.policies.faults import policy_errors
 from kvcompress.policies.images import ImageLayout
 
+_COMPILED = (
+    "torch.compile: a compiled forward reads one token of every row, after a prompt that was read without compilation; "
+    "call generate, or read the prompt with the model inside (compiled._orig_mod). Layers that slide or sum up are not "
+    "compiled at all"
+)
 _WORTH_CAPTURING = 32  # tokens to come
 
 
@@ -51,7 +58,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     Args:
         model: the model that will use it; its decoder gets the attention "kvcompress", which behaves as before with
-            any other cache (`kvcompress.restore(model)` takes it off again).
+            any other cache (`kvcompress.restore(model)` takes it off again). It may be wrapped by PEFT, `torch.compile`
+            or DistributedDataParallel.
         config: a preset's name, a `CompressionConfig`, a dict, or the path of a .yaml or .json file; "auto" chooses
             by the first prompt, and the report says what and why.
         profile: a `LayerProfile` or its file, in place of the allocator.
@@ -75,11 +83,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         True
     """
 
-    layers: list[CompressedLayer]  # type: ignore[assignment]
-
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: nn.Module,
         config: str | PathLike[str] | dict[str, Any] | CompressionConfig = "auto",
         *,
         profile: LayerProfile | str | PathLike[str] | None = None,
@@ -88,10 +94,18 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         **overrides: Any,
     ) -> None:
         asked = CompressionConfig.read(config, **profile_override(profile, overrides))
+        model = unwrapped(model)
         adapter = adapter_for(model)
-        check_profiles(asked, adapter.decoder(model))
+        numbers, own = adapter.compressed_layers(model), OwnLayers(adapter.own_layers(model))
+        check_profiles(asked, adapter.decoder(model), len(numbers))
         check_axes(asked, adapter, model)
         layers = len(adapter.layers(model))
+        if own and asked.reducer is not None:
+            raise UnsupportedModelError(
+                f"reducer: layers {ranges(sorted(own.layers))} of {type(model).__name__} slide or sum up, and count "
+                "every token that comes; let the reducer be None, or choose a model all of whose layers attend to "
+                "everything"
+            )
         if asked.reducer is not None:
             with policy_errors(asked.reducer):
                 asked.reducer.acts_after(layers)  # complains before anything is touched
@@ -101,11 +115,13 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         may_see_images, reduces = adapter.sees_images or decoder is model, asked.reducer is not None
         calls = Calls(reduces or (may_see_images and asked.reads_modality), adapter.sees_images, reduces)
         self._decoding = _known_decoding(decoding)
-        self._state = CacheState(asked, layers, adapter.head_group(model), calls, reserve)
+        self._state = CacheState(asked, numbers, adapter.head_group(model), calls, reserve, own)
+        self._place = {number: place for place, number in enumerate(numbers)}  # of compressed layers among themselves
         self._layout: ImageLayout | None = None  # of the images of the forward about to begin
         self._in_turn = False  # of `generate`
         self._mask: Mask | None = None  # what the mask of the forward about to begin says, if anything
-        super().__init__(layers=self._state.layers)  # type: ignore[arg-type]
+        every = own.layers | dict(zip(numbers, self._state.layers, strict=True))
+        super().__init__(layers=[every[number] for number in range(layers)])
         with hooks.changing:
             attention.install(decoder, adapter.attention_modules(model))
             hooks.observe(model, decoder, adapter)
@@ -169,7 +185,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     @classmethod
     def load(
-        cls, model: PreTrainedModel, folder: str | PathLike[str], *, reserve: int = 0, decoding: str = "captured"
+        cls, model: nn.Module, folder: str | PathLike[str], *, reserve: int = 0, decoding: str = "captured"
     ) -> CompressedCache:
         """Reads a cache that `save` wrote; decoding goes on to the bit as with the one that was saved.
 
@@ -188,7 +204,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         return cls.from_saved(model, saving.Saved.read(folder), reserve=reserve, decoding=decoding)
 
     @classmethod
-    def from_saved(cls, model: PreTrainedModel, saved: saving.Saved, **options: Any) -> CompressedCache:
+    def from_saved(cls, model: nn.Module, saved: saving.Saved, **options: Any) -> CompressedCache:
         """The second half of `load`: a cache from what was read."""
         cache = cls(model, saved.config, **options)
         saved.fill(cache._state, cache.decoder())
@@ -216,9 +232,17 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         value: Tensor,
         mask: Tensor | None,
         scaling: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Takes a layer through the step in progress, which the first layer begins and the last ends."""
         state = self._state
+        if torch.compiler.is_compiling():
+            if query.shape[2] > 1 or state.table is None or state.own:
+                raise UnsupportedModeError(_COMPILED)
+        else:
+            state.calls.attends(layer, module)
+        layer = self._place[layer]
         if layer == 0 and not state.early:
             self._begin(query.shape[0], query.shape[2], query.device)
         step = state.step
@@ -226,9 +250,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             raise state.broken()
         with state.writable():
             weights = _Weights(self._adapter, self._decoder, weakref.ref(module))
-            output = self.layers[layer].attend(step, state.table, query, key, value, scaling, weights)
+            output = state.layers[layer].attend(step, state.table, query, key, value, scaling, weights, softcap, sinks)
             step.next_layer += 1
-            if step.next_layer == len(self.layers):
+            if step.next_layer == len(state.layers):
                 self._end()
         return _usable(output)
 
@@ -238,21 +262,26 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if decoding.host_is_left_out(state):  # in decode steps alone, after a prefill step that made the table
             decoding.begin(state)
             return
-        state.check_ready()
+        state.check_ready(entered=True)
         if state.sequence.batch not in (0, batch):
             raise CacheStateError(
                 f"batch: the cache holds {state.sequence.batch} rows, this forward has {batch}; call reset() for "
                 "another batch, or batch_repeat_interleave / batch_select_indices to change the rows"
             )
         if state.waiting is not None:
-            state.recording = False  # nobody cropped after the last forward, so nobody is rolling back
-            self.compress()
+            self._stop_recording()  # nobody cropped after the last forward, so nobody is rolling back
         (says, self._mask), (layout, self._layout) = (self._mask, None), (self._layout, None)
         if queries == 1 and state.sequence.seen and says is None:
             decoding.begin(state)
         else:
             says = says or Mask(None, None, np.full(batch, queries), None)
             prefill.begin(state, queries, device, says, layout)
+
+    def _stop_recording(self) -> None:
+        """Lets what waited for `crop` happen, which nobody calls any more."""
+        self._state.recording = False
+        undoing.compress(self._state, entered=True)
+        self._state.own.record(False)
 
     def _end(self) -> None:
         """Brings every layer within its budget that is not yet, and forgets the step."""
@@ -316,14 +345,19 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 not see the call.
             UnsupportedModeError: if the model trains or its attention was switched away.
         """
+        state, own = self._state, self._state.own.layers.get(layer_idx)
         if not torch.compiler.is_compiling():
-            if layer_idx == 0:
+            if layer_idx == state.own.first_updated:
                 self._check_decoder()
-                if not self._state.early:
-                    self._state.check_ready()
-            self._state.calls.check(layer_idx)
+                if not state.early:
+                    state.check_ready(entered=True)
+            state.calls.check(layer_idx - state.own.first_updated)
+            state.calls.hands_over(None if own is not None else layer_idx)
         if layer_idx >= len(self.layers):
             raise CacheStateError(f"layer {layer_idx}: the cache was made for a model of {len(self.layers)} layers")
+        if own is not None:
+            found: tuple[Tensor, Tensor] = own.update(key_states, value_states, *args, **kwargs)
+            return found
         return attention.attach(key_states, self, layer_idx), value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:  # type: ignore[override]
@@ -340,6 +374,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         between compiled steps: to let buffers grow, and to quantize what has become old enough.
         """
         sequence = self._state.sequence
+        if (own := self._state.own.layers.get(layer_idx)) is not None and hasattr(own, "get_mask_sizes"):
+            sizes: tuple[int, int] = own.get_mask_sizes(query_length)
+            return sizes
         if decoding.host_is_left_out(self._state):
             return query_length, attention.COMPRESSED  # no mask is made, and graphs depend on no number
         if query_length == 1:
@@ -354,7 +391,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         merges = merger is not None and merger.merges_decoding
         reducer = self.config.reducer
         renumbers = reducer is not None and reducer.positions == "per_layer"
-        host = merges or renumbers or self._state.heads is not ALONE
+        host = merges or renumbers or self._state.heads is not ALONE or bool(self._state.own)
         return not (self._state.recording or host)
 
     @property
@@ -369,7 +406,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         tokens are held.
         """
         decoding.catch_up_if_needed(self._state)
-        return ((layer.keys, layer.values) for layer in self.layers)
+        return ((getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in self.layers)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -379,13 +416,13 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     @property
     def device(self) -> torch.device:
         """Where the first layer's keys and values are; the model's before the first token."""
-        keys = self.layers[0].store.keys
+        keys = self._state.layers[0].store.keys
         return self.decoder().device if keys is None else keys.device
 
     @property
     def is_initialized(self) -> bool:
         """Whether the cache holds anything."""
-        return all(layer.is_initialized for layer in self.layers)
+        return all(layer.is_initialized for layer in self._state.layers)
 
     @property
     def is_croppable(self) -> bool:
@@ -393,7 +430,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
         To be asked in every process where several share the heads.
         """
-        return self._state.recording or undoing.refusal(self._state, 1) is None
+        if self._state.recording:
+            return self._state.own.goes_back
+        return undoing.refusal(self._state, 1) is None
 
     def reset(self) -> None:
         """Forgets everything, also after a forward that failed."""
@@ -477,6 +516,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
     def activate_past_recording(self) -> None:
         """Lets eviction wait for `crop` after each forward, as assisted decoding needs it."""
         self._state.recording = True
+        self._state.own.record(True)
 
     def is_recording_past(self, layer_idx: int) -> bool:
         """Whether eviction waits for `crop`."""
@@ -540,6 +580,13 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if shape is not None and batch in (0, shape[0]):  # else the first layer says so
             self._mask = read_mask(self._state.sequence, inputs.get("attention_mask"), shape[1])
             choosing.for_forward(self._state, shape[1], self._mask)
+        if self._state.own:
+            self._state.check_ready()
+            self._state.own.unfinished = True
+
+    def after_decoder(self) -> None:
+        """Hears that the decoder came to its end; called by the hook on it."""
+        self._state.own.unfinished = False
 
     def before_turn(self, model: PreTrainedModel, inputs: dict[str, Any]) -> None:
         """Looks at what `generate` was given, before it cuts off what was seen.
@@ -612,7 +659,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         decoding.tidy(state)
         with state.writable(), torch.no_grad():
             undoing.settle(state, Prefill(), 0)
-        return [layer.ranked() for layer in self.layers]
+        return [layer.ranked() for layer in state.layers]
 
     def allocation_at(self, config: CompressionConfig) -> Allocation:
         """What another configuration's allocator and budget would give the layers, from the scores that are there."""
@@ -657,12 +704,13 @@ class _Weights:
         return self.adapter.layer_weights(decoder, module)
 
 
-def restore(model: PreTrainedModel) -> None:
+def restore(model: nn.Module) -> None:
     """Takes everything that kvcompress put on a model off again: its attention and its hooks.
 
     What caches of its parts brought along goes too, such as those of the language model inside a LLaVA. Caches made for
     the model before can no longer be used with it.
     """
+    model = unwrapped(model)
     adapter = adapter_for(model)
     with hooks.changing:
         attention.uninstall(adapter.decoder(model), adapter.attention_modules(model))

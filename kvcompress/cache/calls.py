@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from kvcompress.cache.inputs import check_inputs, check_rows, check_use, not_the_conversation, shape_of, too_short
-from kvcompress.errors import CacheStateError, UnsupportedModeError
+from kvcompress.errors import CacheStateError, UnsupportedModeError, UnsupportedModelError
 
+_RESET = "call reset() and run the prompt again"
 _MOST = 128  # ids of a prompt that are remembered
 
 
@@ -31,6 +32,7 @@ class Calls:
         sees_images: whether the model does.
         reduces: whether the hooks on the layers have to be there too.
         due: ids that `generate` was given and has not read; None but for the first call of a later turn.
+        waits: layer that handed its keys to the cache and is yet to attend; None if none is.
     """
 
     def __init__(self, needs_ids: bool, sees_images: bool, reduces: bool) -> None:
@@ -43,6 +45,7 @@ class Calls:
         self._layer: int | None = None  # that a layer's hook spoke of
         self._read: list[_Read] = []
         self.due: Tensor | None = None
+        self.waits: int | None = None
 
     def saved(self) -> list[dict[str, Any]]:
         """What has to be kept of the conversation to go on elsewhere."""
@@ -80,6 +83,11 @@ class Calls:
             UnsupportedModeError: for what `check_inputs` refuses, and where a policy needs to see the model's own call.
             CacheStateError: for a turn that does not carry the conversation.
         """
+        if self.waits is not None:
+            raise CacheStateError(
+                f"cache: in the last forward the keys of layer {self.waits} reached no attention: it failed half-way, "
+                f"or the model attends otherwise than through transformers' attention interface; {_RESET}"
+            )
         shape, announced = shape_of(inputs), self._announced
         self._announced = None
         direct = announced is None or announced != shape
@@ -116,6 +124,33 @@ class Calls:
             if reached != layer:
                 raise CacheStateError(_unseen(f"the call of layer {layer}", "the layers'"))
 
+    def hands_over(self, layer: int | None) -> None:
+        """A layer hands its keys to the cache, to attend right after; None for one that is not compressed.
+
+        Raises:
+            UnsupportedModelError: if the keys of the layer before reached no attention.
+        """
+        waits, self.waits = self.waits, layer
+        if waits is not None:
+            raise UnsupportedModelError(
+                f"model: the keys of layer {waits} did not reach the attention 'kvcompress' as the cache gave them to "
+                "the model: it changes them on the way, or attends otherwise than through transformers' attention "
+                "interface. A compressed cache cannot serve it; use another cache"
+            )
+
+    def attends(self, layer: int, module: nn.Module) -> None:
+        """A layer attends with the keys that it handed over.
+
+        Raises:
+            UnsupportedModelError: if it did already.
+        """
+        waits, self.waits = self.waits, None
+        if waits != layer:
+            raise UnsupportedModelError(
+                f"model: {type(module).__name__} attends more than once to the keys of layer {layer}, or to those of "
+                "another layer, which a compressed cache does not know; use another cache"
+            )
+
     def turn(self, inputs: dict[str, Any], seen: int) -> None:
         """`generate` begins.
 
@@ -142,6 +177,7 @@ class Calls:
 
     def crop(self, columns: int) -> None:
         """Forgets what was told of all but the first columns."""
+        self.waits = None
         kept = []
         for read in self._read:
             left = -(-(columns - read.first) // read.stride)

@@ -50,6 +50,10 @@ class ObservesInputs(ABC):
         """Gets the decoder that is about to run and its arguments by name."""
 
     @abstractmethod
+    def after_decoder(self) -> None:
+        """Hears that the decoder came to its end, where layers that are not compressed have to hear of it."""
+
+    @abstractmethod
     def before_turn(self, model: PreTrainedModel, inputs: dict[str, Any]) -> None:
         """Gets a model and the arguments of `generate` by name, before it cuts off what it takes to be seen."""
 
@@ -96,6 +100,8 @@ def observe(model: PreTrainedModel, decoder: PreTrainedModel, adapter: Adapter) 
             model.__dict__.setdefault("get_compiled_call", _CompiledCall(model))
     if not is_hooked(decoder):
         decoder.__dict__[_HOOK] = [decoder.register_forward_pre_hook(_DecoderHook(decoder), with_kwargs=True)]
+        if adapter.own_layers(model):
+            decoder.__dict__[_HOOK].append(decoder.register_forward_hook(_Done(decoder), with_kwargs=True))
 
 
 class _Hook:
@@ -145,6 +151,18 @@ class _ModelHook(_Hook):
 class _DecoderHook(_Hook):
     def look(self, module: nn.Module, inputs: dict[str, Any], cache: ObservesInputs) -> None:
         cache.before_decoder(module, inputs)
+
+
+class _Done:
+    """A hook that knows the names of a module's arguments, as `_Hook` does, and says that it came to its end."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.names = tuple(inspect.signature(module.forward).parameters)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        cache = cache_among({**dict(zip(self.names, args, strict=False)), **kwargs})
+        if isinstance(cache, ObservesInputs):
+            cache.after_decoder()
 
 
 class _Instead:

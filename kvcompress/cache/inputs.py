@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 
 from kvcompress.errors import CacheStateError, UnsupportedModeError, UnsupportedModelError
 
+_MEDIA = ("pixel", "image", "video", "audio", "input_features")  # in the names of arguments
+
 
 def shape_of(inputs: dict[str, Any]) -> tuple[int, int] | None:
     """Rows and tokens of a call; None if it has neither ids nor embeddings."""
@@ -96,9 +98,13 @@ def refuse_images(model: nn.Module, inputs: dict[str, Any]) -> None:
     Raises:
         UnsupportedModelError: naming the model.
     """
-    if inputs.get("pixel_values") is not None:
-        kind = type(model).__name__
-        raise UnsupportedModelError(f"pixel_values: {kind} is a text model; an image needs a LLaVA model")
+    for name, value in inputs.items():
+        if value is not None and any(medium in name for medium in _MEDIA) and isinstance(value, Tensor | list):
+            kind = type(model).__name__
+            raise UnsupportedModelError(
+                f"{name}: {kind} is a text model to kvcompress; an image needs a model whose adapter knows its images, "
+                "such as a LLaVA"
+            )
 
 
 def not_the_conversation(seen: int, tokens: int) -> str:

@@ -22,7 +22,7 @@ from kvcompress.cache.sequence import Counts, Sequence, with_last, without_last
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.step import Decode, Prefill, Step
 from kvcompress.errors import PolicyError
-from kvcompress.kernels import attend_blocks
+from kvcompress.kernels import attend_blocks, with_sinks
 from kvcompress.policies.context import LayerContext, LayerWeights, MergeContext
 from kvcompress.policies.faults import policy_errors
 from kvcompress.policies.projection import projected_norm
@@ -61,6 +61,7 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
 
     unscored: Unscored | None = None
     _weights: Callable[[], LayerWeights] = LayerWeights
+    _softcap: float | None = None
 
     def forget(self, sequence: Sequence) -> None:
         """Starts anew, with what is seen from now on in `sequence`."""
@@ -84,6 +85,8 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         value: Tensor,
         scaling: float,
         weights: Callable[[], LayerWeights] = LayerWeights,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """Stores this step's tokens, attends over all, scores, and gives up what is over the budget.
 
@@ -95,6 +98,8 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
             value: like `key`.
             scaling: factor on the logits.
             weights: gives the layer's own weights, for scorers that read them.
+            softcap: what the model keeps its logits below; None if it lets them be.
+            sinks: a logit of each head that the softmax runs over too, and that has no value; None if there is none.
 
         Returns:
             The attention output, `[batch, heads, queries, head_dim]`.
@@ -102,12 +107,18 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         if isinstance(step, Decode):
             assert table is not None
             self.store.write(key, value, table.write[self.number])
-            return self.store.attend(query, scaling, step.used(self.number, query.device))
-        self._weights = weights
+            used = step.used(self.number, query.device)
+            if softcap is None and sinks is None:
+                return self.store.attend(query, scaling, used)
+            return with_sinks(*self.store.attend_with_lse(query, scaling, used, softcap), sinks)[0]
+        self._weights, self._softcap = weights, softcap
         query, key, value = (step.aligned(tensor) for tensor in (query, key, value))
         past = self._append(step, key, value)
         valid = self._valid(step)
-        output, lse = attend_blocks(query, self.store.blocks(self.slots), past, scaling, valid, self._reads_attention)
+        wants_lse, blocks = self._reads_attention or sinks is not None, self.store.blocks(self.slots)
+        output, lse = attend_blocks(query, blocks, past, scaling, valid, wants_lse, softcap)
+        if lse is not None:
+            output, lse = with_sinks(output, lse, sinks)
         if step.evicts:
             self._score(step, Unscored(query, lse, scaling, weights))
         elif self.config.scorer is not None or self._needs:
@@ -201,6 +212,7 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
             is_image=step.once("images", index, lambda: self.sequence.images_at(index)),
             weights=of.weights() if scorer is not None else LayerWeights(),
             heads=self.heads,
+            softcap=self._softcap,
             heads_part=self.heads_part,
         )
         if observed:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvcompress.cache.packed import Packed
 from kvcompress.cache.sequence import Counts
-from kvcompress.cache.store import DenseStore, InUse, by_key_head, fixed, rows_at, with_slots
+from kvcompress.cache.store import DenseStore, InUse, by_key_head, fixed, of_heads, rows_at, slots_in_use, with_slots
 from kvcompress.kernels import attention_with_slots, decode_attention_codes, merge_attention
 from kvcompress.policies.base import Quantizer
 from kvcompress.policies.context import Codes, Keys, Queries, Values
@@ -85,7 +85,7 @@ class QuantizedStore(DenseStore):
             return super().attend(query, scaling, used)
         (keys, values), read_as = self.dense(), self.quantizer.code_dtype
         if used.length is None or read_as is None or keys.shape[3] != values.shape[3]:
-            return self._attend_blocks(query, scaling, used)
+            return self.attend_with_lse(query, scaling, used)[0]
         of_keys, of_values = self._packed
         return decode_attention_codes(
             query,
@@ -104,14 +104,18 @@ class QuantizedStore(DenseStore):
             value_rows=of_values.scale_rows,
         )
 
-    def _attend_blocks(self, query: Queries, scaling: float, used: InUse) -> Tensor:
+    def attend_with_lse(
+        self, query: Queries, scaling: float, used: InUse, softcap: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The same where no kernel reads the codes: a block of them is decoded at a time.
 
         Blocks are those in use, without a mask where every row has as many; where the host has no say, all there are.
         """
+        if self._packed is None:
+            return super().attend_with_lse(query, scaling, used, softcap)
         keys, values = (tensor[:, :, : used.width] for tensor in self.dense())
         grouped = by_key_head(query, keys.shape[1])
-        parts = _attend(grouped, keys, values, scaling, _mask(used, keys.shape[2]))
+        parts = _attend(grouped, keys, values, scaling, slots_in_use(used, keys.shape[2]), softcap)
         slots, whole = self.codes_capacity, 0
         if not used.device_only:
             slots, whole = self.packed, 0 if self.packed_rows is None else int(self.packed_rows.min())
@@ -120,8 +124,8 @@ class QuantizedStore(DenseStore):
             if end > whole:  # some row has fewer
                 assert self.coded is not None
                 mask = (torch.arange(start, end, device=query.device) < self.coded).unsqueeze(1)
-            parts = merge_attention(*parts, *_attend(grouped, *self._decoded(start, end), scaling, mask))
-        return parts[0].reshape(*query.shape[:3], -1)
+            parts = merge_attention(*parts, *_attend(grouped, *self._decoded(start, end), scaling, mask, softcap))
+        return of_heads(query, parts)
 
     def room(self, slots: Counts) -> Counts:
         """As many, but no more than there can be before they are quantized."""
@@ -299,14 +303,7 @@ class QuantizedStore(DenseStore):
         return keys, values
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, scaling: float, used: Tensor | None) -> tuple[Tensor, Tensor]:
-    return attention_with_slots(query, keys.to(query.dtype), values.to(query.dtype), scaling, used)
-
-
-def _mask(used: InUse, slots: int) -> Tensor | None:
-    """Which of the first slots of full precision are in use, `[batch, sets, slots]`; None if all are."""
-    if used.bias is not None:
-        return used.bias[..., 0, :slots] == 0
-    if used.length is None:
-        return None
-    return torch.arange(slots, device=used.length.device) < used.length.unsqueeze(-1)
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, scaling: float, used: Tensor | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    return attention_with_slots(query, keys.to(query.dtype), values.to(query.dtype), scaling, used, softcap)

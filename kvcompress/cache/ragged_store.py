@@ -185,7 +185,7 @@ class RaggedStore(DenseStore):
         assert keys is not None and values is not None
         start = start if rows is None else start[rows]
         owner, place = _owners(slots)
-        if order is None:
+        if order is None or not order.shape[2]:
             at = torch.as_tensor(start.reshape(-1)[owner] + place, device=keys.device)
         else:
             width = order.shape[2]

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from kvcompress.cache import decoding, undoing
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Phase
-from kvcompress.errors import CacheStateError, ConfigError, shown
+from kvcompress.errors import CacheStateError, ConfigError, UnsupportedModeError, shown
 
 _ASK = "\n\nRepeat the previous context exactly."
 _ASK_PART = "\n\nRepeat the part of the previous context exactly, starting with"
@@ -42,6 +42,7 @@ def reconstruct(
     )
     seen = {name: value for name, value in read.items() if name not in ("input_ids", "attention_mask")}
     state.recording = True
+    state.own.record(True)
     forward(**{**read, "attention_mask": mask, "position_ids": _positions(mask, ids.shape[1]), **more})
     _forget_step(state)
     for layer in state.layers:
@@ -59,6 +60,7 @@ def reconstruct(
         layer.scores = scores_of_layer
     state.recording, state.waiting = False, Phase.PREFILL
     undoing.compress(state)
+    state.own.record(False)
 
 
 def _check(state: CacheState, inputs: Mapping[str, Any], chunk: int) -> None:
@@ -72,6 +74,11 @@ def _check(state: CacheState, inputs: Mapping[str, Any], chunk: int) -> None:
             "score_by_reconstruction does not take; choose another, such as 'prefix'"
         )
     state.check_ready()
+    if not state.own.goes_back:
+        raise UnsupportedModeError(
+            "score_by_reconstruction: takes the repetition back, and some layers keep a state of all that was seen "
+            "(linear attention), out of which no token can be taken again; choose a scorer that needs none of it"
+        )
     if state.sequence.seen:
         raise CacheStateError(
             f"score_by_reconstruction: reads the prompt itself, into an empty cache; this one has seen "
@@ -134,6 +141,7 @@ def _scores(state: CacheState, columns: int) -> list[Tensor]:
             assert scores is not None
             found.append(scores[..., :slots].clone())
             layer.drop_from(left)
+        state.own.crop(columns)
         sequence.crop(sequence.seen - columns, gone, whole_step=True)
         state.calls.crop(sequence.seen)
         step.problems.refuse()

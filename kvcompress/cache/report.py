@@ -13,6 +13,7 @@ from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.sequence import Counts, stacked
 from kvcompress.cache.sizes import explained
 from kvcompress.cache.state import CacheState
+from kvcompress.integrations.shape import ranges
 from kvcompress.markup import bars, size, table
 
 
@@ -43,6 +44,10 @@ class CacheReport:
         index_bytes: bytes allocated for columns and scores.
         full_kv_bytes: bytes that the keys and values of every column would take.
         threshold: the global threshold that the prefix allocator found per row; None for others.
+        layers: number in the model of each layer that is compressed, which is what `layer` counts everywhere else; all
+            of them unless the model has layers that slide or sum up.
+        own_kv_bytes: bytes that layers hold which stay transformers' own, whatever the budget; a part of `kv_bytes` and
+            of `full_kv_bytes`.
         decoding: how the last decode step ran: "eager", "captured" or "compiled"; None before the first.
         preset: what `auto` chose; None where nothing was left to it, and before the first prompt.
         notes: what a reader should know, in words: what `auto` chose and why, what lets layers grow past their budget,
@@ -62,6 +67,8 @@ class CacheReport:
     full_kv_bytes: int
     went_into: dict[int, list[list[int]]] = field(default_factory=dict, repr=False)
     threshold: list[float] | None = None
+    layers: list[int] = field(default_factory=list, repr=False)
+    own_kv_bytes: int = 0
     decoding: str | None = None
     preset: str | None = None
     notes: list[str] = field(default_factory=list)
@@ -155,11 +162,13 @@ def report_on(state: CacheState) -> CacheReport:
         layer_lengths=_of_layers(held),
         layer_budgets=None if limits is None else _of_layers(limits),
         held_columns=[_held_columns(state, layer) for layer in state.layers],
-        kv_bytes=sum(layer.store.nbytes for layer in state.layers),
+        kv_bytes=sum(layer.store.nbytes for layer in state.layers) + state.own.nbytes,
         index_bytes=_index_nbytes(state),
-        full_kv_bytes=slot_nbytes * sequence.seen * sequence.batch,
+        full_kv_bytes=slot_nbytes * sequence.seen * sequence.batch + state.own.nbytes,
         went_into={layers: into.tolist() for layers, into in sequence.went_into.items()},
         threshold=None if threshold is None else threshold.tolist(),
+        layers=list(state.numbers),
+        own_kv_bytes=state.own.nbytes,
         decoding=state.ran,
         preset=None if state.chosen is None else state.chosen.preset,
         notes=[*_notes(state), *explained(state, held)],
@@ -193,6 +202,11 @@ def _notes(state: CacheState) -> list[str]:
     evictor, notes = state.config.evictor, [] if state.chosen is None else [str(state.chosen)]
     if evictor is not None and evictor.frees == "nothing":
         notes.append("decode rule 'none': layers grow by every generated token, past their budget")
+    if state.own:
+        notes.append(
+            f"layers {ranges(sorted(state.own.layers))} keep transformers' own cache; the budget is a share of the "
+            f"tokens in the other {len(state.layers)}"
+        )
     if state.recording:
         notes.append("past recording: eviction waits for crop")
     return notes

@@ -34,6 +34,7 @@ def select(state: CacheState, operation: str, index: Tensor) -> None:
             layer.select_rows(index, rows)
         if state.table is not None:
             state.table.select_rows(index, rows, state.own_allocation)
+        state.own.select_rows(index)
         state.calls.select_rows(index)
     if (
         len(rows) != before

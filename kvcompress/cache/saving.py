@@ -208,11 +208,14 @@ class Saved:
         with self._told(), torch.no_grad():
             parts = dict(self._manifest.state["dict"])
             made: dict[tuple[str, torch.device], Tensor] = {}
-            pairs = zip(parts.pop("layers"), places, strict=False)  # none before the first token
+            pairs = zip(
+                parts.pop("layers"), (places[one] for one in state.numbers), strict=False
+            )  # none before the first token
             layers = [from_json(one, self._tensors, made, place) for one, place in pairs]
+            own = _own_from(parts.pop("own", None), self._tensors, made, places)
             rest = {name: from_json(part, self._tensors, made, places[0]) for name, part in parts.items()}
             _check_room(layers, rest["table"])
-            state.restore({**rest, "layers": layers}, places)
+            state.restore({**rest, "layers": layers, "own": own}, places)
             _check_state(state, decoder)
 
     def extra(self) -> dict[str, Any]:
@@ -234,6 +237,13 @@ class Saved:
                 f"cache {self.folder}: does not hold what this release of kvcompress reads ({type(error).__name__}: "
                 f"{error}); {_WAY_OUT}"
             ) from None
+
+
+def _own_from(
+    saved: Any, tensors: dict[str, Tensor], made: dict[tuple[str, torch.device], Tensor], places: list[torch.device]
+) -> dict[int, Any]:
+    """What layers that are transformers' own hold, each where it computes."""
+    return {number: from_json(one, tensors, made, places[number]) for number, one in (saved or {"dict": []})["dict"]}
 
 
 def _read(folder: Path) -> tuple[Manifest, dict[str, Tensor]]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kvcompress.cache.allocation import Allocation, Rule
 from kvcompress.cache.calls import Calls
 from kvcompress.cache.layer import CompressedLayer
+from kvcompress.cache.own import OwnLayers
 from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.sequence import Counts, Sequence
 from kvcompress.cache.slots import SlotTable
@@ -31,7 +32,9 @@ class CacheState:
         config: the policies and the budget; those that `auto` chose, once it has.
         asked: what the user asked for, which may be `auto`.
         chosen: what that chose; None for any other configuration, and before the first prompt.
-        layers: the decoder layers, each with what it holds.
+        layers: the decoder layers that are compressed, each with what it holds; policies know of no others.
+        numbers: number of each of them in the model.
+        own: the other decoder layers, which stay transformers' own.
         heads: the processes that share the heads.
         reserve: tokens that buffers are to get room for at once where they grow; 0 if nobody said so.
         calls: what the hooks told of the call in progress.
@@ -50,14 +53,23 @@ class CacheState:
         ran: how the last decode step ran: "eager", "captured" or "compiled"; None before the first.
     """
 
-    def __init__(self, config: CompressionConfig, layers: int, heads: HeadGroup, calls: Calls, reserve: int) -> None:
+    def __init__(
+        self,
+        config: CompressionConfig,
+        numbers: list[int],
+        heads: HeadGroup,
+        calls: Calls,
+        reserve: int,
+        own: OwnLayers | None = None,
+    ) -> None:
         """Starts with nothing seen."""
+        self.numbers, self.own = numbers, own or OwnLayers({})
         self.config, self.heads, self.calls, self.reserve = config, heads, calls, reserve
         self.asked = config
         self.chosen: Chosen | None = None
         self._needs_ids = calls.needs_ids
         self.sequence = Sequence()
-        self.layers = [CompressedLayer(number, config, self.sequence, heads) for number in range(layers)]
+        self.layers = [CompressedLayer(number, config, self.sequence, heads) for number in range(len(numbers))]
         self._start()
 
     def _start(self) -> None:
@@ -93,6 +105,7 @@ class CacheState:
     def forget(self) -> None:
         """Forgets all that was seen, also after a forward that failed."""
         self.step = Prefill()  # until everything is forgotten
+        self.own.forget()
         self.sequence, self.config, self.chosen = Sequence(), self.asked, None
         for layer in self.layers:
             layer.config = self.config
@@ -151,6 +164,7 @@ class CacheState:
         """What the cache and its parts refer to, so that they can be made to do so again; the cache itself last."""
         parts: list[Any] = [self.sequence, self.calls, *self.layers, *(layer.store for layer in self.layers)]
         parts += [part for part in (self.table, self.allocation) if part is not None]
+        parts += self.own.parts()
         return [(part, {name: _apart(value) for name, value in vars(part).items()}) for part in (*parts, self)]
 
     def saved(self) -> dict[str, Any]:
@@ -160,6 +174,7 @@ class CacheState:
             "sequence": self.sequence.saved(),
             "calls": self.calls.saved(),
             "layers": [layer.saved() for layer in self.layers if layer.is_initialized],
+            "own": self.own.saved(),
             "allocation": self.allocation,
             "rule": self.rule,
             "recording": self.recording,
@@ -170,15 +185,16 @@ class CacheState:
         }
 
     def restore(self, saved: Any, devices: list[torch.device]) -> None:
-        """Takes over what `saved` gave; layers and their tensors are on those devices."""
+        """Takes over what `saved` gave; layers and their tensors are on those devices, one of each decoder layer."""
         if saved.get("chosen") is not None:
             self.chosen = Chosen.from_plain(saved["chosen"])
             self.adopt(self.chosen.config)
         self.sequence.restore(saved["sequence"])
         self.calls.restore(saved["calls"])
         if saved["layers"]:
-            for layer, kept, device in zip(self.layers, saved["layers"], devices, strict=True):
-                layer.restore(kept, device)
+            for layer, number, kept in zip(self.layers, self.numbers, saved["layers"], strict=True):
+                layer.restore(kept, devices[number])
+        self.own.restore(saved.get("own", {}), dict(enumerate(devices)))
         self.allocation, self.rule, self.recording = saved["allocation"], saved["rule"], bool(saved["recording"])
         self.ran = saved["ran"]
         if saved["table"] is not None:
@@ -209,13 +225,16 @@ class CacheState:
             return False
         return step.next_layer == 0 and 0 in step.reduction.points
 
-    def check_ready(self) -> None:
+    def check_ready(self, entered: bool = False) -> None:
         """Refuses to go on after a step that failed.
+
+        Args:
+            entered: whether the decoder is running.
 
         Raises:
             CacheStateError: naming the way out.
         """
-        if self.step is not None and not self.device_only:
+        if (self.step is not None and not self.device_only) or (self.own.unfinished and not entered):
             raise self.broken()
 
     def broken(self) -> CacheStateError:

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvcompress.cache.sequence import Counts
-from kvcompress.kernels import decode_attention
+from kvcompress.kernels import attention_with_slots, decode_attention
 from kvcompress.policies.context import Keys, Queries, Values
 
 
@@ -79,6 +79,11 @@ class KVStore(Protocol):
 
     def attend(self, query: Queries, scaling: float, used: InUse) -> Tensor:
         """Attention of one query per row over all packed slots and those others that are in use."""
+
+    def attend_with_lse(
+        self, query: Queries, scaling: float, used: InUse, softcap: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The same, with logits below a cap, and the log-sum-exp of each query's logits, `[batch, heads, 1]`."""
 
     def take(
         self,
@@ -212,6 +217,16 @@ class DenseStore:
         output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=scaling)
         return output.reshape(*query.shape[:3], -1)
 
+    def attend_with_lse(
+        self, query: Queries, scaling: float, used: InUse, softcap: float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The same, with logits below a cap, and the log-sum-exp of each query's logits, `[batch, heads, 1]`."""
+        keys, values = (tensor[:, :, : used.width] for tensor in self.dense())
+        parts = attention_with_slots(
+            by_key_head(query, keys.shape[1]), keys, values, scaling, slots_in_use(used, keys.shape[2]), softcap
+        )
+        return of_heads(query, parts)
+
     def take(
         self,
         rest: Int[Tensor, "batch sets slots"],
@@ -296,6 +311,21 @@ def rows_at(tensor: Tensor, order: Int[Tensor, "batch sets slots"]) -> Tensor:
     """Slots of every row and head in the given order, copied."""
     heads, width = tensor.shape[1], tensor.shape[3]
     return tensor.gather(2, order.unsqueeze(-1).expand(-1, heads, -1, width))
+
+
+def slots_in_use(used: InUse, slots: int) -> Tensor | None:
+    """Which of the first slots of full precision are in use, `[batch, sets, slots]`; None if all are."""
+    if used.bias is not None:
+        return used.bias[..., 0, :slots] == 0
+    if used.length is None:
+        return None
+    return torch.arange(slots, device=used.length.device) < used.length.unsqueeze(-1)
+
+
+def of_heads(query: Queries, parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp of queries that `by_key_head` put together, head by head."""
+    output, lse = parts
+    return output.reshape(*query.shape[:3], -1), lse.reshape(query.shape[:3])
 
 
 def with_slots(order: Int[Tensor, "batch sets slots"], capacity: Counts) -> Int[Tensor, "batch sets more"]:

@@ -31,6 +31,7 @@ def crop(state: CacheState, tokens_to_remove: int) -> None:
         recorded = _recorded_columns(state)
         with state.changing() as step:
             decoding.tidy(state)
+            state.own.crop(columns)
             if columns:
                 if columns < recorded:
                     settle(state, step, columns)
@@ -66,6 +67,8 @@ def _drop_unscored(state: CacheState) -> None:
 
 def refusal(state: CacheState, columns: int) -> str | None:
     """Why the last columns cannot be taken back; None if they can."""
+    if why := state.own.refusal(columns):
+        return why
     if not _can_drop(state, columns):
         return (
             f"crop: some layer has already evicted one of the last {columns} tokens, so it cannot go back; call "
@@ -101,15 +104,20 @@ def holds_from(state: CacheState, layer: CompressedLayer, first: Counts) -> Coun
     return held.amin(1).cpu().numpy()
 
 
-def compress(state: CacheState) -> None:
+def compress(state: CacheState, entered: bool = False) -> None:
     """Brings every layer down to its budget now, rather than at the next crop or forward.
 
     To be called in every process where several share the heads.
+
+    Args:
+        state: what the cache knows.
+        entered: whether the decoder is running.
     """
-    state.check_ready()
+    state.check_ready(entered)
     if state.waiting is not None:
         with state.changing() as step:
             decoding.tidy(state)
+            state.own.crop(0)
             _let_go(state, step)
 
 

@@ -183,21 +183,23 @@ def profile_override(profile: LayerProfile | str | PathLike[str] | None, overrid
     return {**overrides, "allocator": profile.allocator()}
 
 
-def check_profiles(config: CompressionConfig, decoder: PreTrainedModel) -> None:
+def check_profiles(config: CompressionConfig, decoder: PreTrainedModel, layers: int | None = None) -> None:
     """Raises ConfigError if a profile in a configuration was made for another model; the message names what differs.
 
     Args:
         config: the policies.
         decoder: the module that owns the decoder layers.
+        layers: how many of them are compressed; None if all are.
     """
+    compressed = decoder.config.num_hidden_layers if layers is None else layers
     held = _profiles(config.allocator)
     known = [one.model for one in held if one.model is not None]
     mine = fingerprint_of(decoder) if known else None
     for one in held:
         differences = [] if one.model is None or mine is None else one.model.differences(mine)
-        layers = len(one.retentions[0]) // one.heads if one.retentions else decoder.config.num_hidden_layers
-        if not differences and layers != decoder.config.num_hidden_layers:
-            differences = [f"layers {layers} instead of {decoder.config.num_hidden_layers}"]
+        own = len(one.retentions[0]) // one.heads if one.retentions else compressed
+        if not differences and own != compressed:
+            differences = [f"layers {own} instead of {compressed}"]
         if differences:
             raise ConfigError(
                 f"profile: was made for another model ({', '.join(differences)}); make one for this model with "

@@ -68,11 +68,12 @@ def calibrate(
                 on_sample(number)
 
         found = retentions(loaded, config, samples, budgets, done, processes)
-    decoder = adapter_for(loaded.model).decoder(loaded.model)
+    adapter = adapter_for(loaded.model)
+    decoder = adapter.decoder(loaded.model)
     return LayerProfile(
         budgets=budgets,
         retention=found.mean(0).tolist(),
-        heads=found.shape[2] // decoder.config.num_hidden_layers,
+        heads=found.shape[2] // len(adapter.compressed_layers(loaded.model)),
         spread=found.std(0, correction=min(1, len(samples) - 1)).tolist(),
         samples=len(samples),
         model=fingerprint_of(decoder),

@@ -108,10 +108,6 @@ def _load(name: str, dtype: torch.dtype | str) -> LoadedModel:
             f"model '{name}': is no folder, and no model's id on the hub (owner/name) either{hint}"
         )
     config: PretrainedConfig = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    if config.model_type not in known_models():
-        raise UnsupportedModelError(
-            f"model '{name}': no adapter for its type '{config.model_type}'; known: {', '.join(known_models())}"
-        )
     for part in (config, *(getattr(config, each, None) for each in ("text_config", "vision_config"))):
         asked = getattr(part, "_attn_implementation", None)
         if isinstance(asked, str) and "/" in asked:  # transformers would fetch and run it
@@ -119,12 +115,34 @@ def _load(name: str, dtype: torch.dtype | str) -> LoadedModel:
                 f"model '{name}': its configuration asks for code from a hub (attn_implementation '{asked}'), which is "
                 "not run; take that line out of its config.json"
             )
+    if config.model_type not in known_models():
+        _check_shape(name, config)
     if getattr(config, "vision_config", None) is None:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, trust_remote_code=False)
         return LoadedModel(name, model, AutoTokenizer.from_pretrained(source, trust_remote_code=False))
     model = AutoModelForImageTextToText.from_pretrained(source, dtype=dtype, trust_remote_code=False)
     processor = AutoProcessor.from_pretrained(source, trust_remote_code=False)  # type: ignore[no-untyped-call]
     return LoadedModel(name, model, cast(PreTrainedTokenizerBase, processor.tokenizer), processor)
+
+
+def _check_shape(name: str, config: PretrainedConfig) -> None:
+    """Refuses a model that no adapter serves, by its shape, before its weights are read.
+
+    Raises:
+        UnsupportedModelError: saying why.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+    except Exception as error:  # no text model, or one that cannot be made without its weights
+        raise UnsupportedModelError(
+            f"model '{name}': no adapter for its type '{config.model_type}', and no text model of it can be made to "
+            f"look at ({_first_line(error)}); known by name: {', '.join(known_models())}"
+        ) from None
+    try:
+        adapter_for(model)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"model '{name}': {str(error).removeprefix('model: ')}") from None
 
 
 def _load_shapes(dtype: str) -> LoadedModel:

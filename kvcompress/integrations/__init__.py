@@ -1,6 +1,6 @@
 """What kvcompress must know of a model: where its decoder is, and which of its tokens are images."""
 
-from kvcompress.integrations.base import Adapter, adapter_for, known_models, register_adapter
+from kvcompress.integrations.base import Adapter, DecoderAdapter, adapter_for, known_models, register_adapter
 from kvcompress.integrations.llama import LlamaAdapter
 from kvcompress.integrations.llava import LlavaAdapter
 from kvcompress.integrations.llava_next import LlavaNextAdapter, LlavaNextVideoAdapter, LlavaOnevisionAdapter
@@ -10,6 +10,7 @@ from kvcompress.integrations.tiles import Idefics3Adapter, InternVLAdapter
 
 __all__ = [
     "Adapter",
+    "DecoderAdapter",
     "Idefics3Adapter",
     "InternVLAdapter",
     "LlamaAdapter",

@@ -1,4 +1,4 @@
-"""Adapters: one small class for each family of models, found by the model type in the configuration."""
+"""Adapters: what is asked about a model; found by the model type in its configuration, or else by its shape."""
 
 from __future__ import annotations
 
@@ -12,6 +12,18 @@ from transformers import PreTrainedModel
 
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.integrations.projection import effective_weight
+from kvcompress.integrations.shape import (
+    LayerKind,
+    attention_of,
+    decoder_of,
+    frequencies_of,
+    layer_kinds,
+    output_of,
+    own_layers,
+    ranges,
+    why_not,
+)
+from kvcompress.integrations.wrapped import unwrapped
 from kvcompress.parallel import HeadGroup, head_group
 from kvcompress.policies.context import LayerWeights
 from kvcompress.policies.images import ImageLayout
@@ -34,14 +46,27 @@ class Adapter(ABC):
         return list(self.decoder(model).layers)  # type: ignore[arg-type]
 
     def attention_modules(self, model: PreTrainedModel) -> list[nn.Module]:
-        """The attention module of every decoder layer."""
-        return [layer.self_attn for layer in self.layers(model)]  # type: ignore[misc]
+        """The attention module of every decoder layer that has one."""
+        found = (attention_of(layer) or getattr(layer, "self_attn", None) for layer in self.layers(model))
+        return [attention for attention in found if isinstance(attention, nn.Module)]
+
+    def kinds(self, model: PreTrainedModel) -> list[LayerKind]:
+        """What each decoder layer remembers: those that are "full" are compressed, others stay transformers' own."""
+        return layer_kinds(self.decoder(model))
+
+    def compressed_layers(self, model: PreTrainedModel) -> list[int]:
+        """Numbers of the decoder layers that attend to everything before them."""
+        return [number for number, kind in enumerate(self.kinds(model)) if kind == "full"]
+
+    def own_layers(self, model: PreTrainedModel) -> dict[int, Any]:
+        """Empty cache layers of transformers for the decoder layers that are not compressed, by number."""
+        made = zip(self.kinds(model), own_layers(self.decoder(model)), strict=True)
+        return {number: layer for number, (kind, layer) in enumerate(made) if kind != "full"}
 
     def layer_weights(self, decoder: nn.Module, attention: nn.Module) -> LayerWeights:
         """What scorers may read of a layer's weights; looked up anew at each scoring forward, never kept."""
-        output, unknown = effective_weight(getattr(attention, "o_proj", None))
-        frequencies = getattr(getattr(decoder, "rotary_emb", None), "inv_freq", None)
-        return LayerWeights(output, frequencies, unknown)
+        output, unknown = effective_weight(output_of(attention))
+        return LayerWeights(output, frequencies_of(decoder, attention), unknown)
 
     def head_group(self, model: PreTrainedModel) -> HeadGroup:
         """The processes that share each layer's heads where the model was loaded with a plan of tensor parallelism.
@@ -52,7 +77,8 @@ class Adapter(ABC):
         attentions, config = self.attention_modules(model), self.decoder(model).config
         query = getattr(getattr(attentions[0], "q_proj", None), "weight", None)
         mesh = getattr(model, "_device_mesh", None) or getattr(query, "device_mesh", None)
-        return head_group(attentions, config.num_attention_heads, config.num_key_value_heads, mesh)
+        heads = config.num_attention_heads
+        return head_group(attentions, heads, getattr(config, "num_key_value_heads", None) or heads, mesh)
 
     sees_images: ClassVar[bool] = False
 
@@ -90,26 +116,41 @@ class Adapter(ABC):
         return 0
 
     def check(self, model: PreTrainedModel) -> None:
-        """Refuses decoders with layers that do not attend to everything before them.
+        """Refuses decoders of which no layer attends to everything before it, or some layer keeps something unknown.
 
         Raises:
             UnsupportedModelError: naming the layers and what they are.
         """
-        config = self.decoder(model).config
-        kinds = list(getattr(config, "layer_types", None) or [])
-        if not kinds and getattr(config, "sliding_window", None) is not None:
-            kinds = ["sliding_attention"] * config.num_hidden_layers
-        odd = [index for index, kind in enumerate(kinds) if kind != "full_attention"]
+        config, kinds = self.decoder(model).config, self.kinds(model)
+        name = type(model).__name__
+        odd = [index for index, kind in enumerate(kinds) if kind == "other"]
         if odd:
+            raise UnsupportedModelError(
+                f"model: layers {ranges(odd)} of {name} keep something else than keys and values, or than a state that "
+                "transformers' own cache layers hold; a compressed cache knows no place for it, use another cache"
+            )
+        if "full" not in kinds:
             fields = [name for name in ("use_sliding_window", "sliding_window") if hasattr(config, name)]
             full = [f"config.{name} = {False if name.startswith('use') else None}" for name in fields]
             if getattr(config, "layer_types", None):
                 full.append("config.layer_types = ['full_attention'] * config.num_hidden_layers")
             raise UnsupportedModelError(
-                f"model: layers {_ranges(odd)} of {type(model).__name__} are {kinds[odd[0]]}; a compressed cache needs "
-                "full attention in every layer. Sequences that stay within the window lose nothing by it: before the "
-                f"model is made from its (text) config, set {'; '.join(full)}"
+                f"model: layers {ranges(list(range(len(kinds))))} of {name} are {kinds[0]}_attention, and none attends "
+                "to everything before it: there is nothing to compress, and DynamicCache holds no more than that. "
+                "Sequences that stay within the window lose nothing by full attention: for that, before the model is "
+                f"made from its (text) config, set {'; '.join(full)}"
             )
+
+
+class DecoderAdapter(Adapter):
+    """Any text model whose decoder has the usual shape, as `shape.why_not` tells it; taken where no other is named."""
+
+    def decoder(self, model: PreTrainedModel) -> PreTrainedModel:
+        """`model.get_decoder()`, or the model itself where it is the bare decoder."""
+        found = decoder_of(model)
+        if found is None:
+            raise UnsupportedModelError(f"model: {type(model).__name__} has no decoder with a list of layers")
+        return found
 
 
 _ADAPTERS: dict[str, type[Adapter]] = {}
@@ -132,52 +173,22 @@ def known_models() -> list[str]:
 
 
 def adapter_for(model: Any) -> Adapter:
-    """The adapter of a model.
+    """The adapter of a model, or of the one inside a wrapper (`wrapped.unwrapped`).
 
     Raises:
-        UnsupportedModelError: if no adapter is registered for its type; the message lists those that are known.
+        UnsupportedModelError: if no adapter is registered for its type and its shape is none that can be served; the
+            message says why.
     """
-    config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if not isinstance(model, PreTrainedModel):
-        inner = _unwrapping(model)
+    model = unwrapped(model)
+    model_type = str(model.config.model_type)
+    if model_type not in _ADAPTERS and (reason := why_not(model)):
         raise UnsupportedModelError(
-            f"model: must be a transformers model, got {type(model).__name__}"
-            + (f"; make the cache for the model inside, {inner}, and go on calling this one" if inner else "")
+            f"model: no adapter for the model type '{model_type}' ({type(model).__name__}), which {reason}. Known by "
+            f"name: {', '.join(known_models())}; by shape: decoders whose layers each hold one attention with rotary "
+            "embeddings that goes through transformers' attention interface. What can be served all the same takes an "
+            f"adapter of your own: @kvcompress.integrations.register_adapter('{model_type}') on a subclass of "
+            "kvcompress.integrations.Adapter"
         )
-    if model_type not in _ADAPTERS:
-        raise UnsupportedModelError(
-            f"model: no adapter for the model type '{model_type}' ({type(model).__name__}); known: "
-            f"{', '.join(known_models())}. For a model of the same shape: subclass "
-            "kvcompress.integrations.LlamaAdapter "
-            f"and decorate it with @kvcompress.integrations.register_adapter('{model_type}')"
-        )
-    adapter = _ADAPTERS[model_type]()
+    adapter = _ADAPTERS.get(model_type, DecoderAdapter)()
     adapter.check(model)
     return adapter
-
-
-def _unwrapping(model: Any) -> str:
-    """The expression that gives the model inside a wrapper (PEFT, torch.compile, DataParallel); empty if it is none."""
-    found, expression = model, "model"
-    while not isinstance(found, PreTrainedModel):
-        if callable(getattr(found, "get_base_model", None)):
-            found, expression = found.get_base_model(), f"{expression}.get_base_model()"
-        elif isinstance(getattr(found, "_orig_mod", None), nn.Module):
-            found, expression = found._orig_mod, f"{expression}._orig_mod"
-        elif isinstance(getattr(found, "module", None), nn.Module):
-            found, expression = found.module, f"{expression}.module"
-        else:
-            return ""
-    return expression
-
-
-def _ranges(numbers: list[int]) -> str:
-    """0, 1, 2, 5 -> "0-2, 5"."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][-1] + 1:
-            parts[-1].append(number)
-        else:
-            parts.append([number])
-    return ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)

@@ -7,9 +7,11 @@ from kvcompress.kernels.dense import (
     attention_with_lse,
     attention_with_mask,
     attention_with_slots,
+    capped,
     in_one_dtype,
     masked_attention_with_lse,
     merge_attention,
+    with_sinks,
     without_autocast,
 )
 from kvcompress.kernels.device import runs_triton
@@ -27,6 +29,7 @@ __all__ = [
     "attention_with_lse",
     "attention_with_mask",
     "attention_with_slots",
+    "capped",
     "decode_attention",
     "decode_attention_codes",
     "decode_bias",
@@ -34,5 +37,6 @@ __all__ = [
     "masked_attention_with_lse",
     "merge_attention",
     "runs_triton",
+    "with_sinks",
     "without_autocast",
 ]

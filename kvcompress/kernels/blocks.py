@@ -18,6 +18,7 @@ def attend_blocks(
     scaling: float,
     valid: Bool[Tensor, "batch sets tokens"] | None,
     wants_lse: bool,
+    softcap: float | None = None,
 ) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"] | None]:
     """Attention over older tokens, which every query sees, and causal attention over the queries' own.
 
@@ -29,6 +30,7 @@ def attend_blocks(
         valid: which tokens count, for all heads or for each key/value head; None if all do. A row's padding comes first
             among the queries' own tokens.
         wants_lse: whether the log-sum-exp is wanted at all.
+        softcap: what logits stay below; None for logits as they are.
 
     Returns:
         The output, zero for queries that see nothing, and the log-sum-exp of each query's logits.
@@ -37,19 +39,19 @@ def attend_blocks(
         kv_heads, shape = valid.shape[1], query.shape[:3]
         rows = ((rows_of_heads(keys, kv_heads), rows_of_heads(values, kv_heads)) for keys, values in blocks)
         of_rows = rows_of_heads(query, kv_heads), rows, past, scaling, valid.flatten(0, 1).unsqueeze(1), wants_lse
-        output, lse = attend_blocks(*of_rows)
+        output, lse = attend_blocks(*of_rows, softcap)
         return output.reshape(*shape, -1), None if lse is None else lse.reshape(shape)
     first, parts = 0, None
     for keys, values in blocks:
         end = first + keys.shape[2]
-        if valid is None and not wants_lse and past == 0 and keys.shape[2] == query.shape[2]:
+        if valid is None and not wants_lse and softcap is None and past == 0 and keys.shape[2] == query.shape[2]:
             return attention(query, keys, values, scaling, causal=True), None
         for left, right, causal in ((first, min(end, past), False), (max(first, past), end, True)):
             if left < right:
                 piece = slice(left - first, right - first)
                 own = None if valid is None else valid[:, 0, left:right]
                 own_keys, own_values = keys[:, :, piece], values[:, :, piece]
-                part = attention_with_mask(query, own_keys, own_values, scaling, own, causal=causal)
+                part = attention_with_mask(query, own_keys, own_values, scaling, own, causal=causal, softcap=softcap)
                 parts = part if parts is None else merge_attention(*parts, *part)
         first = end
     assert parts is not None

@@ -79,6 +79,7 @@ def attention_with_mask(
     valid: Bool[Tensor, "batch tokens"] | None,
     *,
     causal: bool = True,
+    softcap: float | None = None,
 ) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
     """Attention over rows that may hold padding, with the log-sum-exp of every query's scaled logits.
 
@@ -94,6 +95,7 @@ def attention_with_mask(
         valid: which tokens are no padding; None if none is. Padding gets no attention.
         causal: whether the last `queries` tokens are the queries' own, of which each sees itself and those before; if
             not, every query sees every token.
+        softcap: what logits stay below; logits are written out then. None for logits as they are.
 
     Returns:
         The output in the dtype of `query` (under autocast, in autocast's), and the log-sum-exp (natural logarithm,
@@ -101,6 +103,8 @@ def attention_with_mask(
     """
     query, keys, values = in_one_dtype(query, keys, values)
     causal = causal and query.shape[2] > 1  # one query sees every token in either case
+    if softcap is not None:
+        return _blockwise(query, keys, values, scaling, valid, causal, softcap)
     device, same_dim = query.device.type, keys.shape[3] == values.shape[3]
     if device == "cpu" and same_dim:
         past = keys.shape[2] - query.shape[2] if causal else 0
@@ -144,13 +148,15 @@ def masked_attention_with_lse(
     value: Float[Tensor, "batch heads tokens value_dim"],
     scaling: float,
     mask: Bool[Tensor, "batch sets tokens"],
+    softcap: float | None = None,
 ) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
     """Attention over the slots that a mask marks, for a few queries; written out in float32.
 
     Returns:
         The output in the dtype of `query`, and the log-sum-exp, as from `attention_with_mask`.
     """
-    logits = (query.float() @ key.float().transpose(2, 3) * scaling).masked_fill_(~mask.unsqueeze(2), -torch.inf)
+    logits = capped(query.float() @ key.float().transpose(2, 3) * scaling, softcap)
+    logits = logits.masked_fill_(~mask.unsqueeze(2), -torch.inf)
     probabilities, lse = _softmax(logits)
     return (probabilities @ value.float()).to(query.dtype), lse
 
@@ -161,6 +167,7 @@ def attention_with_slots(
     values: Float[Tensor, "batch heads slots value_dim"],
     scaling: float,
     used: Bool[Tensor, "batch sets slots"] | None,
+    softcap: float | None = None,
 ) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
     """Attention of a few queries over the slots in use, those of each row or of each head; all if `used` is None.
 
@@ -168,13 +175,35 @@ def attention_with_slots(
         The output in the dtype of `query`, and the log-sum-exp, as from `attention_with_mask`.
     """
     if used is None:
-        return attention_with_mask(query, keys, values, scaling, None, causal=False)
-    if query.device.type != "cpu" or keys.shape[3] != values.shape[3]:
-        return masked_attention_with_lse(query, keys, values, scaling, used)
+        return attention_with_mask(query, keys, values, scaling, None, causal=False, softcap=softcap)
+    if query.device.type != "cpu" or keys.shape[3] != values.shape[3] or softcap is not None:
+        return masked_attention_with_lse(query, keys, values, scaling, used, softcap)
     bias = torch.zeros(used.shape, dtype=query.dtype, device=query.device).masked_fill_(~used, -torch.inf).unsqueeze(2)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     output, lse = kernel(query, keys, values, 0.0, False, attn_mask=bias, scale=scaling)
     return output, lse.masked_fill(~used.any(-1, keepdim=True), -torch.inf)
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Logits that stay between minus and plus a cap (Gemma 2, arXiv 2408.00118, section 2); as they are without one."""
+    return logits if softcap is None else (logits / softcap).tanh_().mul_(softcap)
+
+
+def with_sinks(
+    output: Float[Tensor, "batch heads queries value_dim"],
+    lse: Float[Tensor, "batch heads queries"],
+    sinks: Float[Tensor, " heads"] | None,
+) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
+    """Attention of which a learned logit of each head takes its share and gives nothing (GPT-OSS's attention sinks).
+
+    Returns:
+        Output and log-sum-exp with the sinks among the logits; as they are without sinks.
+    """
+    if sinks is None:
+        return output, lse
+    logit = sinks.to(lse)[:, None]
+    output = (output * (lse - logit).sigmoid().unsqueeze(-1)).to(output.dtype)
+    return output, torch.where(lse == -torch.inf, lse, torch.logaddexp(lse, logit))  # what sees nothing still does not
 
 
 def rows_of_heads(tensor: Tensor, kv_heads: int) -> Tensor:
@@ -242,7 +271,13 @@ def _memory_efficient(
 
 
 def _blockwise(
-    query: Tensor, keys: Tensor, values: Tensor, scaling: float, valid: Tensor | None, causal: bool
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float,
+    valid: Tensor | None,
+    causal: bool,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention and log-sum-exp in blocks of queries, for devices and shapes without a kernel that returns both."""
     (batch, heads, queries, head_dim), (kv_heads, tokens) = query.shape, keys.shape[1:3]
@@ -253,7 +288,7 @@ def _blockwise(
     outputs, sums = [], []
     for first in range(0, queries, _BLOCK_QUERIES):
         block = grouped[:, :, :, first : first + _BLOCK_QUERIES].to(wide)
-        logits = (block.flatten(2, 3) @ keys * scaling).view(*block.shape[:4], tokens)
+        logits = capped(block.flatten(2, 3) @ keys * scaling, softcap).view(*block.shape[:4], tokens)
         if causal:
             last_key = columns[tokens - queries + first :][: block.shape[3], None]
             logits.masked_fill_(columns > last_key, -torch.inf)

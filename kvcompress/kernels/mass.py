@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvcompress.kernels.dense import rows_of_heads, without_autocast
+from kvcompress.kernels.dense import capped, rows_of_heads, without_autocast
 from kvcompress.kernels.device import runs_triton
 
 _TILE_KEYS = 512
@@ -29,6 +29,7 @@ def attention_mass(
     first: Int[Tensor, " batch"] | None = None,
     stride: int = 1,
     start: int = 0,
+    softcap: float | None = None,
 ) -> Float[Tensor, "batch kv_heads tokens"]:
     """Attention probability that each key received, summed over the counted queries and the heads of its group.
 
@@ -47,6 +48,7 @@ def attention_mass(
         first: a row's first query that may count, at least 0; None for 0 in all rows.
         stride: count every `stride`-th query, at least 1.
         start: queries to leave out before the first that counts, at least 0.
+        softcap: what logits stay below; None for logits as they are.
 
     Returns:
         Mass per key, float32. The masses of a key/value head add up to the number of counted queries that see anything,
@@ -56,13 +58,15 @@ def attention_mass(
         sets, shape = valid.shape[1], keys.shape[:3]
         query, keys, lse = (rows_of_heads(tensor, sets) for tensor in (query, keys, lse))
         first, valid = None if first is None else first.repeat_interleave(sets), valid.flatten(0, 1)
-        of_rows = attention_mass(query, keys, lse, scaling, valid=valid, first=first, stride=stride, start=start)
+        of_rows = attention_mass(
+            query, keys, lse, scaling, valid=valid, first=first, stride=stride, start=start, softcap=softcap
+        )
         return of_rows.view(shape)
-    if runs_triton(query.device):
+    if runs_triton(query.device) and softcap is None:
         from kvcompress.kernels import triton_mass
 
         return triton_mass.mass(query, keys, lse, scaling, valid, first, stride, start)
-    return _in_tiles(query, keys, lse, scaling, valid, first, stride, start)
+    return _in_tiles(query, keys, lse, scaling, valid, first, stride, start, softcap)
 
 
 def _in_tiles(
@@ -74,6 +78,7 @@ def _in_tiles(
     first: Tensor | None,
     stride: int,
     start: int,
+    softcap: float | None,
 ) -> Tensor:
     """Attention mass by matrix products of tiles, to which minus the log-sum-exp is added."""
     (batch, heads, queries, head_dim), (kv_heads, tokens) = query.shape, keys.shape[1:3]
@@ -99,7 +104,11 @@ def _in_tiles(
             seen = past + start + (end - 1) * stride + 1 if alike else tokens
             right = min(left + tile.shape[2], seen)
             block = slice(begin * group, end * group)
-            logits = torch.baddbmm(negative[:, block], grouped[:, block], tile[:, :, : right - left], alpha=scaling)
+            asks, seen_keys = grouped[:, block], tile[:, :, : right - left]
+            if softcap is None:
+                logits = torch.baddbmm(negative[:, block], asks, seen_keys, alpha=scaling)
+            else:
+                logits = capped(torch.bmm(asks, seen_keys).mul_(scaling), softcap).add_(negative[:, block])
             if right <= seen_by_all:
                 probability = logits.exp_()
             else:  # towards the end of the tile some queries see nothing, where their logits mean nothing

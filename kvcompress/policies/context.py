@@ -76,6 +76,8 @@ class LayerContext:
         weights: the layer's own weights, as far as scorers read them.
         heads: which of the layer's heads these are, where several processes share them; a score that depends on a
             head's number or on other heads must ask it.
+        softcap: what the model keeps its logits below; None if it lets them be. What a model adds to the logits that
+            the softmax runs over (attention sinks) is in `lse` alone.
         heads_part: whether heads of the layer, of any process, hold different tokens, so that a slot is not one token.
     """
 
@@ -92,6 +94,7 @@ class LayerContext:
     most_images: int | None = None
     weights: LayerWeights = LayerWeights()
     heads: HeadGroup = ALONE
+    softcap: float | None = None
     heads_part: bool = False
 
     @property
@@ -123,7 +126,15 @@ class LayerContext:
         rows, start = (first, 0) if isinstance(first, Tensor) else (None, first)
         valid, group = self._valid_tokens, self.query.shape[1] // self.keys.shape[1]
         return attention_mass(
-            self.query, self.keys, self._lse(), self.scaling, valid=valid, first=rows, stride=step, start=start
+            self.query,
+            self.keys,
+            self._lse(),
+            self.scaling,
+            valid=valid,
+            first=rows,
+            stride=step,
+            start=start,
+            softcap=self.softcap,
         ).div_(group)
 
     def attention_probabilities(self, last: int) -> Float[Tensor, "batch heads queries tokens"]:
@@ -137,7 +148,9 @@ class LayerContext:
         Raises:
             RuntimeError: if the scorer did not declare `reads_attention`.
         """
-        return attention_probabilities(self.query, self.keys, self._lse(), self.scaling, last, self._valid_tokens)
+        return attention_probabilities(
+            self.query, self.keys, self._lse(), self.scaling, last, self._valid_tokens, self.softcap
+        )
 
     def in_order(self) -> Int[Tensor, "batch sets tokens"] | None:
         """Slots in the order of their tokens, those without a token first; None where they lie so already."""

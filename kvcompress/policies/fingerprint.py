@@ -20,7 +20,7 @@ class Fingerprint(Configured):
 
     Args:
         model_type: transformers' name of the decoder's architecture, such as "llama".
-        layers: decoder layers.
+        layers: decoder layers that attend to everything before them, as all do in most models.
         heads: query heads.
         kv_heads: key/value heads.
         hidden_size: width of the hidden states.
@@ -51,10 +51,10 @@ class Fingerprint(Configured):
 def fingerprint_of(decoder: PreTrainedModel) -> Fingerprint:
     """The fingerprint of the module that owns the decoder layers."""
     config = decoder.config
-    heads = int(config.num_attention_heads)
+    heads, kinds = int(config.num_attention_heads), list(getattr(config, "layer_types", None) or [])
     return Fingerprint(
         model_type=config.model_type,
-        layers=config.num_hidden_layers,
+        layers=kinds.count("full_attention") if "full_attention" in kinds else config.num_hidden_layers,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
         hidden_size=config.hidden_size,

@@ -32,14 +32,27 @@ def _attend(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the columns in `module.visible`, bool [batch, kv_heads, columns]."""
+    """Softmax attention over the columns in `module.visible`, bool [batch, kv_heads, columns].
+
+    Within a window where the model tells of one, with logits under its cap, and with its sinks among them.
+    """
     group, queries, columns = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
-    keys, values, visible = (t.repeat_interleave(group, 1) for t in (key.double(), value.double(), module.visible))
+    visible = module.visible
+    if visible.shape[1] != key.shape[1]:  # a layer that slides may have heads of another number, and sees all
+        visible = visible[:, :1].expand(-1, key.shape[1], -1)
+    keys, values, visible = (t.repeat_interleave(group, 1) for t in (key.double(), value.double(), visible))
     causal = torch.ones(queries, columns, dtype=torch.bool).tril(columns - queries)
     itself = torch.eye(queries, columns, dtype=torch.bool).roll(columns - queries, 1)  # padding sees at least itself
     allowed = (causal & visible.unsqueeze(2)) | itself
+    if kwargs.get("sliding_window") is not None:
+        allowed = allowed & ~torch.ones_like(causal).tril(columns - queries - kwargs["sliding_window"])
     logits = query.double() @ keys.transpose(2, 3) * scaling
-    module.weights = logits.masked_fill(~allowed, -torch.inf).softmax(-1)
+    if (cap := kwargs.get("softcap")) is not None:
+        logits = cap * (logits / cap).tanh()
+    logits = logits.masked_fill(~allowed, -torch.inf)
+    if (sinks := kwargs.get("s_aux")) is not None:
+        logits = torch.cat([logits, sinks.double()[:, None, None].expand(*logits.shape[:3], 1)], -1)
+    module.weights = logits.softmax(-1)[..., :columns]
     return (module.weights @ values).to(query.dtype).transpose(1, 2).contiguous(), module.weights
 
 
@@ -56,12 +69,22 @@ def decoder_layers(model: Any) -> list[Any]:
     return list(model.get_decoder().layers)
 
 
-Held = list[list[list[list[int]]]]  # columns, [layers][batch][sets][tokens]
+def attention_in(layer: nn.Module) -> Any:
+    """The attention of a decoder layer, whatever its model calls it; None for a layer that has none."""
+    named = (getattr(layer, name, None) for name in ("self_attn", "attention", "attn"))
+    return next((module for module in named if module is not None), None)
+
+
+Held = list[list[list[list[int]]]]  # columns, [layers][batch][sets][tokens]; nothing for layers that are not compressed
 
 
 def held(cache: CompressedCache) -> Held:
     """Columns that the cache reports."""
-    return [[list(map(list, row)) for row in layer] for layer in cache.report().held_columns]
+    report = cache.report()
+    found: Held = [[] for _ in cache.layers]
+    for number, layer in zip(report.layers, report.held_columns, strict=True):
+        found[number] = [list(map(list, row)) for row in layer]
+    return found
 
 
 @dataclass
@@ -93,7 +116,8 @@ def recorded(model: PreTrainedModel, cache: CompressedCache | None = None) -> It
     def after(module: nn.Module, args: Any, output: Any) -> None:
         steps[-1].logits = output.logits.detach().clone()
 
-    hooks = [layer.self_attn.register_forward_hook(attended) for layer in decoder_layers(model)]
+    attentions = filter(None, map(attention_in, decoder_layers(model)))
+    hooks = [attention.register_forward_hook(attended) for attention in attentions]
     hooks += [model.register_forward_pre_hook(before, with_kwargs=True), model.register_forward_hook(after)]
     try:
         yield steps
@@ -111,9 +135,13 @@ class Reference:
         Args:
             model: what `prepare` gave.
         """
-        self.model, self.cache = model, DynamicCache()
-        self.layers = [layer.self_attn for layer in decoder_layers(model)]
-        self.kv_heads = model.get_decoder().config.num_key_value_heads
+        self.model = model
+        every, config = [attention_in(layer) for layer in decoder_layers(model)], model.get_decoder().config
+        self.layers = {number: module for number, module in enumerate(every) if module is not None}
+        self.sums = len(self.layers) < len(every)  # some layers read the mask themselves
+        # Every token of every layer, unless some layers have another kind of cache.
+        self.cache = DynamicCache(config=model.config) if self.sums else DynamicCache()
+        self.kv_heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
 
     def run(self, inputs: dict[str, Any], visible: Held) -> Step:
         """Runs the tokens of one forward.
@@ -125,16 +153,19 @@ class Reference:
         ids, mask = inputs["input_ids"], padding_in(inputs.get("attention_mask"))
         past, total = self.cache.get_seq_length(), self.cache.get_seq_length() + ids.shape[1]
         valid = torch.ones(ids.shape[0], total, dtype=torch.bool) if mask is None else mask[:, :total].bool()
-        for index, module in enumerate(self.layers):
+        for index, module in self.layers.items():
             seen = torch.ones(ids.shape[0], self.kv_heads, total, dtype=torch.bool)
-            seen[:, :, :past] = False
+            seen[:, :, :past] = bool(past) and not visible[index]
             for row, sets in enumerate(visible[index] if past else []):
                 for head in range(self.kv_heads):
                     seen[row, head, sets[0 if len(sets) == 1 else head]] = True
             module.visible = seen & valid[:, None]
         passed = ("input_ids", "position_ids", "pixel_values", "image_sizes", "mm_encoder_outputs")
+        given = {key: inputs[key] for key in passed if key in inputs}
+        if self.sums and mask is not None:
+            given["attention_mask"] = mask
         with recorded(self.model) as steps, torch.no_grad():
-            self.model(**{key: inputs[key] for key in passed if key in inputs}, **cache_argument(self.cache))
+            self.model(**given, **cache_argument(self.cache))
         return steps[0]
 
     def attention_mass(self, last: int | None = None) -> list[Tensor]:
@@ -143,7 +174,7 @@ class Reference:
         Summed over queries, or the last of them, and averaged over each group of heads; padded queries do not count.
         """
         found = []
-        for module in self.layers:
+        for module in self.layers.values():
             queries = module.weights.shape[2]
             counts = module.visible[:, :1, -queries:].unsqueeze(-1)
             mass = (module.weights * counts)[:, :, 0 if last is None else -last :].sum(2)
@@ -158,6 +189,8 @@ class Reference:
     def check_stored(self, cache: CompressedCache, tolerance: float = 1e-4) -> None:
         """Asserts that each head of the cache stores the keys and values of exactly the columns it reports."""
         for layer, rows in enumerate(held(cache)):
+            if layer not in cache.report().layers:
+                continue
             own: Any = cache.layers[layer]
             stored = torch.cat([own.keys, own.values], -1)
             whole = torch.cat(self.keys_and_values(layer), -1)

@@ -72,7 +72,9 @@ def forwards(
     return steps
 
 
-def require_masked(reference: Reference, cache: CompressedCache, steps: Sequence[Step]) -> None:
+def require_masked(
+    reference: Reference, cache: CompressedCache, steps: Sequence[Step], tolerance: float = 2e-5
+) -> None:
     """Raises unless every forward gave what it gives with all stored and hidden what the cache did not hold."""
     for number, step in enumerate(steps):
         wanted = reference.run(step.inputs, step.held)
@@ -81,9 +83,9 @@ def require_masked(reference: Reference, cache: CompressedCache, steps: Sequence
         real = torch.ones_like(step.inputs["input_ids"]) if mask is None else mask[:, end - step.columns : end]
         for layer, (found, other) in enumerate(zip(step.attention, wanted.attention, strict=True)):
             says = f"forward {number}: attention of layer {layer} differs"
-            require_close(found[real.bool()], other[real.bool()], 2e-5, says)
+            require_close(found[real.bool()], other[real.bool()], tolerance, says)
         assert step.logits is not None and wanted.logits is not None
-        require_close(step.logits[:, -1], wanted.logits[:, -1], 2e-5, f"forward {number}: logits differ")
+        require_close(step.logits[:, -1], wanted.logits[:, -1], tolerance, f"forward {number}: logits differ")
     reference.check_stored(cache)
 
 

@@ -30,7 +30,8 @@ class ExpectedAttention(Scorer):
     *Deviates:* the paper's constant added to the shares is 0 unless `epsilon` is set, as in the released code.
     Statistics are of the queries themselves; the released code takes them from hidden states, without the bias of the
     query projection. Where a forward brings nothing but sinks, or nothing else is held, they count like all tokens.
-    Where the model rotates nothing, or its frequencies are unknown, queries are taken as they are.
+    Where the model rotates nothing, or its frequencies are unknown, queries are taken as they are; where it caps its
+    logits or adds attention sinks, shares are taken without.
 
     Args:
         future: number of next positions (tokens) that the rotation is averaged over.

@@ -50,6 +50,7 @@ class KVzip(Scorer):
                 layer.scaling,
                 end - first,
                 None if valid is None else valid[..., :seen],
+                layer.softcap,
             )
             own = probability.view(batch, kv_heads, -1, seen).amax(2)
             highest = torch.maximum(highest, F.pad(own, (0, tokens - seen)))
