@@ -137,7 +137,8 @@ class Reference:
         """
         self.model = model
         every, config = [attention_in(layer) for layer in decoder_layers(model)], model.get_decoder().config
-        self.layers = {number: module for number, module in enumerate(every) if module is not None}
+        self.numbers = [number for number, module in enumerate(every) if module is not None]
+        self.layers = [every[number] for number in self.numbers]
         self.sums = len(self.layers) < len(every)  # some layers read the mask themselves
         # Every token of every layer, unless some layers have another kind of cache.
         self.cache = DynamicCache(config=model.config) if self.sums else DynamicCache()
@@ -153,7 +154,7 @@ class Reference:
         ids, mask = inputs["input_ids"], padding_in(inputs.get("attention_mask"))
         past, total = self.cache.get_seq_length(), self.cache.get_seq_length() + ids.shape[1]
         valid = torch.ones(ids.shape[0], total, dtype=torch.bool) if mask is None else mask[:, :total].bool()
-        for index, module in self.layers.items():
+        for index, module in zip(self.numbers, self.layers, strict=True):
             seen = torch.ones(ids.shape[0], self.kv_heads, total, dtype=torch.bool)
             seen[:, :, :past] = bool(past) and not visible[index]
             for row, sets in enumerate(visible[index] if past else []):
@@ -174,7 +175,7 @@ class Reference:
         Summed over queries, or the last of them, and averaged over each group of heads; padded queries do not count.
         """
         found = []
-        for module in self.layers.values():
+        for module in self.layers:
             queries = module.weights.shape[2]
             counts = module.visible[:, :1, -queries:].unsqueeze(-1)
             mass = (module.weights * counts)[:, :, 0 if last is None else -last :].sum(2)
