@@ -336,7 +336,7 @@ def test_json_tells_every_measurement_and_what_ran(text: Path, tmp_path: Path) -
 def test_people_get_a_table_for_each_length(text: Path) -> None:
     result = run("bench", "--model", text, "--prompt-tokens", 30, "--rounds", 1, "--new-tokens", 1)
     assert result.exit_code == 0 and "Prompt of 30 tokens, batch 1" in result.stdout
-    for label in ("DynamicCache", "QuantizedCache", "floor", "prefixkv 20 %", "tokens/s", "1.00x"):
+    for label in ("DynamicCache", "QuantizedCache", "floor", "auto 20 %", "tokens/s", "1.00x"):
         assert label in result.stdout, label
     assert "largest" not in result.stdout
 
@@ -352,7 +352,7 @@ def test_references_are_those_asked_for_and_one_that_is_missing_is_a_warning(tex
         assert result.exit_code == 0, result.output
         told = json.loads(result.stdout)
         assert told["references"] == names
-        assert [entry["policy"] for entry in told["measurements"]] == [*names, "prefixkv"]
+        assert [entry["policy"] for entry in told["measurements"]] == [*names, "auto"]
         wanted = "QuantizedCache" in names
         assert ("warning: QuantizedCache is unavailable: optimum-quanto's" in result.stderr) == wanted
         assert ("compiling optimum-quanto's extension" in result.stderr) == wanted

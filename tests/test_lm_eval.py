@@ -14,6 +14,7 @@ from kvcompress import CompressionConfig
 from kvcompress.errors import MissingDependencyError
 from kvcompress.evaluation import LoadedModel
 from kvcompress.evaluation.likelihood import read_answer, read_continuations
+from kvcompress.testing import models
 from tests import checkpoints, tiny
 
 CONTEXT = tiny.token_ids(1, 40, seed=1)[0].tolist()
@@ -45,7 +46,7 @@ def test_continuations_read_together_are_those_read_alone(name: str) -> None:
 def test_the_greedy_continuation_is_greedy() -> None:
     model = tiny.model("llama")
     output = model.generate(torch.tensor([CONTEXT]), max_new_tokens=4, do_sample=False)[0, len(CONTEXT) :].tolist()
-    other = [*output[:3], (output[3] + 1) % tiny.VOCABULARY]
+    other = [*output[:3], (output[3] + 1) % models.VOCABULARY]
     found = read_continuations(model, CONTEXT, [output, other], CompressionConfig.preset("full"))
     assert [greedy for _, greedy in found] == [True, False]
 

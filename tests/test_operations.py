@@ -14,6 +14,7 @@ from transformers import DynamicCache
 
 from kvcompress import CompressedCache
 from kvcompress.kernels import mass
+from kvcompress.testing import models
 from tests import tiny
 from tests.operations import Operations
 
@@ -29,14 +30,16 @@ def model() -> Any:
     """A LLaMA of eight layers."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=tiny.VOCABULARY,
+        vocab_size=models.VOCABULARY,
         hidden_size=32,
         intermediate_size=48,
         num_hidden_layers=LAYERS,
         num_attention_heads=4,
         num_key_value_heads=2,
     )
-    return transformers.LlamaForCausalLM(config).eval()
+    made = transformers.LlamaForCausalLM(config).eval()
+    made(tiny.token_ids(1, 9, seed=0), **tiny.with_cache(CompressedCache(made, "uniform")))  # what is found out once
+    return made
 
 
 @contextmanager

@@ -19,9 +19,9 @@ from kvcompress import CompressedCache
 from kvcompress.cache import hooks
 from kvcompress.errors import UnsupportedModeError, UnsupportedModelError
 from kvcompress.integrations import adapter_for
+from kvcompress.testing.running import require_masked
 from tests import tiny
-from tests.reference import held, recorded
-from tests.test_physical_equals_masked import check
+from tests.reference import Reference, held, recorded
 from tests.vision import FAMILIES, IMAGE, VIDEO, Family, Written, text_ids
 
 MERGING = {"name": "lightkv", "after": [1], "windows": [1]}
@@ -71,7 +71,7 @@ def test_physical_equals_masked(family: Family) -> None:
         first = generated(model, cache, inputs)
         generated(model, cache, next_turn(first, inputs["attention_mask"], 4, seed=3))
     assert cache.report().retention < 0.4
-    check(family.name, cache, steps)
+    require_masked(Reference(family.name), cache, steps)
 
 
 def test_a_mixture_of_experts_is_served_as_a_dense_model_is() -> None:
@@ -81,7 +81,7 @@ def test_a_mixture_of_experts_is_served_as_a_dense_model_is() -> None:
     cache = CompressedCache(model, "prefixkv", budget=0.3)
     with recorded(model, cache) as steps:
         generated(model, cache, inputs)
-    check(family.name, cache, steps)
+    require_masked(Reference(family.name), cache, steps)
 
 
 # -- where image tokens belong -----------------------------------------------------------------------------------------

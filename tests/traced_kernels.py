@@ -31,7 +31,7 @@ def main() -> None:
 
     functions = {
         "decode_attention": lambda step: kernels.decode_attention(query, keys, values, 0.25, step),
-        "decode_op": lambda step: decode_op(query, keys, values, 0.25, step),
+        "decode_op": lambda step: decode_op(query, keys, values, 0.25, step, None, 0),
         "decode_attention_codes": lambda step: kernels.decode_attention_codes(query, *coded, 2 * step, step),
         "codes_op": lambda step: codes_op(query, *coded, 2 * step, step, None, None),
     }
@@ -42,7 +42,7 @@ def main() -> None:
             torch.testing.assert_close(compiled(lengths(step)), function(lengths(step)))
         assert len(graphs) == 1, f"{name}: {len(graphs)} graphs"
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(decode_op, (query, keys, values, 0.25, lengths(3)), test_utils=checks)
+    torch.library.opcheck(decode_op, (query, keys, values, 0.25, lengths(3), None, 0), test_utils=checks)
     torch.library.opcheck(codes_op, (query, *coded, lengths(3), lengths(2), None, None), test_utils=checks)
 
 

@@ -15,6 +15,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from kvcompress.testing import models
 from tests import tiny
 
 IMAGE, VIDEO, START, END, BREAK = 96, 95, 94, 93, 92  # ids of tokens
@@ -22,7 +23,7 @@ MARKS = BREAK
 Size = tuple[int, int, int]  # frames, rows and columns of tokens
 
 TEXT: dict[str, Any] = {
-    "vocab_size": tiny.VOCABULARY,
+    "vocab_size": models.VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 3,

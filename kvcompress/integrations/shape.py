@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from typing import Any, Literal, TypeAlias
@@ -80,12 +81,13 @@ def _turns(attention: nn.Module) -> bool:
     for name in ("use_rope", "use_rotary"):
         if not getattr(attention, name, True):
             return False
-    windows_alone = "sliding_window is not None" in _source(attention) and hasattr(attention, "sliding_window")
+    windows_alone = "sliding_window is not None" in _source(type(attention)) and hasattr(attention, "sliding_window")
     return not (windows_alone and attention.sliding_window is None)
 
 
+@functools.cache
 def _turns_halves(turn: Any, half: int) -> bool:
-    """Whether a model's rotary function turns dimension i with dimension i + half."""
+    """Whether a model's rotary function turns dimension i with dimension i + half; asked once of each function."""
     angles = torch.arange(1, half + 1, dtype=torch.float64) / (half + 1) * _PROBE
     vector = torch.linspace(-1.0, 2.0, 2 * half, dtype=torch.float64)
     cosine, sine = (torch.cat([value, value]) for value in (angles.cos(), angles.sin()))
@@ -187,9 +189,10 @@ def _takes(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(type(module).forward).parameters)
 
 
-def _source(module: nn.Module) -> str:
+@functools.cache
+def _source(kind: type[nn.Module]) -> str:
     try:
-        return inspect.getsource(type(module).forward)
+        return inspect.getsource(kind.forward)
     except (OSError, TypeError):
         return ""
 
