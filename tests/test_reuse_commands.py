@@ -97,7 +97,7 @@ def test_a_conversation_is_read_from_stdin(text: Path) -> None:
     said = "hello\n\n/report\nand you?\n/new\nhello\n/quit\nnever said\n"
     result = run("chat", "--model", text, "--budget", "50%", *FEW, stdin=said)
     loaded = load_model(str(text))
-    chat = Chat(loaded.model, loaded.tokenizer, "prefixkv", budget=0.5)
+    chat = Chat(loaded.model, loaded.tokenizer, "auto", budget=0.5)
     first, second = (chat.say(one, max_new_tokens=5) for one in ("hello", "and you?"))
     assert result.exit_code == 0 and result.stdout == f"{first}\n{second}\n{first}\n"
     assert "tokens seen, retention" in result.stderr

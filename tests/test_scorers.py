@@ -630,7 +630,7 @@ def test_mixkv_is_its_formula(layer: LayerContext) -> None:
                 above = kind - kind.min()
                 if float(above.sum()) > 0:
                     expected = expected + weight * above / above.mean() * own.mean()
-            if count > 1:  # else rounding decides
+            if count > 2:  # else rounding decides: two keys are as far from their mean
                 close(score[row, head], expected)
 
 

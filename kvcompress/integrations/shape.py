@@ -81,7 +81,8 @@ def _turns(attention: nn.Module) -> bool:
     for name in ("use_rope", "use_rotary"):
         if not getattr(attention, name, True):
             return False
-    windows_alone = "sliding_window is not None" in _source(type(attention)) and hasattr(attention, "sliding_window")
+    kind: Any = type(attention)
+    windows_alone = "sliding_window is not None" in _source(kind) and hasattr(attention, "sliding_window")
     return not (windows_alone and attention.sliding_window is None)
 
 
@@ -190,7 +191,7 @@ def _takes(module: nn.Module) -> tuple[str, ...]:
 
 
 @functools.cache
-def _source(kind: type[nn.Module]) -> str:
+def _source(kind: Any) -> str:
     try:
         return inspect.getsource(kind.forward)
     except (OSError, TypeError):

@@ -12,10 +12,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kvcompress.errors import ConfigError, PolicyError, shown
-from kvcompress.files import read_structure
 from kvcompress.policies.allocators.apportionment import apportion
 from kvcompress.policies.allocators.heads import as_heads, as_layers
 from kvcompress.policies.allocators.interpolation import interpolate
+from kvcompress.policies.allocators.profile_file import fields_in
 from kvcompress.policies.base import Allocator
 from kvcompress.policies.context import AllocationContext, LayerImportance, TokenCounts
 from kvcompress.policies.fingerprint import Fingerprint
@@ -72,7 +72,7 @@ class Profile(Allocator):
             raise ConfigError(f"path: must be the path of a profile; got {shown(path)}")
         if given := {"retention", "retentions"} & set(fields):
             raise ConfigError(f"{given.pop()} and path={shown(str(path))} were both given; give one")
-        return {**fields, **_fields_in(Path(path))}
+        return {**fields, **fields_in(Path(path))}
 
     @model_validator(mode="after")
     def _one_kind(self) -> Profile:
@@ -120,20 +120,3 @@ class Profile(Allocator):
         implied = torch.maximum((share * capacity + 0.5).floor().long(), floor)
         budget = torch.where(implied.sum(0) == total, implied, apportion(share * capacity, total, floor, capacity))
         return as_heads(budget, layers) if self.by_head else budget
-
-
-def _fields_in(path: Path) -> dict[str, Any]:
-    """What a file says of retention; the fields' own checks follow."""
-    if path.suffix not in (".json", ".yaml", ".yml"):
-        raise ConfigError(f"path: a profile is a .json, .yaml or .yml file; got '{path}'")
-    held = read_structure(path, "path: the profile")
-    model = heads = None
-    if isinstance(held, dict):
-        model = held.get("model") if "budgets" in held else None  # in files of users it means whatever they like
-        heads = held.get("heads") if "budgets" in held else None
-        held = held.get("retention")
-    if not isinstance(held, list):
-        raise ConfigError(f"path: the profile {path} must hold a list, or a mapping with the list 'retention'")
-    several = bool(held) and isinstance(held[0], list)
-    known = {} if model is None else {"model": model}
-    return {"retentions" if several else "retention": held, **known, **({} if heads is None else {"heads": heads})}

@@ -35,8 +35,7 @@ class LightKV(Bipartite):
     *Deviates:* a survivor keeps its cell, so windows stay spatial at later reductions; the released code lays what is
     left out as a square anew. It acts after the layers of *index* 12, 18 and 24, which are 13, 19 and 25 layers
     (`after=[13, 19, 25]`), where the paper and this reducer count 12, 18 and 24. Its softmax over queries is
-    `softmax="queries"`, and its renumbering is `positions="contiguous"`. Of a video, which the paper leaves open, every
-    frame has windows of its own.
+    `softmax="queries"`, its renumbering `positions="contiguous"`. Of a video, every frame has windows of its own.
 
     Args:
         after: layers that have run at each reduction: numbers, or fractions of the depth. None for the paper's: 12, 18,
@@ -107,8 +106,7 @@ class LightKV(Bipartite):
 
     def _across(self, grids: list[ImageGrid], stage: int) -> int:
         """Windows along each side of a row's grids."""
-        pictures = [grid.image for grid in grids if grid.frame is None]
-        tiled = len(set(pictures)) < len(pictures)
+        tiled = len({grid.image for grid in grids if grid.frame is None}) < sum(grid.frame is None for grid in grids)
         windows = self.windows or (_WINDOWS_TILED if tiled else _WINDOWS)
         return windows[min(stage, len(windows) - 1)]
 
