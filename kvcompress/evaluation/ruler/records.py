@@ -11,10 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from kvcompress.errors import ConfigError, MissingDependencyError
 from kvcompress.evaluation.ruler import generators
+from kvcompress.files import read_structure
 from kvcompress.policies.registry import unknown_name
 
 LEAST = 512  # tokens; below it templates and examples leave no room
@@ -137,9 +136,9 @@ def _folder() -> Path:
 
 def _tasks(folder: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load((folder / "synthetic.yaml").read_text(encoding="utf-8"))
+        found = read_structure(folder / "synthetic.yaml", "ruler: the package's tasks")
         return {str(name): {"task": task["task"], "args": task["args"]} for name, task in found.items()}
-    except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, ConfigError) as error:
         raise ConfigError(
             f"ruler: the package in {folder} is not as expected ({type(error).__name__}: {error}); version 26.3 is"
         ) from None
