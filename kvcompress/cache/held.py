@@ -257,5 +257,5 @@ class HeldTokens:
 
     def index_tensors(self) -> list[Tensor]:
         """What belongs to slots beside keys and values; layers may share some of it."""
-        tensors = (self.index, self.scores, self.merger_state)
+        tensors = (self.index, self.scores, self.merger_state, *self.store.places())
         return [tensor for tensor in tensors if tensor is not None]

@@ -60,7 +60,11 @@ class RaggedStore(DenseStore):
 
     def buffers(self) -> list[Tensor]:
         """Every tensor that it holds, keys and values first."""
-        return [*super().buffers(), *(one for one in (self.start, self._at) if one is not None)]
+        return [*super().buffers(), *self.places()]
+
+    def places(self) -> list[Tensor]:
+        """Where each head's slots begin and, where no kernel reads them as they lie, where each of them is."""
+        return [one for one in (self.start, self._at) if one is not None]
 
     def append(self, keys: Keys, values: Values, used: int) -> None:
         """Adds tokens after the first `used` slots of every row and head."""
@@ -86,7 +90,7 @@ class RaggedStore(DenseStore):
         if self.is_even:
             keys, values = (buffer.view(*self.slots.shape, self.capacity, -1) for buffer in (self.keys, self.values))
             return keys[:, :, :width], values[:, :, :width]
-        at = torch.as_tensor(self._places(), device=self.keys.device) if self._at is None else self._at
+        at = torch.as_tensor(self._every_place(), device=self.keys.device) if self._at is None else self._at
         return self.keys[at[..., :width]], self.values[at[..., :width]]
 
     def blocks(self, used: int) -> Iterator[tuple[Keys, Values]]:
@@ -202,9 +206,9 @@ class RaggedStore(DenseStore):
         self.slots = np.array(slots)
         self.start = fixed(torch.as_tensor(_starts(self.slots), device=self.keys.device))
         on_cpu = self.keys.device.type == "cpu"
-        self._at = None if self.is_even or not on_cpu else fixed(torch.as_tensor(self._places()))
+        self._at = None if self.is_even or not on_cpu else fixed(torch.as_tensor(self._every_place()))
 
-    def _places(self) -> Counts:
+    def _every_place(self) -> Counts:
         """Where each row's and head's slots are, `[batch, kv_heads, slots]`; the last again where it has fewer."""
         place = np.minimum(np.arange(self.capacity), self.slots[..., None] - 1)
         places: Counts = _starts(self.slots)[..., None] + place

@@ -65,6 +65,9 @@ class KVStore(Protocol):
     def buffers(self) -> list[Tensor]:
         """Every tensor that it holds."""
 
+    def places(self) -> list[Tensor]:
+        """What says where slots are, beside keys and values."""
+
     def append(self, keys: Keys, values: Values, used: int) -> None:
         """Adds tokens after the first `used` slots that can be written to."""
 
@@ -181,6 +184,10 @@ class DenseStore:
     def buffers(self) -> list[Tensor]:
         """Every tensor that it holds, keys and values in full precision first."""
         return [buffer for buffer in (self.keys, self.values) if buffer is not None]
+
+    def places(self) -> list[Tensor]:
+        """What says where slots are, beside keys and values."""
+        return []
 
     def append(self, keys: Keys, values: Values, used: int) -> None:
         """Adds tokens after the first `used` slots; the first tokens' own tensors become the buffers."""
