@@ -670,8 +670,8 @@ def test_skipped_samples_are_warned_about(text_folder: Path, tmp_path: Path) -> 
     with data.open("a") as file:
         file.write('\n{"id": "odd", "question": "What?", "answer": ""}')
     result = run("evaluate", "--model", text_folder, "--data", data, "--metric", "perplexity")
-    assert result.exit_code == 0 and "3 samples, 1 skipped" in result.stdout
-    assert result.stderr.startswith("warning: sample 'odd' was skipped: its reference answer is empty")
+    assert result.exit_code == 0 and "3 samples, question seen, 1 skipped" in " ".join(result.stdout.split())
+    assert "warning: sample 'odd' was skipped: its reference answer is empty" in result.stderr
 
 
 def test_the_time_left_is_that_of_the_samples_left_at_the_pace_so_far() -> None:

@@ -77,7 +77,7 @@ def test_every_forward_equals_masked_attention(
 def test_heads_may_hold_nothing(allocator: dict[str, Any]) -> None:
     """A budget of no tokens leaves every head empty until the next token comes."""
     model = tiny.model("llama")
-    cache = CompressedCache(model, of_heads(allocator, budget=Budget(fraction=0.1)))
+    cache = CompressedCache(model, of_heads(allocator, budget=Budget(fraction=0.1, sink=0, recent=0)))
     model(tiny.token_ids(2, 1, seed=1), **tiny.with_cache(cache))
     assert cache.report().head_lengths == [[[0, 0]] * 2] * 3
     for seed in range(12):

@@ -177,7 +177,6 @@ class Calls:
 
     def crop(self, columns: int) -> None:
         """Forgets what was told of all but the first columns."""
-        self.waits = None
         kept = []
         for read in self._read:
             left = -(-(columns - read.first) // read.stride)

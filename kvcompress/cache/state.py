@@ -111,6 +111,7 @@ class CacheState:
             layer.config = self.config
             layer.forget(self.sequence)
         self.calls.crop(0)
+        self.calls.waits = None
         self.calls.needs_ids = self._needs_ids
         self._start()
 
@@ -234,7 +235,8 @@ class CacheState:
         Raises:
             CacheStateError: naming the way out.
         """
-        if (self.step is not None and not self.device_only) or (self.own.unfinished and not entered):
+        half_way = self.own.unfinished or self.calls.waits is not None  # which is as it should be in the decoder
+        if (self.step is not None and not self.device_only) or (half_way and not entered):
             raise self.broken()
 
     def broken(self) -> CacheStateError:
