@@ -61,6 +61,29 @@ def test_one_prefill_gives_what_a_cache_of_each_budget_keeps(preset: str) -> Non
             assert [rows[0] for rows in cache.report().layer_lengths] == [round(share * seen) for share in shares]
 
 
+@torch.inference_mode()
+def test_heads_are_estimated_where_the_allocator_sizes_them(tmp_path: Path) -> None:
+    """A profile of heads, from its file too, gives them what the allocator gave the only sample; others are refused."""
+    config = CompressionConfig.preset("headprefix")
+    calibrate(shapes(), config, scenes(1), budgets=(0.3,)).dump(tmp_path / "heads.json")
+    profile = LayerProfile.load(tmp_path / "heads.json")
+    assert (profile.layers, profile.heads) == (8, len(profile.retention[0]) // 8) and profile.heads > 1
+    layers = [
+        sum(profile.retention[0][at : at + profile.heads]) / profile.heads for at in range(0, 8 * profile.heads, 4)
+    ]
+    assert profile.layer_retention == [pytest.approx(layers)]
+    held = []
+    for cache in (
+        CompressedCache(shapes().model, config, budget=0.3),
+        CompressedCache(shapes().model, "prefixkv", budget=0.3, profile=tmp_path / "heads.json"),
+    ):
+        shapes().model(**encode_sample(shapes(), scenes(1)[0]), **tiny.with_cache(cache))
+        held.append(cache.report().head_lengths)
+    assert held[0] == held[1] is not None
+    with pytest.raises(ConfigError, match="are not 3 heads for each"):
+        LayerProfile(budgets=[0.5], retention=[[0.5] * 8], heads=3)
+
+
 def test_a_profile_is_mean_and_spread_over_the_samples() -> None:
     config = CompressionConfig.preset("prefixkv")
     told: list[int] = []
