@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
 from kvcompress.cache.sequence import Counts
-from kvcompress.cache.store import DenseStore, InUse, by_key_head, fixed
+from kvcompress.cache.store import DenseStore, fixed
 from kvcompress.kernels import decode_attention
 from kvcompress.policies.context import Keys, Queries, Values
 
@@ -85,28 +83,23 @@ class RaggedStore(DenseStore):
         return self.padded(self.capacity)
 
     def padded(self, width: int) -> tuple[Keys, Values]:
-        """The first slots of every row and head; where one has fewer, its last one again in their place."""
-        assert self.keys is not None and self.values is not None
+        """The first slots of every row and head; where one has fewer, any others in their place."""
+        assert self.keys is not None and self.values is not None and self.start is not None
         if self.is_even:
             keys, values = (buffer.view(*self.slots.shape, self.capacity, -1) for buffer in (self.keys, self.values))
             return keys[:, :, :width], values[:, :, :width]
-        at = torch.as_tensor(self._every_place(), device=self.keys.device) if self._at is None else self._at
-        return self.keys[at[..., :width]], self.values[at[..., :width]]
+        if self._at is not None:
+            at = self._at[..., :width]
+        else:
+            at = (self.start.unsqueeze(-1) + torch.arange(width, device=self.start.device)).clamp_(
+                max=len(self.keys) - 1
+            )
+        return self.keys[at], self.values[at]
 
-    def blocks(self, used: int) -> Iterator[tuple[Keys, Values]]:
-        """Keys and values of the first `used` slots, in one piece."""
-        yield self.padded(used)
-
-    def attend(self, query: Queries, scaling: float, used: InUse) -> Tensor:
-        """Attention of one query per row over the slots in use of every head."""
+    def _attend_in_place(self, query: Queries, scaling: float, length: Int[Tensor, "batch sets"]) -> Tensor:
+        """Attention by a kernel that reads the slots in use where they are."""
         assert self.keys is not None and self.values is not None
-        if used.length is not None:
-            return decode_attention(query, self.keys, self.values, scaling, used.length, self.start, self.capacity)
-        keys, values = self.padded(self.capacity if used.width is None else used.width)
-        bias = None if used.bias is None else used.bias[..., : keys.shape[2]].expand(-1, keys.shape[1], -1, -1)
-        grouped = by_key_head(query, keys.shape[1])
-        output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=scaling)
-        return output.reshape(*query.shape[:3], -1)
+        return decode_attention(query, self.keys, self.values, scaling, length, self.start, self.capacity)
 
     def take(
         self,

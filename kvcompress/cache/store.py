@@ -210,16 +210,23 @@ class DenseStore:
 
     def blocks(self, used: int) -> Iterator[tuple[Keys, Values]]:
         """Keys and values of the first `used` slots, in one piece."""
+        yield self.padded(used)
+
+    def padded(self, width: int) -> tuple[Keys, Values]:
+        """Keys and values of so many first slots of every row and head."""
         keys, values = self.dense()
-        yield keys[:, :, :used], values[:, :, :used]
+        return keys[:, :, :width], values[:, :, :width]
+
+    def _attend_in_place(self, query: Queries, scaling: float, length: Int[Tensor, "batch sets"]) -> Tensor:
+        """Attention by a kernel that reads the slots in use where they are."""
+        return decode_attention(query, *self.dense(), scaling, length)
 
     def attend(self, query: Queries, scaling: float, used: InUse) -> Tensor:
         """Attention of one query per row over the slots in use."""
-        keys, values = self.dense()
         if used.length is not None:
-            return decode_attention(query, keys, values, scaling, used.length)
+            return self._attend_in_place(query, scaling, used.length)
+        keys, values = self.padded(self.capacity if used.width is None else used.width)
         grouped = by_key_head(query, keys.shape[1])
-        keys, values = keys[:, :, : used.width], values[:, :, : used.width]
         bias = None if used.bias is None else used.bias[..., : keys.shape[2]].expand(-1, keys.shape[1], -1, -1)
         output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=scaling)
         return output.reshape(*query.shape[:3], -1)
@@ -228,7 +235,7 @@ class DenseStore:
         self, query: Queries, scaling: float, used: InUse, softcap: float | None = None
     ) -> tuple[Tensor, Tensor]:
         """The same, with logits below a cap, and the log-sum-exp of each query's logits, `[batch, heads, 1]`."""
-        keys, values = (tensor[:, :, : used.width] for tensor in self.dense())
+        keys, values = self.padded(self.capacity if used.width is None else used.width)
         parts = attention_with_slots(
             by_key_head(query, keys.shape[1]), keys, values, scaling, slots_in_use(used, keys.shape[2]), softcap
         )
