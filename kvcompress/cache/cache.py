@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvcompress.cache import attention, choosing, decoding, hooks, prefill, rows, saving, undoing
+from kvcompress.cache import attention, choosing, decoding, hooks, periods, prefill, rows, saving, undoing
 from kvcompress.cache.allocation import Allocation
 from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.axes import check_axes, check_positions, give_offset, take_offset
@@ -47,6 +47,10 @@ _COMPILED = (
     "torch.compile: a compiled forward reads one token of every row, after a prompt that was read without compilation; "
     "call generate, or read the prompt with the model inside (compiled._orig_mod). Layers that slide or sum up are not "
     "compiled at all"
+)
+_CUT_BY_HAND = (
+    "torch.compile: the evictor cuts layers between decode steps, which only `generate` leaves room for; call "
+    "generate, let the steps run without compilation, or choose an evictor that frees a token in each step (topk)"
 )
 _WORTH_CAPTURING = 32  # tokens to come
 
@@ -208,6 +212,11 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """The second half of `load`: a cache from what was read."""
         cache = cls(model, saved.config, **options)
         saved.fill(cache._state, cache.decoder())
+        if cache._state.cut is not None:  # which may be due before the first step
+            attentions = map(cache._adapter.attention_of, cache._adapter.layers(unwrapped(model)))
+            numbered = {number: module for number, module in enumerate(attentions) if module is not None}
+            for layer, number in zip(cache._state.layers, cache._state.numbers, strict=True):
+                layer.weights = _Weights(cache._adapter, cache._decoder, weakref.ref(numbered[number]))
         return cache
 
     def decoder(self) -> PreTrainedModel:
@@ -240,6 +249,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if torch.compiler.is_compiling():
             if query.shape[2] > 1 or state.table is None or state.own:
                 raise UnsupportedModeError(_COMPILED)
+            if state.cut is not None and not self._in_turn:
+                raise UnsupportedModeError(_CUT_BY_HAND)
         else:
             state.calls.attends(layer, module)
         layer = self._place[layer]
@@ -293,6 +304,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         else:
             state.reduced = None
             decoding.end(state)
+            if not decoding.host_is_left_out(state):
+                periods.cut_if_due(state)
 
     # -- reducing ------------------------------------------------------------------------------------------------------
 
@@ -380,6 +393,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if decoding.host_is_left_out(self._state):
             return query_length, attention.COMPRESSED  # no mask is made, and graphs depend on no number
         if query_length == 1:
+            periods.cut_if_due(self._state)
             decoding.prepare_step(self._state)
         unread = not sequence.seen or not sequence.row_seen.all()  # a prompt in chunks, of which some row had none yet
         return sequence.seen + query_length, attention.COMPRESSED_UNREAD if unread else attention.COMPRESSED
@@ -631,7 +645,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         return {}, CapturedDecoding(model, self._state) if self._decoding == "captured" else None
 
     def after_turn(self) -> None:
-        """Forgets what `generate` was about to read and to generate."""
+        """Does what its last step left to do, and forgets what `generate` was about to read and to generate."""
+        periods.cut_if_due(self._state)
         self._state.calls.due, self._state.coming, self._state.whole_prompt = None, 0, None
         self._in_turn = False
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from kvcompress.cache import decoding
+from kvcompress.cache import decoding, periods
 from kvcompress.cache.argument import cache_among
 from kvcompress.cache.state import CacheState
 from kvcompress.errors import KVCompressWarning
@@ -90,6 +90,7 @@ class CapturedDecoding:
         with state.on_device():
             output = self._run(inputs)
         decoding.finish(state)
+        periods.cut_if_due(state)
         return output
 
     def _run(self, inputs: dict[str, Any]) -> Any:

@@ -85,7 +85,7 @@ def allocation_at(state: CacheState, config: CompressionConfig, ranked: list[Ran
     """What another configuration's allocator and budget would give the layers, from the scores that are there."""
     importance, context = _allocation_inputs(state, config, ranking_of(state.layers, config, Prefill(), ranked))
     held, rule = stacked([layer.held for layer in state.layers]), Rule.of(config, len(state.layers))
-    held = _for_allocator(state, config, held)
+    held = held_by_allocator(state, config, held)
     return allocate(config, rule, state.sequence.row_seen, held, importance.device, importance, context)
 
 
@@ -123,11 +123,11 @@ def _allocate(
     context: AllocationContext | None = None,
 ) -> Allocation:
     state.rule = _budget_rule(state)
-    held = _for_allocator(state, state.config, held)
+    held = held_by_allocator(state, state.config, held)
     return allocate(state.config, state.rule, state.sequence.row_seen, held, device, importance, context)
 
 
-def _for_allocator(state: CacheState, config: CompressionConfig, held: Counts) -> Counts:
+def held_by_allocator(state: CacheState, config: CompressionConfig, held: Counts) -> Counts:
     """What this process's layers hold as an allocator counts it: in layers, or in the heads of all processes."""
     if not config.allocator.by_head:
         least: Counts = held.min(2, keepdims=True)
@@ -141,10 +141,13 @@ def _for_allocator(state: CacheState, config: CompressionConfig, held: Counts) -
 def _room_for(state: CacheState, allocation: Allocation) -> list[Counts]:
     """Slots to allocate beyond each layer's budget: for the token that comes, and what is reserved."""
     evictor, row_seen, reserve = state.config.evictor, state.sequence.row_seen, _reserved(state)
-    if evictor is None or evictor.frees == "nothing":
+    period = 0 if evictor is None else evictor.cuts_every or 0
+    if evictor is None or (evictor.frees == "nothing" and not period):
         return [np.full((1, 1), reserve)] * len(state.layers)
     own = allocation.own(state.heads)
     later = own.limits(state.rule, row_seen + reserve)
+    if period:
+        return list(np.clip(later + period - own.budgets, 0, reserve))
     return list(np.clip(later - own.budgets, 0, reserve) + 1)
 
 

@@ -152,6 +152,13 @@ class RaggedStore(DenseStore):
         self.keys, self.values, self.start, *rest = buffers
         self._at = rest[0] if rest else None
 
+    def back_into(self, before: DenseStore) -> None:
+        """Puts what it holds into the buffers that it had before, if every row and head fits."""
+        assert isinstance(before, RaggedStore)
+        if (self.slots <= before.slots).all():
+            self.grow(before.slots)
+            self.move_into(before.buffers())
+
     def to(self, device: torch.device) -> None:
         """Moves every buffer to a device, without waiting for the copy."""
         if self.keys is not None and self.values is not None:

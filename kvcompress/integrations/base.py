@@ -47,8 +47,12 @@ class Adapter(ABC):
 
     def attention_modules(self, model: PreTrainedModel) -> list[nn.Module]:
         """The attention module of every decoder layer that has one."""
-        found = (attention_of(layer) or getattr(layer, "self_attn", None) for layer in self.layers(model))
+        found = map(self.attention_of, self.layers(model))
         return [attention for attention in found if isinstance(attention, nn.Module)]
+
+    def attention_of(self, layer: nn.Module) -> nn.Module | None:
+        """The attention module of a decoder layer; None if it has none."""
+        return attention_of(layer) or getattr(layer, "self_attn", None)
 
     def kinds(self, model: PreTrainedModel) -> list[LayerKind]:
         """What each decoder layer remembers: those that are "full" are compressed, others stay transformers' own."""
