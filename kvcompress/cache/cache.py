@@ -393,8 +393,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if decoding.host_is_left_out(self._state):
             return query_length, attention.COMPRESSED  # no mask is made, and graphs depend on no number
         if query_length == 1:
-            periods.cut_if_due(self._state)
             decoding.prepare_step(self._state)
+            periods.cut_if_due(self._state)
         unread = not sequence.seen or not sequence.row_seen.all()  # a prompt in chunks, of which some row had none yet
         return sequence.seen + query_length, attention.COMPRESSED_UNREAD if unread else attention.COMPRESSED
 
@@ -646,7 +646,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
 
     def after_turn(self) -> None:
         """Does what its last step left to do, and forgets what `generate` was about to read and to generate."""
-        periods.cut_if_due(self._state)
+        periods.cut_if_due(self._state, asks=True)
         self._state.calls.due, self._state.coming, self._state.whole_prompt = None, 0, None
         self._in_turn = False
 

@@ -30,12 +30,18 @@ def is_due(state: CacheState) -> bool:
     return since >= evictor.cuts_every
 
 
-def cut_if_due(state: CacheState) -> None:
+def cut_if_due(state: CacheState, asks: bool = False) -> None:
     """Scores and cuts every layer once a period is over; what decode steps read keeps its address if it can.
 
     After the step that fills it; where steps are compiled, before the next one or at the end of `generate`.
+
+    Args:
+        state: what the cache knows.
+        asks: whether to ask the device how far it has come, whatever the host knows.
     """
-    if state.table is None or state.recording or state.step is not None or not is_due(state):
+    if state.table is None or state.recording or state.step is not None or state.cut is None:
+        return
+    if not (asks or is_due(state)):
         return
     decoding.catch_up_if_needed(state)
     if not is_due(state):

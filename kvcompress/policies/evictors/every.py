@@ -21,7 +21,8 @@ class Every(ByScore):
     Once `period` tokens were generated since the last scoring, the queries of the last `window` of them score every
     slot as those of a prompt do, and each layer keeps the best of its budget: its share as it was given after the last
     prompt or turn, of what the budget gives for the tokens seen by now. So a layer holds up to `period` tokens more
-    than its budget, and remembers `window` queries, which the report counts with the index.
+    than its budget, and remembers `window` queries, which the report counts with the index. A
+    budget in bytes has room for these tokens: layers are cut to so many fewer.
 
     *Deviates:* a prompt or turn is scored and cut at its end, and the period starts anew; layers may be of different
     sizes. kvpress keeps the hidden states of the last tokens; here their queries are kept as they were.
