@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from kvcompress.cache import attention, choosing, decoding, hooks, periods, prefill, rows, saving, undoing
+from kvcompress.cache import attention, choosing, decoding, hooks, periods, prefill, rows, saving, undoing, watching
 from kvcompress.cache.allocation import Allocation
 from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.axes import check_axes, check_positions, give_offset, take_offset
@@ -39,7 +39,7 @@ from kvcompress.integrations import Adapter, adapter_for
 from kvcompress.integrations.shape import ranges
 from kvcompress.integrations.wrapped import unwrapped
 from kvcompress.parallel import ALONE
-from kvcompress.policies.context import LayerWeights
+from kvcompress.policies.context import LayerWeights, TowerView
 from kvcompress.policies.faults import policy_errors
 from kvcompress.policies.images import ImageLayout
 
@@ -113,6 +113,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if asked.reducer is not None:
             with policy_errors(asked.reducer):
                 asked.reducer.acts_after(layers)  # complains before anything is touched
+        if asked.reducer is not None and asked.reducer.reads_tower and adapter.sees_images:
+            adapter.tower_attentions(model)  # likewise
         decoder = adapter.decoder(model)
         self._adapter, self._decoder, self._model = adapter, weakref.ref(decoder), weakref.ref(model)
         # A bare decoder may be part of a model that sees images, which its adapter cannot know.
@@ -123,14 +125,40 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         self._place = {number: place for place, number in enumerate(numbers)}  # of compressed layers among themselves
         self._layout: ImageLayout | None = None  # of the images of the forward about to begin
         self._in_turn = False  # of `generate`
+        self._watch: watching.Watch | None = None  # of the vision tower that makes the features to come
+        self._images_to_come: Tensor | None = None
         self._mask: Mask | None = None  # what the mask of the forward about to begin says, if anything
         every = own.layers | dict(zip(numbers, self._state.layers, strict=True))
         super().__init__(layers=[every[number] for number in range(layers)])
         with hooks.changing:
             attention.install(decoder, adapter.attention_modules(model))
             hooks.observe(model, decoder, adapter)
+            if self._reads_tower:
+                hooks.watch(adapter.tower_attentions(model))
             if reduces:
                 hooks.reduce_between(adapter.layers(model), adapter.adds_after(model))
+
+    @property
+    def _reads_tower(self) -> bool:
+        reducer = self.config.reducer
+        return reducer is not None and reducer.reads_tower and self._adapter.sees_images
+
+    def _begin_watching(self, inputs: Mapping[str, Any]) -> None:
+        """Looks at the vision tower from here on, if the reducer wants to know."""
+        model, reducer = self._model(), self.config.reducer
+        if self._reads_tower and reducer is not None and model is not None:
+            self._watch = watching.begin(reducer, self._adapter, model, inputs)
+
+    def _seen_by_tower(self) -> TowerView | None:
+        """What the tower says of the images of the forward that begins."""
+        if self._watch is None:  # nobody gave pixels
+            self._begin_watching({})
+            watching.end()
+        (watch, self._watch), (images, self._images_to_come) = (self._watch, None), (self._images_to_come, None)
+        model = self._model()
+        if watch is None or images is None or model is None:
+            return None
+        return watch.by_column(self._adapter, model, images)
 
     @property
     def config(self) -> CompressionConfig:
@@ -286,7 +314,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             decoding.begin(state)
         else:
             says = says or Mask(None, None, np.full(batch, queries), None)
-            prefill.begin(state, queries, device, says, layout)
+            tower = self._seen_by_tower() if layout is not None and self._reads_tower else None
+            prefill.begin(state, queries, device, says, layout, tower)
 
     def _stop_recording(self) -> None:
         """Lets what waited for `crop` happen, which nobody calls any more."""
@@ -552,6 +581,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         decoding.catch_up_if_needed(self._state)
         self._state.calls.model(inputs, self._state.sequence.seen, self._state.recording)
         self._forget_images()
+        if inputs.get("pixel_values") is not None:  # or else `generate` has made the features
+            self._begin_watching(inputs)
         if not self._in_turn:  # `generate` has seen to it
             check_positions(self._state.sequence, self._adapter, inputs)
             give_offset(self._state.sequence, self._adapter, self._model())
@@ -563,7 +594,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                         "since tokens that are not accepted would have a say; generate without an assistant and prompt "
                         "lookup, or read the image in a forward of its own before activate_past_recording()"
                     )
-                self._layout = layout()
+                self._layout, self._images_to_come = layout(), is_image
             self._state.sequence.mark_images(is_image)
 
     def before_decoder(self, decoder: nn.Module, inputs: dict[str, Any]) -> None:
@@ -575,6 +606,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """
         if torch.compiler.is_compiling():
             return
+        watching.end()
         own = self._decoder()
         if own is None:
             raise CacheStateError("cache: the model it was made for no longer exists; make a new cache for this one")
@@ -617,6 +649,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         self._state.calls.turn(inputs, self._state.sequence.seen)
         give_offset(self._state.sequence, self._adapter, self._model())
         self._in_turn = True
+        self._begin_watching(inputs)
         choosing.for_turn(self._state, model, self._adapter, inputs)
 
     def _forget_images(self) -> None:
@@ -649,6 +682,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         periods.cut_if_due(self._state, asks=True)
         self._state.calls.due, self._state.coming, self._state.whole_prompt = None, 0, None
         self._in_turn = False
+        self._watch = None
+        watching.end()
 
     # -- kvcompress's own ----------------------------------------------------------------------------------------------
 

@@ -18,12 +18,19 @@ from kvcompress.cache.sequence import Counts, stacked
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Phase, Prefill
 from kvcompress.config import CompressionConfig
-from kvcompress.policies.context import AllocationContext
+from kvcompress.policies.context import AllocationContext, TowerView
 from kvcompress.policies.images import ImageLayout
 
 
-def begin(state: CacheState, queries: int, device: torch.device, mask: Mask, layout: ImageLayout | None) -> None:
-    """Makes the step of a forward of so many columns, and takes note of their tokens."""
+def begin(
+    state: CacheState,
+    queries: int,
+    device: torch.device,
+    mask: Mask,
+    layout: ImageLayout | None,
+    tower: TowerView | None = None,
+) -> None:
+    """Makes the step of a forward of so many columns, and takes note of their tokens and of what is known of images."""
     batch = len(mask.row_new)
     decoding.catch_up_if_needed(state)
     sequence, first = state.sequence, state.sequence.seen
@@ -43,7 +50,7 @@ def begin(state: CacheState, queries: int, device: torch.device, mask: Mask, lay
     if layout is not None and state.config.reducer is not None:
         points = state.config.reducer.acts_after(len(state.layers))
         if points:
-            step.reduction = _reduction(state, step, layout, points)
+            step.reduction = _reduction(state, step, layout, points, tower)
     if not (state.config.evictor is None or state.recording or step.reduction is not None):
         if not state.config.allocator.reads_importance:
             before = stacked(
@@ -167,7 +174,9 @@ def _budget_rule(state: CacheState) -> Rule:
     return Rule.of(state.config, layers, slots)
 
 
-def _reduction(state: CacheState, step: Prefill, layout: ImageLayout, points: tuple[int, ...]) -> Reduction:
+def _reduction(
+    state: CacheState, step: Prefill, layout: ImageLayout, points: tuple[int, ...], tower: TowerView | None
+) -> Reduction:
     """A reducer at work in a step whose images are known."""
     assert state.config.reducer is not None and step.index is not None
     index, images = step.index[:, 0], state.sequence.images_at(step.index)
@@ -181,6 +190,7 @@ def _reduction(state: CacheState, step: Prefill, layout: ImageLayout, points: tu
         valid=step.valid,
         is_image=images[:, 0],
         order=order,
+        tower=tower if order is None or tower is None else tower.aligned(order),
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcompress.errors import PolicyError
 from kvcompress.policies.base import Reducer
-from kvcompress.policies.context import LayerContext, Reduced, ReductionContext
+from kvcompress.policies.context import LayerContext, Reduced, ReductionContext, TowerView
 from kvcompress.policies.faults import policy_errors
 from kvcompress.policies.images import ImageLayout
 
@@ -41,6 +41,7 @@ class Reduction:
         valid: Bool[Tensor, "batch queries"] | None,
         is_image: Bool[Tensor, "batch queries"],
         order: Int[Tensor, "batch queries"] | None = None,
+        tower: TowerView | None = None,
     ) -> None:
         """Starts with all tokens of a forward, the padding of each row in its first columns.
 
@@ -52,6 +53,7 @@ class Reduction:
             valid: which columns hold a token; None if all do.
             is_image: which columns hold image tokens.
             order: for each column, the one that the model has its token in, where its padding is not first.
+            tower: what the vision tower says of the image tokens, in the same columns; None if nobody asked.
         """
         self.reducer = reducer
         self.points = points
@@ -59,7 +61,7 @@ class Reduction:
         self.valid: Bool[Tensor, "batch tokens"] | None = valid
         self.row_tokens: list[int] | None = None
         self.into: dict[int, Int[Tensor, "batch queries"]] = {}
-        self._layout = layout
+        self._layout, self._tower = layout, tower
         self._most_images = max(layout.image_tokens)
         batch, self.queries = is_image.shape
         columns = torch.arange(self.queries, device=is_image.device).repeat(batch, 1)
@@ -127,6 +129,7 @@ class Reduction:
             size=facts[..., 5:],
             image_tokens=self._layout.image_tokens,
             guidance=self._guidance,
+            tower=self._tower if layer == 0 else None,
         )
         with policy_errors(self.reducer, layer - 1 if layer else None):
             reduced = self.reducer.reduce(context)

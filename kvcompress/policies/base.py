@@ -311,6 +311,8 @@ class Reducer(Policy):
 
     Class attributes:
         reads_attention: whether `guidance` is called at the layers after which it acts.
+        reads_tower: whether `ReductionContext.tower` is given before the first layer; models whose vision tower cannot
+            be read are refused then.
 
     Args:
         positions: "original", each token keeps its rotary position; "contiguous", the tokens of a layer are numbered
@@ -320,6 +322,7 @@ class Reducer(Policy):
 
     stage = "reducer"
     reads_attention: ClassVar[bool] = False
+    reads_tower: ClassVar[bool] = False
 
     positions: Literal["original", "contiguous", "per_layer"] = "original"
 
