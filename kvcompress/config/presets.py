@@ -138,8 +138,8 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         {"budget": 1.0, "evictor": None, "reducer": {"name": "pyramiddrop", "positions": "per_layer"}},
     ),
     "visionzip": (
-        "VisionZip (arXiv 2412.04467): the ninth of the image tokens that the vision tower looks at most, with the others "
-        "merged into some of them, before the first layer. Deviates: merged behind the projector; positions stay.",
+        "VisionZip (arXiv 2412.04467): a ninth of the image tokens, most of them those that the vision tower looks at, "
+        "the others merged into the rest before the first layer. Deviates: merged after the projector; positions stay.",
         {"budget": 1.0, "evictor": None, "reducer": "visionzip"},
     ),
     "prefixkv+lightkv": (
