@@ -45,9 +45,8 @@ def config_of(rule: str, budget: int) -> CompressionConfig:
         evictor = {"name": "every", "period": period, "granularity": "head" if rule == "rkv" else "layer"}
         preset = "rkv" if rule == "rkv" else "text"
         config = CompressionConfig.preset(preset)
-        cut = config.budget.model_copy(update={"fraction": None, "tokens": budget - period})
-        cut = cut.model_copy(update={"recent": min(cut.recent, cut.tokens // 2)})
-        return config.override(budget=cut, evictor=evictor)
+        tokens, recent = budget - period, min(config.budget.recent, (budget - period) // 2)
+        return config.override(budget={"tokens": tokens, "sink": config.budget.sink, "recent": recent}, evictor=evictor)
     return CompressionConfig.preset("text", budget=budget, evictor={"name": "topk", "decode": rule})
 
 
