@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GenerationConfig
 
-from kvcompress import CompressedCache, CompressionConfig
+from kvcompress import Budget, CompressedCache, CompressionConfig
 from kvcompress.cache import quantized_store
 from kvcompress.cache.layer import CompressedLayer
 from kvcompress.testing.running import forwards, require_masked, with_budget
@@ -24,7 +24,7 @@ from tests.strategies import examples
 from tests.test_heads import BY_HEAD, every_allocator, of_heads, padded
 from tests.test_physical_equals_masked import budgets, schedules
 from tests.test_quantized_rows import run
-from tests.test_quantizers import NAMES, Lossless
+from tests.test_quantizers import Lossless
 
 FOUR_BITS = {"name": "quanto4", "group": 4, "residual": 7}
 NEAR = {"name": "topk", "distance": 3}  # frees among the last slots alone
@@ -45,7 +45,7 @@ def coded(cache: CompressedCache) -> list[list[list[int]]]:
 
 @every_allocator
 @pytest.mark.parametrize("decode", ["fixed_point", "none"])
-@examples(4)
+@examples(3)
 @given(
     budget=budgets,
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=3),
@@ -83,8 +83,7 @@ def test_every_model_equals_masked_attention(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("quantizer", ["quanto2", "quanto8", "rotated4", "k8v4", "fp8"])
-@pytest.mark.parametrize("skew", [10, 100])
+@pytest.mark.parametrize(("skew", "quantizer"), [(10, "quanto4"), (100, "fp8"), (10, "k8v4")])
 def test_heads_hold_their_sum_and_no_more(skew: int, quantizer: str) -> None:
     """Of heads of which one keeps `skew` times what the others keep, codes and the rest take what they take alone."""
     layers, heads, tokens, residual, group = 3, 2, 400, 16, 8
@@ -113,24 +112,23 @@ def test_heads_hold_their_sum_and_no_more(skew: int, quantizer: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["quanto2", "fp8"])
 def test_evicted_codes_give_their_bytes_back(name: str) -> None:
     """A turn that evicts quantized tokens of every head leaves no more bytes than what is left takes."""
-    config = of_heads(BY_HEAD["headprefix"], budget=120, evictor=NEAR, quantizer={**FOUR_BITS, "name": name})
-    cache, model = CompressedCache(tiny.model("llama"), config), tiny.model("llama")
+    config = of_heads(BY_HEAD["headprefix"], budget=50, evictor=NEAR, quantizer={**FOUR_BITS, "name": name})
+    cache, fresh, model = *(CompressedCache(tiny.model("llama"), config) for _ in range(2)), tiny.model("llama")
     model(**padded([90, 70], seed=1), **tiny.with_cache(cache))
-    before, bytes_before = coded(cache), cache.report().kv_bytes
-    smaller = config.model_copy(update={"budget": config.budget.model_copy(update={"tokens": 30})})
-    other = CompressedCache(tiny.model("llama"), smaller)
-    model(**padded([90, 70], seed=1), **tiny.with_cache(other))
-    model(tiny.token_ids(2, 30, seed=2), **tiny.with_cache(other))
-    model(tiny.token_ids(2, 30, seed=2), **tiny.with_cache(cache))
-    assert before and max(max(row) for layer in coded(other) for row in layer) > 0
-    assert other.report().kv_bytes < 0.6 * bytes_before
+    before = torch.tensor(coded(cache))
+    model(tiny.token_ids(2, 60, seed=2), **tiny.with_cache(cache))
+    model(**padded([150, 130], seed=2), **tiny.with_cache(fresh))
+    after = torch.tensor(coded(cache))
+    assert (after % 4 > 0).any() and (after != before).any()  # what is left of groups, and groups that came
+    now, first = cache.report(), fresh.report()
+    assert now.kv_bytes < 1.3 * first.kv_bytes and now.retention == pytest.approx(first.retention, abs=0.01)
 
 
 @torch.no_grad()
-@every_allocator
+@pytest.mark.parametrize("allocator", [BY_HEAD["headprefix on top"], BY_HEAD["adakv of prefix"]], ids=["one", "other"])
 def test_a_saved_cache_goes_on_as_if_it_had_not_been(allocator: dict[str, Any], tmp_path: Path) -> None:
     """Codes come back bit for bit; rows can be taken, repeated and dropped, drafts taken back."""
     model, prompt = tiny.model("llama"), padded([60, 41], seed=4)
@@ -168,14 +166,12 @@ def test_a_saved_cache_goes_on_as_if_it_had_not_been(allocator: dict[str, Any], 
     assert torch.tensor(swapped.report().head_lengths).equal(lengths[:, [1, 0, 1]])
 
 
-@every_allocator
-@pytest.mark.parametrize("decode", ["fixed_point", "none"])
-def test_a_row_of_a_padded_batch_is_quantized_as_it_is_alone(allocator: dict[str, Any], decode: str) -> None:
+@pytest.mark.parametrize(("allocator", "decode"), [("headprefix", "fixed_point"), ("adakv", "none")])
+def test_a_row_of_a_padded_batch_is_quantized_as_it_is_alone(allocator: str, decode: str) -> None:
     """The same groups of every head at the same steps, so the same logits and the same columns."""
     lengths, steps = [70, 51, 30], (1, 1, 9, 1, 1, 8, *[1] * 11)
-    config = of_heads(
-        allocator, budget=0.7, evictor={**NEAR, "decode": decode}, quantizer={**FOUR_BITS, "name": "quanto8"}
-    )
+    lossless = Lossless(group=4, residual=7)  # which no rounding sends elsewhere
+    config = of_heads(BY_HEAD[allocator], budget=0.7, evictor={**NEAR, "decode": decode}, quantizer=lossless)
     batch = CompressedCache(tiny.model("llama"), config)
     found = run(batch, lengths, seed=3, steps=steps)
     for row, length in enumerate(lengths):
@@ -193,7 +189,8 @@ def test_heads_are_quantized_together_once_in_a_group_of_steps() -> None:
     """Although every head comes to have a group at a step of its own, other steps do nothing on the host."""
     quantizer = {"name": "quanto4", "group": 8, "residual": 9}
     cache = CompressedCache(
-        tiny.model("llama"), of_heads(BY_HEAD["adakv"], budget=0.6, evictor={**NEAR, "decode": "none"}, quantizer=quantizer)
+        tiny.model("llama"),
+        of_heads(BY_HEAD["adakv"], budget=0.6, evictor={**NEAR, "decode": "none"}, quantizer=quantizer),
     )
     model, at = tiny.model("llama"), []
     model(**padded([70, 51], seed=1), **tiny.with_cache(cache))
@@ -206,33 +203,42 @@ def test_heads_are_quantized_together_once_in_a_group_of_steps() -> None:
     assert max(layer.store.capacity for layer in cache.layers) <= 9 + 2 * 8 + 1
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_generation_runs_and_bytes_fall(name: str) -> None:
-    """Greedy, beams and a long way back run on a cache that holds less than full precision."""
+@pytest.mark.parametrize(("name", "beams"), [("quanto4", 1), ("fp8", 3)])
+def test_generation_runs_and_bytes_fall(name: str, beams: int) -> None:
+    """Greedy and beams run on a cache that holds less than full precision."""
     model, ids = tiny.model("llama"), tiny.token_ids(2, 120, seed=3)
     quantizer = {"name": name, "group": 8, "residual": 8}
-    for beams in (1, 3):
-        cache = CompressedCache(model, of_heads(BY_HEAD["headprefix"], budget=0.8, evictor=NEAR, quantizer=quantizer))
-        settings = GenerationConfig(
-            max_new_tokens=20, num_beams=beams, do_sample=False, pad_token_id=0, eos_token_id=None
-        )
-        model.generate(input_ids=ids, **tiny.with_cache(cache), generation_config=settings)
-        report = cache.report()
-        assert report.kv_bytes < 0.85 * report.retention * report.full_kv_bytes
-    cache = CompressedCache(model, of_heads(BY_HEAD["adakv"], budget=1.0, evictor=NEAR, quantizer=quantizer))
-    with torch.no_grad():
-        model(ids, **tiny.with_cache(cache))
-        model(tiny.token_ids(2, 5, seed=4), **tiny.with_cache(cache))
-        cache.crop(-90)  # into what is quantized
-        assert cache.get_seq_length() == 35 and coded(cache) == [[[35, 35]] * 2] * 3
-        model(tiny.token_ids(2, 5, seed=5), **tiny.with_cache(cache))
-    assert cache.report().layer_lengths == [[40, 40]] * 3
+    cache = CompressedCache(model, of_heads(BY_HEAD["headprefix"], budget=0.8, evictor=NEAR, quantizer=quantizer))
+    settings = GenerationConfig(max_new_tokens=20, num_beams=beams, do_sample=False, pad_token_id=0, eos_token_id=None)
+    model.generate(input_ids=ids, **tiny.with_cache(cache), generation_config=settings)
+    report = cache.report()
+    assert report.kv_bytes < 0.85 * report.retention * report.full_kv_bytes
+
+
+@torch.no_grad()
+def test_tokens_are_taken_back_out_of_codes() -> None:
+    """Each head loses the same tokens as without a quantizer, and goes on as if it had none."""
+    evictor = {"name": "topk", "decode": "none"}
+    config = of_heads(BY_HEAD["adakv"], budget=Budget(fraction=0.8, recent=50), scorer="key_norm", evictor=evictor)
+    lossless = config.model_copy(update={"quantizer": Lossless(group=4, residual=5)})
+    model, caches = tiny.model("llama"), [CompressedCache(tiny.model("llama"), one) for one in (config, lossless)]
+    for cache in caches:
+        model(tiny.token_ids(2, 120, seed=3), **tiny.with_cache(cache))
+    before = torch.tensor(coded(caches[1]))
+    for cache in caches:
+        cache.crop(-40)
+    lengths, after = torch.tensor(caches[1].report().head_lengths), torch.tensor(coded(caches[1]))
+    assert len(lengths.unique()) > 1 and (after < before).all() and after.equal(lengths)
+    for seed, tokens in enumerate([1, 1, 7, 1, 1, 1, 1, 1]):
+        wanted, found = (model(tiny.token_ids(2, tokens, seed), **tiny.with_cache(one)).logits for one in caches)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+        assert held(caches[0]) == held(caches[1])
 
 
 @pytest.mark.parametrize("skewed", [False, True])
 def test_a_budget_in_bytes_counts_quantized_bytes(skewed: bool) -> None:
     """Four bits hold more tokens in the same bytes, and the bytes stay within the budget, whatever heads get."""
-    model, ids, lengths = tiny.model("llama"), tiny.token_ids(1, 600, seed=3), []
+    model, ids, lengths = tiny.model("llama"), tiny.token_ids(1, 500, seed=3), []
     allocator = BY_HEAD["headprefix"]
     if skewed:
         allocator = {"name": "profile", "retention": [0.5, 0.05] * 3, "heads": 2}

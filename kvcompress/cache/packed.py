@@ -146,8 +146,6 @@ class Packed:
 
     def fixed(self) -> Packed:
         """The same, of which compiled decode steps know that it stays where it is."""
-        if self.scales is not None and self.scales.ndim == 1:  # as earlier releases counted, and saved, them
-            return replace(self, scales=self.scales[:, None]).fixed()
         for tensor in self.tensors():
             fixed(tensor)
         return self

@@ -258,9 +258,8 @@ class QuantizedStore(DenseStore):
     def restore(self, saved: Any) -> None:
         """Takes over what `saved` gave."""
         super().restore(saved)
-        packed, coded, packed_rows = saved["packed"], saved["coded"], saved["packed_rows"]
+        packed, coded, self.packed_rows = saved["packed"], saved["coded"], saved["packed_rows"]
         self._packed = None if packed is None else (packed[0].fixed(), packed[1].fixed())
-        self.packed_rows = packed_rows if packed_rows is None or packed_rows.ndim == 2 else packed_rows[:, None]
         self.coded = None if coded is None else fixed(coded)
 
     # -- inner ---------------------------------------------------------------------------------------------------------

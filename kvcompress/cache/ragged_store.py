@@ -205,4 +205,3 @@ class RaggedStore(DenseStore):
         place = np.minimum(np.arange(self.capacity), self.slots[..., None] - 1)
         places: Counts = starts(self.slots)[..., None] + place
         return places
-
