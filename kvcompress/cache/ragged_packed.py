@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ class RaggedPacked:
         span: neighbouring slots that one row of scales serves.
         slots: slots that each row and head has, in use or not, `[batch, kv_heads]`; whole spans without `scale_rows`.
         start: the first of them, likewise; on the device.
+        capacity: slots of the row and head that has most; plain, since compiled steps look at it.
         scale_rows: the row of scales that each slot belongs to; None while they follow from the slots' order.
         scales: rows of scales in use, where there are `scale_rows`.
     """
@@ -36,6 +38,7 @@ class RaggedPacked:
     span: int
     slots: Counts
     start: Int[Tensor, "batch kv_heads"]
+    capacity: int
     scale_rows: Int[Tensor, "one one all_slots"] | None = None
     scales: int = 0
 
@@ -43,12 +46,7 @@ class RaggedPacked:
     def of(cls, codes: Codes, slots: Counts) -> RaggedPacked:
         """Buffers that are full of some groups, so many slots of each row and head."""
         span = codes.data.shape[2] // codes.scale.shape[2]
-        return cls(codes, span, np.array(slots), _on(starts(slots), codes)).fixed()
-
-    @property
-    def capacity(self) -> int:
-        """Slots of the row and head that has most."""
-        return int(self.slots.max(initial=0))
+        return cls(codes, span, **_layout(slots, codes)).fixed()
 
     @property
     def nbytes(self) -> int:
@@ -150,22 +148,22 @@ class RaggedPacked:
             total = int(slots.sum())
             data = codes.data.new_zeros(1, 1, total, codes.data.shape[3])
             codes = changed(codes, data, lambda scale: _with_zeros(scale, total // self.span))
-            return replace(self, codes=codes, slots=slots, start=_on(starts(slots), codes)).fixed()
+            return replace(self, codes=codes, **_layout(slots, codes)).fixed()
         at = sources(self.slots, slots, self.start.device) if at is None else at
         data, rows, scale_rows = codes.data.index_select(2, at), at[::unit] // unit, self.scale_rows
         if scale_rows is None:
             codes = changed(codes, data, lambda scale: scale.index_select(2, rows))
         else:
             codes, scale_rows = changed(codes, data, lambda scale: scale), scale_rows.index_select(2, at)
-        return replace(self, codes=codes, slots=slots, start=_on(starts(slots), codes), scale_rows=scale_rows).fixed()
+        return replace(self, codes=codes, scale_rows=scale_rows, **_layout(slots, codes)).fixed()
 
     def _with_scales_of(self, slots: Counts, at: Tensor) -> RaggedPacked:
         """Copies slots with the rows of scales that any of them needs; waits for the device."""
         rows = at // self.span if self.scale_rows is None else self.scale_rows[0, 0].index_select(0, at)
         used, scale_rows = torch.unique(rows, return_inverse=True)
         codes = changed(self.codes, self.codes.data.index_select(2, at), lambda scale: scale[:, :, used.long()])
-        start, scale_rows = _on(starts(slots), codes), scale_rows.int()[None, None]
-        return RaggedPacked(codes, self.span, slots, start, scale_rows, len(used)).fixed()
+        scale_rows = scale_rows.int()[None, None]
+        return replace(self, codes=codes, scale_rows=scale_rows, scales=len(used), **_layout(slots, codes)).fixed()
 
     def to(self, device: torch.device) -> RaggedPacked:
         """On a device, without waiting for the copy."""
@@ -185,6 +183,11 @@ class RaggedPacked:
 
 def _on(counts: Counts, codes: Codes) -> Tensor:
     return torch.as_tensor(counts, device=codes.data.device)
+
+
+def _layout(slots: Counts, codes: Codes) -> dict[str, Any]:
+    """What says that each row and head has so many slots."""
+    return {"slots": np.array(slots), "start": _on(starts(slots), codes), "capacity": int(slots.max(initial=0))}
 
 
 def _with_zeros(buffer: Tensor, more: int) -> Tensor:

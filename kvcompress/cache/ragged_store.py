@@ -27,6 +27,7 @@ class RaggedStore(DenseStore):
     Attributes:
         slots: slots of each row and head, `[batch, kv_heads]`; on the host.
         start: the first of them, likewise; on the device.
+        is_even: whether every row and head has as many slots.
     """
 
     def __init__(self) -> None:
@@ -34,12 +35,13 @@ class RaggedStore(DenseStore):
         super().__init__()
         self.slots: Counts = np.zeros((0, 0), dtype=np.int64)
         self.start: Int[Tensor, "batch kv_heads"] | None = None
+        self.is_even, self._most = True, 0  # plain, since compiled steps look at them
         self._at: Int[Tensor, "batch kv_heads slots"] | None = None
 
     @property
     def capacity(self) -> int:
         """Slots of the row and head that has most."""
-        return int(self.slots.max(initial=0))
+        return self._most
 
     @property
     def rows_and_heads(self) -> tuple[int, int]:
@@ -52,11 +54,6 @@ class RaggedStore(DenseStore):
         if self.keys is None or self.values is None:
             return 0
         return self.kv_heads * (self.keys.shape[1] + self.values.shape[1]) * self.keys.element_size()
-
-    @property
-    def is_even(self) -> bool:
-        """Whether every row and head has as many slots."""
-        return bool((self.slots == self.capacity).all())
 
     def buffers(self) -> list[Tensor]:
         """Every tensor that it holds, keys and values first."""
@@ -159,7 +156,7 @@ class RaggedStore(DenseStore):
             assert now is not None
             buffer.index_copy_(0, at, now)
         self.keys, self.values, self.slots = before.keys, before.values, before.slots
-        self.start, self._at = before.start, before._at
+        self.start, self._at, self.is_even, self._most = before.start, before._at, before.is_even, before._most
 
     def to(self, device: torch.device) -> None:
         """Moves every buffer to a device, without waiting for the copy."""
@@ -195,7 +192,8 @@ class RaggedStore(DenseStore):
     def _count(self, slots: Counts) -> None:
         """Takes note of how many slots each row and head has."""
         assert self.keys is not None
-        self.slots = np.array(slots)
+        self.slots, self._most = np.array(slots), int(slots.max(initial=0))
+        self.is_even = bool((self.slots == self._most).all())
         self.start = fixed(torch.as_tensor(starts(self.slots), device=self.keys.device))
         on_cpu = self.keys.device.type == "cpu"
         self._at = None if self.is_even or not on_cpu else fixed(torch.as_tensor(self._every_place()))
