@@ -113,7 +113,9 @@ def played(model: PreTrainedModel, name: str, way: str, fields: dict[str, Any]) 
         "columns": report.held_columns,
         "least_held": least_held(cache),
         "logits": result.logits[-1][0].tolist(),
-        "packed": [[] if (of := getattr(layer.store, "coded", None)) is None else of.tolist() for layer in cache.layers],
+        "packed": [
+            [] if (of := getattr(layer.store, "coded", None)) is None else of.tolist() for layer in cache.layers
+        ],
         "kv_bytes": report.kv_bytes,
     }
 

@@ -100,12 +100,8 @@ class QuantizedStore(DenseStore):
         read_as = self.quantizer.code_dtype
         if used.length is None or read_as is None or self._widths[0] != self._widths[1]:
             return self.attend_with_lse(query, scaling, used)[0]
-        return self._attend_codes(query, scaling, used.length, read_as)
-
-    def _attend_codes(self, query: Queries, scaling: float, length: Tensor, read_as: torch.dtype) -> Tensor:
-        """Attention by a kernel that reads codes and slots in use where they are."""
-        assert self._packed is not None
-        (keys, values), (of_keys, of_values) = self.dense(), self._packed
+        (keys, values), layout = self._in_place()
+        of_keys, of_values = self._packed
         return decode_attention_codes(
             query,
             of_keys.codes.data.view(read_as),
@@ -118,10 +114,15 @@ class QuantizedStore(DenseStore):
             values,
             scaling,
             self.coded,
-            length,
+            used.length,
             key_rows=of_keys.scale_rows,
             value_rows=of_values.scale_rows,
+            **layout,
         )
+
+    def _in_place(self) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+        """Keys and values in full precision as they lie, and what a kernel has to be told of where slots begin."""
+        return self.dense(), {}
 
     def attend_with_lse(
         self, query: Queries, scaling: float, used: InUse, softcap: float | None = None

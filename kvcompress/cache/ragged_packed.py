@@ -15,6 +15,7 @@ from kvcompress.cache.layout import slots_after, sources, starts
 from kvcompress.cache.packed import changed
 from kvcompress.cache.sequence import Counts
 from kvcompress.cache.store import fixed
+from kvcompress.kernels.codes import part_of
 from kvcompress.policies.context import Codes
 
 
@@ -64,12 +65,8 @@ class RaggedPacked:
 
         Where a row and head has fewer, any others are in their place.
         """
-        unit, device = self._unit, self.start.device
-        units = torch.arange(start // unit, end // unit, device=device)
-        at = ((self.start // unit).unsqueeze(-1) + units).clamp_(max=self.codes.data.shape[2] // unit - 1)
-        data = self.codes.data.view(-1, unit, self.codes.data.shape[3])[at].flatten(2, 3)
-        rows = at if self.scale_rows is None else self.scale_rows[0, 0][at].long()
-        return changed(self.codes, data, lambda scale: scale[0, 0][rows])
+        codes = self.codes
+        return Codes(*part_of(codes.data, codes.scale, codes.shift, self.scale_rows, self.start, start, end), codes.dim)
 
     @property
     def _unit(self) -> int:

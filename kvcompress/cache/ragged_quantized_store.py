@@ -13,8 +13,7 @@ from kvcompress.cache.quantized_store import QuantizedStore
 from kvcompress.cache.ragged_packed import RaggedPacked
 from kvcompress.cache.ragged_store import RaggedStore
 from kvcompress.cache.sequence import Counts
-from kvcompress.cache.store import InUse
-from kvcompress.policies.context import Codes, Keys, Queries, Values
+from kvcompress.policies.context import Codes, Keys, Values
 
 
 class RaggedQuantizedStore(QuantizedStore, RaggedStore):
@@ -54,8 +53,11 @@ class RaggedQuantizedStore(QuantizedStore, RaggedStore):
         )
         return keys, values
 
-    def _attend_codes(self, query: Queries, scaling: float, length: Tensor, read_as: torch.dtype) -> Tensor:
-        return self.attend_with_lse(query, scaling, InUse(length=length))[0]
+    def _in_place(self) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+        assert self._packed is not None and self.keys is not None and self.values is not None
+        codes, _ = self._packed  # those of values lie alike
+        layout = {"code_start": codes.start, "code_slots": codes.capacity, "start": self.start, "slots": self.capacity}
+        return (self.keys, self.values), layout
 
     def _drop_first(self, more: Counts, left: Counts) -> None:
         """Gives back the first slots of full precision, each row's and head's own number of them."""
