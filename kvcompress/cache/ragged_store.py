@@ -35,7 +35,7 @@ class RaggedStore(DenseStore):
         super().__init__()
         self.slots: Counts = np.zeros((0, 0), dtype=np.int64)
         self.start: Int[Tensor, "batch kv_heads"] | None = None
-        self.is_even, self._most = True, 0  # plain, since compiled steps look at them
+        self.is_even, self._most = True, 0  # plain values, which a compiled step can read
         self._at: Int[Tensor, "batch kv_heads slots"] | None = None
 
     @property
