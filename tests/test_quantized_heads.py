@@ -19,6 +19,7 @@ from kvcompress.cache import quantized_store
 from kvcompress.cache.layer import CompressedLayer
 from kvcompress.testing.running import forwards, require_masked, with_budget
 from tests import strategies, tiny
+from tests.operations import Operations
 from tests.reference import Reference, held
 from tests.strategies import examples
 from tests.test_heads import BY_HEAD, every_allocator, of_heads, padded
@@ -201,6 +202,19 @@ def test_heads_are_quantized_together_once_in_a_group_of_steps() -> None:
             at += [step] * (pack.call_count > before)
     assert at == [8, 16, 24, 32]
     assert max(layer.store.capacity for layer in cache.layers) <= 9 + 2 * 8 + 1
+
+
+@torch.no_grad()
+def test_a_decode_step_waits_for_nothing() -> None:
+    """Between the steps that quantize, whatever heads hold in codes, and in full precision."""
+    config = of_heads(BY_HEAD["headprefix"], budget=0.6, evictor=NEAR, quantizer=FOUR_BITS)
+    cache, model = CompressedCache(tiny.model("llama"), config), tiny.model("llama")
+    model(**padded([70, 51], seed=1), **tiny.with_cache(cache))
+    assert all(max(map(max, layer)) > 0 for layer in coded(cache))
+    for step in range(3):
+        with Operations() as counted:
+            model(tiny.token_ids(2, 1, seed=step), **tiny.with_cache(cache))
+        assert counted.syncs == 0
 
 
 @pytest.mark.parametrize(("name", "beams"), [("quanto4", 1), ("fp8", 3)])
