@@ -56,7 +56,8 @@ def cases() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
         # So little room, and scores so different, that a second turn evicts different numbers of quantized tokens.
         fields = {"scorer": "random", "budget": {"tokens": 30, "sink": 1, "recent": 4}}
         yield f"quantizer {name}", "llama", "second turn", {**fields, "quantizer": quantizer, "evictor": evictor}
-    of_heads = {**fields, "allocator": "headprefix", "quantizer": {"name": "quanto4", "group": 4, "residual": 8}}
+    of_heads = {"budget": {"tokens": 30, "sink": 1, "recent": 4}, "evictor": {"name": "topk", "distance": 8}}
+    of_heads |= {"allocator": "headprefix", "quantizer": {"name": "quanto4", "group": 4, "residual": 8}}
     yield "quantizer, heads of their own sizes", "llama_mha", "second turn", of_heads
     for name in REDUCERS.names():
         reducer = {"name": name, **EXAMPLES.get(("reducer", name), {})}
