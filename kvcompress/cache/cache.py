@@ -246,6 +246,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if layer == 0 and not state.early:
             self._begin(query.shape[0], query.shape[2], query.device)
         step = state.step
+        if mask is not None and mask.shape[2] > 1 and isinstance(step, Prefill) and step.last_seen is None:
+            raise attention.own_mask(module, mask)
         if step is None or step.next_layer != layer:
             raise state.broken()
         with state.writable():
@@ -578,7 +580,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             take_offset(self._state.sequence, self._adapter, self._model(), shape[0])
         self._mask = None
         if shape is not None and batch in (0, shape[0]):  # else the first layer says so
-            self._mask = read_mask(self._state.sequence, inputs.get("attention_mask"), shape[1])
+            self._mask = read_mask(
+                self._state.sequence, inputs.get("attention_mask"), shape, inputs.get(hooks.LAST_SEEN)
+            )
             choosing.for_forward(self._state, shape[1], self._mask)
         if self._state.own:
             self._state.check_ready()

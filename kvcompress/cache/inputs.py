@@ -50,7 +50,7 @@ def check_inputs(inputs: dict[str, Any], seen: int) -> None:
         raise CacheStateError(not_the_conversation(seen, new))
     if mask is None:
         return
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != shape[0]:
         raise UnsupportedModeError("attention_mask: must be [batch, columns] with 1 for tokens and 0 for padding")
     if mask.shape[1] < seen + new:
         raise CacheStateError(too_short(seen, new))

@@ -31,9 +31,12 @@ def begin(state: CacheState, queries: int, device: torch.device, mask: Mask, lay
     state.step, state.reduced = step, None  # from here on, what is interrupted has failed
     decoding.tidy(state)
     new_valid, step.order, step.first_order = mask.new_valid, mask.order, mask.order
+    step.last_seen = mask.last_in_order()
     if mask.hidden is not None:
         _hide(state, mask.hidden)
     sequence.extend(new_valid, queries, step.row_new)
+    if mask.last_seen is not None:
+        sequence.mark_seen_early(mask.last_seen, mask.new_valid)
     step.row_seen = sequence.row_seen
     index = sequence.index_of_columns(device)[:, first:]
     if step.order is not None:

@@ -35,7 +35,7 @@ def attention_sparsity(layer: LayerContext) -> Float[Tensor, " batch"]:
     probability = layer.attention_probabilities(_AFTER_IMAGE)
     queries, tokens = probability.shape[2:]
     device = probability.device
-    visible = torch.ones(1, 1, queries, tokens, dtype=torch.bool, device=device).tril(tokens - queries)
+    visible = layer.visible(_AFTER_IMAGE).unsqueeze(1)
     counted = torch.arange(queries, 0, -1, device=device) <= _queries_after_image(layer)[:, None]  # [batch, queries]
     if layer.valid is not None:
         visible, counted = visible & _of_heads(layer, layer.valid).unsqueeze(2), counted & layer.valid[:, 0, -queries:]
