@@ -102,8 +102,12 @@ class Family:
         if self.axes > 1:
             inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
         if self.typed is not None:
-            inputs["token_type_ids"] = (ids == IMAGE).int() if self.typed == "images" else torch.zeros_like(ids)
+            inputs["token_type_ids"] = self.types(ids)
         return inputs
+
+    def types(self, ids: Tensor) -> Tensor:
+        """What its processor says of each token: 1 for those of an image, or 0 for those of a prompt."""
+        return (ids == IMAGE).int() if self.typed == "images" else torch.zeros_like(ids)
 
     def two_rows(self, seed: int = 0) -> dict[str, Any]:
         """A picture each between text, and a video if the family sees any."""

@@ -170,6 +170,27 @@ def padding_mask(
     return sdpa_mask(*args, **known)
 
 
+def check_causal(module: nn.Module, mask: Tensor | None, first: bool) -> None:
+    """Refuses attention that is meant to go both ways where no mask told the decoder's cache of it.
+
+    Args:
+        module: the attention module.
+        mask: what it attends with.
+        first: whether nothing was seen before this forward, so that transformers may leave a mask out.
+
+    Raises:
+        UnsupportedModelError: for a mask that the decoder did not get, or a model that attends both ways without one.
+    """
+    if mask is not None and mask.shape[2] > 1:
+        raise own_mask(module, mask)
+    if first and getattr(module, "is_causal", True) is False:
+        raise UnsupportedModelError(
+            f"model: {type(module).__name__} attends to tokens before and after each where it is given no mask of its "
+            "own, and a compressed cache attends causally there; say which tokens do, by token_type_ids as the "
+            "processor gives them"
+        )
+
+
 def own_mask(module: nn.Module, mask: Tensor) -> UnsupportedModelError:
     """What is wrong with a mask that the decoder did not get."""
     return UnsupportedModelError(

@@ -22,7 +22,7 @@ from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.axes import check_axes, check_positions, give_offset, take_offset
 from kvcompress.cache.calls import Calls
 from kvcompress.cache.capture import GRAPHS, CapturedDecoding
-from kvcompress.cache.inputs import shape_of, tokens_to_come
+from kvcompress.cache.inputs import check_types, shape_of, tokens_to_come
 from kvcompress.cache.masks import Mask, read_mask
 from kvcompress.cache.own import OwnLayers
 from kvcompress.cache.reconstruction import reconstruct
@@ -246,8 +246,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if layer == 0 and not state.early:
             self._begin(query.shape[0], query.shape[2], query.device)
         step = state.step
-        if mask is not None and mask.shape[2] > 1 and isinstance(step, Prefill) and step.last_seen is None:
-            raise attention.own_mask(module, mask)
+        if isinstance(step, Prefill) and step.last_seen is None:
+            attention.check_causal(module, mask, first=1 < step.columns == state.sequence.seen)
         if step is None or step.next_layer != layer:
             raise state.broken()
         with state.writable():
@@ -394,7 +394,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         reducer = self.config.reducer
         renumbers = reducer is not None and reducer.positions == "per_layer"
         host = merges or renumbers or self._state.heads is not ALONE or bool(self._state.own)
-        return not (self._state.recording or host)
+        return not (self._state.recording or host or self._adapter.typed)
 
     @property
     def batch_size(self) -> int:
@@ -538,6 +538,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if torch.compiler.is_compiling():  # a decode step
             return
         decoding.catch_up_if_needed(self._state)
+        if self._adapter.typed:
+            check_types(inputs, self._state.sequence.seen)
         self._state.calls.model(inputs, self._state.sequence.seen, self._state.recording)
         self._forget_images()
         if not self._in_turn:  # `generate` has seen to it

@@ -65,6 +65,22 @@ def check_inputs(inputs: dict[str, Any], seen: int) -> None:
             )
 
 
+def check_types(inputs: dict[str, Any], seen: int) -> None:
+    """Refuses types of tokens that do not begin where the conversation does, for a model that finds them by column.
+
+    Raises:
+        CacheStateError: naming the way out.
+    """
+    types, shape = inputs.get("token_type_ids"), shape_of(inputs)
+    several = seen and shape is not None and shape[1] > 1
+    if several and isinstance(types, Tensor) and types.shape[1] < seen + shape[1]:  # type: ignore[index]
+        raise CacheStateError(
+            f"token_type_ids: the model finds a token's type by its column in the conversation, and these are "
+            f"{types.shape[1]}; they must cover the {seen} tokens seen and the {shape[1]} new ones. Where none of the "
+            "new tokens is an image, leave them out"
+        )
+
+
 def check_use(inputs: dict[str, Any]) -> None:
     """Refuses a call that brings a cache and forbids its use.
 

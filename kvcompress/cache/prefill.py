@@ -181,6 +181,7 @@ def _reduction(state: CacheState, step: Prefill, layout: ImageLayout, points: tu
         valid=step.valid,
         is_image=images[:, 0],
         order=order,
+        last_seen=step.last_seen,
     )
 
 
@@ -212,7 +213,7 @@ def reduce(state: CacheState, layer: int, hidden: Tensor) -> tuple[Tensor, Reduc
             hidden = reduction.reduce(layer, hidden)
             state.sequence.reduce(layer, _in_all_columns(reduction.into[layer], step, state.sequence.seen))
             step.index, step.valid = reduction.index.to(torch.int32).unsqueeze(1), reduction.valid
-            step.row_new, step.order = np.asarray(reduction.row_tokens), None
+            step.row_new, step.order, step.last_seen = np.asarray(reduction.row_tokens), None, reduction.last_seen
     return hidden, reduction
 
 

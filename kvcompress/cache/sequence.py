@@ -228,9 +228,11 @@ class Sequence:
             layer: index of the decoder layer; only where a reducer acts do layers differ.
         """
         queries: Tensor = self._rows(self.row_seen, index) - index
+        early: Tensor | int = 0
         if self.seen_early is not None:
-            early = self.by_index(self.seen_early.to(index.device))
-            queries = queries + taken(early.repeat(index.shape[0] // early.shape[0], 1), index)
+            of_tokens = self.by_index(self.seen_early.to(index.device))
+            early = taken(of_tokens.repeat(index.shape[0] // of_tokens.shape[0], 1), index)
+            queries = queries + early
         for run in self.decoded:
             first, end = (self._rows(counts, index) for counts in run)
             queries = queries - (end - index.clamp(min=first).clamp(max=end))  # each a number, or one per row
@@ -238,7 +240,7 @@ class Sequence:
         if missing is not None:
             until = F.pad(self.by_index(missing.to(index.device)).cumsum(1), (1, 0))  # missing before each, and all
             whole = until[:, -1:, None]
-            queries = queries - (whole - taken(until, index))
+            queries = queries - (whole - taken(until, index - early))
             since = torch.as_tensor(self.scored.first, dtype=index.dtype, device=index.device)[:, None, None]
             scored = scored - (whole - taken(until, since))
         if not last:

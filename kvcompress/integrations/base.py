@@ -111,6 +111,8 @@ class Adapter(ABC):
         """Gives the model what it kept of another conversation, which goes on now; for models of several axes."""
         raise NotImplementedError(f"{type(self).__name__}: position_axes is not 1, so it needs set_rotary_offset")
 
+    typed: ClassVar[bool] = False  # whether `token_type_ids` say, column by column, which tokens attend both ways
+
     def adds_after(self, model: PreTrainedModel) -> int:
         """Number of first decoder layers after which the model itself adds to hidden states of all columns."""
         return 0

@@ -22,6 +22,7 @@ class Gemma3Adapter(LlavaAdapter):
     """
 
     decoders: ClassVar[tuple[str, ...]] = ("gemma3_text",)
+    typed: ClassVar[bool] = True
 
     def image_layout(
         self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"], inputs: dict[str, Any]
@@ -40,3 +41,4 @@ class PaliGemmaAdapter(LlavaAdapter):
     """
 
     decoders: ClassVar[tuple[str, ...]] = ("gemma", "gemma2")
+    typed: ClassVar[bool] = True
