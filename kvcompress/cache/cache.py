@@ -538,7 +538,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if torch.compiler.is_compiling():  # a decode step
             return
         decoding.catch_up_if_needed(self._state)
-        if self._adapter.typed:
+        if self._adapter.typed and self._adapter.reads_types(inputs):
             check_types(inputs, self._state.sequence.seen)
         self._state.calls.model(inputs, self._state.sequence.seen, self._state.recording)
         self._forget_images()

@@ -113,6 +113,10 @@ class Adapter(ABC):
 
     typed: ClassVar[bool] = False  # whether `token_type_ids` say, column by column, which tokens attend both ways
 
+    def reads_types(self, inputs: dict[str, Any]) -> bool:
+        """Whether a call with these arguments is one in which the model looks at the types, if it is `typed`."""
+        return True
+
     def adds_after(self, model: PreTrainedModel) -> int:
         """Number of first decoder layers after which the model itself adds to hidden states of all columns."""
         return 0

@@ -42,3 +42,7 @@ class PaliGemmaAdapter(LlavaAdapter):
 
     decoders: ClassVar[tuple[str, ...]] = ("gemma", "gemma2")
     typed: ClassVar[bool] = True
+
+    def reads_types(self, inputs: dict[str, Any]) -> bool:
+        """With pictures; later forwards are causal, whatever types they bring."""
+        return inputs.get("pixel_values") is not None
