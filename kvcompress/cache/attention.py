@@ -47,7 +47,13 @@ _PREVIOUS = "_kvcompress_previous_attention"  # on attention modules
 
 @runtime_checkable
 class Attends(Protocol):
-    """What `update` attaches to the keys it returns."""
+    """What `update` attaches to the keys it returns.
+
+    Attributes:
+        window: how many columns it lets come, where every layer attends to a window; None without one.
+    """
+
+    window: int | None
 
     def attend(
         self,
@@ -109,13 +115,14 @@ def compressed_attention(
         shaped = {name: given for name, given in (("softcap", softcap), ("s_aux", s_aux)) if given is not None}
         kwargs |= {"dropout": dropout, "scaling": scaling, **shaped}
         return _former_attention(module, query, key, value, attention_mask, written_out=bool(shaped), **kwargs)
+    cache, layer = call
     for name in kwargs.keys() - _WITHOUT_MEANING:
-        if kwargs[name] is not None:
+        within = name == "sliding_window" and cache.window is not None and cache.window <= (kwargs[name] or 0)
+        if kwargs[name] is not None and not within:
             raise UnsupportedModeError(
                 f"{name}: a compressed cache does not know this argument of attention and will not pass over it; leave "
                 "it out, or use another cache"
             )
-    cache, layer = call
     if attention_mask is not None and padding_in(attention_mask) is attention_mask:
         raise own_mask(module, attention_mask)
     scaling = scaling or query.shape[-1] ** -0.5

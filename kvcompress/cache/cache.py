@@ -22,7 +22,7 @@ from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.axes import check_axes, check_positions, give_offset, take_offset
 from kvcompress.cache.calls import Calls
 from kvcompress.cache.capture import GRAPHS, CapturedDecoding
-from kvcompress.cache.inputs import check_types, shape_of, tokens_to_come
+from kvcompress.cache.inputs import check_types, check_window, shape_of, tokens_to_come
 from kvcompress.cache.masks import Mask, read_mask
 from kvcompress.cache.own import OwnLayers
 from kvcompress.cache.reconstruction import reconstruct
@@ -45,8 +45,8 @@ from kvcompress.policies.images import ImageLayout
 
 _COMPILED = (
     "torch.compile: a compiled forward reads one token of every row, after a prompt that was read without compilation; "
-    "call generate, or read the prompt with the model inside (compiled._orig_mod). Layers that slide or sum up are not "
-    "compiled at all"
+    "call generate, or read the prompt with the model inside (compiled._orig_mod). Where layers slide or sum up, "
+    "none are compiled"
 )
 _WORTH_CAPTURING = 32  # tokens to come
 
@@ -70,6 +70,9 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             "eager" runs every step in Python. The report says which it was. On a CPU every step is eager. A
             `compile_config` or `disable_compile` that `generate` is given goes before it.
         **overrides: fields of the configuration to replace, for instance `budget=0.2`.
+
+    Attributes:
+        window: columns up to which a model is served all of whose layers slide; None for all others.
 
     Raises:
         ConfigError: if the configuration is wrong or a profile is another model's; the model is untouched then.
@@ -114,7 +117,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         # A bare decoder may be part of a model that sees images, which its adapter cannot know.
         may_see_images, reduces = adapter.sees_images or decoder is model, asked.reducer is not None
         calls = Calls(reduces or (may_see_images and asked.reads_modality), adapter.sees_images, reduces)
-        self._decoding = _known_decoding(decoding)
+        self._decoding, self.window = _known_decoding(decoding), adapter.window(model)
         self._state = CacheState(asked, numbers, adapter.head_group(model), calls, reserve, own)
         self._place = {number: place for place, number in enumerate(numbers)}  # of compressed layers among themselves
         self._layout: ImageLayout | None = None  # of the images of the forward about to begin
@@ -238,7 +241,8 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         """Takes a layer through the step in progress, which the first layer begins and the last ends."""
         state = self._state
         if torch.compiler.is_compiling():
-            if query.shape[2] > 1 or state.table is None or state.own:
+            outside = self.window is not None and not self._in_turn  # where nobody counts
+            if query.shape[2] > 1 or state.table is None or state.own or outside:
                 raise UnsupportedModeError(_COMPILED)
         else:
             state.calls.attends(layer, module)
@@ -538,6 +542,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         if torch.compiler.is_compiling():  # a decode step
             return
         decoding.catch_up_if_needed(self._state)
+        self._check_window(shape_of(inputs))
         if self._adapter.typed and self._adapter.reads_types(inputs):
             check_types(inputs, self._state.sequence.seen)
         self._state.calls.model(inputs, self._state.sequence.seen, self._state.recording)
@@ -574,6 +579,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
                 "each model, also for a copy of one"
             )
         decoding.catch_up_if_needed(self._state)
+        self._check_window(shape_of(inputs))
         if self._state.calls.decoder(inputs, self._state.sequence.seen):
             self._forget_images()
         shape = shape_of(inputs)
@@ -606,6 +612,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
             UnsupportedModeError: for a row of padding alone.
         """
         decoding.catch_up_if_needed(self._state)
+        self._check_window(None, inputs)
         self._state.calls.turn(inputs, self._state.sequence.seen)
         give_offset(self._state.sequence, self._adapter, self._model())
         self._in_turn = True
@@ -673,6 +680,23 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         return prefill.allocation_at(self._state, config, ranked)
 
     # -- checks --------------------------------------------------------------------------------------------------------
+
+    def _check_window(self, shape: tuple[int, int] | None, turn: dict[str, Any] | None = None) -> None:
+        """Refuses a forward of that shape, or a turn of `generate`, that goes beyond the window of every layer."""
+        model, seen = self._model(), self._state.sequence.seen
+        if self.window is None or model is None:
+            return
+        full = self._adapter.without_window(model)
+        if turn is None:
+            new = 0 if shape is None else shape[1]
+            says = f"{seen} were seen, and {new} come. To attend to everything instead, {full}"
+            check_window(self.window, seen + new, says)
+            return
+        mask, shape = turn.get("attention_mask"), shape_of(turn)
+        read = max(0 if shape is None else shape[1], mask.shape[1] if isinstance(mask, Tensor) else 0)
+        coming = max(1, tokens_to_come(model, turn))
+        says = f"the prompt has {read} and {coming} are to come: lower max_new_tokens. To attend to everything, {full}"
+        check_window(self.window, read + coming - 1, says)  # the last one is not read
 
     def _check_decoder(self) -> None:
         decoder = self._decoder()
