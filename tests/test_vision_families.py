@@ -330,6 +330,54 @@ def test_rows_take_their_positions_along(family: Family) -> None:
 
 
 @positioned
+def test_tokens_taken_back_leave_the_positions_of_a_conversation_that_ended_there(family: Family) -> None:
+    """Before an image, after it and within it; a turn that follows is that of a conversation which never went on."""
+    model, wide, tall = tiny.model(family.name), ("image", (1, 3, 6)), ("image", (1, 6, 3))
+    rows = [[6, wide, 3, tall, 4], [4, tall, 3, wide, 4]]
+    inputs, cache = family.prompt(rows), CompressedCache(model, "full")
+    ids = generated(model, cache, inputs)
+    positions, _ = model.model.get_rope_index(**{name: inputs[name] for name in inputs if "pixel" not in name})
+    seen, valid = int(cache.get_seq_length()), inputs["attention_mask"].bool()
+    for columns in range(6, valid.shape[1], 3):
+        shorter = copy.deepcopy(cache)
+        shorter.crop(columns - seen)
+        highest = positions.amax(0).masked_fill(~valid, -1)[:, :columns].amax(1)
+        wanted = (highest + 1 - valid[:, :columns].sum(1))[:, None]
+        assert torch.equal(shorter._state.sequence.rotary_offset, wanted)
+    for number, columns in ((1, 6), (3, 29)):
+        shorter, fresh = copy.deepcopy(cache), CompressedCache(model, "full")
+        shorter.crop(columns - seen)
+        less = family.prompt([row[:number] for row in rows])
+        if number > 1:  # the first image of each row
+            less["pixel_values"] = inputs["pixel_values"].unflatten(0, (4, -1))[::2].flatten(0, 1)
+        assert torch.equal(less["input_ids"], ids[:, :columns])
+        turn = next_turn(ids[:, :columns], less["attention_mask"], 5, seed=8)
+        whole = {**less, **turn}
+        if number > 1:
+            whole["mm_token_type_ids"] = torch.nn.functional.pad(less["mm_token_type_ids"], (0, 5))
+        else:
+            whole = turn
+        assert torch.equal(generated(model, shorter, turn), generated(model, fresh, whole))
+
+
+@positioned
+def test_a_later_turn_is_taken_back_to_the_positions_of_the_one_before(family: Family) -> None:
+    """A turn of text, decode steps, and an image, of which nothing is left."""
+    model, inputs = tiny.model(family.name), family.prompt([[5, ("image", (1, 5, 4)), 4]])
+    cache, nothing = CompressedCache(model, "full"), torch.ones_like(inputs["input_ids"][:, :0])
+    first = generated(model, cache, next_turn(nothing, nothing, 4, seed=5))
+    seen, copied = int(cache.get_seq_length()), copy.deepcopy(cache)
+    ids = torch.cat([first, inputs["input_ids"]], 1)
+    types = torch.nn.functional.pad(inputs["mm_token_type_ids"], (first.shape[1], 0))
+    whole = {**inputs, "input_ids": ids, "mm_token_type_ids": types, "attention_mask": torch.ones_like(ids)}
+    generated(model, cache, whole)
+    assert int(cache._state.sequence.rotary_offset) < 0
+    cache.crop(seen - int(cache.get_seq_length()))
+    turn = next_turn(first, torch.ones_like(first), 4, seed=6)
+    assert torch.equal(generated(model, cache, turn), generated(model, copied, turn))
+
+
+@positioned
 def test_an_image_of_a_later_turn_has_the_positions_that_a_dynamic_cache_gives_it(family: Family) -> None:
     """A turn of text, one with an image, and one of text."""
     inputs = family.prompt([[5, ("image", (1, 5, 4)), 4]])

@@ -585,7 +585,7 @@ class CompressedCache(Cache, hooks.ObservesInputs, hooks.ReducesTokens):
         shape = shape_of(inputs)
         batch = self._state.sequence.batch
         if shape is not None and shape[1] > 1:
-            take_offset(self._state.sequence, self._adapter, self._model(), shape[0])
+            take_offset(self._state.sequence, self._adapter, self._model(), inputs)
         self._mask = None
         if shape is not None and batch in (0, shape[0]):  # else the first layer says so
             self._mask = read_mask(

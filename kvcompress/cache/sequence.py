@@ -43,6 +43,7 @@ class Sequence:
         seen_early: how many queries before its own saw the token of each of the first columns, where a model lets tokens
             see others after them; None if none did.
         rotary_offset: what the model adds to the number of a token that comes, to place it (M-RoPE); None if nothing.
+        rotary_offsets: what it would be if the conversation ended after each of the first columns; None if always nothing.
         scored: the last step that scored.
         decoded: for each run of decode steps, whose queries scored nothing, the token index of its first token and of
             the first after it, per row.
@@ -58,6 +59,7 @@ class Sequence:
         self.is_image: Bool[Tensor, "batch columns"] | None = None
         self.seen_early: Int[Tensor, "batch columns"] | None = None
         self.rotary_offset: Int[Tensor, "batch one"] | None = None
+        self.rotary_offsets: Int[Tensor, "batch columns"] | None = None
         self.scored = Scored(*(np.zeros(0, dtype=np.int64) for _ in range(3)))
         self.decoded: list[tuple[Counts, Counts]] = []
         self.went_into: dict[int, Int[Tensor, "batch columns"]] = {}
@@ -71,7 +73,8 @@ class Sequence:
 
     def restore(self, saved: Any) -> None:
         """Takes over what `saved` gave."""
-        saved = {"rotary_offset": None, "seen_early": None, **saved}  # older releases knew no such models
+        new = dict.fromkeys(("rotary_offset", "rotary_offsets", "seen_early"))
+        saved = {**new, **saved}  # older releases knew no such models
         self.__dict__.update({name: saved[name] for name in vars(self)})
 
     @property
@@ -125,6 +128,13 @@ class Sequence:
             return
         earlier = is_image[:, :0] if self.is_image is None else self.is_image[:, : self.seen].to(is_image.device)
         self.is_image = torch.cat([F.pad(earlier, (0, self.seen - earlier.shape[1])), is_image], dim=1)
+
+    def mark_offsets(self, offsets: Int[Tensor, "batch columns"]) -> None:
+        """Takes note of the rotary offsets after each of the columns about to come; steps between had that before."""
+        known = self.rotary_offsets
+        known = offsets.new_zeros(len(offsets), 1) if known is None or not self.seen else known[:, : self.seen].to(offsets)
+        between = known[:, -1:].expand(-1, max(0, self.seen - known.shape[1]))
+        self.rotary_offsets = torch.cat([known[:, : self.seen], between, offsets], 1)
 
     def mark_seen_early(
         self, last_seen: Int[Tensor, "batch columns"], new_valid: Bool[Tensor, "batch columns"] | None
@@ -304,6 +314,8 @@ class Sequence:
             self.seen_early = self.seen_early.index_select(0, index.to(self.seen_early.device))
         if self.rotary_offset is not None:
             self.rotary_offset = self.rotary_offset.index_select(0, index.to(self.rotary_offset.device))
+        if self.rotary_offsets is not None:
+            self.rotary_offsets = self.rotary_offsets.index_select(0, index.to(self.rotary_offsets.device))
         for layers, into in self.went_into.items():
             self.went_into[layers] = into.index_select(0, index.to(into.device))
 
@@ -335,6 +347,9 @@ class Sequence:
             self.is_image = self.is_image[:, :columns]
         if self.seen_early is not None:
             self.seen_early = self.seen_early[:, :columns]
+        if self.rotary_offsets is not None and columns < self.rotary_offsets.shape[1]:
+            self.rotary_offsets = self.rotary_offsets[:, :columns]
+            self.rotary_offset = self.rotary_offsets[:, -1:]
         self.went_into = {layers: into[:, :columns] for layers, into in self.went_into.items()}
         self.decoded = [(first, np.minimum(end, left)) for first, end in self.decoded if (first < left).any()]
         self.seen = columns
