@@ -90,7 +90,11 @@ WINDOWED: dict[str, dict[str, Any]] = {
     "qwen2, windows": _ALL_SLIDE,
     "starcoder2, windows": {"sliding_window": 40},
 }
-EVERY = {**FULL, **WINDOWED, **{f"{name}, mixed" if name in ("qwen2", "qwen3") else name: more for name, more in MIXED.items()}}
+EVERY = {
+    **FULL,
+    **WINDOWED,
+    **{f"{name}, mixed" if name in ("qwen2", "qwen3") else name: more for name, more in MIXED.items()},
+}
 # Much like others of the list: only the thorough profile takes them (CONTRIBUTING.md).
 ALIKE = {"afmoe", "apertus", "bitnet", "cwm", "exaone", "flex_olmo", "granite_swa", "granitemoe", "hunyuan_v1_dense"}
 ALIKE |= {

@@ -1,4 +1,4 @@
-"""Models whose tokens attend to others after them while a prompt is read: the cache takes the mask that the model made."""
+"""Models whose tokens attend to others after them while a prompt is read: the cache takes the mask that they make."""
 
 from __future__ import annotations
 
@@ -89,7 +89,9 @@ def test_means_are_over_the_queries_that_saw_a_token(name: str) -> None:
 def in_chunks(model: Any, cache: Any, inputs: dict[str, Any], sizes: list[int]) -> Tensor:
     """Logits of the last column, of a prompt whose features are made at once and read so many columns at a time."""
     first, ids, mask = 0, inputs["input_ids"], inputs["attention_mask"]
-    features = iter(model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output.flatten(0, 1))
+    features = iter(
+        model.model.get_image_features(inputs["pixel_values"], return_dict=True).pooler_output.flatten(0, 1)
+    )
     for size in sizes:
         own = slice(first, first + size)
         marks = ids[:, own] == IMAGE
@@ -120,7 +122,7 @@ def test_an_image_that_is_read_in_two_forwards_attends_as_with_a_dynamic_cache()
 
 @torch.no_grad()
 def test_an_image_of_a_later_turn_attends_both_ways_to_itself() -> None:
-    """At a budget of 0.3, each forward is that of a whole cache in which the rest is hidden; types cover all columns."""
+    """At a budget of 0.3, each forward is that of a whole cache with the rest hidden; types cover all columns."""
     family, model = FAMILIES["gemma3"], tiny.model("gemma3")
     image = ("image", (1, 1, 1))
     inputs = family.prompt([[9, image, 6, image, 3], [6, image, 5, image, 4]])
@@ -133,7 +135,9 @@ def test_an_image_of_a_later_turn_attends_both_ways_to_itself() -> None:
             at = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
             model(input_ids=ids, attention_mask=mask, position_ids=at, **more, **tiny.with_cache(cache))
     require_masked(Reference("gemma3"), cache, steps)
-    with pytest.raises(CacheStateError, match=r"token_type_ids: .* these are 3; they must cover the \d+ tokens seen and"):
+    with pytest.raises(
+        CacheStateError, match=r"token_type_ids: .* these are 3; they must cover the \d+ tokens seen and"
+    ):
         model(first[:, :3], token_type_ids=torch.zeros(2, 3).long(), **tiny.with_cache(cache))
 
 

@@ -167,7 +167,11 @@ def padding_mask(
     than those before them, it gets the whole mask, `[batch, 1, queries, columns]`. Any other cache gets that of sdpa.
     """
     if kv_offset in (COMPRESSED, COMPRESSED_UNREAD):
-        if q_length != 1 and kwargs.get("mask_function", causal_mask_function) is not causal_mask_function:
+        if (
+            q_length is not None
+            and q_length > 1
+            and kwargs.get("mask_function", causal_mask_function) is not causal_mask_function
+        ):
             whole = _unless_causal(*args, q_length=q_length, attention_mask=attention_mask, **kwargs)
             if whole is not None:
                 return whole
@@ -201,8 +205,8 @@ def check_causal(module: nn.Module, mask: Tensor | None, first: bool) -> None:
 def own_mask(module: nn.Module, mask: Tensor) -> UnsupportedModelError:
     """What is wrong with a mask that the decoder did not get."""
     return UnsupportedModelError(
-        f"model: {type(module).__name__} attends with a mask of the shape {tuple(mask.shape)} that it makes itself, and "
-        "a compressed cache knows that of the decoder alone; use another cache"
+        f"model: {type(module).__name__} attends with a mask of the shape {tuple(mask.shape)} that it makes itself, "
+        "and a compressed cache knows that of the decoder alone; use another cache"
     )
 
 
@@ -241,7 +245,7 @@ def last_seen_in(mask: Any) -> Int[Tensor, "batch queries"] | None:
     visible, (queries, columns) = mask[:, 0], mask.shape[2:]
     number = torch.arange(columns, device=mask.device)
     own = number[columns - queries :]
-    last = torch.maximum((visible * number).amax(-1), own)
+    last: Tensor = torch.maximum((visible * number).amax(-1), own)
     if not torch.equal(visible, (number <= last.unsqueeze(-1)) & visible[:, -1:]):
         raise UnsupportedModelError(
             "model: it attends with a mask by which some tokens do not see all that came before them, which a "

@@ -24,7 +24,9 @@ from kvcompress.policies.images import ImageLayout
 
 _HOOK = "_kvcompress_hook"  # on the model, its decoder and decoder layers
 WHOLE_MASK = "_kvcompress_mask"  # among the arguments by name: the mask as it came, where `attention_mask` is padding
-LAST_SEEN = "_kvcompress_last_seen"  # likewise: the last new column that each sees, where some see more than came before
+LAST_SEEN = (
+    "_kvcompress_last_seen"  # likewise: the last new column that each sees, where some see more than came before
+)
 Forward: TypeAlias = Callable[..., Any]
 # What stands in for a model's forward in the decode steps of the `generate` in progress, and which model's.
 _stands_in: ContextVar[tuple[PreTrainedModel, Forward] | None] = ContextVar("stands_in", default=None)

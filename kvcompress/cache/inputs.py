@@ -71,12 +71,11 @@ def check_types(inputs: dict[str, Any], seen: int) -> None:
     Raises:
         CacheStateError: naming the way out.
     """
-    types, shape = inputs.get("token_type_ids"), shape_of(inputs)
-    several = seen and shape is not None and shape[1] > 1
-    if several and isinstance(types, Tensor) and types.shape[1] < seen + shape[1]:  # type: ignore[index]
+    types, (_, new) = inputs.get("token_type_ids"), shape_of(inputs) or (0, 0)
+    if seen and new > 1 and isinstance(types, Tensor) and types.shape[1] < seen + new:
         raise CacheStateError(
             f"token_type_ids: the model finds a token's type by its column in the conversation, and these are "
-            f"{types.shape[1]}; they must cover the {seen} tokens seen and the {shape[1]} new ones. Where none of the "
+            f"{types.shape[1]}; they must cover the {seen} tokens seen and the {new} new ones. Where none of the "
             "new tokens is an image, leave them out"
         )
 

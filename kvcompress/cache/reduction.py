@@ -25,7 +25,7 @@ class Reduction:
         points: numbers of layers after which the reducer acts, 0 before the first.
         index: number of tokens of the row that came before each token that goes on, `[batch, tokens]`; -1 for padding.
         valid: which of them are no padding; None if none is.
-        last_seen: number of the last token that goes on that each of them sees, `[batch, tokens]`; None if it is its own.
+        last_seen: number of the last of these tokens that each of them sees; None if it is its own.
         row_tokens: how many tokens of each row go on; None before the first reduction.
         queries: columns of the forward.
         into: for each reduction so far, by the number of layers before it: for each of the forward's columns the column

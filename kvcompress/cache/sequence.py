@@ -40,10 +40,10 @@ class Sequence:
         row_seen: tokens of each row so far, padding left out.
         valid: which of the first columns hold a token of the row, later ones do all; None while no row has padding.
         is_image: which of the first columns hold image tokens; None for text alone.
-        seen_early: how many queries before its own saw the token of each of the first columns, where a model lets tokens
-            see others after them; None if none did.
+        seen_early: how many queries before its own saw the token of each of the first columns, where a model lets
+            tokens see others after them; None if none did.
         rotary_offset: what the model adds to the number of a token that comes, to place it (M-RoPE); None if nothing.
-        rotary_offsets: what it would be if the conversation ended after each of the first columns; None if always nothing.
+        rotary_offsets: what it would be if the conversation ended after each of the first columns; None if nothing.
         scored: the last step that scored.
         decoded: for each run of decode steps, whose queries scored nothing, the token index of its first token and of
             the first after it, per row.
@@ -132,7 +132,9 @@ class Sequence:
     def mark_offsets(self, offsets: Int[Tensor, "batch columns"]) -> None:
         """Takes note of the rotary offsets after each of the columns about to come; steps between had that before."""
         known = self.rotary_offsets
-        known = offsets.new_zeros(len(offsets), 1) if known is None or not self.seen else known[:, : self.seen].to(offsets)
+        known = (
+            offsets.new_zeros(len(offsets), 1) if known is None or not self.seen else known[:, : self.seen].to(offsets)
+        )
         between = known[:, -1:].expand(-1, max(0, self.seen - known.shape[1]))
         self.rotary_offsets = torch.cat([known[:, : self.seen], between, offsets], 1)
 

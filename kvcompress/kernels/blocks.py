@@ -88,7 +88,7 @@ def _ahead_too(
     queries = last_seen.shape[1]
     own, ends = torch.arange(queries, device=last_seen.device), range(0, queries, _BLOCK_QUERIES)
     furthest = torch.where(last_seen > own, last_seen, -1).amax(0)
-    most = torch.stack([block.amax() for block in furthest.split(_BLOCK_QUERIES)]).tolist()
+    most = torch.stack([block.amax() for block in torch.split(furthest, _BLOCK_QUERIES)]).tolist()
     for first, end in zip(ends, most, strict=True):
         if end < 0:
             continue

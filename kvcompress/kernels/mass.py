@@ -35,8 +35,8 @@ def attention_mass(
     """Attention probability that each key received, summed over the counted queries and the heads of its group.
 
     The queries are those of the last `queries` tokens: each sees the tokens up to its own, or up to `last_seen`. In row
-    b, the queries `first[b] + start`, `first[b] + start + stride`, ... count, as far as there are any. Logits are products of the
-    numbers as they are, summed, scaled and exponentiated in float32, in half precision too.
+    b, the queries `first[b] + start`, `first[b] + start + stride`, ... count, as far as there are any. Logits are
+    products of the numbers as they are, summed, scaled and exponentiated in float32, in half precision too.
 
     Args:
         query: queries, after rotary embedding.

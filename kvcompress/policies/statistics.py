@@ -33,8 +33,7 @@ def attention_sparsity(layer: LayerContext) -> Float[Tensor, " batch"]:
     Source: VL-Cache (arXiv 2410.23317, section 4.1).
     """
     probability = layer.attention_probabilities(_AFTER_IMAGE)
-    queries, tokens = probability.shape[2:]
-    device = probability.device
+    queries, device = probability.shape[2], probability.device
     visible = layer.visible(_AFTER_IMAGE).unsqueeze(1)
     counted = torch.arange(queries, 0, -1, device=device) <= _queries_after_image(layer)[:, None]  # [batch, queries]
     if layer.valid is not None:
