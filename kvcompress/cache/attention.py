@@ -245,13 +245,14 @@ def last_seen_in(mask: Any) -> Int[Tensor, "batch queries"] | None:
     visible, (queries, columns) = mask[:, 0], mask.shape[2:]
     number = torch.arange(columns, device=mask.device)
     own = number[columns - queries :]
-    last: Tensor = torch.maximum((visible * number).amax(-1), own)
+    last = torch.maximum((visible * number).amax(-1), own)
     if not torch.equal(visible, (number <= last.unsqueeze(-1)) & visible[:, -1:]):
         raise UnsupportedModelError(
             "model: it attends with a mask by which some tokens do not see all that came before them, which a "
             "compressed cache does not know; use another cache"
         )
-    return last - (columns - queries)
+    among_new: Tensor = last - (columns - queries)
+    return among_new
 
 
 def _of_full_layers(mask: Any) -> Any:
