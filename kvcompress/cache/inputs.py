@@ -80,24 +80,6 @@ def check_types(inputs: dict[str, Any], seen: int) -> None:
         )
 
 
-def check_window(window: int | None, columns: int, says: str) -> None:
-    """Refuses what goes beyond the window of a model all of whose layers slide, before anything is changed.
-
-    Args:
-        window: columns that every layer attends to; None if some attend to everything.
-        columns: columns of the conversation, with those that are about to come.
-        says: what they are, and how the model is given full attention.
-
-    Raises:
-        UnsupportedModeError: naming the ways out.
-    """
-    if window is not None and columns > window:
-        raise UnsupportedModeError(
-            f"model: every layer attends to a window of {window} tokens, and a compressed cache serves it up to there; "
-            f"{says}. DynamicCache goes on, and holds no more than the window"
-        )
-
-
 def check_use(inputs: dict[str, Any]) -> None:
     """Refuses a call that brings a cache and forbids its use.
 

@@ -65,7 +65,7 @@ class CacheState:
         """Starts with nothing seen."""
         self.numbers, self.own = numbers, own or OwnLayers({})
         self.config, self.heads, self.calls, self.reserve = config, heads, calls, reserve
-        self.asked = config
+        self.asked, self.typed = config, False
         self.chosen: Chosen | None = None
         self._needs_ids = calls.needs_ids
         self.sequence = Sequence()
