@@ -1,4 +1,4 @@
-"""Models all of whose layers slide: served to where their window ends, and refused beyond before anything is changed."""
+"""Models all of whose layers slide: served to where their window ends, and refused beyond before anything changes."""
 
 from __future__ import annotations
 
