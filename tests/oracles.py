@@ -100,6 +100,7 @@ class PlainRow:
         self.config, self.heads, self.score = config, heads, score
         self.valid: list[bool] = []
         self.spent = 0
+        self.scored_end = self.scored_before = 0  # tokens seen by the last forward that scored, and by the one before
         self.waiting: str | None = None
         self.by_head = getattr(config.evictor, "granularity", "layer") == "head"
         sets = heads if self.by_head else 1
@@ -152,6 +153,8 @@ class PlainRow:
             if scores:
                 layer.scored = set(itertools.chain(*layer.held))
         self.waiting = "scored" if scores else "decoded"
+        if scores:
+            self.scored_before, self.scored_end, self.step = self.scored_end, self.seen, len(new_valid)
         if not recording:
             self.settle()
 
@@ -162,6 +165,8 @@ class PlainRow:
             return
         if waiting == "scored":
             self.compress()
+        elif self.config.evictor.cuts_every is not None:
+            self.cut()
         elif waiting == "decoded" and getattr(self.config.evictor, "decode", None) != "none":
             for index in range(len(self.layers)):
                 self.evict(index)
@@ -182,6 +187,13 @@ class PlainRow:
         for index, (layer, budget) in enumerate(zip(self.layers, budgets, strict=True)):
             layer.budget = budget
             self.select(index, budget)
+
+    def cut(self) -> None:
+        """Selects anew once a period of tokens has come since the last time."""
+        if self.seen - self.scored_end >= self.config.evictor.cuts_every:
+            self.scored_end = self.seen
+            for index, layer in enumerate(self.layers):
+                self.select(index, min(self.limit(index), len(layer.held[0])))
 
     def select(self, index: int, budget: int) -> None:
         """Keeps the protected, then the highest scores (or the latest), ties to earlier tokens."""
@@ -248,6 +260,9 @@ class PlainRow:
         """Takes the last columns back, then lets what waited happen."""
         length = len(self.valid) - removed
         self.valid = self.valid[:length]
+        if self.waiting == "scored" and removed >= self.step:
+            self.scored_end = self.scored_before
+        self.scored_end = min(self.scored_end, self.seen)
         for layer in self.layers:
             layer.held = [[column for column in columns if column < length] for columns in layer.held]
             layer.scored = {column for column in layer.scored if column < length}
