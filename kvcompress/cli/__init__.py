@@ -58,9 +58,7 @@ def _imported(name: str) -> Any:
 
 def _documentation(file: str, function: str) -> str:
     source = Path(__file__).with_name(f"{file}.py").read_text(encoding="utf-8")
-    (found,) = (
-        node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == function
-    )
+    (found,) = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == function)
     return ast.get_docstring(found) or ""
 
 
