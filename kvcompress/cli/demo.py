@@ -97,7 +97,8 @@ def demo(
         for name, note in _notes(results):
             console.print(f"note{name}: {note}", markup=False)
         if missing is not None:
-            console.print(f"The same about a text is to be seen with SmolLM2 ({missing}).", markup=False)
+            reason = missing.removeprefix(f"model {smollm2.NAME}: ")
+            console.print(f"SmolLM2 answers about a text instead, once it is here: {reason}.", markup=False)
 
 
 def _notes(results: dict[str, Generation]) -> Iterator[tuple[str, str]]:
