@@ -11,6 +11,7 @@ from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Decode, Phase
 from kvcompress.errors import PolicyError
 from kvcompress.kernels import decode_bias, runs_triton
+from kvcompress.parallel import ALONE
 from kvcompress.policies.context import DecodeContext
 from kvcompress.policies.faults import policy_errors
 
@@ -73,6 +74,15 @@ def finish(state: CacheState) -> None:
     if state.recording:
         state.waiting = Phase.DECODE
     state.step = None
+
+
+def compiles(state: CacheState) -> bool:
+    """Whether steps can be compiled: not while the past is recorded, freed slots are merged or the host counts."""
+    merger, reducer = state.config.merger, state.config.reducer
+    merges = merger is not None and merger.merges_decoding
+    renumbers = reducer is not None and reducer.positions == "per_layer"
+    host = merges or renumbers or state.heads is not ALONE or bool(state.own)
+    return not (state.recording or host)
 
 
 def host_is_left_out(state: CacheState) -> bool:

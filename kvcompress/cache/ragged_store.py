@@ -32,12 +32,13 @@ class RaggedStore(DenseStore):
         super().__init__()
         self.slots: Counts = np.zeros((0, 0), dtype=np.int64)
         self.start: Int[Tensor, "batch kv_heads"] | None = None
+        self._most, self._even = 0, True  # of the slots, as plain values that a compiled step can read
         self._at: Int[Tensor, "batch kv_heads slots"] | None = None
 
     @property
     def capacity(self) -> int:
         """Slots of the row and head that has most."""
-        return int(self.slots.max(initial=0))
+        return self._most
 
     @property
     def rows_and_heads(self) -> tuple[int, int]:
@@ -54,7 +55,7 @@ class RaggedStore(DenseStore):
     @property
     def is_even(self) -> bool:
         """Whether every row and head has as many slots."""
-        return bool((self.slots == self.capacity).all())
+        return self._even
 
     def buffers(self) -> list[Tensor]:
         """Every tensor that it holds, keys and values first."""
@@ -197,6 +198,8 @@ class RaggedStore(DenseStore):
         """Takes note of how many slots each row and head has."""
         assert self.keys is not None
         self.slots = np.array(slots)
+        self._most = int(self.slots.max(initial=0))
+        self._even = bool((self.slots == self._most).all())
         self.start = fixed(torch.as_tensor(_starts(self.slots), device=self.keys.device))
         on_cpu = self.keys.device.type == "cpu"
         self._at = None if self.is_even or not on_cpu else fixed(torch.as_tensor(self._every_place()))
