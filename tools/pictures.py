@@ -1,8 +1,8 @@
 """Draws the pictures of the documentation into docs/images/; run it with `python tools/pictures.py` (a few minutes).
 
-Names of pictures after the command draw these alone. docs/images/data.json keeps what each picture shows: the figures behind
-it, what it is of, and the file's digest; the tests compare that with what the code gives. Times differ from run to run, so
-where they were measured, and when, stands with them.
+Names of pictures after the command draw these alone. docs/images/data.json keeps what each picture shows: the figures
+behind it, what it is of, and the digest of the file; the tests compare that with what the code gives. Times differ from
+run to run, so where they were measured, and when, stands with them.
 """
 
 import functools
@@ -39,6 +39,7 @@ DATA = FOLDER / "data.json"
 BUDGETS = tuple(number / 10 for number in range(1, 10))
 POLICIES = ("prefixkv", "uniform", "snapkv", "streaming")
 TOKENS, NEW_TOKENS, ROUNDS = 900, 32, 7  # of what is timed
+HELD_AFTER = 8  # tokens of the answer, where bytes are counted
 LETTERS = 2000  # of the text that SmolLM2 reads
 GROUPS, SCENES = 5, 8  # bands are quartiles over groups of scenes
 LARGEST = 200_000  # bytes of a picture in the repository
@@ -153,9 +154,9 @@ def speeds() -> tuple[str, Facts, Draw]:
     kept = [{key: value for key, value in row.items() if key.startswith(named)} for row in rows]
     measured = {"processor": processor(), "threads": torch.get_num_threads(), "date": date.today().isoformat()}
     caption = (
-        f"ShapesLLaVA, presets auto and prefixkv, one prompt of {TOKENS} tokens of text and {NEW_TOKENS} of the answer; "
-        f"lines are medians,\nbands quartiles, over {ROUNDS} rounds; {measured['processor']}, "
-        f"{measured['threads']} thread(s), {measured['date']}"
+        f"ShapesLLaVA, presets auto and prefixkv, one prompt of {TOKENS} tokens of text and {NEW_TOKENS} of answer; "
+        f"lines\nare medians, bands quartiles, over {ROUNDS} rounds; {measured['processor']}, "
+        f"threads: {measured['threads']}; {measured['date']}"
     )
     return caption, {"measured": measured, "rows": kept}, lambda: speed(kept)
 
@@ -169,10 +170,10 @@ def processor() -> str:
 def default_memory() -> tuple[str, Facts, Draw]:
     """Bytes that a prompt of text takes with the default preset, beside the cache of transformers."""
     configs = [("auto", CompressionConfig.preset("auto", budget=budget)) for budget in (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)]
-    wanted: dict[str, Any] = {"prompt_tokens": [TOKENS], "rounds": 1, "new_tokens": NEW_TOKENS}
+    wanted: dict[str, Any] = {"prompt_tokens": [TOKENS], "rounds": 1, "new_tokens": HELD_AFTER}
     found = benchmark(prompt("shapes")[0], configs, references=["DynamicCache"], **wanted)
     rows = [{key: row.to_dict()[key] for key in ("policy", "budget", "held_bytes")} for row in found]
-    caption = f"ShapesLLaVA, preset auto, one prompt of {TOKENS} tokens of text and {NEW_TOKENS} of the answer"
+    caption = f"ShapesLLaVA, preset auto, one prompt of {TOKENS} tokens of text and {HELD_AFTER} of the answer"
     return caption, {"rows": rows}, lambda: memory(rows)
 
 
@@ -214,7 +215,8 @@ def table(title: str) -> list[dict[str, Any]]:
 
 def _row(policy: str, budget: float, figures: Any) -> dict[str, Any]:
     value, low, high = map(float, figures)
-    return {"policy": policy, "budget": budget, "perplexity": value, "perplexity_ci_low": low, "perplexity_ci_high": high}
+    metric = {"value": value, "ci_low": low, "ci_high": high}
+    return {"policy": policy, "budget": budget, "metrics": {"perplexity": metric}}
 
 
 def captioned(figure: Any, caption: str) -> Any:
