@@ -19,7 +19,7 @@ _REFERENCES = (("black", (0, (1, 1.5))), ("0.45", (0, (5, 2))), ("black", (0, (7
 
 _NAMES_IN_A_ROW = 4
 _GREY, _GREY_LINE = "grey ", "0.72"
-_NAME_HIGH, _NAMES_WIDE = 7.5, 0.2  # points between names beside grey lines; their room, of the axis
+_NAME_HIGH, _NAMES_WIDE = 9.0, 0.2  # points between names beside grey lines; their room, of the axis
 _UNITS = {"fraction": ("% of the tokens", 100.0), "tokens": ("tokens per layer", 1.0), "bytes": ("MiB", 2.0**-20)}
 
 
@@ -85,23 +85,30 @@ def name_grey_lines(figure: Figure, axes: Axes) -> None:
         return
     left, right = axes.get_xlim()
     axes.set_xlim(left - _NAMES_WIDE * (right - left), right)
-    figure.draw_without_rendering()  # where heights in points are known
-    points = 72 / figure.dpi
-    at = {line: axes.transData.transform((line.get_xdata()[0], line.get_ydata()[0]))[1] * points for line in lines}
-    bottom, below = axes.transAxes.transform((0, 0))[1] * points, -float("inf")
-    for line in sorted(lines, key=at.__getitem__):
-        below = max(at[line], below + _NAME_HIGH, bottom + _NAME_HIGH)
+    figure.draw_without_rendering()  # lays it out, so that the height of the axes is known
+    place = axes.transAxes.inverted()
+    high = _NAME_HIGH * figure.dpi / 72 / axes.get_window_extent().height
+    below = -high / 2
+    for line, (x, y) in sorted(
+        (
+            (line, place.transform(axes.transData.transform((line.get_xdata()[0], line.get_ydata()[0]))))
+            for line in lines
+        ),
+        key=lambda pair: float(pair[1][1]),
+    ):
+        below = max(y, below + high)
         axes.annotate(
             str(line.get_gid()).removeprefix(_GREY),
-            (line.get_xdata()[0], line.get_ydata()[0]),
-            (-12, below - at[line]),
-            textcoords="offset points",
+            (x, y),
+            (x - 0.03, below),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
             ha="right",
             va="center",
             fontsize=6,
             color="0.35",
             arrowprops={"arrowstyle": "-", "color": "0.75", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 1},
-        )
+        ).set_in_layout(False)
 
 
 def _x_label(series: Sequence[Series], x: str) -> tuple[str, float]:

@@ -67,9 +67,9 @@ def quality(rows: Sequence[Row], metric: str, *, shown: Sequence[str] | None = N
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, -2.0), min(high, 102.0))
     ruled(axes)
+    legend(figure, axes)
     if shown is not None:
         name_grey_lines(figure, axes)
-    legend(figure, axes)
     return figure
 
 
