@@ -13,6 +13,7 @@ import re
 import statistics
 import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
@@ -42,6 +43,7 @@ TOKENS, NEW_TOKENS, ROUNDS = 900, 32, 7  # of what is timed
 HELD_AFTER = 8  # tokens of the answer, where bytes are counted
 LETTERS = 2000  # of the text that SmolLM2 reads
 GROUPS, SCENES = 5, 8  # bands are quartiles over groups of scenes
+_SMALL = 6.5  # points
 LARGEST = 200_000  # bytes of a picture in the repository
 NAMES = {"shapes": "ShapesLLaVA", "smollm2": "SmolLM2-135M"}
 
@@ -119,7 +121,7 @@ def perplexities() -> tuple[str, Facts, Draw]:
     cells = [("full cache", 1.0), *((name, budget) for name in POLICIES for budget in BUDGETS)]
     facts = {"groups": [[*cell, [round(value, 4) for value in group_perplexities(*cell)]] for cell in cells]}
     caption = (
-        f"ShapesLLaVA, {GROUPS * SCENES} held-out scenes, prompts of 151 tokens and answers of about 60;\n"
+        f"ShapesLLaVA, {GROUPS * SCENES} held-out scenes, prompts of 151 tokens and answers of about 60; "
         f"lines are medians, bands quartiles, over {GROUPS} groups of {SCENES} scenes"
     )
     return caption, facts, lambda: quality(list(quartiles(facts["groups"])), "perplexity", log=True)
@@ -155,7 +157,7 @@ def speeds() -> tuple[str, Facts, Draw]:
     measured = {"processor": processor(), "threads": torch.get_num_threads(), "date": date.today().isoformat()}
     caption = (
         f"ShapesLLaVA, presets auto and prefixkv, one prompt of {TOKENS} tokens of text and {NEW_TOKENS} of answer; "
-        f"lines\nare medians, bands quartiles, over {ROUNDS} rounds; {measured['processor']}, "
+        f"lines are medians, bands quartiles, over {ROUNDS} rounds; {measured['processor']}, "
         f"threads: {measured['threads']}; {measured['date']}"
     )
     return caption, {"measured": measured, "rows": kept}, lambda: speed(kept)
@@ -193,7 +195,7 @@ def memory(rows: list[dict[str, Any]]) -> Any:
 def measured(title: str, caption: str, *shown: str) -> tuple[str, Facts, Draw]:
     """A grid of docs/evaluation.md, from the table on that page."""
     rows = table(title)
-    caption += "; bands are 95 % bootstrap bounds,\ncoloured presets alone have one; the others are grey"
+    caption += "; bands are 95 % bootstrap bounds, coloured presets alone have one; the others are grey"
     return caption, {"rows": rows}, lambda: quality(rows, "perplexity", shown=shown, log=True)
 
 
@@ -222,7 +224,8 @@ def _row(policy: str, budget: float, figures: Any) -> dict[str, Any]:
 def captioned(figure: Any, caption: str) -> Any:
     """A figure that says below what it is of."""
     before = figure.get_supxlabel()
-    figure.supxlabel(f"{before}\n{caption}" if before else caption, fontsize=6.5, color="0.25")
+    caption = textwrap.fill(caption, int(figure.get_figwidth() * 72 / (0.56 * _SMALL)))
+    figure.supxlabel(f"{before}\n{caption}" if before else caption, fontsize=_SMALL, color="0.25")
     return figure
 
 
