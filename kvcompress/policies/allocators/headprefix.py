@@ -42,7 +42,10 @@ class HeadPrefix(Prefix):
         context: AllocationContext | None = None,
     ) -> HeadCounts:
         """Takes the heads of all layers for layers; cost: a sort of each head, and one of all together."""
-        valid = None if context is None or context.valid is None else as_layers(context.valid)
-        units = AllocationContext(valid=valid, notes={} if context is None else context.notes)
+        context = context or AllocationContext()
+        valid, protected = (
+            None if mask is None else as_layers(mask) for mask in (context.valid, context.protected)
+        )
+        units = AllocationContext(valid=valid, protected=protected, notes=context.notes)
         budget = self.sizes(as_layers(importance), total, as_layers(floor), as_layers(capacity), units)
         return as_heads(budget, len(floor))
