@@ -39,9 +39,10 @@ BUDGETS = (0.1, 0.2, 0.3, 0.5)
 LARGER = (0.2, 0.3, 0.5)
 BATCH = 8
 MORE = 32  # tokens of a continuation
+# Names of as many tokens each, so that questions about them are one batch.
 PLACES = (
-    *("the lighthouse", "the old mill", "the wine cellar", "the archive", "the boat house"),
-    *("the clock tower", "the green house", "the north gate", "the stone bridge", "the attic"),
+    *("the old mill", "the boat house", "the clock tower", "the green house", "the north gate"),
+    *("the stone bridge", "the river house", "the west tower", "the iron gate", "the city hall"),
 )
 
 
@@ -50,7 +51,7 @@ class Follow:
     """What comes after a prompt.
 
     Attributes:
-        ids: its tokens, `[batch, tokens]`.
+        ids: its tokens, `[batch, tokens]`; several rows for each prompt are asked of copies.
         first: the first of them that counts; those before it are the question.
     """
 
@@ -97,7 +98,9 @@ class Reading:
         self.model = loaded.model
         self.cache = CompressedCache(self.model, "text")
         self.cache.activate_past_recording()
+        start = time.process_time()
         self.logits = self.model(**inputs, **cache_argument(self.cache), logits_to_keep=1).logits[:, -1]
+        self.seconds = time.process_time() - start
 
     def scored(self, config: CompressionConfig) -> CompressedCache:
         """A copy that a scorer has looked at, which still holds everything."""
@@ -157,16 +160,20 @@ def measured(loaded: LoadedModel, prompt: Prompt, methods: Methods) -> Iterator[
         held, found = cache.report().retention, {}
         for name, follow in prompt.follows.items():
             own = copy.deepcopy(cache) if len(prompt.follows) > 1 else cache
+            if (rows := len(follow.ids) // len(reading.logits)) > 1:
+                own.batch_repeat_interleave(rows)
             found[name] = followed(loaded.model, own, reading.logits, follow)
         known = {"task": prompt.task, "prompt": prompt.name, "method": method, "way": way, "budget": budget}
-        return {**known, "held": held, "found": found}
+        return {**known, "held": held, "read": reading.seconds, "scored": seconds, "found": found}
 
-    full = CompressionConfig.preset("full")
+    full, seconds = CompressionConfig.preset("full"), 0.0
     yield row(compressed(reading.scored(full), full), "full", "", 1.0)
     for method, ways in methods.items():
         one = next(iter(ways.values())).config
         repeats = one.scorer is not None and one.scorer.reconstructs
+        start = time.process_time()
         scored = reconstructed(loaded, prompt.inputs) if repeats else reading.scored(one)
+        seconds = time.process_time() - start
         for name, way in ways.items():
             for budget in way.budgets:
                 yield row(compressed(scored, way.config.override(budget=budget)), method, name, budget)
@@ -238,10 +245,9 @@ def many(loaded: LoadedModel, count: int, tokens: int = 1400) -> Iterator[Prompt
         codes = [str(draw.randrange(100_000, 1_000_000)) for _ in places]
         depths = sorted(draw.random() for _ in places)
         document, _ = hay.document(tokens, list(zip(places, codes, strict=True)), depths, number % 32 * apart)
-        follows = {}
-        for place, code in zip(places, codes, strict=True):
-            question, answer = hay.question(place), hay.ids(code)
-            follows[f"code {place}"] = Follow(torch.cat([question, answer], 1), question.shape[1])
+        question = torch.cat([hay.question(place) for place in places])
+        answers = torch.cat([hay.ids(code) for code in codes])
+        follows = {"codes": Follow(torch.cat([question, answers], 1), question.shape[1])}
         yield Prompt(f"{number}", "ten", {"input_ids": document}, follows)
 
 
@@ -326,6 +332,7 @@ def scene_methods() -> Methods:
 def many_methods() -> Methods:
     """For many questions on one document."""
     shared = {name: SHARED[name] for name in ("uniform", "headprefix", "adakv")}
+    shared["scores"] = "scores"
     return {
         "kvzip": ways(TEXT, "kvzip", shared, (0.3, 0.5)),
         "snapkv": ways(TEXT, "snapkv", {"uniform": "uniform"}, (0.3, 0.5)),
