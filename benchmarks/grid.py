@@ -37,6 +37,7 @@ from kvcompress.evaluation.shapes.questions import KINDS, ask, describe_question
 Row = dict[str, Any]
 BUDGETS = (0.1, 0.2, 0.3, 0.5)
 LARGER = (0.2, 0.3, 0.5)
+WIDE = (0.1, 0.3, 0.5)
 BATCH = 8
 MORE = 32  # tokens of a continuation
 # Names of as many tokens each, so that questions about them are one batch.
@@ -104,21 +105,32 @@ class Reading:
 
     def scored(self, config: CompressionConfig) -> CompressedCache:
         """A copy that a scorer has looked at, which still holds everything."""
-        cache = copy.deepcopy(self.cache)
+        cache = beside(self.cache)
         cache._state.adopt(config)
         cache.ranked()
+        for layer in cache._state.layers:
+            layer.unscored = None
         return cache
+
+
+def beside(cache: CompressedCache) -> CompressedCache:
+    """A copy that shares the tensors, none of which is written to before they are cut."""
+    state = cache._state
+    tensors = [one for layer in state.layers for one in (*vars(layer.store).values(), *vars(layer).values())]
+    tensors += [one for layer in state.layers if layer.unscored for one in (layer.unscored.query, layer.unscored.lse)]
+    return copy.deepcopy(cache, {id(one): one for one in tensors if isinstance(one, Tensor)})
 
 
 def compressed(scored: CompressedCache, config: CompressionConfig) -> CompressedCache:
     """A copy of what was scored, cut by an allocator and an evictor to a budget."""
-    cache = copy.deepcopy(scored)
+    cache = copy.deepcopy(scored) if config.evictor is None or config.merger is not None else beside(scored)
     state = cache._state
     state.adopt(config)
     for layer in state.layers:
-        before, layer.store = layer.store, layer._new_store()
-        keys, values = before.dense()
-        layer.store.append(keys[:, :, : layer.slots], values[:, :, : layer.slots], 0)
+        if config.allocator.by_head:
+            before, layer.store = layer.store, layer._new_store()
+            keys, values = before.dense()
+            layer.store.append(keys[:, :, : layer.slots], values[:, :, : layer.slots], 0)
     state.recording, state.waiting = False, Phase.PREFILL
     cache.compress()
     return cache
@@ -281,7 +293,6 @@ MENDED: dict[str, Any] = {
     "prefix, apart": {"name": "prefix", **APART},
     "prefix, half even": {"name": "prefix", **ON_TOP, "even": 0.5},
     "prefix, half blended": {"name": "prefix", **ON_TOP, "even": 0.5, "blend": True},
-    "prefix, apart, half even": {"name": "prefix", **APART, "even": 0.5},
 }
 HEADS_MENDED = {"headprefix, apart": {"name": "headprefix", **APART}}
 
@@ -307,12 +318,12 @@ def needle_methods() -> Methods:
     """For long text."""
     return {
         "snapkv": ways(TEXT, "snapkv", SHARED)
-        | ways(TEXT, "snapkv", {"prefix, apart": MENDED["prefix, apart"], **HEADS_MENDED}, LARGER),
-        "attention": ways(TEXT, "attention", SHARED) | presets("prefixkv", "h2o"),
-        "expected": ways(TEXT, "expected_attention", SHARED),
+        | ways(TEXT, "snapkv", {"prefix, apart": MENDED["prefix, apart"]}, LARGER),
+        "attention": ways(TEXT, "attention", SHARED, WIDE) | presets("h2o"),
+        "expected": ways(TEXT, "expected_attention", SHARED, WIDE),
         "tova": ways(TEXT, "tova", OF_LAYERS, heads=False) | ways(TEXT, "tova", MENDED, LARGER, heads=False),
         "none": presets("streaming"),
-        "window8": ways(TEXT, {"name": "snapkv", "window": 8}, {"uniform": "uniform", "adakv": "adakv"}, LARGER),
+        "window8": ways(TEXT, {"name": "snapkv", "window": 8}, {"uniform": "uniform"}, LARGER),
     }
 
 
