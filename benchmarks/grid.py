@@ -230,7 +230,7 @@ class Haystack:
 
 
 def needles(loaded: LoadedModel, count: int, tokens: int = 1400) -> Iterator[Prompt]:
-    """A code in a document: asked for with it, or after it; and how the document goes on."""
+    """A code in a document, asked for with it; and how the document goes on."""
     hay = Haystack(loaded)
     apart = (hay.text.shape[1] - tokens - 64) // 32
     for group in range(0, count, BATCH):
@@ -243,8 +243,7 @@ def needles(loaded: LoadedModel, count: int, tokens: int = 1400) -> Iterator[Pro
         document, more, answer = (torch.cat(part) for part in zip(*parts, strict=True))
         question = hay.question(place).expand(len(document), -1)
         yield Prompt(f"{group}", "seen", {"input_ids": torch.cat([document, question], 1)}, {"code": Follow(answer)})
-        follows = {"code": Follow(torch.cat([question, answer], 1), question.shape[1]), "text": Follow(more)}
-        yield Prompt(f"{group}", "unseen", {"input_ids": document}, follows)
+        yield Prompt(f"{group}", "unseen", {"input_ids": document}, {"text": Follow(more)})
 
 
 def many(loaded: LoadedModel, count: int, tokens: int = 1400) -> Iterator[Prompt]:
@@ -264,17 +263,25 @@ def many(loaded: LoadedModel, count: int, tokens: int = 1400) -> Iterator[Prompt
 
 
 def scenes(loaded: LoadedModel, count: int) -> Iterator[Prompt]:
-    """Drawn scenes: a question of every kind, and the description."""
+    """Drawn scenes: questions of every kind and the description, asked after the image, then each with the image."""
     end = [int(loaded.tokenizer.eos_token_id)]
     for number, scene in enumerate(held_out_scenes(count)):
+        seen, asked = [], {}
         for kind in (*KINDS, "description"):
             question = describe_question(scene) if kind == "description" else ask(scene, kind, 0)
             if question is None:
                 continue
             ids = [*loaded.tokenizer(question.answer, add_special_tokens=False).input_ids, *end]
-            task = "description" if kind == "description" else "question"
+            task, answer = "description" if kind == "description" else "question", torch.tensor([ids])
             inputs = encode(loaded, [(scene, question)])
-            yield Prompt(f"{number} {kind}", task, inputs, {"answer": Follow(torch.tensor([ids]))})
+            seen.append(Prompt(f"{number} {kind}", task, inputs, {"answer": Follow(answer)}))
+            image = int((inputs["input_ids"][0] == loaded.model.config.image_token_id).nonzero().max()) + 1
+            rest = inputs["input_ids"][:, image:]
+            asked[kind] = Follow(torch.cat([rest, answer], 1), rest.shape[1])
+        alone = {**inputs, "input_ids": inputs["input_ids"][:, :image]}
+        alone["attention_mask"] = torch.ones_like(alone["input_ids"])
+        yield Prompt(f"{number}", "image", alone, asked)
+        yield from seen
 
 
 # -- ways to compress --------------------------------------------------------------------------------------------------
@@ -292,9 +299,7 @@ OF_LAYERS = {name: SHARED[name] for name in ("uniform", "prefix")}
 MENDED: dict[str, Any] = {
     "prefix, apart": {"name": "prefix", **APART},
     "prefix, half even": {"name": "prefix", **ON_TOP, "even": 0.5},
-    "prefix, half blended": {"name": "prefix", **ON_TOP, "even": 0.5, "blend": True},
 }
-HEADS_MENDED = {"headprefix, apart": {"name": "headprefix", **APART}}
 
 
 def ways(
@@ -329,11 +334,10 @@ def needle_methods() -> Methods:
 
 def scene_methods() -> Methods:
     """For images."""
-    window = {"name": "snapkv", "window": 8}
-    every = {**SHARED, "prefix, apart": MENDED["prefix, apart"], **HEADS_MENDED}
+    every = {**SHARED, "prefix, half even": MENDED["prefix, half even"]}
     return {
-        "snapkv": ways(IMAGE, window, every),
-        "attention": ways(IMAGE, "attention", every) | presets("prefixkv", "prefixkv+merge", "h2o"),
+        "snapkv": ways(IMAGE, {"name": "snapkv", "window": 8}, every),
+        "attention": ways(IMAGE, "attention", every) | presets("prefixkv", "prefixkv+merge"),
         "expected": ways(IMAGE, "expected_attention", SHARED),
         "tova": presets("text"),
         "none": presets("streaming"),
@@ -342,12 +346,14 @@ def scene_methods() -> Methods:
 
 def many_methods() -> Methods:
     """For many questions on one document."""
-    shared = {name: SHARED[name] for name in ("uniform", "headprefix", "adakv")}
-    shared["scores"] = "scores"
+    some = {name: SHARED[name] for name in ("uniform", "headprefix", "adakv")}
+    mended = {**OF_LAYERS, "prefix, half even": MENDED["prefix, half even"]}
     return {
-        "kvzip": ways(TEXT, "kvzip", shared, (0.3, 0.5)),
-        "snapkv": ways(TEXT, "snapkv", {"uniform": "uniform"}, (0.3, 0.5)),
-        "tova": ways(TEXT, "tova", {"uniform": "uniform"}, (0.3, 0.5), heads=False),
+        "kvzip": ways(TEXT, "kvzip", {**some, "scores": "scores"}, (0.3,)),
+        "snapkv": ways(TEXT, "snapkv", some, (0.3,)),
+        "expected": ways(TEXT, "expected_attention", some, (0.3,)),
+        "tova": ways(TEXT, "tova", mended, (0.3,), heads=False),
+        "none": {"streaming": Way(CompressionConfig.preset("streaming"), (0.3,))},
     }
 
 

@@ -35,14 +35,14 @@ class Prefix(Allocator):
             keeps its prefix, or as many slots as are protected where that is more. "on_top", as in the released code:
             it keeps its prefix and as many slots again as are protected. "apart": it keeps them and a prefix of the
             others, in whose masses they do not count; so the attention that sinks take says nothing of a layer's size.
-        even: share of the slots that layers get evenly beforehand, from 0 to 1; the threshold gives out the others.
+        even: share of the total that layers get evenly beforehand, from 0, the paper's, to 1, which is `uniform`; the
+            prefixes of the rest come on top.
     """
 
     reads_mass: ClassVar[bool] = True
 
     protected: Literal["floor", "on_top", "apart"] = "floor"
     even: float = Field(default=0.0, ge=0.0, le=1.0)
-    blend: bool = False
 
     def allocate(
         self,
@@ -71,13 +71,12 @@ class Prefix(Allocator):
         if self.protected == "apart" and context is not None and context.protected is not None:
             importance = importance.masked_fill(context.protected, 0.0)
         before = _mass_before(importance, capacity)
-        # Slots that do not belong to a prefix, and those that every layer has in any case.
-        beside = torch.zeros_like(floor) if self.protected == "floor" else floor
         share = (self.even * total.double() / len(floor)).floor().long()
         least = torch.maximum(floor, torch.minimum(share, capacity))
-        least = torch.where(least.sum(0) <= total, least, floor)
-        begin = least - beside if not self.blend else torch.zeros_like(floor)
-        budget, threshold = cut(before, total, least, begin, capacity - (least if self.blend else beside))
+        least = torch.where(least.sum(0) <= total, least, floor)  # floors may leave too little for it
+        # Ranks that floors do not give already: those beyond a floor, or as many from the first on.
+        begin = floor if self.protected == "floor" else torch.zeros_like(floor)
+        budget, threshold = cut(before, total, least, begin, begin + capacity - least)
         if context is not None:
             context.notes["threshold"] = torch.where(threshold < torch.inf, threshold, 0.0).clamp(max=1.0)
         return budget
