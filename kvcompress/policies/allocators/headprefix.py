@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 from jaxtyping import Int
@@ -46,6 +47,6 @@ class HeadPrefix(Prefix):
         valid, protected = (
             None if mask is None else as_layers(mask) for mask in (context.valid, context.protected)
         )
-        units = AllocationContext(valid=valid, protected=protected, notes=context.notes)
+        units = replace(context, valid=valid, is_image=None, protected=protected)
         budget = self.sizes(as_layers(importance), total, as_layers(floor), as_layers(capacity), units)
         return as_heads(budget, len(floor))

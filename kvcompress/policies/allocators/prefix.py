@@ -10,6 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kvcompress.policies.allocators.ranks import cut
+from kvcompress.policies.allocators.uniform import Uniform
 from kvcompress.policies.base import Allocator
 from kvcompress.policies.context import AllocationContext, LayerImportance, TokenCounts
 from kvcompress.policies.registry import ALLOCATORS
@@ -71,10 +72,12 @@ class Prefix(Allocator):
         if self.protected == "apart" and context is not None and context.protected is not None:
             importance = importance.masked_fill(context.protected, 0.0)
         before = _mass_before(importance, capacity)
-        share = (self.even * total.double() / len(floor)).floor().long()
-        least = torch.maximum(floor, torch.minimum(share, capacity))
-        least = torch.where(least.sum(0) <= total, least, floor)  # floors may leave too little for it
-        # Ranks that floors do not give already: those beyond a floor, or as many from the first on.
+        least = floor
+        if self.even:
+            share = (self.even * total.double()).floor().long()
+            own = AllocationContext(problems=None if context is None else context.problems)
+            least = Uniform().allocate(importance, share, floor, capacity, own)
+        # Ranks that the protected do not stand for already: those beyond them, or all from the first on.
         begin = floor if self.protected == "floor" else torch.zeros_like(floor)
         budget, threshold = cut(before, total, least, begin, begin + capacity - least)
         if context is not None:
