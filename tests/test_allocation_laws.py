@@ -290,7 +290,9 @@ def test_prefix_notes_the_threshold_that_splits_kept_from_dropped(prefix: Alloca
 @given(given=allocation_inputs())
 def test_prefix_gives_all_of_it_evenly_as_uniform_does(given: AllocationInput) -> None:
     """With `even` at its most, no mass has a say."""
-    budgets = [given.by(ALLOCATORS.create(*named, **more)) for *named, more in (("prefix", {"even": 1.0}), ("uniform", {}))]
+    budgets = [
+        given.by(ALLOCATORS.create(*named, **more)) for *named, more in (("prefix", {"even": 1.0}), ("uniform", {}))
+    ]
     assert budgets[0].tolist() == budgets[1].tolist()
 
 

@@ -33,7 +33,7 @@ def highest_probability(
             queries, and what they get as keys means nothing.
         softcap: what logits stay below; None for logits as they are.
     """
-    (batch, heads, queries, head_dim), (kv_heads, tokens) = query.shape, key.shape[1:3]
+    (batch, _, queries, head_dim), (kv_heads, tokens) = query.shape, key.shape[1:3]
     grouped = query.float().reshape(batch, kv_heads, -1, queries, head_dim) * scaling
     lse = lse.float().reshape(batch, kv_heads, -1, queries)
     if valid is not None:

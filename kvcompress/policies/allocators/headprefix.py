@@ -44,9 +44,7 @@ class HeadPrefix(Prefix):
     ) -> HeadCounts:
         """Takes the heads of all layers for layers; cost: a sort of each head, and one of all together."""
         context = context or AllocationContext()
-        valid, protected = (
-            None if mask is None else as_layers(mask) for mask in (context.valid, context.protected)
-        )
+        valid, protected = (None if mask is None else as_layers(mask) for mask in (context.valid, context.protected))
         units = replace(context, valid=valid, is_image=None, protected=protected)
         budget = self.sizes(as_layers(importance), total, as_layers(floor), as_layers(capacity), units)
         return as_heads(budget, len(floor))
