@@ -287,7 +287,7 @@ def scenes(loaded: LoadedModel, count: int) -> Iterator[Prompt]:
 
 TEXT = {"fraction": 0.2, "sink": 4, "recent": 32}
 IMAGE = {"fraction": 0.2, "sink": 1, "recent": 1}
-ON_TOP, APART = {"protected": "on_top"}, {"protected": "apart"}
+ON_TOP = {"protected": "on_top"}
 SHARED: dict[str, Any] = {
     "uniform": "uniform",
     "prefix": {"name": "prefix", **ON_TOP},
@@ -295,10 +295,7 @@ SHARED: dict[str, Any] = {
     "adakv": "adakv",
 }
 OF_LAYERS = {name: SHARED[name] for name in ("uniform", "prefix")}
-MENDED: dict[str, Any] = {
-    "prefix, apart": {"name": "prefix", **APART},
-    "prefix, half even": {"name": "prefix", **ON_TOP, "even": 0.5},
-}
+EVEN: dict[str, Any] = {"prefix, half even": {"name": "prefix", **ON_TOP, "even": 0.5}}
 
 
 def ways(
@@ -321,11 +318,10 @@ def presets(*names: str) -> dict[str, Way]:
 def needle_methods() -> Methods:
     """For long text."""
     return {
-        "snapkv": ways(TEXT, "snapkv", SHARED)
-        | ways(TEXT, "snapkv", {"prefix, apart": MENDED["prefix, apart"]}, LARGER),
+        "snapkv": ways(TEXT, "snapkv", SHARED) | ways(TEXT, "snapkv", EVEN, LARGER),
         "attention": ways(TEXT, "attention", SHARED, WIDE) | presets("h2o"),
         "expected": ways(TEXT, "expected_attention", SHARED, WIDE),
-        "tova": ways(TEXT, "tova", OF_LAYERS, heads=False) | ways(TEXT, "tova", MENDED, LARGER, heads=False),
+        "tova": ways(TEXT, "tova", OF_LAYERS, heads=False) | ways(TEXT, "tova", EVEN, LARGER, heads=False),
         "none": presets("streaming"),
         "window8": ways(TEXT, {"name": "snapkv", "window": 8}, {"uniform": "uniform"}, LARGER),
     }
@@ -333,7 +329,7 @@ def needle_methods() -> Methods:
 
 def scene_methods() -> Methods:
     """For images."""
-    every = {**SHARED, "prefix, half even": MENDED["prefix, half even"]}
+    every = {**SHARED, **EVEN}
     return {
         "snapkv": ways(IMAGE, {"name": "snapkv", "window": 8}, every),
         "attention": ways(IMAGE, "attention", every) | presets("prefixkv", "prefixkv+merge"),
@@ -346,7 +342,7 @@ def scene_methods() -> Methods:
 def many_methods() -> Methods:
     """For many questions on one document."""
     some = {name: SHARED[name] for name in ("uniform", "headprefix", "adakv")}
-    mended = {**OF_LAYERS, "prefix, half even": MENDED["prefix, half even"]}
+    mended = {**OF_LAYERS, **EVEN}
     return {
         "kvzip": ways(TEXT, "kvzip", {**some, "scores": "scores"}, (0.3,)),
         "snapkv": ways(TEXT, "snapkv", some, (0.3,)),

@@ -26,7 +26,7 @@ every_allocator = pytest.mark.parametrize("allocator", strategies.allocators(), 
 mass_readers = pytest.mark.parametrize(
     "allocator", [a for a in strategies.allocators() if a.reads_mass], ids=strategies.label
 )
-PREFIXES = [ALLOCATORS.create("prefix", protected=mode) for mode in ("floor", "on_top", "apart")]
+PREFIXES = [ALLOCATORS.create("prefix", protected=mode) for mode in ("floor", "on_top")]
 EVEN_PREFIXES = [ALLOCATORS.create("prefix", protected=mode, even=0.4) for mode in ("floor", "on_top")]
 
 
@@ -294,23 +294,6 @@ def test_prefix_gives_all_of_it_evenly_as_uniform_does(given: AllocationInput) -
         given.by(ALLOCATORS.create(*named, **more)) for *named, more in (("prefix", {"even": 1.0}), ("uniform", {}))
     ]
     assert budgets[0].tolist() == budgets[1].tolist()
-
-
-@pytest.mark.parametrize("name", ["prefix", "headprefix"])
-def test_what_is_protected_apart_has_no_say(name: str) -> None:
-    """However much mass the protected have, sizes are those of the mass of the others, and of as many slots more."""
-    mass = torch.tensor([[0.0, 4, 3, 2, 1, 0], [0.0, 1, 1, 1, 1, 1]]).unsqueeze(1)
-    protected = torch.zeros_like(mass, dtype=torch.bool)
-    protected[..., 0] = True
-    one, six, total = torch.ones(2, 1, dtype=torch.int64), torch.full((2, 1), 6), torch.tensor([7])
-    alone = ALLOCATORS.create("prefix").allocate(mass[..., 1:], total - 2, one - 1, six - 1) + 1
-    assert alone.flatten().tolist() == [3, 4]
-    for sinks in ([0.0, 0.0], [50.0, 0.0], [1.0, 90.0]):
-        mass[..., 0] = torch.tensor(sinks).unsqueeze(1)
-        found = ALLOCATORS.create(name, protected="apart").allocate(
-            mass, total, one, six, AllocationContext(protected=protected)
-        )
-        assert found.tolist() == alone.tolist()
 
 
 # -- the uniform allocator ---------------------------------------------------------------------------------------------

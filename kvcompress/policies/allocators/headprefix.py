@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar
 
 from jaxtyping import Int
@@ -30,6 +29,7 @@ class HeadPrefix(Prefix):
 
     Args:
         protected: what the protected tokens (the floor of a head) are to its prefix, as in `prefix`.
+        even: share of the total that all heads get evenly beforehand, as in `prefix`.
     """
 
     by_head: ClassVar[bool] = True
@@ -44,7 +44,7 @@ class HeadPrefix(Prefix):
     ) -> HeadCounts:
         """Takes the heads of all layers for layers; cost: a sort of each head, and one of all together."""
         context = context or AllocationContext()
-        valid, protected = (None if mask is None else as_layers(mask) for mask in (context.valid, context.protected))
-        units = replace(context, valid=valid, is_image=None, protected=protected)
+        valid = None if context.valid is None else as_layers(context.valid)
+        units = AllocationContext(valid=valid, notes=context.notes, problems=context.problems)
         budget = self.sizes(as_layers(importance), total, as_layers(floor), as_layers(capacity), units)
         return as_heads(budget, len(floor))

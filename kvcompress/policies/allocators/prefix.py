@@ -34,15 +34,14 @@ class Prefix(Allocator):
     Args:
         protected: what the protected tokens (the floor of a layer) are to its prefix. "floor", a part of it: a layer
             keeps its prefix, or as many slots as are protected where that is more. "on_top", as in the released code:
-            it keeps its prefix and as many slots again as are protected. "apart": it keeps them and a prefix of the
-            others, in whose masses they do not count; so the attention that sinks take says nothing of a layer's size.
+            it keeps its prefix and as many slots again as are protected.
         even: share of the total that layers get evenly beforehand, from 0, the paper's, to 1, which is `uniform`; the
             prefixes of the rest come on top.
     """
 
     reads_mass: ClassVar[bool] = True
 
-    protected: Literal["floor", "on_top", "apart"] = "floor"
+    protected: Literal["floor", "on_top"] = "floor"
     even: float = Field(default=0.0, ge=0.0, le=1.0)
 
     def allocate(
@@ -69,8 +68,6 @@ class Prefix(Allocator):
             return capacity.clone()
         if context is not None and context.valid is not None:
             importance = importance.masked_fill(~context.valid, 0.0)
-        if self.protected == "apart" and context is not None and context.protected is not None:
-            importance = importance.masked_fill(context.protected, 0.0)
         before = _mass_before(importance, capacity)
         least = floor
         if self.even:
