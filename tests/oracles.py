@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -23,26 +24,35 @@ def mass_before(masses: Sequence[float], capacity: int) -> list[Fraction]:
     return [Fraction(0), *(part / whole for part in itertools.accumulate(ranked))]
 
 
+def prefix_bounds(
+    total: int, floor: Sequence[int], capacity: Sequence[int], protected: str = "floor", even: float = 0.0
+) -> tuple[list[int], list[int]]:
+    """What each layer gets before the threshold gives out the rest, and the first rank that is then given."""
+    least = uniform_budgets(math.floor(even * max(sum(floor), min(total, sum(capacity)))), floor, capacity)
+    return least, list(floor) if protected == "floor" else [0] * len(floor)
+
+
 def prefix_budgets(
     masses: Sequence[Sequence[float]],
     total: int,
     floor: Sequence[int],
     capacity: Sequence[int],
     protected: str = "floor",
+    even: float = 0.0,
 ) -> list[int]:
-    """Floors first, then the ranks with the smallest mass before them, ties by layer, then rank.
+    """Floors and the even share first, then the ranks with the smallest mass before them, ties by layer, then rank.
 
     The floor stands for a layer's first ranks, or comes on top of them.
     """
     before = [mass_before(layer, most) for layer, most in zip(masses, capacity, strict=True)]
-    given = floor if protected == "floor" else [0] * len(floor)
+    least, begin = prefix_bounds(total, floor, capacity, protected, even)
     loose = sorted(
         (before[layer][rank], layer, rank)
         for layer in range(len(masses))
-        for rank in range(given[layer], given[layer] + capacity[layer] - floor[layer])
+        for rank in range(begin[layer], begin[layer] + capacity[layer] - least[layer])
     )
-    budget = list(floor)
-    for _, layer, _ in loose[: max(0, total - sum(floor))]:
+    budget = list(least)
+    for _, layer, _ in loose[: max(0, total - sum(least))]:
         budget[layer] += 1
     return budget
 
@@ -180,7 +190,8 @@ class PlainRow:
                 [self.importance(index, None, column) for column in layer.held[0]]
                 for index, layer in enumerate(self.layers)
             ]
-            budgets = prefix_budgets(masses, self.total(), floor, capacity, self.config.allocator.protected)
+            allocator = self.config.allocator
+            budgets = prefix_budgets(masses, self.total(), floor, capacity, allocator.protected, allocator.even)
         else:
             budgets = uniform_budgets(self.total(), floor, capacity)
         self.spent = sum(budgets)

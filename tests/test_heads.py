@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcompress import ALLOCATORS, Budget, CompressedCache, CompressionConfig, KVCompressError
-from kvcompress.errors import ConfigError
 from kvcompress.kernels import attend_blocks
 from kvcompress.policies.base import Scorer
 from kvcompress.policies.context import AllocationContext, LayerContext, LayerWeights
@@ -28,6 +27,7 @@ BY_HEAD = {
     "headprefix": {"name": "headprefix"},
     "headprefix on top": {"name": "headprefix", "protected": "on_top"},
     "adakv": {"name": "adakv"},
+    "scores": {"name": "scores"},
     "adakv of prefix": {"name": "adakv", "layers": {"name": "prefix"}, "safeguard": 0.0},
 }
 every_allocator = pytest.mark.parametrize("allocator", BY_HEAD.values(), ids=BY_HEAD)
@@ -261,6 +261,27 @@ def test_adakv_gives_a_layer_to_its_highest_scores() -> None:
     assert said.tolist() == [[[2, 2]]]
 
 
+@examples(20)
+@given(given=strategies.allocation_inputs(kinds=st.just("random")), safeguard=st.sampled_from([0.0, 0.5]))
+def test_scores_keep_the_highest_wherever_they_are(given: strategies.AllocationInput, safeguard: float) -> None:
+    """By one sorted list of the scores of all heads of all layers, after what each head has in any case."""
+    importance = torch.stack([given.importance, given.importance.flip(-1) * 3], 2)  # two heads that differ
+    floor, capacity = (torch.stack([counts, counts], 2) for counts in (given.floor, given.capacity))
+    total = torch.minimum(torch.maximum(given.total, floor.sum((0, 2))), capacity.sum((0, 2)))
+    budget = ALLOCATORS.create("scores", safeguard=safeguard).allocate(importance, total, floor, capacity)
+    for row, slots in enumerate(total.tolist()):
+        heads = [head for layer in importance[:, row] for head in layer.sort(-1, descending=True).values.tolist()]
+        least, most = floor[:, row].flatten().tolist(), capacity[:, row].flatten().tolist()
+        even = int(safeguard * slots / len(heads))
+        safe = [max(low, min(high, even)) for low, high in zip(least, most, strict=True)]
+        safe = safe if sum(safe) <= slots else least
+        loose = sorted(
+            ((-score, unit) for unit, head in enumerate(heads) for score in head[safe[unit] : most[unit]]),
+        )
+        wanted = [kept + sum(unit == own for _, own in loose[: slots - sum(safe)]) for unit, kept in enumerate(safe)]
+        assert budget[:, row].flatten().tolist() == wanted
+
+
 def test_duo_fills_retrieval_heads_in_the_order_of_their_gates() -> None:
     """By hand: every head streams, then the highest gate is filled, and the next as far as the total goes."""
     duo = ALLOCATORS.create("duo", gates=[[0.1, 0.9], [0.5, 0.2]], streaming=2)
@@ -273,12 +294,6 @@ def test_duo_fills_retrieval_heads_in_the_order_of_their_gates() -> None:
     ):
         found = duo.allocate(torch.zeros(2, 1, 2, 10), torch.tensor([total]), floor, capacity)
         assert found[:, 0].tolist() == wanted, total
-
-
-def test_heads_with_budgets_of_their_own_are_not_quantized() -> None:
-    """Refused with the reason and the way out."""
-    with pytest.raises(ConfigError, match=r"quantizer quanto: .* heads hold different numbers .* quantizer=None"):
-        of_heads(BY_HEAD["adakv"], quantizer="quanto4")
 
 
 @pytest.mark.parametrize(

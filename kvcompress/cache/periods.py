@@ -113,5 +113,5 @@ def _held(state: CacheState, table: SlotTable | None) -> Counts:
     """Tokens that each layer holds, `[layers, batch, sets]`."""
     if table is None or not table.steps:
         return stacked([layer.held for layer in state.layers])
-    held: Counts = table.extent - table.hole + np.stack([layer.packed_rows for layer in state.layers])[..., None]
+    held: Counts = table.extent - table.hole + stacked([layer.packed_rows for layer in state.layers])
     return held

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kvcompress.cache.allocation import Allocation, Rule
-from kvcompress.cache.sequence import Counts
+from kvcompress.cache.sequence import Counts, Sequence
 
 _LATEST = 2**31 - 1  # as a token index: never the oldest
 _DERIVED = ("_allocation", "_rule", "_cut", "_age", "_none", "_slots")  # from what else is known of the cache
@@ -75,7 +75,7 @@ class SlotTable:
             scored_end: tokens of each row that have a score.
             sets: at least so many sets of heads, which may hold different tokens from now on.
             ranks: importance of each layer's slots, `[batch, kv_heads, slots]`; None unless an evictor chooses by it.
-            packed: tokens per layer and row, `[layers, batch, 1]`, that lie elsewhere and count as held; None if none.
+            packed: tokens per layer, row and set, `[layers, batch, sets]`, held elsewhere; None if there are none.
             cut: the budgets of this process's heads, and the steps after which the host cuts layers to them; None if
                 it never does.
         """
@@ -249,6 +249,10 @@ class SlotTable:
         held = self.held(steps - 1) + 1 if self._cut is None else self.held(steps)
         most: np.ndarray = np.maximum(held, self.extent)
         return most
+
+    def decode_steps(self, sequence: Sequence) -> int:
+        """Decode steps since the last forward of another kind, or at most so many where the host does not run them."""
+        return sequence.last_decoded + self._first_column + self.steps - sequence.seen
 
     def newest(self, places: int) -> Tensor:
         """Where in a ring of so many places the last column seen belongs, int64 `[1]`."""

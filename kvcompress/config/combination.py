@@ -44,7 +44,6 @@ def check_combination(chosen: Combination) -> None:
     _recents(chosen, chosen.evictor)
     _window(chosen, chosen.evictor)
     if chosen.quantizer is not None:
-        _heads(chosen, chosen.quantizer)
         _residual(chosen, chosen.evictor, chosen.quantizer)
 
 
@@ -120,16 +119,6 @@ def _window(chosen: Combination, evictor: Evictor) -> None:
             f"evictor {evictor.name}: the last {evictor.looks_back(chosen.scorer)} of {evictor.cuts_every} generated "
             f"tokens are to score, but the scorer {chosen.scorer.name} looks at its last {needed} queries; raise the "
             "evictor's period and window, or lower the window of the scorer"
-        )
-
-
-def _heads(chosen: Combination, quantizer: Quantizer) -> None:
-    """A group is quantized in all heads of a layer at once."""
-    if chosen.allocator.by_head:
-        raise ConfigError(
-            f"quantizer {quantizer.name}: quantizes tokens of all heads of a layer together, but the allocator "
-            f"{chosen.allocator.name} lets heads hold different numbers of tokens; choose an allocator of layers "
-            "('prefix', 'uniform') or quantizer=None"
         )
 
 

@@ -151,6 +151,16 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "combination of ours.",
         {"budget": _ONE, "scorer": "attention", "allocator": {"name": "headprefix", "protected": "on_top"}},
     ),
+    "headprefix+int4": (
+        "The same stored in four bits as in KIVI (arXiv 2402.02750), each head in as many groups as it has; a "
+        "combination of ours.",
+        {
+            "budget": _ONE,
+            "scorer": "attention",
+            "allocator": {"name": "headprefix", "protected": "on_top"},
+            "quantizer": "quanto4",
+        },
+    ),
     "adakv": (
         "AdaKV (arXiv 2407.11550): heads of a layer share its slots by one ranking; attention of all queries. "
         "Deviates: the paper's scores are those of ada-snapkv.",
@@ -174,6 +184,27 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "scorer": "expected_attention",
             "allocator": "adakv",
             "evictor": {"name": "topk", "decode": "oldest"},
+        },
+    ),
+    "kvzip": (
+        "KVzip (arXiv 2505.23416): what repeating the prompt looks at, in one ranking over heads of all layers; for "
+        "`Document` and `score_by_reconstruction`, so that no question is needed. Deviates: four sinks and 32 recents "
+        "are kept too; decoding as in snapkv.",
+        {
+            "budget": {"fraction": 0.3, "sink": 4, "recent": 32},
+            "scorer": "kvzip",
+            "allocator": "scores",
+            "evictor": {"name": "topk", "decode": "oldest"},
+        },
+    ),
+    "prefixkv-text": (
+        "PrefixKV's threshold (arXiv 2412.03409) over half of the slots, the other half given evenly, on the scores of "
+        "`text`: layers that retrieve are not starved. A combination of ours, behind `text` in our own measurement.",
+        {
+            "budget": {"fraction": 0.2, "sink": 4, "recent": 32},
+            "scorer": "tova",
+            "allocator": {**_PREFIX, "even": 0.5},
+            "evictor": {"name": "topk", "decode": "lowest_score"},
         },
     ),
     "text": (

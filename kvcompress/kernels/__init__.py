@@ -15,8 +15,9 @@ from kvcompress.kernels.dense import (
     without_autocast,
 )
 from kvcompress.kernels.device import runs_triton
+from kvcompress.kernels.highest import highest_probability
 from kvcompress.kernels.mass import attention_mass
-from kvcompress.kernels.probabilities import attention_probabilities
+from kvcompress.kernels.probabilities import attention_probabilities, visible_keys
 from kvcompress.kernels.ragged import decode_attention
 from kvcompress.kernels.share import attention_share
 
@@ -33,10 +34,12 @@ __all__ = [
     "decode_attention",
     "decode_attention_codes",
     "decode_bias",
+    "highest_probability",
     "in_one_dtype",
     "masked_attention_with_lse",
     "merge_attention",
     "runs_triton",
+    "visible_keys",
     "with_sinks",
     "without_autocast",
 ]

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 _VEIL = 0.72  # how much of a patch its group's colour covers
 _CAPTION = "patches of one colour are one token; a dot marks where it lies; neighbouring tokens differ in colour"
-_CAPTION_DROPPED = "white patches were dropped; a dot marks those that stay"
+_DROPPED = 0.62  # grey, on which white shapes show as black ones do
+_CAPTION_DROPPED = "grey patches were dropped; a dot marks those that stay"
 
 
 def groups(report: CacheReport, grid: PatchGrid, layers: int, row: int = 0) -> np.ndarray:
@@ -90,8 +91,8 @@ def _colour(axes: Axes, found: np.ndarray) -> None:
         taken = {chosen.get(other) for other in _touching(found, group)}
         free = [number for number in range(len(palette)) if number not in taken]
         chosen[group] = min(free or range(len(palette)), key=lambda number: list(chosen.values()).count(number))
-    veil = np.ones((*found.shape, 4))
-    veil[..., 3] = np.where(found < 0, 0.85, _VEIL)
+    veil = np.full((*found.shape, 4), _DROPPED)
+    veil[..., 3] = np.where(found < 0, 0.78, _VEIL)
     for group, number in chosen.items():
         veil[found == group, :3] = palette[number]
     axes.imshow(veil, extent=(0, found.shape[1], found.shape[0], 0), interpolation="nearest")

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_FADED = 0.84  # how far an evicted patch goes to white
+_FADED = 0.78  # how far an evicted patch goes to the veil's grey, on which white shapes show as black ones do
+_VEIL = 0.62
 _EDGE = "#D55E00"
 _CAPTION = "kept patches are outlined, evicted ones faded"
 _CAPTION_OF_HEADS = (
@@ -94,7 +95,7 @@ def _draw(axes: Axes, share: np.ndarray, picture: Any | None) -> None:
         axes.imshow(np.full((1, 1), 0.45), cmap="gray", vmin=0, vmax=1, extent=extent)
     else:
         axes.imshow(np.asarray(picture), extent=extent, interpolation="antialiased")
-    veil = np.ones((rows, columns, 4))
+    veil = np.full((rows, columns, 4), _VEIL)
     veil[..., 3] = _FADED * (1 - np.nan_to_num(share))
     axes.imshow(veil, extent=extent, interpolation="nearest")
     axes.add_collection(LineCollection(_outline(np.nan_to_num(share) >= 0.5), colors=_EDGE, linewidths=0.8))
