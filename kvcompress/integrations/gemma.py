@@ -24,6 +24,8 @@ class Gemma3Adapter(LlavaAdapter):
     decoders: ClassVar[tuple[str, ...]] = ("gemma3_text",)
     typed: ClassVar[bool] = True
 
+    tower_is_read = False
+
     def image_layout(
         self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"], inputs: dict[str, Any]
     ) -> ImageLayout | None:
@@ -42,6 +44,8 @@ class PaliGemmaAdapter(LlavaAdapter):
 
     decoders: ClassVar[tuple[str, ...]] = ("gemma", "gemma2")
     typed: ClassVar[bool] = True
+
+    tower_is_read = False
 
     def reads_types(self, inputs: dict[str, Any]) -> bool:
         """With pictures; later forwards are causal, whatever types they bring."""

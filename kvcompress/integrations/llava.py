@@ -57,7 +57,7 @@ class LlavaAdapter(Adapter):
     def tower_attentions(self, model: PreTrainedModel) -> list[nn.Module]:
         """Those of a tower of CLIP or SigLIP."""
         if not self.tower_is_read:
-            raise unreadable(model, "several of its features make up one image token")
+            raise unreadable(model, "its features are not known to be image tokens, one for one,")
         return attentions_of(model, getattr(model, "model", model).vision_tower)
 
     def by_image_token(
