@@ -48,6 +48,13 @@ class Halves(Quantizer):
 _FOUR_BITS = {"name": "quanto4", "group": 8, "residual": 26}
 CASES: dict[str, dict[str, Any]] = {
     "prefixkv+int4": {"config": "prefixkv+int4", "budget": 0.9, "quantizer": _FOUR_BITS},
+    "headprefix+int4": {"config": "headprefix+int4", "budget": 0.9, "quantizer": _FOUR_BITS, "lengths": LENGTHS},
+    "headprefix+int4, as kernels are called": {
+        "config": "headprefix+int4",
+        "budget": 0.9,
+        "quantizer": {"name": "fp8", "group": 8, "residual": 26},
+        "kernels": True,
+    },
     "kivi4, nothing quantized yet": {
         "config": "kivi4",
         "quantizer": {**_FOUR_BITS, "residual": 56},

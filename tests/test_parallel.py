@@ -39,7 +39,7 @@ def launched(folder: Path) -> list[dict[str, Any]]:
 
 
 def own_sets(columns: Any, rank: int, kv_heads: int) -> Any:
-    """What one process should hold of the columns `[layers][batch][sets][tokens]` of all heads."""
+    """What one process should hold of the columns `[layers][batch][sets]` of all heads."""
     own = slice(rank * kv_heads // PROCESSES, (rank + 1) * kv_heads // PROCESSES)
     return [[sets if len(sets) == 1 else sets[own] for sets in layer] for layer in columns]
 
@@ -56,6 +56,7 @@ def test_every_process_holds_and_says_what_one_process_does(tmp_path: Path) -> N
         for rank, found in enumerate(ranks):
             expected = {**alone, "columns": own_sets(alone["columns"], rank, kv_heads)}
             expected["kv_bytes"] = found[label]["kv_bytes"]
+            expected["packed"] = own_sets(alone["packed"], rank, kv_heads)
             of_heads = alone["head_lengths"]
             if of_heads is not None:
                 own = own_sets(of_heads, rank, kv_heads)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 
@@ -123,7 +125,7 @@ def _choose(state: CacheState, table: SlotTable) -> None:
 def make_table(state: CacheState) -> SlotTable:
     """The table for the decode steps to come, from what the layers hold now."""
     layers, sequence, evictor = state.layers, state.sequence, state.config.evictor
-    packed = np.stack([layer.packed_rows for layer in layers])[..., None]
+    packed = stacked([layer.packed_rows for layer in layers])
     held = stacked([layer.held for layer in layers])
     pinned = stacked([layer.pinned if len(layer.pinned) else layer.held * 0 for layer in layers])
     frees = "nothing" if evictor is None else evictor.frees
@@ -205,26 +207,38 @@ def pack_if_due(state: CacheState) -> None:
 
     Where steps are compiled, the host knows when that may be so, and asks the device then: once in a group of steps.
     """
-    table, quantizer = state.table, state.config.quantizer
-    if table is None or quantizer is None or state.recording:
-        return
-    due = quantizer.residual + quantizer.group
-    if table.held().max(initial=0) < due:
+    if not _is_due(state):
         return
     catch_up_if_needed(state)
-    if table.held().max(initial=0) < due:
+    if not _is_due(state):
         return
-    buffers = [layer.store.buffers() for layer in state.layers]
-    in_inference = buffers[0][0].is_inference()
+    table, quantizer = state.table, state.config.quantizer
+    assert table is not None and quantizer is not None
+    stores = [copy.copy(layer.store) for layer in state.layers]  # with the buffers that compiled steps know
+    in_inference = stores[0].buffers()[0].is_inference()
     with state.changing(in_place=True), torch.inference_mode(in_inference), torch.no_grad():
-        now, later = table.held(), table.held(_block(state, due))
+        now, later = table.held(), table.held(_block(state, quantizer.residual + quantizer.group))
         tidy(state)
-        for layer, before in zip(state.layers, buffers, strict=True):
+        for layer, before in zip(state.layers, stores, strict=True):
             layer.store.make_room(now[layer.number], later[layer.number])
             layer.pack()
             layer.store.move_into(before)
         table.become(make_table(state))
         state.table = table
+
+
+def _is_due(state: CacheState) -> bool:
+    """Whether some layer has a group to quantize, as far as the host knows, and this is a step to do it.
+
+    Where heads have different numbers of tokens, nearly every step would bring some of them a group. So they wait for
+    the next whole group of decode steps since the last forward of another kind, whatever other rows hold.
+    """
+    table, quantizer = state.table, state.config.quantizer
+    if table is None or quantizer is None or state.recording:
+        return False
+    if table.held().max(initial=0) < quantizer.residual + quantizer.group:
+        return False
+    return not state.layers[0].by_head or table.decode_steps(state.sequence) % quantizer.group == 0
 
 
 def _block(state: CacheState, slots: int) -> int:

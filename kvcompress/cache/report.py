@@ -150,7 +150,7 @@ def report_on(state: CacheState) -> CacheReport:
     sequence, table, numbers = state.sequence, state.table, range(len(state.layers))
     held = stacked([layer.held for layer in state.layers])
     if table is not None and table.steps:
-        held = table.extent - table.hole + np.stack([layer.packed_rows for layer in state.layers])[..., None]
+        held = table.extent - table.hole + stacked([layer.packed_rows for layer in state.layers])
     limits = state.limits()
     threshold = None if state.allocation is None else state.allocation.notes.get("threshold")
     slot_nbytes = sum(layer.store.slot_nbytes for layer in state.layers)

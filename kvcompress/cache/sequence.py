@@ -87,6 +87,13 @@ class Sequence:
         """Whether every row has as many tokens."""
         return bool((self.row_seen == self.row_seen[:1]).all())
 
+    @property
+    def last_decoded(self) -> int:
+        """Decode steps since the last step that scored."""
+        if not self.decoded or (self.decoded[-1][1] != self.row_seen).any():
+            return 0
+        return int((self.row_seen - self.decoded[-1][0])[0])
+
     # -- what comes ----------------------------------------------------------------------------------------------------
 
     def extend(

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kvcompress.cache.allocation import Allocation, Rule
-from kvcompress.cache.sequence import Counts
+from kvcompress.cache.sequence import Counts, Sequence
 
 _LATEST = 2**31 - 1  # as a token index: never the oldest
 _DERIVED = ("_allocation", "_rule", "_age", "_none", "_slots")  # from what else is known of the cache
@@ -74,7 +74,7 @@ class SlotTable:
             scored_end: tokens of each row that have a score.
             sets: at least so many sets of heads, which may hold different tokens from now on.
             ranks: importance of each layer's slots, `[batch, kv_heads, slots]`; None unless an evictor chooses by it.
-            packed: tokens per layer and row, `[layers, batch, 1]`, that lie elsewhere and count as held; None if none.
+            packed: tokens per layer, row and set, `[layers, batch, sets]`, held elsewhere; None if there are none.
         """
         device, sets = index[0].device, max(sets, lengths.shape[2], *(held.shape[1] for held in index))
         shape = (*lengths.shape[:2], sets)
@@ -238,6 +238,10 @@ class SlotTable:
         """At most the slots in use while layers attend in so many steps more, `[layers, batch, sets]`."""
         most: np.ndarray = np.maximum(self.held(steps - 1) + 1, self.extent)
         return most
+
+    def decode_steps(self, sequence: Sequence) -> int:
+        """Decode steps since the last forward of another kind, or at most so many where the host does not run them."""
+        return sequence.last_decoded + self._first_column + self.steps - sequence.seen
 
     def held(self, steps: int = 0) -> np.ndarray:
         """At most the tokens that layers and rows hold after so many steps more than now, `[layers, batch, sets]`."""

@@ -43,7 +43,6 @@ def check_combination(chosen: Combination) -> None:
         rule(chosen, chosen.evictor)
     _recents(chosen, chosen.evictor)
     if chosen.quantizer is not None:
-        _heads(chosen, chosen.quantizer)
         _residual(chosen, chosen.evictor, chosen.quantizer)
 
 
@@ -107,16 +106,6 @@ def _recents(chosen: Combination, evictor: Evictor) -> None:
         raise ConfigError(
             f"evictor {evictor.name}: decode steps free the slot {evictor.reach} before the end, which would evict "
             f"some of the {chosen.recent} recents; raise its distance, lower budget.recent or choose decode='oldest'"
-        )
-
-
-def _heads(chosen: Combination, quantizer: Quantizer) -> None:
-    """A group is quantized in all heads of a layer at once."""
-    if chosen.allocator.by_head:
-        raise ConfigError(
-            f"quantizer {quantizer.name}: quantizes tokens of all heads of a layer together, but the allocator "
-            f"{chosen.allocator.name} lets heads hold different numbers of tokens; choose an allocator of layers "
-            "('prefix', 'uniform') or quantizer=None"
         )
 
 

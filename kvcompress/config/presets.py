@@ -136,6 +136,16 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "combination of ours.",
         {"budget": _ONE, "scorer": "attention", "allocator": {"name": "headprefix", "protected": "on_top"}},
     ),
+    "headprefix+int4": (
+        "The same stored in four bits as in KIVI (arXiv 2402.02750), each head in as many groups as it has; a "
+        "combination of ours.",
+        {
+            "budget": _ONE,
+            "scorer": "attention",
+            "allocator": {"name": "headprefix", "protected": "on_top"},
+            "quantizer": "quanto4",
+        },
+    ),
     "adakv": (
         "AdaKV (arXiv 2407.11550): heads of a layer share its slots by one ranking; attention of all queries. "
         "Deviates: the paper's scores are those of ada-snapkv.",

@@ -252,7 +252,8 @@ class Merger(Policy):
 class Quantizer(Policy):
     """Stores keys and values in fewer bits, all but the most recent ones, a whole group of tokens at a time.
 
-    What is quantized is never touched again: later groups are appended, and eviction copies codes as they are.
+    What is quantized is never touched again: later groups are appended, and eviction copies codes as they are. Where
+    heads hold different numbers of tokens, their groups come as those of one row with one head, one after the other.
     `decode` becomes a part of compiled decode steps, so it asks the device nothing.
 
     Class attributes:
