@@ -56,6 +56,9 @@ class CompressedCache(Forwards, CacheContract):
             `compile_config` or `disable_compile` that `generate` is given goes before it.
         **overrides: fields of the configuration to replace, for instance `budget=0.2`.
 
+    Attributes:
+        window: columns up to which a model is served all of whose layers slide; None for all others.
+
     Raises:
         ConfigError: if the configuration is wrong or a profile is another model's; the model is untouched then.
         UnsupportedModelError: if no adapter knows the model, one of its layers does not attend to all tokens, or

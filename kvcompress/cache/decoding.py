@@ -83,7 +83,7 @@ def compiles(state: CacheState) -> bool:
     merger, reducer = state.config.merger, state.config.reducer
     merges = merger is not None and merger.merges_decoding
     renumbers = reducer is not None and reducer.positions == "per_layer"
-    host = merges or renumbers or state.heads is not ALONE or bool(state.own)
+    host = merges or renumbers or state.heads is not ALONE or bool(state.own) or state.typed
     return not (state.recording or host)
 
 

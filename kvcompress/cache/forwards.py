@@ -15,13 +15,14 @@ from transformers import PreTrainedModel
 from kvcompress.cache import attention, choosing, decoding, hooks, prefill, undoing
 from kvcompress.cache.axes import check_positions, give_offset, take_offset
 from kvcompress.cache.capture import plan
-from kvcompress.cache.inputs import shape_of
+from kvcompress.cache.inputs import check_types, shape_of
 from kvcompress.cache.masks import Mask, read_mask
 from kvcompress.cache.owner import OfModel, alive
 from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.renumbering import lost_before, moved_back
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Prefill
+from kvcompress.cache.window import check_forward, check_turn
 from kvcompress.errors import CacheStateError, ConfigError, UnsupportedModeError
 from kvcompress.integrations import Adapter
 from kvcompress.policies.context import LayerWeights
@@ -29,8 +30,8 @@ from kvcompress.policies.images import ImageLayout
 
 _COMPILED = (
     "torch.compile: a compiled forward reads one token of every row, after a prompt that was read without compilation; "
-    "call generate, or read the prompt with the model inside (compiled._orig_mod). Layers that slide or sum up are not "
-    "compiled at all"
+    "call generate, or read the prompt with the model inside (compiled._orig_mod). Where layers slide or sum up, "
+    "none are compiled"
 )
 
 
@@ -46,7 +47,7 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
         super().__init__(state, adapter, model)
         if decoding not in ("captured", "compiled", "eager"):
             raise ConfigError(f"decoding: must be 'captured', 'compiled' or 'eager'; got {decoding!r}")
-        self._decoding = decoding
+        self._decoding, self.window, state.typed = decoding, adapter.window(model), adapter.typed
         # Compressed layers, numbered among themselves.
         self._place = {number: place for place, number in enumerate(state.numbers)}
         self._layout: ImageLayout | None = None  # of the images of the forward about to begin
@@ -67,6 +68,7 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
             UnsupportedModeError: for a row of padding alone.
         """
         decoding.catch_up_if_needed(self._state)
+        check_turn(self.window, self._adapter, model, inputs)
         self._state.calls.turn(inputs, self._state.sequence.seen)
         give_offset(self._state.sequence, self._adapter, self._model())
         self._in_turn = True
@@ -86,6 +88,9 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
         if torch.compiler.is_compiling():  # a decode step
             return
         decoding.catch_up_if_needed(self._state)
+        check_forward(self.window, self._adapter, self.model(), inputs, self._state.sequence.seen)
+        if self._adapter.typed and self._adapter.reads_types(inputs):
+            check_types(inputs, self._state.sequence.seen)
         self._state.calls.model(inputs, self._state.sequence.seen, self._state.recording)
         self._forget_images()
         if not self._in_turn:  # `generate` has seen to it
@@ -117,15 +122,17 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
                 "each model, also for a copy of one"
             )
         decoding.catch_up_if_needed(self._state)
+        check_forward(self.window, self._adapter, self.model(), inputs, self._state.sequence.seen)
         if self._state.calls.decoder(inputs, self._state.sequence.seen):
             self._forget_images()
         shape = shape_of(inputs)
         batch = self._state.sequence.batch
         if shape is not None and shape[1] > 1:
-            take_offset(self._state.sequence, self._adapter, self._model(), shape[0])
+            take_offset(self._state.sequence, self._adapter, self._model(), inputs)
         self._mask = None
         if shape is not None and batch in (0, shape[0]):  # else the first layer says so
-            self._mask = read_mask(self._state.sequence, inputs.get("attention_mask"), shape[1])
+            padding, last_seen = inputs.get("attention_mask"), inputs.get(hooks.LAST_SEEN)
+            self._mask = read_mask(self._state.sequence, padding, shape, last_seen)
             choosing.for_forward(self._state, shape[1], self._mask)
         if self._state.own:
             self._state.check_ready()
@@ -180,7 +187,8 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
         """Takes a layer through the step in progress, which the first layer begins and the last ends."""
         state = self._state
         if torch.compiler.is_compiling():
-            if query.shape[2] > 1 or state.table is None or state.own:
+            outside = self.window is not None and not self._in_turn  # where nobody counts
+            if query.shape[2] > 1 or state.table is None or state.own or outside:
                 raise UnsupportedModeError(_COMPILED)
         else:
             state.calls.attends(layer, module)
@@ -188,6 +196,8 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
         if layer == 0 and not state.early:
             self._begin(query.shape[0], query.shape[2], query.device)
         step = state.step
+        if isinstance(step, Prefill) and step.last_seen is None:
+            attention.check_causal(module, mask, first=1 < step.columns == state.sequence.seen)
         if step is None or step.next_layer != layer:
             raise state.broken()
         with state.writable():

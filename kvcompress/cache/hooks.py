@@ -23,6 +23,10 @@ from kvcompress.integrations import Adapter
 from kvcompress.policies.images import ImageLayout
 
 _HOOK = "_kvcompress_hook"  # on the model, its decoder and decoder layers
+WHOLE_MASK = "_kvcompress_mask"  # among the arguments by name: the mask as it came, where `attention_mask` is padding
+LAST_SEEN = (
+    "_kvcompress_last_seen"  # likewise: the last new column that each sees, where some see more than came before
+)
 Forward: TypeAlias = Callable[..., Any]
 # What stands in for a model's forward in the decode steps of the `generate` in progress, and which model's.
 _stands_in: ContextVar[tuple[PreTrainedModel, Forward] | None] = ContextVar("stands_in", default=None)
@@ -119,7 +123,8 @@ class _Hook:
             inputs = {**dict(zip(self.names, args, strict=False)), **inputs}
         cache = cache_among(inputs)
         if isinstance(cache, ObservesInputs):
-            inputs = {**inputs, "attention_mask": attention.padding_in(inputs.get("attention_mask"))}
+            given = inputs.get("attention_mask")
+            inputs = {**inputs, "attention_mask": attention.padding_in(given), WHOLE_MASK: given}
             if inputs.get("output_attentions") is None and getattr(module.config, "output_attentions", False):
                 inputs = {**inputs, "output_attentions": True}
             self.look(module, inputs, cache)
@@ -150,7 +155,7 @@ class _ModelHook(_Hook):
 
 class _DecoderHook(_Hook):
     def look(self, module: nn.Module, inputs: dict[str, Any], cache: ObservesInputs) -> None:
-        cache.before_decoder(module, inputs)
+        cache.before_decoder(module, {**inputs, LAST_SEEN: attention.last_seen_in(inputs[WHOLE_MASK])})
 
 
 class _Done:

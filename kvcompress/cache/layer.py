@@ -38,18 +38,31 @@ class Unscored:
         lse: log-sum-exp of their logits; None if nobody reads attention.
         scaling: factor on the logits.
         weights: gives the layer's own weights.
+        last_seen: number of the last of its tokens that each query sees, `[batch, queries]`; None if it is its own.
     """
 
     query: Tensor
     lse: Tensor | None
     scaling: float
     weights: Callable[[], LayerWeights]
+    last_seen: Tensor | None = None
 
     def of_rows(self, index: Tensor) -> Unscored:
         """The same of some rows."""
         index = index.to(self.query.device)
-        lse = None if self.lse is None else self.lse.index_select(0, index)
-        return replace(self, query=self.query.index_select(0, index), lse=lse)
+        lse, last = (None if of is None else of.index_select(0, index) for of in (self.lse, self.last_seen))
+        return replace(self, query=self.query.index_select(0, index), lse=lse, last_seen=last)
+
+    def without_last(self, gone: Counts) -> Unscored:
+        """The same without so many of each row's last queries; with padding before those of rows that lose more."""
+        lse, last = (None if of is None else without_last(of, gone) for of in (self.lse, self._last_seen()))
+        if last is not None:
+            moved = torch.as_tensor(gone - gone.min(), device=last.device)[:, None]
+            last = (last[:, 0] + moved).clamp(max=last.shape[2] - 1)
+        return replace(self, query=without_last(self.query, gone), lse=lse, last_seen=last)
+
+    def _last_seen(self) -> Tensor | None:
+        return None if self.last_seen is None else self.last_seen[:, None]
 
 
 class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
@@ -116,13 +129,15 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         past = self._append(step, key, value)
         valid = self._valid(step)
         wants_lse, blocks = self._reads_attention or sinks is not None, self.store.blocks(self.slots)
-        output, lse = attend_blocks(query, blocks, past, scaling, valid, wants_lse, softcap)
+        last = None if step.last_seen is None else step.last_seen.to(query.device)
+        output, lse = attend_blocks(query, blocks, past, scaling, valid, wants_lse, softcap, last)
         if lse is not None:
             output, lse = with_sinks(output, lse, sinks)
+        shows = Unscored(query, lse, scaling, weights, last)
         if step.evicts:
-            self._score(step, Unscored(query, lse, scaling, weights))
+            self._score(step, shows)
         elif self.config.scorer is not None or self._needs:
-            self.unscored = Unscored(query, lse, scaling, weights)
+            self.unscored = shows
         if step.local is not None:  # sizes are known before the last layer ran
             compress([self], step, step.local())
         return step.restored(output)
@@ -192,28 +207,29 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
             return
         assert self.index is not None
         (keys, values), index = self.every_slot(), self.index
-        query, lse, valid = of.query, of.lse, self._valid(step)
+        valid = self._valid(step)
         if gone is not None and gone.any():
-            keys, values, query, index = (without_last(tensor, gone) for tensor in (keys, values, query, index))
-            lse = None if lse is None else without_last(lse, gone)
+            keys, values, index = (without_last(tensor, gone) for tensor in (keys, values, index))
+            of = of.without_last(gone)
             more = torch.as_tensor(gone - gone.min(), device=index.device)[:, None, None]
             index = index.masked_fill(torch.arange(index.shape[2], device=index.device) < more, -1)
             valid = index[:, : self.held.shape[1]] >= 0
         context = LayerContext(
             layer=self.number,
-            query=query,
+            query=of.query,
             keys=keys,
             values=values,
-            lse=lse if self._reads_attention else None,
+            lse=of.lse if self._reads_attention else None,
             scaling=of.scaling,
             index=index,
-            seen=step.seen_on(query.device),
+            seen=step.seen_on(of.query.device),
             valid=valid,
             is_image=step.once("images", index, lambda: self.sequence.images_at(index)),
             weights=of.weights() if scorer is not None else LayerWeights(),
             heads=self.heads,
             softcap=self._softcap,
             heads_part=self.heads_part,
+            last_seen=of.last_seen,
         )
         if observed:
             assert step.reduction is not None

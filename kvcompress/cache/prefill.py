@@ -31,9 +31,12 @@ def begin(state: CacheState, queries: int, device: torch.device, mask: Mask, lay
     state.step, state.reduced = step, None  # from here on, what is interrupted has failed
     decoding.tidy(state)
     new_valid, step.order, step.first_order = mask.new_valid, mask.order, mask.order
+    step.last_seen = mask.last_in_order()
     if mask.hidden is not None:
         _hide(state, mask.hidden)
     sequence.extend(new_valid, queries, step.row_new)
+    if mask.last_seen is not None:
+        sequence.mark_seen_early(mask.last_seen, mask.new_valid)
     step.row_seen = sequence.row_seen
     index = sequence.index_of_columns(device)[:, first:]
     if step.order is not None:
@@ -178,6 +181,7 @@ def _reduction(state: CacheState, step: Prefill, layout: ImageLayout, points: tu
         valid=step.valid,
         is_image=images[:, 0],
         order=order,
+        last_seen=step.last_seen,
     )
 
 
@@ -209,7 +213,7 @@ def reduce(state: CacheState, layer: int, hidden: Tensor) -> tuple[Tensor, Reduc
             hidden = reduction.reduce(layer, hidden)
             state.sequence.reduce(layer, _in_all_columns(reduction.into[layer], step, state.sequence.seen))
             step.index, step.valid = reduction.index.to(torch.int32).unsqueeze(1), reduction.valid
-            step.row_new, step.order = np.asarray(reduction.row_tokens), None
+            step.row_new, step.order, step.last_seen = np.asarray(reduction.row_tokens), None, reduction.last_seen
     return hidden, reduction
 
 

@@ -90,6 +90,11 @@ def _check(state: CacheState, inputs: Mapping[str, Any], chunk: int) -> None:
             "inputs: must hold input_ids, integers [batch, tokens], to be repeated, as a tokenizer or processor gives "
             f"them; got {shown(ids if not isinstance(ids, Tensor) else tuple(ids.shape))}"
         )
+    if inputs.get("token_type_ids") is not None:
+        raise UnsupportedModeError(
+            "token_type_ids: tokens of an image, or of a prompt, that attend to those after them cannot be repeated as "
+            "they were read; choose another scorer than 'kvzip', or leave them out where there is no image"
+        )
     if chunk < 1:
         raise ConfigError(f"chunk: tokens that are repeated at a time, at least 1; got {shown(chunk)}")
 

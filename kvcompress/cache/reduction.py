@@ -25,6 +25,7 @@ class Reduction:
         points: numbers of layers after which the reducer acts, 0 before the first.
         index: number of tokens of the row that came before each token that goes on, `[batch, tokens]`; -1 for padding.
         valid: which of them are no padding; None if none is.
+        last_seen: number of the last of these tokens that each of them sees; None if it is its own.
         row_tokens: how many tokens of each row go on; None before the first reduction.
         queries: columns of the forward.
         into: for each reduction so far, by the number of layers before it: for each of the forward's columns the column
@@ -41,6 +42,7 @@ class Reduction:
         valid: Bool[Tensor, "batch queries"] | None,
         is_image: Bool[Tensor, "batch queries"],
         order: Int[Tensor, "batch queries"] | None = None,
+        last_seen: Int[Tensor, "batch queries"] | None = None,
     ) -> None:
         """Starts with all tokens of a forward, the padding of each row in its first columns.
 
@@ -52,11 +54,13 @@ class Reduction:
             valid: which columns hold a token; None if all do.
             is_image: which columns hold image tokens.
             order: for each column, the one that the model has its token in, where its padding is not first.
+            last_seen: number of the last column that each sees; None if it is its own.
         """
         self.reducer = reducer
         self.points = points
         self.index: Int[Tensor, "batch tokens"] = index.long().expand_as(is_image)
         self.valid: Bool[Tensor, "batch tokens"] | None = valid
+        self.last_seen: Int[Tensor, "batch tokens"] | None = last_seen
         self.row_tokens: list[int] | None = None
         self.into: dict[int, Int[Tensor, "batch queries"]] = {}
         self._layout = layout
@@ -139,6 +143,10 @@ class Reduction:
         most = max(self.row_tokens)
         last = stays.to(torch.uint8).argsort(dim=1, stable=True)[:, stays.shape[1] - most :]
         self.valid = None if min(self.row_tokens) == most else stays.gather(1, last)
+        if self.last_seen is not None:
+            until = stays.cumsum(1)
+            seen = most - until[:, -1:] + until.gather(1, self.last_seen) - 1
+            self.last_seen = seen.gather(1, last).maximum(torch.arange(most, device=seen.device))
         self._columns = self._columns.gather(1, last)
         self._facts = _blank(_taken(facts, last), self.valid)
         self.index = self._facts[..., 0]

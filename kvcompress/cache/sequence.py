@@ -40,7 +40,10 @@ class Sequence:
         row_seen: tokens of each row so far, padding left out.
         valid: which of the first columns hold a token of the row, later ones do all; None while no row has padding.
         is_image: which of the first columns hold image tokens; None for text alone.
+        seen_early: how many queries before its own saw the token of each of the first columns, where a model lets
+            tokens see others after them; None if none did.
         rotary_offset: what the model adds to the number of a token that comes, to place it (M-RoPE); None if nothing.
+        rotary_offsets: what it would be if the conversation ended after each of the first columns; None if nothing.
         scored: the last step that scored.
         decoded: for each run of decode steps, whose queries scored nothing, the token index of its first token and of
             the first after it, per row.
@@ -54,7 +57,9 @@ class Sequence:
         self.row_seen: Counts = np.zeros(0, dtype=np.int64)
         self.valid: Bool[Tensor, "batch columns"] | None = None
         self.is_image: Bool[Tensor, "batch columns"] | None = None
+        self.seen_early: Int[Tensor, "batch columns"] | None = None
         self.rotary_offset: Int[Tensor, "batch one"] | None = None
+        self.rotary_offsets: Int[Tensor, "batch columns"] | None = None
         self.scored = Scored(*(np.zeros(0, dtype=np.int64) for _ in range(3)))
         self.decoded: list[tuple[Counts, Counts]] = []
         self.went_into: dict[int, Int[Tensor, "batch columns"]] = {}
@@ -68,7 +73,8 @@ class Sequence:
 
     def restore(self, saved: Any) -> None:
         """Takes over what `saved` gave."""
-        saved = {"rotary_offset": None, **saved}  # older releases knew no such models
+        new = dict.fromkeys(("rotary_offset", "rotary_offsets", "seen_early"))
+        saved = {**new, **saved}  # older releases knew no such models
         self.__dict__.update({name: saved[name] for name in vars(self)})
 
     @property
@@ -129,6 +135,30 @@ class Sequence:
             return
         earlier = is_image[:, :0] if self.is_image is None else self.is_image[:, : self.seen].to(is_image.device)
         self.is_image = torch.cat([F.pad(earlier, (0, self.seen - earlier.shape[1])), is_image], dim=1)
+
+    def mark_offsets(self, offsets: Int[Tensor, "batch columns"]) -> None:
+        """Takes note of the rotary offsets after each of the columns about to come; steps between had that before."""
+        known = self.rotary_offsets
+        known = (
+            offsets.new_zeros(len(offsets), 1) if known is None or not self.seen else known[:, : self.seen].to(offsets)
+        )
+        between = known[:, -1:].expand(-1, max(0, self.seen - known.shape[1]))
+        self.rotary_offsets = torch.cat([known[:, : self.seen], between, offsets], 1)
+
+    def mark_seen_early(
+        self, last_seen: Int[Tensor, "batch columns"], new_valid: Bool[Tensor, "batch columns"] | None
+    ) -> None:
+        """Takes note of how many queries see the tokens of the columns that just came before their own does.
+
+        Args:
+            last_seen: number of the last of these columns that each of them sees.
+            new_valid: which of them hold a token; None if all do.
+        """
+        asks = torch.ones_like(last_seen) if new_valid is None else new_valid.to(last_seen)
+        change = F.pad(asks, (1, 1)).scatter_add(1, last_seen + 1, -asks)
+        early, first = change.cumsum(1)[:, :-2], self.seen - last_seen.shape[1]
+        earlier = early[:, :0] if self.seen_early is None else self.seen_early[:, :first].to(early.device)
+        self.seen_early = torch.cat([F.pad(earlier, (0, first - earlier.shape[1])), early], dim=1)
 
     def reduce(self, layers: int, went_into: Int[Tensor, "batch columns"]) -> None:
         """Takes note of what a reducer did to the columns seen, after so many layers."""
@@ -217,6 +247,11 @@ class Sequence:
             layer: index of the decoder layer; only where a reducer acts do layers differ.
         """
         queries: Tensor = self._rows(self.row_seen, index) - index
+        early: Tensor | int = 0
+        if self.seen_early is not None:
+            of_tokens = self.by_index(self.seen_early.to(index.device))
+            early = taken(of_tokens.repeat(index.shape[0] // of_tokens.shape[0], 1), index)
+            queries = queries + early
         for run in self.decoded:
             first, end = (self._rows(counts, index) for counts in run)
             queries = queries - (end - index.clamp(min=first).clamp(max=end))  # each a number, or one per row
@@ -224,7 +259,7 @@ class Sequence:
         if missing is not None:
             until = F.pad(self.by_index(missing.to(index.device)).cumsum(1), (1, 0))  # missing before each, and all
             whole = until[:, -1:, None]
-            queries = queries - (whole - taken(until, index))
+            queries = queries - (whole - taken(until, index - early))
             since = torch.as_tensor(self.scored.first, dtype=index.dtype, device=index.device)[:, None, None]
             scored = scored - (whole - taken(until, since))
         if not last:
@@ -284,8 +319,12 @@ class Sequence:
             self.valid = self.valid.index_select(0, index.to(self.valid.device))
         if self.is_image is not None:
             self.is_image = self.is_image.index_select(0, index.to(self.is_image.device))
+        if self.seen_early is not None:
+            self.seen_early = self.seen_early.index_select(0, index.to(self.seen_early.device))
         if self.rotary_offset is not None:
             self.rotary_offset = self.rotary_offset.index_select(0, index.to(self.rotary_offset.device))
+        if self.rotary_offsets is not None:
+            self.rotary_offsets = self.rotary_offsets.index_select(0, index.to(self.rotary_offsets.device))
         for layers, into in self.went_into.items():
             self.went_into[layers] = into.index_select(0, index.to(into.device))
 
@@ -315,6 +354,11 @@ class Sequence:
             self.valid = self.valid[:, :columns]
         if self.is_image is not None:
             self.is_image = self.is_image[:, :columns]
+        if self.seen_early is not None:
+            self.seen_early = self.seen_early[:, :columns]
+        if self.rotary_offsets is not None and columns < self.rotary_offsets.shape[1]:
+            self.rotary_offsets = self.rotary_offsets[:, :columns]
+            self.rotary_offset = self.rotary_offsets[:, -1:]
         self.went_into = {layers: into[:, :columns] for layers, into in self.went_into.items()}
         self.decoded = [(first, np.minimum(end, left)) for first, end in self.decoded if (first < left).any()]
         self.seen = columns

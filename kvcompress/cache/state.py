@@ -31,6 +31,7 @@ class CacheState:
     Attributes:
         config: the policies and the budget; those that `auto` chose, once it has.
         asked: what the user asked for, which may be `auto`.
+        typed: whether types of tokens say which attend both ways, so that `generate` makes no masks for compiled steps.
         chosen: what that chose; None for any other configuration, and before the first prompt.
         layers: the decoder layers that are compressed, each with what it holds; policies know of no others.
         numbers: number of each of them in the model.
@@ -65,7 +66,7 @@ class CacheState:
         """Starts with nothing seen."""
         self.numbers, self.own = numbers, own or OwnLayers({})
         self.config, self.heads, self.calls, self.reserve = config, heads, calls, reserve
-        self.asked = config
+        self.asked, self.typed = config, False
         self.chosen: Chosen | None = None
         self._needs_ids = calls.needs_ids
         self.sequence = Sequence()

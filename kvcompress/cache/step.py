@@ -35,6 +35,7 @@ class Prefill:
         index: number of tokens of the row before each of this step's, `[1 or batch, 1, tokens]`; -1 for padding, which
             comes first in each row.
         valid: which of them are tokens; None if all are.
+        last_seen: number of the last of these columns that each sees, `[batch, columns]`; None if it is its own.
         row_new: tokens of each row.
         order: where each of these columns was in the model's; None if they are where they were.
         first_order: the same before a reducer acted.
@@ -51,6 +52,7 @@ class Prefill:
     columns: int = 1
     index: Int[Tensor, "rows 1 tokens"] | None = None
     valid: Bool[Tensor, "batch tokens"] | None = None
+    last_seen: Int[Tensor, "batch tokens"] | None = None
     row_new: Counts = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
     order: Int[Tensor, "batch columns"] | None = None
     first_order: Int[Tensor, "batch columns"] | None = None

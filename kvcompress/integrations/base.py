@@ -22,6 +22,7 @@ from kvcompress.integrations.shape import (
     own_layers,
     ranges,
     why_not,
+    window_of,
 )
 from kvcompress.integrations.wrapped import unwrapped
 from kvcompress.parallel import HeadGroup, head_group
@@ -111,6 +112,12 @@ class Adapter(ABC):
         """Gives the model what it kept of another conversation, which goes on now; for models of several axes."""
         raise NotImplementedError(f"{type(self).__name__}: position_axes is not 1, so it needs set_rotary_offset")
 
+    typed: ClassVar[bool] = False  # whether `token_type_ids` say, column by column, which tokens attend both ways
+
+    def reads_types(self, inputs: dict[str, Any]) -> bool:
+        """Whether a call with these arguments is one in which the model looks at the types, if it is `typed`."""
+        return True
+
     def adds_after(self, model: PreTrainedModel) -> int:
         """Number of first decoder layers after which the model itself adds to hidden states of all columns."""
         return 0
@@ -121,8 +128,7 @@ class Adapter(ABC):
         Raises:
             UnsupportedModelError: naming the layers and what they are.
         """
-        config, kinds = self.decoder(model).config, self.kinds(model)
-        name = type(model).__name__
+        kinds, name = self.kinds(model), type(model).__name__
         odd = [index for index, kind in enumerate(kinds) if kind == "other"]
         if odd:
             raise UnsupportedModelError(
@@ -130,16 +136,24 @@ class Adapter(ABC):
                 "transformers' own cache layers hold; a compressed cache knows no place for it, use another cache"
             )
         if "full" not in kinds:
-            fields = [name for name in ("use_sliding_window", "sliding_window") if hasattr(config, name)]
-            full = [f"config.{name} = {False if name.startswith('use') else None}" for name in fields]
-            if getattr(config, "layer_types", None):
-                full.append("config.layer_types = ['full_attention'] * config.num_hidden_layers")
             raise UnsupportedModelError(
-                f"model: layers {ranges(list(range(len(kinds))))} of {name} are {kinds[0]}_attention, and none attends "
-                "to everything before it: there is nothing to compress, and DynamicCache holds no more than that. "
-                "Sequences that stay within the window lose nothing by full attention: for that, before the model is "
-                f"made from its (text) config, set {'; '.join(full)}"
+                f"model: layers {ranges(list(range(len(kinds))))} of {name} slide or sum up, and none attends to "
+                "everything before it: there is nothing to compress, and DynamicCache holds no more than that"
             )
+
+    def window(self, model: PreTrainedModel) -> int | None:
+        """Columns of a conversation up to which layers that slide are served, where all do; None where one does not."""
+        decoder = self.decoder(model)
+        return window_of(decoder) if self.kinds(model) == layer_kinds(decoder) else None
+
+    def without_window(self, model: PreTrainedModel) -> str:
+        """How to give a model full attention, where every layer slides."""
+        config = self.decoder(model).config
+        fields = [name for name in ("use_sliding_window", "sliding_window") if hasattr(config, name)]
+        full = [f"config.{name} = {False if name.startswith('use') else None}" for name in fields]
+        if getattr(config, "layer_types", None):
+            full.append("config.layer_types = ['full_attention'] * config.num_hidden_layers")
+        return f"before the model is made from its (text) config, set {'; '.join(full)}"
 
 
 class DecoderAdapter(Adapter):

@@ -14,7 +14,6 @@ from kvcompress.integrations.base import Adapter, register_adapter
 from kvcompress.integrations.grids import Piece, grids_between_breaks, layout_of, pieces_within
 from kvcompress.policies.images import ImageLayout
 
-_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 _ONE_SIZE = ("clip_vision_model", "siglip_vision_model")  # towers that refuse images of any other size
 
 
@@ -23,6 +22,7 @@ class LlavaAdapter(Adapter):
     """LlavaForConditionalGeneration and VipLlavaForConditionalGeneration over a decoder of LLaMA's shape."""
 
     sees_images: ClassVar[bool] = True
+    decoders: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3")  # types of language models
 
     def decoder(self, model: PreTrainedModel) -> PreTrainedModel:
         """The language model; the vision tower keeps its own attention."""
@@ -55,10 +55,10 @@ class LlavaAdapter(Adapter):
     def check(self, model: PreTrainedModel) -> None:
         """Refuses language models of another shape."""
         kind = self.decoder(model).config.model_type
-        if kind not in _DECODERS:
+        if kind not in self.decoders:
             raise UnsupportedModelError(
                 f"model: the language model of {type(model).__name__} is of the type '{kind}'; known: "
-                f"{', '.join(_DECODERS)}. Register an adapter of your own for it"
+                f"{', '.join(self.decoders)}. Register an adapter of your own for it"
             )
         super().check(model)
 

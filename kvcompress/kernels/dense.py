@@ -161,6 +161,28 @@ def masked_attention_with_lse(
     return (probabilities @ value.float()).to(query.dtype), lse
 
 
+def visible_attention_with_lse(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    keys: Float[Tensor, "batch kv_heads tokens head_dim"],
+    values: Float[Tensor, "batch kv_heads tokens value_dim"],
+    scaling: float,
+    visible: Bool[Tensor, "batch queries tokens"],
+    softcap: float | None = None,
+) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
+    """Attention of a few queries, each over tokens of its own; written out in float32 or wider.
+
+    Returns:
+        The output in the dtype of `query`, and the log-sum-exp, as from `attention_with_mask`.
+    """
+    (batch, heads, queries, head_dim), (kv_heads, tokens) = query.shape, keys.shape[1:3]
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    grouped = query.reshape(batch, kv_heads, -1, head_dim).to(wide)
+    logits = capped(grouped @ keys.to(wide).transpose(2, 3) * scaling, softcap).view(batch, heads, queries, tokens)
+    probabilities, lse = _softmax(logits.masked_fill_(~visible.unsqueeze(1), -torch.inf))
+    output = probabilities.view(batch, kv_heads, -1, tokens) @ values.to(wide)
+    return output.view(batch, heads, queries, -1).to(query.dtype), lse
+
+
 def attention_with_slots(
     query: Float[Tensor, "batch heads queries head_dim"],
     keys: Float[Tensor, "batch heads slots head_dim"],

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from kvcompress.kernels import attention_mass, attention_probabilities
+from kvcompress.kernels import attention_mass, attention_probabilities, visible_keys
 from kvcompress.parallel import ALONE, HeadGroup
 from kvcompress.policies.images import ImageGrid
 from kvcompress.policies.problems import Problems
@@ -79,6 +79,8 @@ class LayerContext:
         softcap: what the model keeps its logits below; None if it lets them be. What a model adds to the logits that
             the softmax runs over (attention sinks) is in `lse` alone.
         heads_part: whether heads of the layer, of any process, hold different tokens, so that a slot is not one token.
+        last_seen: number of the last of this forward's tokens that each query sees, where the model lets some see more
+            than what came before them, such as the image that they are part of; None if it lets none.
     """
 
     layer: int
@@ -96,6 +98,7 @@ class LayerContext:
     heads: HeadGroup = ALONE
     softcap: float | None = None
     heads_part: bool = False
+    last_seen: Int[Tensor, "batch queries"] | None = None
 
     @property
     def row_queries(self) -> Int[Tensor, " batch"]:
@@ -135,6 +138,7 @@ class LayerContext:
             stride=step,
             start=start,
             softcap=self.softcap,
+            last_seen=self.last_seen,
         ).div_(group)
 
     def attention_probabilities(self, last: int) -> Float[Tensor, "batch heads queries tokens"]:
@@ -149,8 +153,17 @@ class LayerContext:
             RuntimeError: if the scorer did not declare `reads_attention`.
         """
         return attention_probabilities(
-            self.query, self.keys, self._lse(), self.scaling, last, self._valid_tokens, self.softcap
+            self.query, self.keys, self._lse(), self.scaling, last, self._valid_tokens, self.softcap, self.last_seen
         )
+
+    def visible(self, last: int) -> Bool[Tensor, "rows queries tokens"]:
+        """Which slots the last queries of this forward see, padding aside; one row where all agree.
+
+        Args:
+            last: number of queries; all of them where the forward has fewer.
+        """
+        queries = min(last, self.query.shape[2])
+        return visible_keys(queries, self.keys.shape[2], self.last_seen, self.query.device)
 
     def in_order(self) -> Int[Tensor, "batch sets tokens"] | None:
         """Slots in the order of their tokens, those without a token first; None where they lie so already."""

@@ -34,7 +34,8 @@ def _attend(
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention over the columns in `module.visible`, bool [batch, kv_heads, columns].
 
-    Within a window where the model tells of one, with logits under its cap, and with its sinks among them.
+    Within a window where the model tells of one, with logits under its cap, and with its sinks among them; new columns
+    see each other where `module.both_ways` says so.
     """
     group, queries, columns = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
     visible = module.visible
@@ -43,9 +44,14 @@ def _attend(
     keys, values, visible = (t.repeat_interleave(group, 1) for t in (key.double(), value.double(), visible))
     causal = torch.ones(queries, columns, dtype=torch.bool).tril(columns - queries)
     itself = torch.eye(queries, columns, dtype=torch.bool).roll(columns - queries, 1)  # padding sees at least itself
-    allowed = (causal & visible.unsqueeze(2)) | itself
+    within, both = torch.ones(queries, columns, dtype=torch.bool), module.both_ways
     if kwargs.get("sliding_window") is not None:
-        allowed = allowed & ~torch.ones_like(causal).tril(columns - queries - kwargs["sliding_window"])
+        within = within.triu(columns - queries - kwargs["sliding_window"] + 1)
+    sees = causal & within
+    if both is not None:
+        own = torch.nn.functional.pad(both[0], (columns - queries, 0)).unsqueeze(1)
+        sees = sees | (own if both[1] else own & within)
+    allowed = (sees & visible.unsqueeze(2)) | itself
     logits = query.double() @ keys.transpose(2, 3) * scaling
     if (cap := kwargs.get("softcap")) is not None:
         logits = cap * (logits / cap).tanh()
@@ -73,6 +79,22 @@ def attention_in(layer: nn.Module) -> Any:
     """The attention of a decoder layer, whatever its model calls it; None for a layer that has none."""
     named = (getattr(layer, name, None) for name in ("self_attn", "attention", "attn"))
     return next((module for module in named if module is not None), None)
+
+
+def both_ways(model_type: str, types: Tensor | None, past: int, total: int) -> tuple[Tensor, bool] | None:
+    """Which new columns see each other whatever comes first, `[batch, queries, queries]`; None if none do.
+
+    And whether they do so beyond a window, too.
+
+    In PaliGemma those of a prompt of type 0, in Gemma 3 those of type 1 with nothing else between them.
+    """
+    if types is None or model_type not in ("gemma3", "paligemma") or (model_type == "paligemma" and past):
+        return None
+    marked = types == (0 if model_type == "paligemma" else 1)
+    number = (marked & ~torch.nn.functional.pad(marked, (1, 0))[:, :-1]).cumsum(1).where(marked, -1)
+    number = number.clamp(max=0) if model_type == "paligemma" else number
+    number = number[:, past:total]
+    return (number[:, :, None] == number[:, None]) & marked[:, past:total, None], model_type == "paligemma"
 
 
 Held = list[list[list[list[int]]]]  # columns, [layers][batch][sets][tokens]; nothing for layers that are not compressed
@@ -154,13 +176,14 @@ class Reference:
         ids, mask = inputs["input_ids"], padding_in(inputs.get("attention_mask"))
         past, total = self.cache.get_seq_length(), self.cache.get_seq_length() + ids.shape[1]
         valid = torch.ones(ids.shape[0], total, dtype=torch.bool) if mask is None else mask[:, :total].bool()
+        both = both_ways(self.model.config.model_type, inputs.get("token_type_ids"), past, total)
         for index, module in zip(self.numbers, self.layers, strict=True):
             seen = torch.ones(ids.shape[0], self.kv_heads, total, dtype=torch.bool)
             seen[:, :, :past] = bool(past) and not visible[index]
             for row, sets in enumerate(visible[index] if past else []):
                 for head in range(self.kv_heads):
                     seen[row, head, sets[0 if len(sets) == 1 else head]] = True
-            module.visible = seen & valid[:, None]
+            module.visible, module.both_ways = seen & valid[:, None], both
         passed = ("input_ids", "position_ids", "pixel_values", "image_sizes", "mm_encoder_outputs")
         given = {key: inputs[key] for key in passed if key in inputs}
         if self.sums and mask is not None:
