@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation.plots.rows import Series
 from kvcompress.evaluation.plots.style import look
