@@ -21,6 +21,9 @@ from kvcompress import CompressedCache, CompressionConfig
 from tests import tiny
 
 PROMPT, NEW, ROWS = 60, 40, 2
+OTHERS: dict[str, Any] = {  # what no preset has
+    "every": CompressionConfig(scorer="tova", evictor={"name": "every", "period": 9}),
+}
 
 
 def generate(model: PreTrainedModel, cache: Any, compiled: bool, new: int = NEW, **inputs: Tensor) -> Tensor:
@@ -61,10 +64,11 @@ def look(name: str) -> dict[str, Any]:
     model = tiny.build("llama")
     inputs = tiny.inputs("llama", PROMPT, 0, ROWS)
     inputs["attention_mask"][1, :20] = 0
-    evicts = CompressionConfig.preset(name).evictor is not None
+    config = OTHERS.get(name) or CompressionConfig.preset(name)
+    evicts = config.evictor is not None
 
     def make(budget: float, **more: Any) -> CompressedCache:
-        return CompressedCache(model, name, reserve=NEW + 8, **({"budget": budget} if evicts else {}), **more)
+        return CompressedCache(model, config, reserve=NEW + 8, **({"budget": budget} if evicts else {}), **more)
 
     eager, compiled, second = make(0.3), make(0.3), make(0.3)
     if not compiled.is_compileable:

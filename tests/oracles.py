@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -23,26 +24,35 @@ def mass_before(masses: Sequence[float], capacity: int) -> list[Fraction]:
     return [Fraction(0), *(part / whole for part in itertools.accumulate(ranked))]
 
 
+def prefix_bounds(
+    total: int, floor: Sequence[int], capacity: Sequence[int], protected: str = "floor", even: float = 0.0
+) -> tuple[list[int], list[int]]:
+    """What each layer gets before the threshold gives out the rest, and the first rank that is then given."""
+    least = uniform_budgets(math.floor(even * max(sum(floor), min(total, sum(capacity)))), floor, capacity)
+    return least, list(floor) if protected == "floor" else [0] * len(floor)
+
+
 def prefix_budgets(
     masses: Sequence[Sequence[float]],
     total: int,
     floor: Sequence[int],
     capacity: Sequence[int],
     protected: str = "floor",
+    even: float = 0.0,
 ) -> list[int]:
-    """Floors first, then the ranks with the smallest mass before them, ties by layer, then rank.
+    """Floors and the even share first, then the ranks with the smallest mass before them, ties by layer, then rank.
 
     The floor stands for a layer's first ranks, or comes on top of them.
     """
     before = [mass_before(layer, most) for layer, most in zip(masses, capacity, strict=True)]
-    given = floor if protected == "floor" else [0] * len(floor)
+    least, begin = prefix_bounds(total, floor, capacity, protected, even)
     loose = sorted(
         (before[layer][rank], layer, rank)
         for layer in range(len(masses))
-        for rank in range(given[layer], given[layer] + capacity[layer] - floor[layer])
+        for rank in range(begin[layer], begin[layer] + capacity[layer] - least[layer])
     )
-    budget = list(floor)
-    for _, layer, _ in loose[: max(0, total - sum(floor))]:
+    budget = list(least)
+    for _, layer, _ in loose[: max(0, total - sum(least))]:
         budget[layer] += 1
     return budget
 
@@ -100,6 +110,7 @@ class PlainRow:
         self.config, self.heads, self.score = config, heads, score
         self.valid: list[bool] = []
         self.spent = 0
+        self.scored_end = self.scored_before = 0  # tokens seen by the last forward that scored, and by the one before
         self.waiting: str | None = None
         self.by_head = getattr(config.evictor, "granularity", "layer") == "head"
         sets = heads if self.by_head else 1
@@ -152,6 +163,8 @@ class PlainRow:
             if scores:
                 layer.scored = set(itertools.chain(*layer.held))
         self.waiting = "scored" if scores else "decoded"
+        if scores:
+            self.scored_before, self.scored_end, self.step = self.scored_end, self.seen, len(new_valid)
         if not recording:
             self.settle()
 
@@ -162,6 +175,8 @@ class PlainRow:
             return
         if waiting == "scored":
             self.compress()
+        elif self.config.evictor.cuts_every is not None:
+            self.cut()
         elif waiting == "decoded" and getattr(self.config.evictor, "decode", None) != "none":
             for index in range(len(self.layers)):
                 self.evict(index)
@@ -175,13 +190,21 @@ class PlainRow:
                 [self.importance(index, None, column) for column in layer.held[0]]
                 for index, layer in enumerate(self.layers)
             ]
-            budgets = prefix_budgets(masses, self.total(), floor, capacity, self.config.allocator.protected)
+            allocator = self.config.allocator
+            budgets = prefix_budgets(masses, self.total(), floor, capacity, allocator.protected, allocator.even)
         else:
             budgets = uniform_budgets(self.total(), floor, capacity)
         self.spent = sum(budgets)
         for index, (layer, budget) in enumerate(zip(self.layers, budgets, strict=True)):
             layer.budget = budget
             self.select(index, budget)
+
+    def cut(self) -> None:
+        """Selects anew once a period of tokens has come since the last time."""
+        if self.seen - self.scored_end >= self.config.evictor.cuts_every:
+            self.scored_end = self.seen
+            for index, layer in enumerate(self.layers):
+                self.select(index, min(self.limit(index), len(layer.held[0])))
 
     def select(self, index: int, budget: int) -> None:
         """Keeps the protected, then the highest scores (or the latest), ties to earlier tokens."""
@@ -248,6 +271,9 @@ class PlainRow:
         """Takes the last columns back, then lets what waited happen."""
         length = len(self.valid) - removed
         self.valid = self.valid[:length]
+        if self.waiting == "scored" and removed >= self.step:
+            self.scored_end = self.scored_before
+        self.scored_end = min(self.scored_end, self.seen)
         for layer in self.layers:
             layer.held = [[column for column in columns if column < length] for columns in layer.held]
             layer.scored = {column for column in layer.scored if column < length}

@@ -26,9 +26,15 @@ every_allocator = pytest.mark.parametrize("allocator", strategies.allocators(), 
 mass_readers = pytest.mark.parametrize(
     "allocator", [a for a in strategies.allocators() if a.reads_mass], ids=strategies.label
 )
-every_prefix = pytest.mark.parametrize(
-    "prefix", [ALLOCATORS.create("prefix", protected=mode) for mode in ("floor", "on_top")], ids=lambda a: a.protected
-)
+PREFIXES = [ALLOCATORS.create("prefix", protected=mode) for mode in ("floor", "on_top")]
+EVEN_PREFIXES = [ALLOCATORS.create("prefix", protected=mode, even=0.4) for mode in ("floor", "on_top")]
+
+
+def prefix_label(prefix: Allocator) -> str:
+    return f"{prefix.protected}, {prefix.even} even"
+
+
+every_prefix = pytest.mark.parametrize("prefix", [*PREFIXES, *EVEN_PREFIXES], ids=prefix_label)
 
 
 def clamped(total: int, floor: Tensor, capacity: Tensor) -> int:
@@ -168,9 +174,10 @@ def test_how_much_an_allocation_does_does_not_depend_on_sizes(allocator: Allocat
 # -- the prefix allocator ----------------------------------------------------------------------------------------------
 
 
-def on_top_of(prefix: Allocator, floor: list[int]) -> list[int]:
-    """Slots of each layer that it keeps beside its prefix."""
-    return floor if prefix.protected == "on_top" else [0] * len(floor)
+def beside(prefix: Allocator, total: int, floor: list[int], capacity: list[int]) -> tuple[list[int], list[int]]:
+    """Slots that each layer has in any case, and how many of them it keeps beside its prefix."""
+    least, begin = oracles.prefix_bounds(total, floor, capacity, prefix.protected, prefix.even)
+    return least, [slots - ranks for slots, ranks in zip(least, begin, strict=True)]
 
 
 dyadic = allocation_inputs(kinds=st.just("dyadic"), max_tokens=24)
@@ -182,7 +189,8 @@ def test_prefix_keeps_the_ranks_with_least_mass_before_them(prefix: Allocator, g
     """With exact shares, budgets are those of brute force over all ranks, ties by layer, then rank."""
     budget = prefix.allocate(given.importance, given.total, given.floor, given.capacity)
     for row, (masses, total, floor, capacity) in enumerate(rows_of(given)):
-        assert budget[:, row].tolist() == oracles.prefix_budgets(masses, total, floor, capacity, prefix.protected)
+        wanted = oracles.prefix_budgets(masses, total, floor, capacity, prefix.protected, prefix.even)
+        assert budget[:, row].tolist() == wanted
 
 
 @every_prefix
@@ -190,11 +198,11 @@ def test_prefix_keeps_the_ranks_with_least_mass_before_them(prefix: Allocator, g
 def test_prefix_keeps_no_rank_above_one_it_drops(prefix: Allocator, given: AllocationInput) -> None:
     """On any masses, the mass before a kept rank never exceeds, but for rounding, that before a dropped one."""
     budget = prefix.allocate(given.importance, given.total, given.floor, given.capacity)
-    for row, (masses, _, floor, capacity) in enumerate(rows_of(given)):
+    for row, (masses, total, floor, capacity) in enumerate(rows_of(given)):
         before = [oracles.mass_before(layer, most) for layer, most in zip(masses, capacity, strict=True)]
         kept = budget[:, row].tolist()
-        layers, on_top = range(len(masses)), on_top_of(prefix, floor)
-        last_kept = max((before[i][kept[i] - on_top[i] - 1] for i in layers if kept[i] > floor[i]), default=0)
+        layers, (least, on_top) = range(len(masses)), beside(prefix, total, floor, capacity)
+        last_kept = max((before[i][kept[i] - on_top[i] - 1] for i in layers if kept[i] > least[i]), default=0)
         first_dropped = min((before[i][kept[i] - on_top[i]] for i in layers if kept[i] < capacity[i]), default=2)
         assert last_kept <= first_dropped + 1e-12
 
@@ -205,11 +213,11 @@ def test_prefix_is_max_min_optimal(prefix: Allocator, given: AllocationInput) ->
     """No feasible allocation has a larger minimum, over the layers, of retained mass."""
     budget = prefix.allocate(given.importance, given.total, given.floor, given.capacity)
     for row, (masses, total, floor, capacity) in enumerate(rows_of(given)):
-        on_top = on_top_of(prefix, floor)
+        least, on_top = beside(prefix, total, floor, capacity)
         reached = oracles.smallest_retained(masses, budget[:, row].tolist(), on_top, capacity)
         best = max(
             oracles.smallest_retained(masses, other, on_top, capacity)
-            for other in oracles.feasible(total, floor, capacity)
+            for other in oracles.feasible(total, least, capacity)
         )
         assert reached == best
 
@@ -234,7 +242,7 @@ def test_prefix_ignores_the_order_of_tokens(prefix: Allocator, given: Allocation
     assert budgets[0].tolist() == budgets[1].tolist()
 
 
-@every_prefix
+@pytest.mark.parametrize("prefix", PREFIXES, ids=prefix_label)
 @given(given=allocation_inputs(kinds=st.just("random"), min_tokens=2), seed=strategies.seeds)
 def test_prefix_permutes_with_the_layers(prefix: Allocator, given: AllocationInput, seed: int) -> None:
     """Without ties, permuting layers permutes their budgets."""
@@ -271,11 +279,21 @@ def test_prefix_notes_the_threshold_that_splits_kept_from_dropped(prefix: Alloca
     for row, (masses, total, floor, capacity) in enumerate(rows_of(given)):
         if total <= sum(floor) or total > sum(capacity):
             continue  # floors or capacities decide alone
+        least, on_top = beside(prefix, total, floor, capacity)
         for layer, (mass, most) in enumerate(zip(masses, capacity, strict=True)):
             before, kept = oracles.mass_before(mass, most), int(budget[layer, row])
-            p, ranks = float(threshold[row]) + 1e-12, kept - on_top_of(prefix, floor)[layer]
-            assert kept == floor[layer] or before[ranks - 1] <= p
+            p, ranks = float(threshold[row]) + 1e-12, kept - on_top[layer]
+            assert kept == least[layer] or before[ranks - 1] <= p
             assert kept == most or before[ranks] >= p - 2e-12
+
+
+@given(given=allocation_inputs())
+def test_prefix_gives_all_of_it_evenly_as_uniform_does(given: AllocationInput) -> None:
+    """With `even` at its most, no mass has a say."""
+    budgets = [
+        given.by(ALLOCATORS.create(*named, **more)) for *named, more in (("prefix", {"even": 1.0}), ("uniform", {}))
+    ]
+    assert budgets[0].tolist() == budgets[1].tolist()
 
 
 # -- the uniform allocator ---------------------------------------------------------------------------------------------

@@ -115,6 +115,9 @@ def presets() -> list[str]:
     return [name for name in PRESETS if CompressedCache(tiny.model("llama"), name).is_compileable]
 
 
+EVERY = {"budget": 0.3, "scorer": "tova", "evictor": {"name": "every", "period": 9}}
+
+
 def check_captured(name: str, model: PreTrainedModel) -> None:
     """The same tokens by captured steps and by steps in Python, and the same tokens held by every layer."""
     budget = {} if CompressionConfig.preset(name).evictor is None else {"budget": 0.3}
@@ -130,6 +133,14 @@ def test_captured_steps_are_those_of_python(name: str, model: PreTrainedModel, r
     """In a padded batch, over one graph."""
     check_captured(name, model)
     assert [graph.replays for graph in recorders] == [NEW - 2]  # one token comes of the prompt, one step goes first
+
+
+def test_a_cut_between_captured_steps_leaves_their_addresses(model: PreTrainedModel, recorders: list[Recorder]) -> None:
+    """Layers that are cut after some steps each: the same tokens over the same one graph."""
+    eager, captured = (CompressedCache(model, EVERY, decoding=how) for how in ("eager", "captured"))
+    assert torch.equal(generate(model, captured), generate(model, eager))
+    assert captured.report().held_columns == eager.report().held_columns
+    assert [graph.replays for graph in recorders] == [NEW - 2]
 
 
 @pytest.mark.cuda

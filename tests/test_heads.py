@@ -27,6 +27,7 @@ BY_HEAD = {
     "headprefix": {"name": "headprefix"},
     "headprefix on top": {"name": "headprefix", "protected": "on_top"},
     "adakv": {"name": "adakv"},
+    "scores": {"name": "scores"},
     "adakv of prefix": {"name": "adakv", "layers": {"name": "prefix"}, "safeguard": 0.0},
 }
 every_allocator = pytest.mark.parametrize("allocator", BY_HEAD.values(), ids=BY_HEAD)
@@ -258,6 +259,27 @@ def test_adakv_gives_a_layer_to_its_highest_scores() -> None:
     protected[..., 1, 3:] = True
     said = adakv.allocate(importance, torch.tensor([4]), none, five, AllocationContext(protected=protected))
     assert said.tolist() == [[[2, 2]]]
+
+
+@examples(20)
+@given(given=strategies.allocation_inputs(kinds=st.just("random")), safeguard=st.sampled_from([0.0, 0.5]))
+def test_scores_keep_the_highest_wherever_they_are(given: strategies.AllocationInput, safeguard: float) -> None:
+    """By one sorted list of the scores of all heads of all layers, after what each head has in any case."""
+    importance = torch.stack([given.importance, given.importance.flip(-1) * 3], 2)  # two heads that differ
+    floor, capacity = (torch.stack([counts, counts], 2) for counts in (given.floor, given.capacity))
+    total = torch.minimum(torch.maximum(given.total, floor.sum((0, 2))), capacity.sum((0, 2)))
+    budget = ALLOCATORS.create("scores", safeguard=safeguard).allocate(importance, total, floor, capacity)
+    for row, slots in enumerate(total.tolist()):
+        heads = [head for layer in importance[:, row] for head in layer.sort(-1, descending=True).values.tolist()]
+        least, most = floor[:, row].flatten().tolist(), capacity[:, row].flatten().tolist()
+        even = int(safeguard * slots / len(heads))
+        safe = [max(low, min(high, even)) for low, high in zip(least, most, strict=True)]
+        safe = safe if sum(safe) <= slots else least
+        loose = sorted(
+            ((-score, unit) for unit, head in enumerate(heads) for score in head[safe[unit] : most[unit]]),
+        )
+        wanted = [kept + sum(unit == own for _, own in loose[: slots - sum(safe)]) for unit, kept in enumerate(safe)]
+        assert budget[:, row].flatten().tolist() == wanted
 
 
 def test_duo_fills_retrieval_heads_in_the_order_of_their_gates() -> None:

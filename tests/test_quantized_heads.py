@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -165,6 +167,31 @@ def test_a_saved_cache_goes_on_as_if_it_had_not_been(allocator: dict[str, Any], 
             torch.testing.assert_close(found, wanted[rows], rtol=0, atol=1e-5)
     lengths = torch.tensor(cache.report().head_lengths)
     assert torch.tensor(swapped.report().head_lengths).equal(lengths[:, [1, 0, 1]])
+
+
+@pytest.mark.parametrize("wrong", ["slots", "scale_rows", "packed_rows"])
+def test_codes_that_do_not_fit_together_are_not_taken_over(wrong: str) -> None:
+    """What a file says of where codes are is checked before anything reads them there."""
+    layer = CompressedCache(tiny.model("llama"), of_heads(BY_HEAD["adakv"], evictor=NEAR, quantizer=FOUR_BITS)).layers[
+        0
+    ]
+    store, g = layer.store, strategies.generator(0)
+    store.append(*(torch.randn(1, 2, 30, 8, generator=g) for _ in range(2)), 0)
+    store.pack(np.array([[30, 20]]))
+    order = torch.arange(16).expand(1, 2, -1)
+    store.take(order[..., :8] + store.packed, np.array([[8, 8]]), order[..., 1:], np.array([[15, 11]]))
+    saved = store.saved(8)
+    layer.forget(layer.sequence)
+    layer.store.restore(saved)
+    assert layer.store.packed_rows.tolist() == [[15, 11]]
+    keys, values = saved["packed"]
+    if wrong == "packed_rows":
+        saved["packed_rows"] = saved["packed_rows"] + 8
+    else:
+        off = {"slots": {"slots": keys.slots + 1}, "scale_rows": {"scale_rows": keys.scale_rows + 99}}[wrong]
+        saved["packed"] = (dataclasses.replace(keys, **off), values)
+    with pytest.raises(ValueError, match="codes"):
+        layer.store.restore(saved)
 
 
 @pytest.mark.parametrize(("allocator", "decode"), [("headprefix", "fixed_point"), ("adakv", "none")])

@@ -44,8 +44,11 @@ def configurations(draw: st.DrawFn) -> CompressionConfig:
     }
     # How the prefix allocator compares heads that hold different tokens is not the matter here.
     allocator = "uniform" if evictor["granularity"] == "head" else draw(st.sampled_from(["uniform", "prefix"]))
-    if draw(st.integers(0, 5)) == 0:
+    kind = draw(st.integers(0, 5))
+    if kind == 0:
         evictor = "streaming"
+    elif kind == 1:
+        evictor = {"name": "every", "granularity": evictor["granularity"], "period": draw(st.integers(1, 4))}
     return CompressionConfig(budget=budget, scorer=scorer, allocator=allocator, evictor=evictor)
 
 

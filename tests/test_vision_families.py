@@ -371,7 +371,8 @@ def test_a_later_turn_is_taken_back_to_the_positions_of_the_one_before(family: F
     types = torch.nn.functional.pad(inputs["mm_token_type_ids"], (first.shape[1], 0))
     whole = {**inputs, "input_ids": ids, "mm_token_type_ids": types, "attention_mask": torch.ones_like(ids)}
     generated(model, cache, whole)
-    assert int(cache._state.sequence.rotary_offset) < 0
+    if tiny.CACHE == "cache":  # releases before 5.24 place a later turn's image as text
+        assert int(cache._state.sequence.rotary_offset) < 0
     cache.crop(seen - int(cache.get_seq_length()))
     turn = next_turn(first, torch.ones_like(first), 4, seed=6)
     assert torch.equal(generated(model, cache, turn), generated(model, copied, turn))

@@ -91,6 +91,8 @@ class CompressedCache(Forwards, CacheContract):
         reduces = asked.reducer is not None
         if asked.reducer is not None:
             _check_reducer(asked.reducer, len(layers), own, model)
+        reads_tower = asked.reducer is not None and asked.reducer.reads_tower and adapter.sees_images
+        tower = adapter.tower_attentions(model) if reads_tower else []
         # A bare decoder may be part of a model that sees images, which its adapter cannot know.
         may_see_images = adapter.sees_images or decoder is model
         calls = Calls(reduces or (may_see_images and asked.reads_modality), adapter.sees_images, reduces)
@@ -101,6 +103,7 @@ class CompressedCache(Forwards, CacheContract):
         with hooks.changing:
             attention.install(decoder, adapter.attention_modules(model))
             hooks.observe(model, decoder, adapter)
+            hooks.watch(tower)
             if reduces:
                 hooks.reduce_between(layers, adapter.adds_after(model))
 
@@ -179,6 +182,8 @@ class CompressedCache(Forwards, CacheContract):
         """The second half of `load`: a cache from what was read."""
         cache = cls(model, saved.config, **options)
         saved.fill(cache._state, cache.decoder())
+        if cache._state.cut is not None:
+            cache.know_weights()
         return cache
 
     # -- what it holds -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from kvcompress.cache import attention, decoding, rows, undoing
+from kvcompress.cache import attention, decoding, periods, rows, undoing
 from kvcompress.cache.owner import OfModel
 
 
@@ -26,7 +26,7 @@ class CacheContract(OfModel, Cache):
         """Masks cover every column seen, whatever is kept; the offset marks them as a compressed cache's.
 
         `generate` asks before every step, compiled or not, which makes this the place for what the host has to do
-        between compiled steps: to let buffers grow, and to quantize what has become old enough.
+        between compiled steps: to let buffers grow, to quantize what has become old enough, to cut layers in periods.
         """
         sequence = self._state.sequence
         if (own := self._state.own.layers.get(layer_idx)) is not None and hasattr(own, "get_mask_sizes"):
@@ -36,6 +36,7 @@ class CacheContract(OfModel, Cache):
             return query_length, attention.COMPRESSED  # no mask is made, and graphs depend on no number
         if query_length == 1:
             decoding.prepare_step(self._state)
+            periods.cut_if_due(self._state)
         unread = not sequence.seen or not sequence.row_seen.all()  # a prompt in chunks, of which some row had none yet
         return sequence.seen + query_length, attention.COMPRESSED_UNREAD if unread else attention.COMPRESSED
 

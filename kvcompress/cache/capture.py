@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
-from kvcompress.cache import decoding
+from kvcompress.cache import decoding, periods
 from kvcompress.cache.argument import cache_among
 from kvcompress.cache.inputs import tokens_to_come
 from kvcompress.cache.state import CacheState
@@ -115,6 +115,7 @@ class CapturedDecoding:
         with state.on_device():
             output = self._run(inputs)
         decoding.finish(state)
+        periods.cut_if_due(state)
         return output
 
     def _run(self, inputs: dict[str, Any]) -> Any:

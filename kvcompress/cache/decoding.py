@@ -37,6 +37,9 @@ def begin(state: CacheState) -> None:
         alike = bool((table.extent == table.extent[:, :1, :1]).all())
     with state.writable():
         table.advance(step.evicts)
+    recent = state.layers[0].recent
+    if recent is not None:
+        step.place = table.newest(recent.query.shape[2])
     if state.has_kernels:
         step.length = table.length
     elif not alike:
@@ -130,8 +133,9 @@ def make_table(state: CacheState) -> SlotTable:
     pinned = stacked([layer.pinned if len(layer.pinned) else layer.held * 0 for layer in layers])
     frees = "nothing" if evictor is None else evictor.frees
     allocation = None if frees == "nothing" else state.own_allocation
-    if allocation is not None and allocation.sets > 1:
-        held, pinned = (np.array(np.broadcast_to(counts, allocation.budgets.shape)) for counts in (held, pinned))
+    sized = state.own_allocation if state.cut is not None else allocation
+    if sized is not None and sized.sets > 1:
+        held, pinned = (np.array(np.broadcast_to(counts, sized.budgets.shape)) for counts in (held, pinned))
     chooses = frees == "chosen" and layers[0].unscored is None
     ranks = [ranks for layer in layers if (ranks := layer.ranks()) is not None] if chooses else []
     state.table = SlotTable(
@@ -148,6 +152,7 @@ def make_table(state: CacheState) -> SlotTable:
         packed=packed if packed.any() or state.config.quantizer is not None else None,
         ranks=ranks or None,
         sets=layers[0].kv_heads if evictor is not None and evictor.by_head else 1,
+        cut=state.cut,
     )
     for layer in layers:
         layer.heads_part = layer.heads_part or state.table.sets > 1

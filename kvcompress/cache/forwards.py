@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvcompress.cache import attention, choosing, decoding, hooks, prefill, undoing
+from kvcompress.cache import attention, choosing, decoding, hooks, periods, prefill, undoing, watching
 from kvcompress.cache.axes import check_positions, give_offset, take_offset
 from kvcompress.cache.capture import plan
 from kvcompress.cache.inputs import check_types, shape_of
@@ -25,13 +25,17 @@ from kvcompress.cache.step import Prefill
 from kvcompress.cache.window import check_forward, check_turn
 from kvcompress.errors import CacheStateError, ConfigError, UnsupportedModeError
 from kvcompress.integrations import Adapter
-from kvcompress.policies.context import LayerWeights
+from kvcompress.policies.context import LayerWeights, TowerView
 from kvcompress.policies.images import ImageLayout
 
 _COMPILED = (
     "torch.compile: a compiled forward reads one token of every row, after a prompt that was read without compilation; "
     "call generate, or read the prompt with the model inside (compiled._orig_mod). Where layers slide or sum up, "
     "none are compiled"
+)
+_CUT_BY_HAND = (
+    "torch.compile: the evictor cuts layers between decode steps, which only `generate` leaves room for; call "
+    "generate, let the steps run without compilation, or choose an evictor that frees a token in each step (topk)"
 )
 
 
@@ -52,6 +56,8 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
         self._place = {number: place for place, number in enumerate(state.numbers)}
         self._layout: ImageLayout | None = None  # of the images of the forward about to begin
         self._in_turn = False  # of `generate`
+        self._watch: watching.Watch | None = None  # of the vision tower that makes the features to come
+        self._images_to_come: Tensor | None = None
         self._mask: Mask | None = None  # what the mask of the forward about to begin says, if anything
 
     # -- before a forward ----------------------------------------------------------------------------------------------
@@ -72,6 +78,7 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
         self._state.calls.turn(inputs, self._state.sequence.seen)
         give_offset(self._state.sequence, self._adapter, self._model())
         self._in_turn = True
+        self._begin_watching(inputs)
         choosing.for_turn(self._state, model, self._adapter, inputs)
 
     def before_forward(
@@ -93,6 +100,8 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
             check_types(inputs, self._state.sequence.seen)
         self._state.calls.model(inputs, self._state.sequence.seen, self._state.recording)
         self._forget_images()
+        if inputs.get("pixel_values") is not None:  # or else `generate` has made the features
+            self._begin_watching(inputs)
         if not self._in_turn:  # `generate` has seen to it
             check_positions(self._state.sequence, self._adapter, inputs)
             give_offset(self._state.sequence, self._adapter, self._model())
@@ -104,7 +113,7 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
                         "since tokens that are not accepted would have a say; generate without an assistant and prompt "
                         "lookup, or read the image in a forward of its own before activate_past_recording()"
                     )
-                self._layout = layout()
+                self._layout, self._images_to_come = layout(), is_image
             self._state.sequence.mark_images(is_image)
 
     def before_decoder(self, decoder: nn.Module, inputs: dict[str, Any]) -> None:
@@ -116,6 +125,7 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
         """
         if torch.compiler.is_compiling():
             return
+        watching.end()
         if self.decoder() is not decoder:
             raise CacheStateError(
                 f"cache: it was made for another model than this {type(decoder).__name__}; make a CompressedCache for "
@@ -143,6 +153,28 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
         self._layout, sequence = None, self._state.sequence
         if sequence.is_image is not None and sequence.is_image.shape[1] > sequence.seen:
             sequence.is_image = sequence.is_image[:, : sequence.seen]
+
+    @property
+    def _reads_tower(self) -> bool:
+        reducer = self.config.reducer
+        return reducer is not None and reducer.reads_tower and self._adapter.sees_images
+
+    def _begin_watching(self, inputs: Mapping[str, Any]) -> None:
+        """Looks at the vision tower from here on, if the reducer wants to know."""
+        if self._reads_tower:
+            assert self.config.reducer is not None
+            self._watch = watching.begin(self.config.reducer, self._adapter, self.model(), inputs)
+
+    def _seen_by_tower(self) -> TowerView | None:
+        """What the tower says of the images of the forward that begins; None if the reducer does not ask."""
+        if self._images_to_come is None or not self._reads_tower:
+            return None
+        if self._watch is None:  # nobody gave pixels
+            self._begin_watching({})
+            watching.end()
+        (watch, self._watch), (images, self._images_to_come) = (self._watch, None), (self._images_to_come, None)
+        assert watch is not None
+        return watch.by_column(self._adapter, self.model(), images)
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -190,6 +222,8 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
             outside = self.window is not None and not self._in_turn  # where nobody counts
             if query.shape[2] > 1 or state.table is None or state.own or outside:
                 raise UnsupportedModeError(_COMPILED)
+            if state.cut is not None and not self._in_turn:
+                raise UnsupportedModeError(_CUT_BY_HAND)
         else:
             state.calls.attends(layer, module)
         layer = self._place[layer]
@@ -227,7 +261,8 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
             decoding.begin(state)
         else:
             says = says or Mask(None, None, np.full(batch, queries), None)
-            prefill.begin(state, queries, device, says, layout)
+            tower = None if layout is None else self._seen_by_tower()
+            prefill.begin(state, queries, device, says, layout, tower)
 
     def _stop_recording(self) -> None:
         """Lets what waited for `crop` happen, which nobody calls any more."""
@@ -245,6 +280,8 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
         else:
             state.reduced = None
             decoding.end(state)
+            if not decoding.host_is_left_out(state):
+                periods.cut_if_due(state)
 
     # -- reducing ------------------------------------------------------------------------------------------------------
 
@@ -303,9 +340,19 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
         self._state.own.unfinished = False
 
     def after_turn(self) -> None:
-        """Forgets what `generate` was about to read and to generate."""
+        """Does what the last step left to do, and forgets what `generate` was about to read and to generate."""
+        periods.cut_if_due(self._state, asks=True)
         self._state.calls.due, self._state.coming, self._state.whole_prompt = None, 0, None
-        self._in_turn = False
+        self._in_turn, self._watch = False, None
+        watching.end()
+
+    def know_weights(self) -> None:
+        """Lets layers know their weights before they ran; where they are cut in periods, that may be due before."""
+        attentions = map(self._adapter.attention_of, self._adapter.layers(self.model()))
+        numbered = {number: module for number, module in enumerate(attentions) if module is not None}
+        for number, place in self._place.items():
+            weights = _Weights(self._adapter, self._decoder, weakref.ref(numbered[number]))
+            self._state.layers[place].weights = weights
 
     def forget_forward(self) -> None:
         """Forgets what was told of a forward that failed."""

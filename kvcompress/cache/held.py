@@ -12,6 +12,7 @@ from torch import Tensor
 from kvcompress.cache.quantized_store import QuantizedStore
 from kvcompress.cache.ragged_quantized_store import RaggedQuantizedStore
 from kvcompress.cache.ragged_store import RaggedStore
+from kvcompress.cache.recent import Recent
 from kvcompress.cache.selection import importance_of, order_of
 from kvcompress.cache.sequence import Counts, Sequence, taken
 from kvcompress.cache.slots import SlotTable
@@ -19,7 +20,7 @@ from kvcompress.cache.store import DenseStore
 from kvcompress.config import CompressionConfig
 from kvcompress.parallel import ALONE, HeadGroup
 
-_SAVED = ("index", "held", "slots", "scores", "statistics", "pinned", "merger_state", "heads_part", "uneven")
+_SAVED = ("index", "held", "slots", "scores", "statistics", "pinned", "merger_state", "heads_part", "uneven", "recent")
 
 
 class HeldTokens:
@@ -46,6 +47,7 @@ class HeldTokens:
         merger_state: what the merger remembers, batch first.
         heads_part: whether the heads of the layer, in any process, hold different tokens.
         uneven: whether they hold different numbers of them.
+        recent: the last queries, for evictors that score between prompts; None for others.
     """
 
     def __init__(self, number: int, config: CompressionConfig, sequence: Sequence, heads: HeadGroup = ALONE) -> None:
@@ -66,6 +68,7 @@ class HeldTokens:
         self.merger_state: Tensor | None = None
         self.heads_part = self.uneven = False
         self.device: torch.device | None = None
+        self.recent: Recent | None = None
 
     def _new_store(self) -> DenseStore:
         """An empty store, of the kind that the policies ask for."""
@@ -248,6 +251,8 @@ class HeldTokens:
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
+        if self.recent is not None:
+            self.recent.select_rows(index, rows)
         for name, known in self.statistics.items():
             self.statistics[name] = known.index_select(0, index.to(known.device))
 
@@ -258,7 +263,7 @@ class HeldTokens:
     def restore(self, saved: Any, device: torch.device) -> None:
         """Takes over what `saved` gave, which lies on that device."""
         for name in _SAVED:
-            setattr(self, name, saved[name])
+            setattr(self, name, {"recent": None, **saved}[name])  # older releases remembered no queries
         self.device = device
         self.store.restore(saved["store"])
 
@@ -269,5 +274,6 @@ class HeldTokens:
 
     def index_tensors(self) -> list[Tensor]:
         """What belongs to slots beside keys and values; layers may share some of it."""
-        tensors = (self.index, self.scores, self.merger_state, *self.store.places())
+        recent = [] if self.recent is None else self.recent.tensors()
+        tensors = (self.index, self.scores, self.merger_state, *self.store.places(), *recent)
         return [tensor for tensor in tensors if tensor is not None]

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeAlias
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvcompress.cache import attention
+from kvcompress.cache import attention, watching
 from kvcompress.cache.argument import cache_among, under_installed_name
 from kvcompress.cache.inputs import refuse_images
 from kvcompress.cache.reduction import Reduction
@@ -106,6 +106,15 @@ def observe(model: PreTrainedModel, decoder: PreTrainedModel, adapter: Adapter) 
         decoder.__dict__[_HOOK] = [decoder.register_forward_pre_hook(_DecoderHook(decoder), with_kwargs=True)]
         if adapter.own_layers(model):
             decoder.__dict__[_HOOK].append(decoder.register_forward_hook(_Done(decoder), with_kwargs=True))
+
+
+def watch(attentions: list[nn.Module]) -> None:
+    """Puts hooks on the attention of a vision tower's layers, unless they are there; they look where they are asked."""
+    for attention_module in attentions:
+        if not is_hooked(attention_module):
+            attention_module.__dict__[_HOOK] = [
+                attention_module.register_forward_pre_hook(watching.hook, with_kwargs=True)
+            ]
 
 
 class _Hook:

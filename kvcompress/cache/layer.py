@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcompress.cache.contract import LayerContract
+from kvcompress.cache.recent import Recent
 from kvcompress.cache.selection import (
     Ranked,
     compress,
@@ -23,6 +24,7 @@ from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.step import Decode, Prefill, Step
 from kvcompress.errors import PolicyError
 from kvcompress.kernels import attend_blocks, with_sinks
+from kvcompress.policies.base import Scorer
 from kvcompress.policies.context import LayerContext, LayerWeights, MergeContext
 from kvcompress.policies.faults import policy_errors
 from kvcompress.policies.projection import projected_norm
@@ -70,10 +72,11 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
 
     Attributes:
         unscored: the last step, while it may be undone.
+        weights: gives the layer's own weights.
     """
 
     unscored: Unscored | None = None
-    _weights: Callable[[], LayerWeights] = LayerWeights
+    weights: Callable[[], LayerWeights] = LayerWeights
     _softcap: float | None = None
 
     def forget(self, sequence: Sequence) -> None:
@@ -120,11 +123,16 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         if isinstance(step, Decode):
             assert table is not None
             self.store.write(key, value, table.write[self.number])
+            if step.place is not None and self.recent is not None:
+                self.recent.write(query, step.place)
             used = step.used(self.number, query.device)
             if softcap is None and sinks is None:
                 return self.store.attend(query, scaling, used)
             return with_sinks(*self.store.attend_with_lse(query, scaling, used, softcap), sinks)[0]
-        self._weights, self._softcap = weights, softcap
+        self.weights, self._softcap = weights, softcap
+        if (evictor := self.config.evictor) is not None and evictor.cuts_every is not None:
+            window = evictor.looks_back(self.config.scorer)
+            self.recent = Recent.room_for(self.recent, query, window, scaling, softcap, sinks)
         query, key, value = (step.aligned(tensor) for tensor in (query, key, value))
         past = self._append(step, key, value)
         valid = self._valid(step)
@@ -149,7 +157,7 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         evictor = self.config.evictor
         assert evictor is not None
         asks = f"evictor {evictor.name}: layer {self.number}: {{}}, or choose another evictor"
-        return projected_norm(self.every_slot()[1], self._weights(), 1, asks)
+        return projected_norm(self.every_slot()[1], self.weights(), 1, asks)
 
     @property
     def _reads_attention(self) -> bool:
@@ -214,7 +222,23 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
             more = torch.as_tensor(gone - gone.min(), device=index.device)[:, None, None]
             index = index.masked_fill(torch.arange(index.shape[2], device=index.device) < more, -1)
             valid = index[:, : self.held.shape[1]] >= 0
-        context = LayerContext(
+        context = self.context(step, of, keys, values, index, valid)
+        if observed:
+            assert step.reduction is not None
+            step.reduction.observe(replace(context, lse=None))
+        for name in needs:
+            with policy_errors(self.config.allocator, self.number):
+                self.statistics[name] = self.heads.mean(STATISTICS[name](context))
+        if scorer is None:
+            return
+        scores = self.scored(step, scorer, context)
+        self.learn(scorer, scores if gone is None or not gone.any() else with_last(scores, gone))
+
+    def context(
+        self, step: Prefill, of: Unscored, keys: Tensor, values: Tensor, index: Tensor, valid: Tensor | None
+    ) -> LayerContext:
+        """What a scorer sees of the layer."""
+        return LayerContext(
             layer=self.number,
             query=of.query,
             keys=keys,
@@ -225,32 +249,30 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
             seen=step.seen_on(of.query.device),
             valid=valid,
             is_image=step.once("images", index, lambda: self.sequence.images_at(index)),
-            weights=of.weights() if scorer is not None else LayerWeights(),
+            weights=of.weights() if self.config.scorer is not None else LayerWeights(),
             heads=self.heads,
             softcap=self._softcap,
             heads_part=self.heads_part,
             last_seen=of.last_seen,
         )
-        if observed:
-            assert step.reduction is not None
-            step.reduction.observe(replace(context, lse=None))
-        for name in needs:
-            with policy_errors(self.config.allocator, self.number):
-                self.statistics[name] = self.heads.mean(STATISTICS[name](context))
-        if scorer is None:
-            return
+
+    def scored(self, step: Prefill, scorer: Scorer, context: LayerContext) -> Tensor:
+        """What a scorer says of every slot that it was shown, in float32; what may be wrong with it is noted."""
         with policy_errors(scorer, self.number):
             scores = scorer.score(context)
             shape = tuple(scores.shape)
-        expected = tuple(keys.shape[:3])
+        expected = tuple(context.keys.shape[:3])
         label = f"scorer {scorer.name}: layer {self.number}: must return finite scores of the shape {expected}"
         if shape != expected:
             raise PolicyError(f"{label} [batch, kv_heads, tokens]; got the shape {shape}")
         scores = scores.to(torch.float32)
         step.problems.note_unless_finite(f"{label} [batch, kv_heads, tokens]; got NaN or infinite scores", scores)
-        if gone is not None and gone.any():
-            scores = with_last(scores, gone)
+        return scores
+
+    def learn(self, scorer: Scorer, scores: Tensor) -> None:
+        """Takes the scores of all slots, on top of those that they have if the scorer accumulates."""
         if scorer.accumulates and self.scores is not None:
+            assert self.index is not None
             known = self.scores
             unscored = self.sequence.unscored_before(self.index[..., : known.shape[2]])
             known = known if unscored is None else known.masked_fill(unscored, 0.0)

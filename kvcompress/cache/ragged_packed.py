@@ -162,6 +162,27 @@ class RaggedPacked:
         scale_rows = scale_rows.int()[None, None]
         return replace(self, codes=codes, scale_rows=scale_rows, scales=len(used), **_layout(slots, codes)).fixed()
 
+    def checked(self, used: Counts) -> RaggedPacked:
+        """The same, read from a file, with a layout that follows from the slots.
+
+        Args:
+            used: slots in use of each row and head.
+
+        Raises:
+            ValueError: if slots, scales or what connects them do not fit together.
+        """
+        codes, rows = self.codes, self.scale_rows
+        total, scales = int(self.slots.sum()), codes.scale.shape[2]
+        alike = self.slots.min(initial=0) >= 0 and codes.data.shape[:3] == (1, 1, total)
+        alike = alike and codes.scale.shape[:2] == (1, 1) and (codes.shift is None or codes.shift.shape[2] == scales)
+        if rows is None:
+            alike = alike and self.span * scales == total and not (self.slots % self.span).any()
+        else:
+            alike = alike and rows.shape == (1, 1, total) and bool(((rows >= 0) & (rows < scales)).all())
+        if not (alike and (used <= self.slots).all()):
+            raise ValueError("codes that do not fit together")
+        return replace(self, **_layout(self.slots, codes)).fixed()
+
     def to(self, device: torch.device) -> RaggedPacked:
         """On a device, without waiting for the copy."""
         return self.each(lambda tensor: tensor.to(device, non_blocking=True))

@@ -36,6 +36,17 @@ class RaggedQuantizedStore(QuantizedStore, RaggedStore):
         """Where the slots of each head begin, quantized or not."""
         return [*super().places(), *(packed.start for packed in self._packed or ())]
 
+    def restore(self, saved: Any) -> None:
+        """Takes over what `saved` gave; raises ValueError if it does not fit together."""
+        super().restore(saved)
+        if self._packed is not None:
+            used = np.zeros_like(self.slots) if self.packed_rows is None else self.packed_rows
+            keys, values = (packed.checked(used) for packed in self._packed)
+            if keys.slots.shape != self.slots.shape or (keys.slots != values.slots).any():
+                raise ValueError("codes of other rows or heads")
+            self._packed = (keys, values)
+            self._count_packed(used)
+
     def _oldest(self, more: Counts) -> tuple[Keys, Values]:
         """Keys and values that are to be quantized: the first slots of every row and head, as one row with one head."""
         assert self.keys is not None and self.values is not None

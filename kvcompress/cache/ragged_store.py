@@ -158,6 +158,12 @@ class RaggedStore(DenseStore):
         self.keys, self.values, self.slots = before.keys, before.values, before.slots
         self.start, self._at, self.is_even, self._most = before.start, before._at, before.is_even, before._most
 
+    def back_into(self, before: DenseStore) -> None:
+        """Puts what it holds into the buffers that it had before, if every row and head fits."""
+        assert isinstance(before, RaggedStore)
+        if (self.slots <= before.slots).all():
+            self.move_into(before)
+
     def to(self, device: torch.device) -> None:
         """Moves every buffer to a device, without waiting for the copy."""
         if self.keys is not None and self.values is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcompress.errors import PolicyError
 from kvcompress.policies.base import Reducer
-from kvcompress.policies.context import LayerContext, Reduced, ReductionContext
+from kvcompress.policies.context import LayerContext, Reduced, ReductionContext, TowerView
 from kvcompress.policies.faults import policy_errors
 from kvcompress.policies.images import ImageLayout
 
@@ -43,6 +43,7 @@ class Reduction:
         is_image: Bool[Tensor, "batch queries"],
         order: Int[Tensor, "batch queries"] | None = None,
         last_seen: Int[Tensor, "batch queries"] | None = None,
+        tower: TowerView | None = None,
     ) -> None:
         """Starts with all tokens of a forward, the padding of each row in its first columns.
 
@@ -55,6 +56,7 @@ class Reduction:
             is_image: which columns hold image tokens.
             order: for each column, the one that the model has its token in, where its padding is not first.
             last_seen: number of the last column that each sees; None if it is its own.
+            tower: what the vision tower says of the image tokens, in the same columns; None if nobody asked.
         """
         self.reducer = reducer
         self.points = points
@@ -63,7 +65,7 @@ class Reduction:
         self.last_seen: Int[Tensor, "batch tokens"] | None = last_seen
         self.row_tokens: list[int] | None = None
         self.into: dict[int, Int[Tensor, "batch queries"]] = {}
-        self._layout = layout
+        self._layout, self._tower = layout, tower
         self._most_images = max(layout.image_tokens)
         batch, self.queries = is_image.shape
         columns = torch.arange(self.queries, device=is_image.device).repeat(batch, 1)
@@ -131,6 +133,7 @@ class Reduction:
             size=facts[..., 5:],
             image_tokens=self._layout.image_tokens,
             guidance=self._guidance,
+            tower=self._tower if layer == 0 else None,
         )
         with policy_errors(self.reducer, layer - 1 if layer else None):
             reduced = self.reducer.reduce(context)

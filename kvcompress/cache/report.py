@@ -41,7 +41,7 @@ class CacheReport:
         went_into: what a reducer did: for each number of layers after which it acted, the column that each column of a
             row is part of from there on, its own if it stays and -1 if it was dropped; `[batch][columns]`.
         kv_bytes: bytes allocated for keys and values.
-        index_bytes: bytes allocated for columns and scores.
+        index_bytes: bytes allocated for columns and scores, and for queries where an evictor remembers some.
         full_kv_bytes: bytes that the keys and values of every column would take.
         threshold: the global threshold that the prefix allocator found per row; None for others.
         layers: number in the model of each layer that is compressed, which is what `layer` counts everywhere else; all
@@ -200,7 +200,13 @@ def _held_columns(state: CacheState, layer: CompressedLayer) -> list[list[list[i
 
 def _notes(state: CacheState) -> list[str]:
     evictor, notes = state.config.evictor, [] if state.chosen is None else [str(state.chosen)]
-    if evictor is not None and evictor.frees == "nothing":
+    if evictor is not None and evictor.cuts_every is not None:
+        remembered = sum(tensor.nbytes for layer in state.layers if layer.recent for tensor in layer.recent.tensors())
+        notes.append(
+            f"evictor {evictor.name}: layers grow by up to {evictor.cuts_every} generated tokens past their budget and "
+            f"are cut to it then; the queries that score for that take {size(remembered)}, counted with the index"
+        )
+    elif evictor is not None and evictor.frees == "nothing":
         notes.append("decode rule 'none': layers grow by every generated token, past their budget")
     if state.own:
         notes.append(

@@ -129,6 +129,15 @@ class Sequence:
             self.decoded.append((before, self.row_seen))
         self.seen += columns
 
+    def score_again(self, queries: int) -> None:
+        """Takes note that the queries of each row's last so many tokens, of decode steps, score after all."""
+        first, count = self.row_seen - queries, np.full_like(self.row_seen, queries)
+        self._unscored_before, self._scored_before = (self.scored.end, self.row_seen), self.scored
+        self.scored = Scored(self.row_seen, count, first)
+        start, _ = self.decoded.pop()
+        if (start < first).any():
+            self.decoded.append((start, first))
+
     def mark_images(self, is_image: Bool[Tensor, "batch columns"]) -> None:
         """Takes note of which of the columns about to come hold image tokens."""
         if self.is_image is None and not bool(is_image.any()):

@@ -13,7 +13,7 @@ from kvcompress.cache.allocation import Allocation, Rule
 from kvcompress.cache.sequence import Counts, Sequence
 
 _LATEST = 2**31 - 1  # as a token index: never the oldest
-_DERIVED = ("_allocation", "_rule", "_age", "_none", "_slots")  # from what else is known of the cache
+_DERIVED = ("_allocation", "_rule", "_cut", "_age", "_none", "_slots")  # from what else is known of the cache
 
 
 class SlotTable:
@@ -58,6 +58,7 @@ class SlotTable:
         scored_end: Counts | None = None,
         sets: int = 1,
         ranks: list[Tensor] | None = None,
+        cut: tuple[Allocation, int] | None = None,
     ) -> None:
         """Starts after a prefill step, whose tokens lie in order in the first slots.
 
@@ -75,6 +76,8 @@ class SlotTable:
             sets: at least so many sets of heads, which may hold different tokens from now on.
             ranks: importance of each layer's slots, `[batch, kv_heads, slots]`; None unless an evictor chooses by it.
             packed: tokens per layer, row and set, `[layers, batch, sets]`, held elsewhere; None if there are none.
+            cut: the budgets of this process's heads, and the steps after which the host cuts layers to them; None if
+                it never does.
         """
         device, sets = index[0].device, max(sets, lengths.shape[2], *(held.shape[1] for held in index))
         shape = (*lengths.shape[:2], sets)
@@ -99,7 +102,7 @@ class SlotTable:
         self._none = torch.full((), -1, dtype=torch.int64, device=device)
         self.exact, self.steps = True, 0
         self._start, self._first_column = (lengths, row_seen), columns
-        self._allocation, self._rule = allocation, rule
+        self._allocation, self._rule, self._cut = allocation, rule, cut
         self._pinned = torch.as_tensor(pinned, device=device).expand(shape).clone()
         self._pinned_rows = pinned
         self._by_age = by_age
@@ -137,13 +140,20 @@ class SlotTable:
         return {name: value for name, value in vars(self).items() if name not in _DERIVED}
 
     @classmethod
-    def from_saved(cls, saved: Any, allocation: Allocation | None, rule: Rule) -> SlotTable:
+    def from_saved(
+        cls, saved: Any, allocation: Allocation | None, rule: Rule, cut: tuple[Allocation, int] | None = None
+    ) -> SlotTable:
         """The table that `saved` gave."""
         table = cls.__new__(cls)
-        table.__dict__.update(saved, _allocation=allocation, _rule=rule, _age=None)
+        table.__dict__.update(saved, _allocation=allocation, _rule=rule, _cut=cut, _age=None)
         table._none = torch.full((), -1, dtype=torch.int64, device=table.index.device)
         table._derive()
         return table
+
+    @property
+    def columns_at_most(self) -> int:
+        """Columns seen, or more where the host does not run the steps."""
+        return self._first_column + self.steps
 
     @property
     def capacity(self) -> int:
@@ -236,12 +246,17 @@ class SlotTable:
 
     def bound(self, steps: int) -> np.ndarray:
         """At most the slots in use while layers attend in so many steps more, `[layers, batch, sets]`."""
-        most: np.ndarray = np.maximum(self.held(steps - 1) + 1, self.extent)
+        held = self.held(steps - 1) + 1 if self._cut is None else self.held(steps)
+        most: np.ndarray = np.maximum(held, self.extent)
         return most
 
     def decode_steps(self, sequence: Sequence) -> int:
         """Decode steps since the last forward of another kind, or at most so many where the host does not run them."""
         return sequence.last_decoded + self._first_column + self.steps - sequence.seen
+
+    def newest(self, places: int) -> Tensor:
+        """Where in a ring of so many places the last column seen belongs, int64 `[1]`."""
+        return (self.columns - 1).remainder(places).unsqueeze(0)
 
     def held(self, steps: int = 0) -> np.ndarray:
         """At most the tokens that layers and rows hold after so many steps more than now, `[layers, batch, sets]`."""
@@ -254,6 +269,10 @@ class SlotTable:
         if self._allocation is not None:  # what is freed after a step is no more than what came in it
             limits = self._allocation.limits(self._rule, row_seen + taken) - self._packed_rows
             limits = np.maximum(limits, self._pinned_rows) if self._by_age else limits
+            held = np.minimum(held, np.maximum(lengths, limits))
+        elif self._cut is not None:
+            allocation, period = self._cut
+            limits = allocation.limits(self._rule, row_seen + taken) + period - self._packed_rows
             held = np.minimum(held, np.maximum(lengths, limits))
         return held
 
@@ -297,6 +316,7 @@ class SlotTable:
             allocation: the budgets of these rows.
         """
         self._allocation = allocation if self.evicts else None
+        self._cut = None if self._cut is None or allocation is None else (allocation, self._cut[1])
         lengths, row_seen = self._start
         self._start = (lengths[:, rows], row_seen[rows])
         self.extent, self.hole, self._pinned_rows = self.extent[:, rows], self.hole[:, rows], self._pinned_rows[:, rows]

@@ -96,6 +96,7 @@ class Decode:
         length: slots in use, `[layers, batch, sets]`, where kernels read these alone; None elsewhere.
         device_only: whether nothing that the host knows counts, since the step is compiled or captured.
         evicts: whether layers over their budget free a slot in this step.
+        place: where layers that remember their last queries put that of this step; None where they do not.
         next_layer: layer that attends next.
     """
 
@@ -106,6 +107,7 @@ class Decode:
     length: Tensor | None = None
     device_only: bool = False
     evicts: bool = True
+    place: Int[Tensor, " one"] | None = None
     next_layer: int = 0
 
     def used(self, layer: int, device: torch.device) -> InUse:

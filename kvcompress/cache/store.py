@@ -310,6 +310,11 @@ class DenseStore:
             buffer[:, :, : now.shape[2]] = now
         self.keys, self.values = before.keys, before.values
 
+    def back_into(self, before: DenseStore) -> None:
+        """Puts what it holds into the buffers that it had before, if it fits."""
+        if self.capacity <= before.capacity:
+            self.move_into(before)
+
     def _hold(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = fixed(keys), fixed(values)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvcompress.cache import decoding, prefill
+from kvcompress.cache import decoding, periods, prefill
 from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.sequence import Counts
 from kvcompress.cache.state import CacheState
@@ -131,6 +131,8 @@ def _let_go(state: CacheState, step: Prefill) -> None:
             layer.close_ranks(room=0)
     elif waiting is Phase.PREFILL:
         prefill.compress_all(state, step)
+    elif waiting is Phase.DECODE and periods.is_due(state):
+        periods.cut(state, in_place=False)
     elif waiting is Phase.DECODE:
         decoding.evict_waiting(state)
     if waiting is not None:

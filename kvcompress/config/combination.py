@@ -42,6 +42,7 @@ def check_combination(chosen: Combination) -> None:
     for rule in (_importance, _mass, _modality):
         rule(chosen, chosen.evictor)
     _recents(chosen, chosen.evictor)
+    _window(chosen, chosen.evictor)
     if chosen.quantizer is not None:
         _residual(chosen, chosen.evictor, chosen.quantizer)
 
@@ -106,6 +107,18 @@ def _recents(chosen: Combination, evictor: Evictor) -> None:
         raise ConfigError(
             f"evictor {evictor.name}: decode steps free the slot {evictor.reach} before the end, which would evict "
             f"some of the {chosen.recent} recents; raise its distance, lower budget.recent or choose decode='oldest'"
+        )
+
+
+def _window(chosen: Combination, evictor: Evictor) -> None:
+    """What scores between two cuts is what the scorer was made to look at."""
+    needed = 0 if chosen.scorer is None else chosen.scorer.protects
+    if evictor.cuts_every is not None and evictor.looks_back(chosen.scorer) < needed:
+        assert chosen.scorer is not None
+        raise ConfigError(
+            f"evictor {evictor.name}: the last {evictor.looks_back(chosen.scorer)} of {evictor.cuts_every} generated "
+            f"tokens are to score, but the scorer {chosen.scorer.name} looks at its last {needed} queries; raise the "
+            "evictor's period and window, or lower the window of the scorer"
         )
 
 

@@ -106,6 +106,16 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "evictor": {"name": "topk", "decode": "lowest_score"},
         },
     ),
+    "rkv": (
+        "R-KV (arXiv 2505.24133): for long answers; after every 128 generated tokens the attention of the last 8, less "
+        "what keys have in common, decides anew, per head. Deviates: the prompt is cut too; layers hold up to 128 "
+        "tokens more than the budget in between.",
+        {
+            "budget": {"fraction": 0.2, "sink": 0, "recent": 1},
+            "scorer": "rkv",
+            "evictor": {"name": "every", "granularity": "head"},
+        },
+    ),
     "streaming": (
         "StreamingLLM (arXiv 2309.17453): four sinks and the most recent tokens.",
         {"budget": {"fraction": 0.2, "sink": 4, "recent": 1}, "allocator": "uniform", "evictor": "streaming"},
@@ -126,6 +136,11 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "PyramidDrop (arXiv 2410.17247): half of the image tokens dropped after each quarter of the depth, the others "
         "numbered anew in every layer.",
         {"budget": 1.0, "evictor": None, "reducer": {"name": "pyramiddrop", "positions": "per_layer"}},
+    ),
+    "visionzip": (
+        "VisionZip (arXiv 2412.04467): a ninth of the image tokens, most of them those that the vision tower looks at, "
+        "the others merged into the rest before the first layer. Deviates: merged after the projector; positions stay.",
+        {"budget": 1.0, "evictor": None, "reducer": "visionzip"},
     ),
     "prefixkv+lightkv": (
         "PrefixKV (arXiv 2412.03409) on image tokens that LightKV (arXiv 2605.00789) merged; a combination of ours.",
@@ -169,6 +184,27 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "scorer": "expected_attention",
             "allocator": "adakv",
             "evictor": {"name": "topk", "decode": "oldest"},
+        },
+    ),
+    "kvzip": (
+        "KVzip (arXiv 2505.23416): what repeating the prompt looks at, in one ranking over heads of all layers; for "
+        "`Document` and `score_by_reconstruction`, so that no question is needed. Deviates: four sinks and 32 recents "
+        "are kept too; decoding as in snapkv.",
+        {
+            "budget": {"fraction": 0.3, "sink": 4, "recent": 32},
+            "scorer": "kvzip",
+            "allocator": "scores",
+            "evictor": {"name": "topk", "decode": "oldest"},
+        },
+    ),
+    "prefixkv-text": (
+        "PrefixKV's threshold (arXiv 2412.03409) over half of the slots, the other half given evenly, on the scores of "
+        "`text`: layers that retrieve are not starved. A combination of ours, behind `text` in our own measurement.",
+        {
+            "budget": {"fraction": 0.2, "sink": 4, "recent": 32},
+            "scorer": "tova",
+            "allocator": {**_PREFIX, "even": 0.5},
+            "evictor": {"name": "topk", "decode": "lowest_score"},
         },
     ),
     "text": (

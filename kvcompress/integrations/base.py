@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -24,6 +24,7 @@ from kvcompress.integrations.shape import (
     why_not,
     window_of,
 )
+from kvcompress.integrations.tower import unreadable
 from kvcompress.integrations.wrapped import unwrapped
 from kvcompress.parallel import HeadGroup, head_group
 from kvcompress.policies.context import LayerWeights
@@ -48,8 +49,12 @@ class Adapter(ABC):
 
     def attention_modules(self, model: PreTrainedModel) -> list[nn.Module]:
         """The attention module of every decoder layer that has one."""
-        found = (attention_of(layer) or getattr(layer, "self_attn", None) for layer in self.layers(model))
+        found = map(self.attention_of, self.layers(model))
         return [attention for attention in found if isinstance(attention, nn.Module)]
+
+    def attention_of(self, layer: nn.Module) -> nn.Module | None:
+        """The attention module of a decoder layer; None if it has none."""
+        return attention_of(layer) or getattr(layer, "self_attn", None)
 
     def kinds(self, model: PreTrainedModel) -> list[LayerKind]:
         """What each decoder layer remembers: those that are "full" are compressed, others stay transformers' own."""
@@ -101,6 +106,27 @@ class Adapter(ABC):
             UnsupportedModelError: if the number of image tokens fits no grid that this family makes.
         """
         return None
+
+    def tower_attentions(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The attention modules of the vision tower's layers, which `kvcompress.integrations.tower.look` can read.
+
+        Raises:
+            UnsupportedModelError: if the tower cannot be read, or its features are not one for one image tokens.
+        """
+        raise unreadable(model, "nobody knows how to find it")
+
+    def by_image_token(
+        self, model: PreTrainedModel, features: Float[Tensor, "images features channels"], inputs: dict[str, Any]
+    ) -> Float[Tensor, "tokens channels"]:
+        """Arranges what belongs to the tower's features in the order of the image tokens, as the model does features.
+
+        Args:
+            model: the model.
+            features: of each image or tile, in the order in which the tower made them, a class token first if it has
+                one; for models with `tower_attentions`.
+            inputs: `image_sizes` and `vision_feature_select_strategy`, if the call gave them.
+        """
+        raise unreadable(model, "nobody knows where its features go")
 
     position_axes: ClassVar[int] = 1  # 3 where rotary positions are those of time, row and column (M-RoPE)
 

@@ -17,6 +17,8 @@ from kvcompress.policies.images import ImageLayout
 class _Tiles(LlavaAdapter):
     """Image tokens that follow each other are tiles of one image; frames of a video are images."""
 
+    tower_is_read = False
+
     def sides(self, model: PreTrainedModel) -> tuple[int, int]:
         """Rows and columns of tokens of a tile."""
         raise NotImplementedError

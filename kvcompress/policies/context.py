@@ -348,6 +348,27 @@ class DecodeContext:
 
 
 @dataclass(frozen=True)
+class TowerView:
+    """What the vision tower's own attention says of image tokens; zero for all others.
+
+    Attributes:
+        attention: attention that each one's feature receives, mean over heads: from the class token, or where the tower
+            has none, on average from all features of its image or tile. Zero for tokens that no feature stands for (the
+            ends of LLaVA-NeXT's lines).
+        keys: mean over heads of the keys of their features, likewise.
+    """
+
+    attention: Float[Tensor, "batch tokens"]
+    keys: Float[Tensor, "batch tokens key_dim"]
+
+    def aligned(self, columns: Int[Tensor, "batch columns"]) -> TowerView:
+        """The same of columns in another order; for each new one, the one whose token it gets."""
+        columns = columns.to(self.attention.device).long()
+        pairs = columns.unsqueeze(-1).expand(-1, -1, self.keys.shape[2])
+        return TowerView(self.attention.gather(1, columns), self.keys.gather(1, pairs))
+
+
+@dataclass(frozen=True)
 class ReductionContext:
     """What a reducer sees between two decoder layers: the tokens of this forward that have come so far, row by row.
 
@@ -365,6 +386,7 @@ class ReductionContext:
         size: height and width of that grid; meaningless where there is no grid.
         image_tokens: image tokens of each row in this forward before the first reduction; known on the host.
         guidance: what the reducer's `guidance` gave for them at this layer; None without one, and before the first.
+        tower: what the vision tower says of them, before the first layer; None unless the reducer reads it.
     """
 
     stage: int
@@ -378,6 +400,7 @@ class ReductionContext:
     size: Int[Tensor, "batch tokens two"]
     image_tokens: list[int]
     guidance: Float[Tensor, "batch tokens"] | None = None
+    tower: TowerView | None = None
 
 
 @dataclass(frozen=True)

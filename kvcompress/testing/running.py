@@ -134,15 +134,23 @@ def require_protected(cache: CompressedCache, valid: Tensor) -> None:
                 require(set(columns) <= set(tokens[row]), f"layer {number}, row {row}: holds padding")
 
 
-def require_within_budget(cache: CompressedCache, valid: Tensor) -> None:
-    """Raises unless the layers of each row together hold at most its budget, or the protected if they are more."""
+def require_within_budget(cache: CompressedCache, valid: Tensor, more: int = 0) -> None:
+    """Raises unless the layers of each row together hold at most its budget, or the protected if they are more.
+
+    Args:
+        cache: the cache.
+        valid: which columns are tokens.
+        more: tokens that each layer may hold beyond that.
+    """
     budget, report = cache.config.budget, cache.report()
     layers = len(report.layer_lengths)
     for row, seen in enumerate(valid.sum(1).tolist()):
         allowed = budget.tokens * layers if budget.tokens else int((budget.fraction or 0) * seen * layers + 1e-6)
         protected = min(seen, budget.sink + budget.recent)
         holds = sum(layer[row] for layer in report.layer_lengths)
-        require(holds <= max(allowed, layers * protected), f"row {row}: holds {holds} tokens of {allowed}")
+        require(
+            holds <= max(allowed, layers * protected) + layers * more, f"row {row}: holds {holds} tokens of {allowed}"
+        )
         for layer, limits in zip(report.layer_lengths, report.layer_budgets or [], strict=True):
             require(layer[row] <= limits[row], f"row {row}: a layer holds {layer[row]} tokens of {limits[row]}")
 

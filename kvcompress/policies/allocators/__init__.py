@@ -8,7 +8,20 @@ from kvcompress.policies.allocators.modality import Modality
 from kvcompress.policies.allocators.prefix import Prefix
 from kvcompress.policies.allocators.profile import Profile
 from kvcompress.policies.allocators.pyramid import Pyramid
+from kvcompress.policies.allocators.scores import Scores
 from kvcompress.policies.allocators.sparsity import Sparsity
 from kvcompress.policies.allocators.uniform import Uniform
 
-__all__ = ["AdaKV", "Duo", "Entropy", "HeadPrefix", "Modality", "Prefix", "Profile", "Pyramid", "Sparsity", "Uniform"]
+__all__ = [
+    "AdaKV",
+    "Duo",
+    "Entropy",
+    "HeadPrefix",
+    "Modality",
+    "Prefix",
+    "Profile",
+    "Pyramid",
+    "Scores",
+    "Sparsity",
+    "Uniform",
+]

@@ -29,6 +29,7 @@ class HeadPrefix(Prefix):
 
     Args:
         protected: what the protected tokens (the floor of a head) are to its prefix, as in `prefix`.
+        even: share of the total that all heads get evenly beforehand, as in `prefix`.
     """
 
     by_head: ClassVar[bool] = True
@@ -42,7 +43,8 @@ class HeadPrefix(Prefix):
         context: AllocationContext | None = None,
     ) -> HeadCounts:
         """Takes the heads of all layers for layers; cost: a sort of each head, and one of all together."""
-        valid = None if context is None or context.valid is None else as_layers(context.valid)
-        units = AllocationContext(valid=valid, notes={} if context is None else context.notes)
+        context = context or AllocationContext()
+        valid = None if context.valid is None else as_layers(context.valid)
+        units = AllocationContext(valid=valid, notes=context.notes, problems=context.problems)
         budget = self.sizes(as_layers(importance), total, as_layers(floor), as_layers(capacity), units)
         return as_heads(budget, len(floor))

@@ -6,9 +6,11 @@ from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Int
+from pydantic import Field
 from torch import Tensor
 
 from kvcompress.policies.allocators.ranks import cut
+from kvcompress.policies.allocators.uniform import Uniform
 from kvcompress.policies.base import Allocator
 from kvcompress.policies.context import AllocationContext, LayerImportance, TokenCounts
 from kvcompress.policies.registry import ALLOCATORS
@@ -33,11 +35,14 @@ class Prefix(Allocator):
         protected: what the protected tokens (the floor of a layer) are to its prefix. "floor", a part of it: a layer
             keeps its prefix, or as many slots as are protected where that is more. "on_top", as in the released code:
             it keeps its prefix and as many slots again as are protected.
+        even: share of the total that layers get evenly beforehand, from 0, the paper's, to 1, which is `uniform`; the
+            prefixes of the rest come on top.
     """
 
     reads_mass: ClassVar[bool] = True
 
     protected: Literal["floor", "on_top"] = "floor"
+    even: float = Field(default=0.0, ge=0.0, le=1.0)
 
     def allocate(
         self,
@@ -64,9 +69,14 @@ class Prefix(Allocator):
         if context is not None and context.valid is not None:
             importance = importance.masked_fill(~context.valid, 0.0)
         before = _mass_before(importance, capacity)
-        # Ranks that floors do not give already: those beyond a floor, or as many from the first on.
-        begin, end = (floor, capacity) if self.protected == "floor" else (torch.zeros_like(floor), capacity - floor)
-        budget, threshold = cut(before, total, floor, begin, end)
+        least = floor
+        if self.even:
+            share = (self.even * total.double()).floor().long()
+            own = AllocationContext(problems=None if context is None else context.problems)
+            least = Uniform().allocate(importance, share, floor, capacity, own)
+        # Ranks that the protected do not stand for already: those beyond them, or all from the first on.
+        begin = floor if self.protected == "floor" else torch.zeros_like(floor)
+        budget, threshold = cut(before, total, least, begin, begin + capacity - least)
         if context is not None:
             context.notes["threshold"] = torch.where(threshold < torch.inf, threshold, 0.0).clamp(max=1.0)
         return budget

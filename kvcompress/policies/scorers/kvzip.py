@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
-
-from kvcompress.kernels import attention_probabilities
+from kvcompress.kernels import highest_probability
 from kvcompress.policies.base import Scorer
 from kvcompress.policies.context import Importance, LayerContext
 from kvcompress.policies.registry import SCORERS
-
-_TILE = 64  # queries at once
 
 
 @SCORERS.register("kvzip")
@@ -25,7 +20,8 @@ class KVzip(Scorer):
 
     *Deviates:* probabilities are those over everything held; the released code's are over the chunk that is repeated,
     the first tokens, and the repetition itself. The code then compares heads and layers, so that heads that look things
-    up stay whole; here that is the allocator's matter, and where every head has the same size such heads lose most.
+    up stay whole; here that is the allocator's matter (`scores`, as the preset `kvzip` has it), and where every head
+    has the same size such heads lose most.
     """
 
     mass: ClassVar[bool] = True
@@ -35,23 +31,6 @@ class KVzip(Scorer):
 
     def score(self, layer: LayerContext) -> Importance:
         """Costs queries x tokens x head_dim, a tile of queries at a time."""
-        (batch, _, queries, _), (kv_heads, tokens) = layer.query.shape, layer.keys.shape[1:3]
         if layer.lse is None:
             raise RuntimeError("attention: the scorer must set reads_attention = True to read attention")
-        valid = None if layer.valid is None else layer.valid
-        highest = torch.zeros(batch, kv_heads, tokens, dtype=torch.float32, device=layer.keys.device)
-        for first in range(0, queries, _TILE):
-            end = min(first + _TILE, queries)
-            seen = tokens - queries + end
-            probability = attention_probabilities(
-                layer.query[:, :, first:end],
-                layer.keys[:, :, :seen],
-                layer.lse[:, :, first:end],
-                layer.scaling,
-                end - first,
-                None if valid is None else valid[..., :seen],
-                layer.softcap,
-            )
-            own = probability.view(batch, kv_heads, -1, seen).amax(2)
-            highest = torch.maximum(highest, F.pad(own, (0, tokens - seen)))
-        return highest
+        return highest_probability(layer.query, layer.keys, layer.lse, layer.scaling, layer.valid, layer.softcap)
