@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation.plots.rows import Series
 from kvcompress.evaluation.plots.style import look
@@ -89,13 +91,9 @@ def name_grey_lines(figure: Figure, axes: Axes) -> None:
     place = axes.transAxes.inverted()
     high = _NAME_HIGH * figure.dpi / 72 / axes.get_window_extent().height
     below = -high / 2
-    for line, (x, y) in sorted(
-        (
-            (line, place.transform(axes.transData.transform((line.get_xdata()[0], line.get_ydata()[0]))))
-            for line in lines
-        ),
-        key=lambda pair: float(pair[1][1]),
-    ):
+    ends = {line: np.asarray(axes.transData.transform(np.asarray(line.get_xydata())))[0] for line in lines}
+    for line, end in sorted(ends.items(), key=lambda pair: float(pair[1][1])):
+        x, y = np.asarray(place.transform(end)).tolist()
         below = max(y, below + high)
         axes.annotate(
             str(line.get_gid()).removeprefix(_GREY),
