@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -26,10 +25,11 @@ def outcomes(file: Path) -> dict[Key, dict[str, list[Outcome]]]:
     for line in file.read_text(encoding="utf-8").splitlines():
         row: dict[str, Any] = json.loads(line)
         for name, rows in row["found"].items():
-            key = (f"{row['task']} {name}", row["method"], row["way"], row["budget"])
+            named = "question" if row["task"] == "image" and name != "description" else name
+            key = (f"{row['task']} {named}", row["method"], row["way"], row["budget"])
             own = found.setdefault(key, {})
             for number, (nats, tokens, right) in enumerate(rows):
-                prompt = row["prompt"].split()[0] if row["task"] in ("ten", "question") else f"{row['prompt']} {number}"
+                prompt = f"{row['prompt']} {number}" if row["task"] in ("seen", "unseen") else row["prompt"].split()[0]
                 own.setdefault(prompt, []).append((nats, tokens, right))
     return found
 
@@ -63,38 +63,41 @@ def difference(prompts: dict[str, list[Outcome]], other: dict[str, list[Outcome]
     return f"**{text}**" if low > 0 or high < 0 else text
 
 
-def table(found: dict[Key, dict[str, list[Outcome]]], task: str, kind: str, base: str) -> list[str]:
-    """One task: for every method and budget the base way, and how the others differ from it."""
-    every = [key for key in found if key[0] == task and key[1:] != FULL]
-    names = list(dict.fromkeys(key[2] for key in every if key[2] != base))
-    full = found[(task, *FULL)]
-    lines = [f"{task}, {kind}: full cache {value(full, kind)}, {len(full)} prompts", ""]
-    lines += [f"| scorer | budget | {base} | {' | '.join(names)} |", "|---|---|---|" + "---|" * len(names)]
-    for method, budget in dict.fromkeys((key[1], key[3]) for key in every):
-        ways = {key[2]: found[key] for key in every if (key[1], key[3]) == (method, budget)}
-        cells = [value(ways[base], kind) if base in ways else "-"]
-        for name in names:
-            if name not in ways:
+def table(found: dict[Key, dict[str, list[Outcome]]], task: str, kind: str, ways: Sequence[str]) -> list[str]:
+    """One task: for every method and budget the first way, and how the others differ from it."""
+    every = [key for key in found if key[0] == task and key[2] in ways]
+    whole: Key = (task, *FULL)
+    what = "right answers, %" if kind == "right" else "nats a token, lower is better"
+    lines = [f"{task}, {what}; full cache {value(found[whole], kind)}, {len(found[whole])} prompts", ""]
+    lines += [f"| scorer | budget | {' | '.join(ways)} |", "|---|---|" + "---|" * len(ways)]
+    for method, budget in sorted({(key[1], key[3]) for key in every}):
+        own = {key[2]: found[key] for key in every if (key[1], key[3]) == (method, budget)}
+        base = own.get(ways[0])
+        cells = ["-" if base is None else value(base, kind)]
+        for name in ways[1:]:
+            if name not in own:
                 cells.append("-")
-            elif base in ways:
-                cells.append(difference(ways[name], ways[base], kind))
             else:
-                cells.append(value(ways[name], kind))
+                cells.append(value(own[name], kind) if base is None else difference(own[name], base, kind))
         lines.append(f"| {method} | {budget} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
 def main(
     file: Annotated[Path, typer.Argument(help="A suite's lines of JSON.")],
-    base: Annotated[str, typer.Option(help="What the other ways are compared with.")] = "uniform",
+    ways: Annotated[str, typer.Option(help="The first is what the others are compared with; all if left out.")] = "",
+    task: Annotated[str, typer.Option(help="Beginning of a task's name; all if left out.")] = "",
+    kind: Annotated[str, typer.Option(help="right, nats, or both if left out.")] = "",
 ) -> None:
     """Prints a table for each task and figure."""
     found = outcomes(file)
-    for task in dict.fromkeys(key[0] for key in found):
-        kinds: Sequence[str] = ("nats",) if task.endswith("text") else ("right", "nats")
-        for kind in kinds:
-            print("\n".join(table(found, task, kind, base)))
-    assert math.isfinite(sum(row[0] for one in found.values() for rows in one.values() for row in rows))
+    for name in dict.fromkeys(key[0] for key in found):
+        if not name.startswith(task):
+            continue
+        known = [key[2] for key in found if key[0] == name and key[1:] != FULL]
+        chosen = [way for way in (ways.split(";") if ways else dict.fromkeys(["uniform", *known])) if way in known]
+        for one in [kind] if kind else ["nats"] if name.endswith("text") else ["right", "nats"]:
+            print("\n".join(table(found, name, one, chosen)))
 
 
 if __name__ == "__main__":
