@@ -122,7 +122,7 @@ def check_own_loop(model: PreTrainedModel) -> None:
             tokens.append(logits.argmax(-1))
             cache.get_mask_sizes(1)
             logits = forward(input_ids=tokens[-1], **tiny.with_cache(cache)).logits
-        found.append((torch.cat(tokens, 1).tolist(), cache.report().held_columns, cache.report().kv_bytes))
+        found.append((torch.cat(tokens, 1).tolist(), cache.report().held_positions, cache.report().kv_bytes))
         assert cache.layers[0].store.packed == 72
     assert found[0] == found[1], f"{found[1]} instead of {found[0]}"
     assert counters["stats"]["unique_graphs"] == 1, f"{counters['stats']['unique_graphs']} graphs"

@@ -54,7 +54,7 @@ def afterwards(model: PreTrainedModel, cache: CompressedCache, ids: Tensor, mask
         model(ids[:, int(seen) :], attention_mask=mask, **tiny.with_cache(held))
         held.crop(-2)
         report = held.report()
-        found.append([report.held_columns, report.layer_lengths, report.tokens_seen])
+        found.append([report.held_positions, report.layer_lengths, report.tokens_seen])
     return found
 
 
@@ -87,7 +87,7 @@ def look(name: str) -> dict[str, Any]:
         "more graphs": counters["stats"]["unique_graphs"] - graphs,
         "breaks": sum(counters["graph_break"].values()),
         "tokens": torch.equal(first, expected) and torch.equal(again, expected),
-        "held": compiled.report().held_columns == eager.report().held_columns,
+        "held": compiled.report().held_positions == eager.report().held_positions,
         "after": afterwards(model, compiled, first, inputs["attention_mask"])
         == afterwards(model, eager, expected, inputs["attention_mask"]),
     }

@@ -111,7 +111,7 @@ def played(model: PreTrainedModel, name: str, way: str, fields: dict[str, Any]) 
         "said": said,
         "lengths": report.layer_lengths,
         "head_lengths": report.head_lengths,
-        "columns": report.held_columns,
+        "positions": report.held_positions,
         "least_held": least_held(cache),
         "logits": result.logits[-1][0].tolist(),
         "packed": [
@@ -122,11 +122,11 @@ def played(model: PreTrainedModel, name: str, way: str, fields: dict[str, Any]) 
 
 
 def least_held(cache: CompressedCache) -> list[list[list[int]]]:
-    """Tokens from some columns on that every head of a layer holds, which decides what can be taken back."""
+    """Tokens from some positions on that every head of a layer holds, which decides what can be taken back."""
     return [
         [
-            undoing.holds_from(cache._state, layer, np.full(cache.batch_size, column)).tolist()
-            for column in range(0, TOKENS, 10)
+            undoing.holds_from(cache._state, layer, np.full(cache.batch_size, position)).tolist()
+            for position in range(0, TOKENS, 10)
         ]
         for layer in cache.layers
     ]

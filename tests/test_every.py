@@ -300,6 +300,20 @@ def test_quantized_layers_are_cut_too(quantizer: dict[str, Any]) -> None:
     assert all(layer.store.packed for layer in cache._state.layers)
 
 
+def test_quantized_heads_of_different_sizes_are_cut_too() -> None:
+    """The layers of a row hold its budget once a period is over, whatever each head keeps as codes."""
+    model = tiny.model("llama")
+    small = {"name": "quanto", "bits": 4, "group": 4, "residual": 4}
+    by_head = config(window("snapkv"), budget=16, quantizer=small, allocator="headprefix")
+    cache = CompressedCache(model, by_head)
+    mask = read(cache, padded(30))
+    for step in range(18):
+        mask = stepped(cache, mask, step)
+        heads = torch.tensor(cache.report().head_lengths)  # layers, rows, heads
+        assert (heads.sum((0, 2)) == (16 + (step + 1) % 5) * heads.shape[0] * heads.shape[2]).all()
+    assert any(layer.store.packed for layer in cache._state.layers)
+
+
 # -- refusals ----------------------------------------------------------------------------------------------------------
 
 

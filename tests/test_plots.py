@@ -311,7 +311,7 @@ def report_of(*layers: list[list[int]]) -> CacheReport:
         image_tokens=[[0] for _ in layers],
         layer_lengths=[[len(sets[0])] for sets in layers],
         layer_budgets=None,
-        held_columns=[[sets] for sets in layers],
+        held_positions=[[sets] for sets in layers],
         kv_bytes=0,
         index_bytes=0,
         full_kv_bytes=0,

@@ -214,7 +214,7 @@ def test_a_picture_from_its_processor_has_as_many_cells_as_features(name: str, p
 # -- reducers ----------------------------------------------------------------------------------------------------------
 
 
-def kept_columns(cache: CompressedCache, row: int) -> list[int]:
+def kept_positions(cache: CompressedCache, row: int) -> list[int]:
     """Columns of a row that the first layer got."""
     return held(cache)[0][row][0]
 
@@ -235,7 +235,7 @@ def test_what_a_reducer_leaves_is_read_at_its_own_positions(family: Family) -> N
     model(**whole, **tiny.with_cache(cache))
     for handle in handles:
         handle.remove()
-    kept = kept_columns(cache, 0)
+    kept = kept_positions(cache, 0)
     assert cache.report().vision_retention < 0.6
     columns = torch.arange(whole["input_ids"].shape[1])
     less = {"inputs_embeds": given["inputs_embeds"][:, kept]}
@@ -426,13 +426,13 @@ def test_a_new_conversation_begins_at_zero(family: Family) -> None:
 @positioned
 @torch.no_grad()
 def test_a_plain_call_with_a_mask_and_no_positions_is_refused_after_images(family: Family) -> None:
-    """What transformers makes of it are positions of other columns; without the mask, or with positions, it goes on."""
+    """What transformers makes of it are positions of other tokens; without the mask, or with positions, it goes on."""
     model, inputs = tiny.model(family.name), family.prompt([[5, ("image", (1, 5, 4)), 4]])
     cache = CompressedCache(model, "uniform", budget=0.8)
     model(**inputs, **tiny.with_cache(cache))
     step = {"input_ids": torch.tensor([[5]])}
     mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 1), value=1)
-    with pytest.raises(UnsupportedModeError, match=r"position_ids: .*all 32 columns.*leave attention_mask out"):
+    with pytest.raises(UnsupportedModeError, match=r"position_ids: .*all 32 positions.*leave attention_mask out"):
         model(**step, attention_mask=mask, **tiny.with_cache(cache))
     at = (mask.cumsum(1) - 1)[:, -1:] + model.model.rope_deltas
     copied = copy.deepcopy(cache)

@@ -79,7 +79,7 @@ def test_right_padding_in_generate_is_refused(model: Any) -> None:
 @pytest.mark.parametrize("shape", [(1, 1, 20, 20), (1, 2, 20, 20), (2, 20)])
 def test_a_mask_of_numbers_to_add_or_of_other_rows_or_heads_is_refused(model: Any, shape: tuple[int, ...]) -> None:
     mask = torch.zeros(shape) if shape[:2] == (1, 1) else torch.ones(shape, dtype=torch.bool).tril()
-    with pytest.raises(UnsupportedModeError, match=r"must be \[batch, columns\]"):
+    with pytest.raises(UnsupportedModeError, match=r"must be \[batch, positions\]"):
         model(prompt()["input_ids"], attention_mask=mask, **tiny.with_cache(CompressedCache(model, "prefixkv")))
 
 

@@ -103,7 +103,7 @@ def retentions(model: str, *budgets: float) -> tuple[str, Facts, Draw]:
 def patch_pictures(preset: str, *layers: int) -> tuple[str, Facts, Draw]:
     """Patches that each layer keeps."""
     found = look(0.3, preset)
-    facts = {"held": [found.report.held_columns[layer][0] for layer in layers]}
+    facts = {"held": [found.report.held_positions[layer][0] for layer in layers]}
     caption = f"{told(found, 'shapes', preset)}, budget 30 %"
     return caption, facts, lambda: patches(found.report, found.grid, found.picture, layers=layers)
 

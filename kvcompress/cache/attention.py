@@ -50,7 +50,7 @@ class Attends(Protocol):
     """What `update` attaches to the keys it returns.
 
     Attributes:
-        window: how many columns it lets come, where every layer attends to a window; None without one.
+        window: how many positions it lets come, where every layer attends to a window; None without one.
     """
 
     window: int | None
@@ -160,11 +160,11 @@ def padding_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask that transformers makes for this attention: of padding alone, `[batch, 1, 1, columns]`, in prefill.
+    """The mask that transformers makes for this attention: of padding alone, `[batch, 1, 1, positions]`, in prefill.
 
-    A compressed cache, told by its offset, needs to know which columns are padding; causality is its own, and decode
+    A compressed cache, told by its offset, needs to know which positions are padding; causality is its own, and decode
     steps need no mask at all, so that it keeps one shape when they are compiled. Where the model lets tokens see others
-    than those before them, it gets the whole mask, `[batch, 1, queries, columns]`. Any other cache gets that of sdpa.
+    than those before them, it gets the whole mask, `[batch, 1, queries, positions]`. Any other cache gets that of sdpa.
     """
     if kv_offset in (COMPRESSED, COMPRESSED_UNREAD):
         if (
@@ -213,7 +213,7 @@ def own_mask(module: nn.Module, mask: Tensor) -> UnsupportedModelError:
 def _unless_causal(
     *args: Any, q_length: int, kv_length: int, q_offset: Any = 0, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Tensor | None:
-    """What each query sees, written out, `[batch, 1, queries, columns]`; None if that is what came before it."""
+    """What each query sees, written out, `[batch, 1, queries, positions]`; None if that is what came before it."""
     known = {**kwargs, "q_length": q_length, "kv_length": kv_length, "q_offset": q_offset}
     known |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
     whole = sdpa_mask(*args, **known)
@@ -225,7 +225,7 @@ def _unless_causal(
 
 
 def padding_in(mask: Any) -> Any:
-    """The padding `[batch, columns]` in a mask that `padding_mask` made; any other mask as it is.
+    """The padding `[batch, positions]` in a mask that `padding_mask` made; any other mask as it is.
 
     `generate` makes masks before it calls the model, for some models one for each kind of layer.
     """
@@ -234,24 +234,24 @@ def padding_in(mask: Any) -> Any:
 
 
 def last_seen_in(mask: Any) -> Int[Tensor, "batch queries"] | None:
-    """Number of the last new column that each query sees by a mask that `padding_mask` made; None if it is its own.
+    """Number of the last new position that each query sees by a mask that `padding_mask` made; None if it is its own.
 
     Raises:
-        UnsupportedModelError: if some query does not see all columns up to there that hold a token.
+        UnsupportedModelError: if some query does not see all positions up to there that hold a token.
     """
     mask = _of_full_layers(mask)
     if not _is_made(mask) or mask.shape[2] == 1:
         return None
-    visible, (queries, columns) = mask[:, 0], mask.shape[2:]
-    number = torch.arange(columns, device=mask.device)
-    own = number[columns - queries :]
+    visible, (queries, positions) = mask[:, 0], mask.shape[2:]
+    number = torch.arange(positions, device=mask.device)
+    own = number[positions - queries :]
     last = torch.maximum((visible * number).amax(-1), own)
     if not torch.equal(visible, (number <= last.unsqueeze(-1)) & visible[:, -1:]):
         raise UnsupportedModelError(
             "model: it attends with a mask by which some tokens do not see all that came before them, which a "
             "compressed cache does not know; use another cache"
         )
-    among_new: Tensor = last - (columns - queries)
+    among_new: Tensor = last - (positions - queries)
     return among_new
 
 

@@ -57,7 +57,7 @@ class CompressedCache(Forwards, CacheContract):
         **overrides: fields of the configuration to replace, for instance `budget=0.2`.
 
     Attributes:
-        window: columns up to which a model is served all of whose layers slide; None for all others.
+        window: positions up to which a model is served all of whose layers slide; None for all others.
 
     Raises:
         ConfigError: if the configuration is wrong or a profile is another model's; the model is untouched then.

@@ -16,14 +16,14 @@ class CacheContract(OfModel, Cache):
     """A compressed cache as transformers sees it."""
 
     def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:  # type: ignore[override]
-        """Columns seen; a tensor once decoding is compiled, when the host no longer counts along."""
+        """Positions seen; a tensor once decoding is compiled, when the host no longer counts along."""
         table = self._state.table
         if table is not None and (decoding.host_is_left_out(self._state) or not table.exact):
-            return table.columns
+            return table.positions_seen
         return self._state.sequence.seen
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        """Masks cover every column seen, whatever is kept; the offset marks them as a compressed cache's.
+        """Masks cover every position seen, whatever is kept; the offset marks them as a compressed cache's.
 
         `generate` asks before every step, compiled or not, which makes this the place for what the host has to do
         between compiled steps: to let buffers grow, to quantize what has become old enough, to cut layers in periods.

@@ -174,7 +174,7 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
             watching.end()
         (watch, self._watch), (images, self._images_to_come) = (self._watch, None), (self._images_to_come, None)
         assert watch is not None
-        return watch.by_column(self._adapter, self.model(), images)
+        return watch.by_position(self._adapter, self.model(), images)
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -231,7 +231,7 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
             self._begin(query.shape[0], query.shape[2], query.device)
         step = state.step
         if isinstance(step, Prefill) and step.last_seen is None:
-            attention.check_causal(module, mask, first=1 < step.columns == state.sequence.seen)
+            attention.check_causal(module, mask, first=1 < step.queries == state.sequence.seen)
         if step is None or step.next_layer != layer:
             raise state.broken()
         with state.writable():
@@ -299,7 +299,7 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
         return None if found is None else (_usable(found[0]), found[1])
 
     def spread_between(self, layer: int, hidden: Tensor) -> Tensor | None:
-        """What comes out of a layer, in all columns, for a model that adds to it there; called by the hooks on layers.
+        """What comes out of a layer, at all positions, for a model that adds to it there; called by hooks on layers.
 
         The tokens that go on are taken from it again before the next layer.
         """

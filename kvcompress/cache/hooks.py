@@ -25,7 +25,7 @@ from kvcompress.policies.images import ImageLayout
 _HOOK = "_kvcompress_hook"  # on the model, its decoder and decoder layers
 WHOLE_MASK = "_kvcompress_mask"  # among the arguments by name: the mask as it came, where `attention_mask` is padding
 LAST_SEEN = (
-    "_kvcompress_last_seen"  # likewise: the last new column that each sees, where some see more than came before
+    "_kvcompress_last_seen"  # likewise: the last new position that each sees, where some see more than came before
 )
 Forward: TypeAlias = Callable[..., Any]
 # What stands in for a model's forward in the decode steps of the `generate` in progress, and which model's.
@@ -92,7 +92,7 @@ class ReducesTokens(ABC):
 
     @abstractmethod
     def spread(self, hidden: Tensor) -> Tensor | None:
-        """What comes out of the last layer, in the columns that went into the first; None if nothing was reduced."""
+        """What comes out of the last layer, in the positions that went into the first; None if nothing was reduced."""
 
 
 def observe(model: PreTrainedModel, decoder: PreTrainedModel, adapter: Adapter) -> None:
@@ -244,11 +244,11 @@ def reduce_between(layers: list[nn.Module], whole: int = 0) -> None:
     """Puts hooks on decoder layers, unless they are there, that let caches reduce the tokens that go into each.
 
     A layer after a reduction gets the hidden states, position ids and rotary embeddings of the tokens that go on, and
-    no mask, since the cache knows which are padding. The last layer's output has all columns again.
+    no mask, since the cache knows which are padding. The last layer's output has all positions again.
 
     Args:
         layers: the decoder layers.
-        whole: number of first layers whose output has all columns too, since the model adds something to it.
+        whole: number of first layers whose output has all positions too, since the model adds something to it.
     """
     between = layers[:-1][:whole]
     if all(map(is_hooked, layers)) and all(len(layer.__dict__[_HOOK]) > 1 for layer in between):

@@ -26,7 +26,7 @@ def is_due(state: CacheState) -> bool:
         return False
     since = int((sequence.row_seen - sequence.scored.end).max())
     if table is not None and not table.exact:
-        since += table.columns_at_most - sequence.seen
+        since += table.positions_at_most - sequence.seen
     return since >= evictor.cuts_every
 
 

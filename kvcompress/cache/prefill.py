@@ -30,11 +30,11 @@ def begin(
     layout: ImageLayout | None,
     tower: TowerView | None = None,
 ) -> None:
-    """Makes the step of a forward of so many columns, and takes note of their tokens and of what is known of images."""
+    """Makes the step of a forward of so many positions, and notes their tokens and what is known of images."""
     batch = len(mask.row_new)
     decoding.catch_up_if_needed(state)
     sequence, first = state.sequence, state.sequence.seen
-    step = Prefill(columns=queries, evicts=not state.recording, row_new=mask.row_new)
+    step = Prefill(queries=queries, evicts=not state.recording, row_new=mask.row_new)
     state.step, state.reduced = step, None  # from here on, what is interrupted has failed
     decoding.tidy(state)
     new_valid, step.order, step.first_order = mask.new_valid, mask.order, mask.order
@@ -45,7 +45,7 @@ def begin(
     if mask.last_seen is not None:
         sequence.mark_seen_early(mask.last_seen, mask.new_valid)
     step.row_seen = sequence.row_seen
-    index = sequence.index_of_columns(device)[:, first:]
+    index = sequence.index_of_positions(device)[:, first:]
     if step.order is not None:
         index = index.gather(1, step.order)
         new_valid = index >= 0
@@ -224,17 +224,17 @@ def reduce(state: CacheState, layer: int, hidden: Tensor) -> tuple[Tensor, Reduc
     if layer in reduction.points:
         with state.writable():
             hidden = reduction.reduce(layer, hidden)
-            state.sequence.reduce(layer, _in_all_columns(reduction.into[layer], step, state.sequence.seen))
+            state.sequence.reduce(layer, _in_all_positions(reduction.into[layer], step, state.sequence.seen))
             step.index, step.valid = reduction.index.to(torch.int32).unsqueeze(1), reduction.valid
             step.row_new, step.order, step.last_seen = np.asarray(reduction.row_tokens), None, reduction.last_seen
     return hidden, reduction
 
 
-def _in_all_columns(into: Tensor, step: Prefill, seen: int) -> Tensor:
-    """What became of a step's columns, in the numbers of all columns seen; older ones are their own."""
+def _in_all_positions(into: Tensor, step: Prefill, seen: int) -> Tensor:
+    """What became of a step's positions, in the numbers of all positions seen; older ones are their own."""
     first = seen - into.shape[1]
     every = torch.arange(seen, device=into.device).repeat(len(into), 1)
-    if step.first_order is not None:  # from columns with padding first to the model's
+    if step.first_order is not None:  # from positions with padding first to the model's
         into = torch.where(into < 0, -1, step.first_order.gather(1, into.clamp(min=0)))
         into = torch.empty_like(into).scatter_(1, step.first_order, into)
     every[:, first:] = torch.where(into < 0, -1, into + first)

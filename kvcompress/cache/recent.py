@@ -17,7 +17,7 @@ class Recent:
     """What a layer remembers of the last decode steps, in a ring that keeps its address.
 
     Attributes:
-        query: queries of the last `window` columns, after rotary embedding; that of a column at its number modulo
+        query: queries of the last `window` positions, after rotary embedding; that of a position at its number modulo
             `window`.
         scaling: factor on the logits.
         softcap: what logits stay below; None if they are let be.
@@ -51,9 +51,9 @@ class Recent:
         """Takes the query of a decode step."""
         self.query.index_copy_(2, place.to(query.device), query.to(self.query.dtype))
 
-    def in_order(self, columns: int) -> Queries:
-        """The queries of the last columns seen, the oldest first; of so many columns."""
-        return self.query.roll(-(columns % self.query.shape[2]), 2)
+    def in_order(self, positions: int) -> Queries:
+        """The queries of the last positions seen, the oldest first; of so many positions."""
+        return self.query.roll(-(positions % self.query.shape[2]), 2)
 
     def select_rows(self, index: Int[Tensor, " rows"], rows: Counts) -> None:
         """Reorders, repeats or drops rows; in place where their number stays."""

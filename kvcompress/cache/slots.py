@@ -35,7 +35,7 @@ class SlotTable:
         ranks: importance of the slots' tokens, `[layers, batch, kv_heads, slots]`, for an evictor that chooses by it;
             NaN where there is none.
         seen: tokens of each row.
-        columns: columns seen, padding included.
+        positions_seen: padding included.
         scored_end: tokens of each row that have a score, `[batch, 1, 1]`.
         extent: `length` as far as the host knows, `[layers, batch, sets]`; one set where all heads hold as many.
         hole: whether a slot is free, as far as the host knows, likewise.
@@ -50,7 +50,7 @@ class SlotTable:
         pinned: np.ndarray,
         capacities: list[int],
         row_seen: Counts,
-        columns: int,
+        positions: int,
         allocation: Allocation | None,
         rule: Rule,
         by_age: bool,
@@ -68,7 +68,7 @@ class SlotTable:
             pinned: slots that never leave by age, likewise.
             capacities: slots that each layer has.
             row_seen: tokens of each row.
-            columns: columns seen.
+            positions: how many were seen.
             allocation: the budgets of this process's heads; None if nothing is ever evicted.
             rule: how budgets grow with the tokens seen.
             by_age: whether a layer over its limit loses its oldest loose token.
@@ -97,11 +97,11 @@ class SlotTable:
         self.seen = torch.as_tensor(row_seen, dtype=torch.int32, device=device).clone()
         ends = row_seen if scored_end is None else scored_end
         self.scored_end = torch.as_tensor(ends, dtype=torch.int32, device=device)[:, None, None]
-        self.columns = torch.tensor(columns, dtype=torch.int64, device=device)
+        self.positions_seen = torch.tensor(positions, dtype=torch.int64, device=device)
         self.extent, self.hole = lengths.copy(), np.zeros(lengths.shape, dtype=bool)
         self._none = torch.full((), -1, dtype=torch.int64, device=device)
         self.exact, self.steps = True, 0
-        self._start, self._first_column = (lengths, row_seen), columns
+        self._start, self._first_seen = (lengths, row_seen), positions
         self._allocation, self._rule, self._cut = allocation, rule, cut
         self._pinned = torch.as_tensor(pinned, device=device).expand(shape).clone()
         self._pinned_rows = pinned
@@ -151,9 +151,9 @@ class SlotTable:
         return table
 
     @property
-    def columns_at_most(self) -> int:
-        """Columns seen, or more where the host does not run the steps."""
-        return self._first_column + self.steps
+    def positions_at_most(self) -> int:
+        """Positions seen, or more where the host does not run the steps."""
+        return self._first_seen + self.steps
 
     @property
     def capacity(self) -> int:
@@ -186,7 +186,7 @@ class SlotTable:
             pinned = at < self._pinned.unsqueeze(-1)
             self._age.scatter_(-1, at, torch.where(pinned, _LATEST, token))
         self.seen.add_(1)
-        self.columns.add_(1)
+        self.positions_seen.add_(1)
         if not evicts or self._allocation is None:
             self.free.fill_(-1)
         elif self._age is not None:
@@ -252,11 +252,11 @@ class SlotTable:
 
     def decode_steps(self, sequence: Sequence) -> int:
         """Decode steps since the last forward of another kind, or at most so many where the host does not run them."""
-        return sequence.last_decoded + self._first_column + self.steps - sequence.seen
+        return sequence.last_decoded + self._first_seen + self.steps - sequence.seen
 
     def newest(self, places: int) -> Tensor:
-        """Where in a ring of so many places the last column seen belongs, int64 `[1]`."""
-        return (self.columns - 1).remainder(places).unsqueeze(0)
+        """Where in a ring of so many places the last position seen belongs, int64 `[1]`."""
+        return (self.positions_seen - 1).remainder(places).unsqueeze(0)
 
     def held(self, steps: int = 0) -> np.ndarray:
         """At most the tokens that layers and rows hold after so many steps more than now, `[layers, batch, sets]`."""
@@ -279,15 +279,15 @@ class SlotTable:
     # -- between steps -------------------------------------------------------------------------------------------------
 
     def settle(self) -> int:
-        """Reads how far the device has come where the host did not run its steps; returns the columns seen."""
-        columns, self.exact = int(self.columns), True
-        self.steps = columns - self._first_column
+        """Reads how far the device has come where the host did not run its steps; returns the positions seen."""
+        seen, self.exact = int(self.positions_seen), True
+        self.steps = seen - self._first_seen
         sets = self.extent.shape[2]
         self.extent, self.hole = (
             self.length[..., :sets].cpu().numpy().copy(),
             (self.free[..., :sets] >= 0).cpu().numpy(),
         )
-        return columns
+        return seen
 
     def become(self, table: SlotTable) -> None:
         """Says what another table says, in its own tensors where they have the same shapes."""

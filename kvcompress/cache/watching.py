@@ -43,8 +43,10 @@ class Watch:
     inputs: dict[str, Any]
     seen: list[Tensor] = field(default_factory=list)
 
-    def by_column(self, adapter: Adapter, model: PreTrainedModel, is_image: Bool[Tensor, "batch columns"]) -> TowerView:
-        """What was seen of the image tokens in some columns; zero elsewhere.
+    def by_position(
+        self, adapter: Adapter, model: PreTrainedModel, is_image: Bool[Tensor, "batch positions"]
+    ) -> TowerView:
+        """What was seen of the image tokens in some positions; zero elsewhere.
 
         Raises:
             UnsupportedModeError: if the tower did not run, or made other features than these.

@@ -18,11 +18,11 @@ def check_forward(
     """Refuses a forward that goes beyond the window.
 
     Args:
-        window: columns that every layer attends to; None if some layer attends to everything.
+        window: positions that every layer attends to; None if some layer attends to everything.
         adapter: of the model.
         model: the model.
         inputs: arguments of the forward by name.
-        seen: columns of the conversation so far.
+        seen: positions of the conversation so far.
 
     Raises:
         UnsupportedModeError: naming the ways out.

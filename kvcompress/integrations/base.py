@@ -88,12 +88,12 @@ class Adapter(ABC):
 
     sees_images: ClassVar[bool] = False
 
-    def image_tokens(self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"]) -> Tensor | None:
+    def image_tokens(self, model: PreTrainedModel, input_ids: Int[Tensor, "batch positions"]) -> Tensor | None:
         """Which input ids stand for image tokens; None for a model without vision."""
         return None
 
     def image_layout(
-        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"], inputs: dict[str, Any]
+        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch positions"], inputs: dict[str, Any]
     ) -> ImageLayout | None:
         """Where each image token among the input ids belongs in its image; None for a model without vision.
 
@@ -138,14 +138,14 @@ class Adapter(ABC):
         """Gives the model what it kept of another conversation, which goes on now; for models of several axes."""
         raise NotImplementedError(f"{type(self).__name__}: position_axes is not 1, so it needs set_rotary_offset")
 
-    typed: ClassVar[bool] = False  # whether `token_type_ids` say, column by column, which tokens attend both ways
+    typed: ClassVar[bool] = False  # whether `token_type_ids` say, one by one, which tokens attend both ways
 
     def reads_types(self, inputs: dict[str, Any]) -> bool:
         """Whether a call with these arguments is one in which the model looks at the types, if it is `typed`."""
         return True
 
     def adds_after(self, model: PreTrainedModel) -> int:
-        """Number of first decoder layers after which the model itself adds to hidden states of all columns."""
+        """Number of first decoder layers after which the model itself adds to hidden states at all positions."""
         return 0
 
     def check(self, model: PreTrainedModel) -> None:
@@ -168,7 +168,7 @@ class Adapter(ABC):
             )
 
     def window(self, model: PreTrainedModel) -> int | None:
-        """Columns of a conversation up to which layers that slide are served, where all do; None where one does not."""
+        """Positions of a conversation up to which layers that slide are served; None where one does not slide."""
         decoder = self.decoder(model)
         return window_of(decoder) if self.kinds(model) == layer_kinds(decoder) else None
 

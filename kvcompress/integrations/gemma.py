@@ -27,7 +27,7 @@ class Gemma3Adapter(LlavaAdapter):
     tower_is_read = False
 
     def image_layout(
-        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"], inputs: dict[str, Any]
+        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch positions"], inputs: dict[str, Any]
     ) -> ImageLayout | None:
         """One grid an image, as the projector pools it; crops that the processor makes of an image count as images."""
         side = int(model.config.mm_tokens_per_image**0.5)

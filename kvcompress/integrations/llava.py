@@ -29,12 +29,12 @@ class LlavaAdapter(Adapter):
         """The language model; the vision tower keeps its own attention."""
         return cast(PreTrainedModel, model.get_decoder())  # type: ignore[no-untyped-call]
 
-    def image_tokens(self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"]) -> Tensor | None:
+    def image_tokens(self, model: PreTrainedModel, input_ids: Int[Tensor, "batch positions"]) -> Tensor | None:
         """The processor writes one image token per vision feature, so ids tell."""
         return cast(Tensor, input_ids == model.config.image_token_id)
 
     def image_layout(
-        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"], inputs: dict[str, Any]
+        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch positions"], inputs: dict[str, Any]
     ) -> ImageLayout | None:
         """One grid an image.
 

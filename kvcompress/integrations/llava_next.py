@@ -24,7 +24,7 @@ class LlavaNextAdapter(LlavaAdapter):
     """LlavaNextForConditionalGeneration over a decoder of LLaMA's shape."""
 
     def image_layout(
-        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"], inputs: dict[str, Any]
+        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch positions"], inputs: dict[str, Any]
     ) -> ImageLayout | None:
         """A base grid an image, then the grid that its tiles make up, with line ends."""
         images = _tiled(model, tile_side(model.config.vision_config), inputs, self.tile_grid)
@@ -55,13 +55,13 @@ class _WithVideos(LlavaNextAdapter):
     tower_is_read = False
     after_video = 0  # tokens
 
-    def image_tokens(self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"]) -> Tensor | None:
+    def image_tokens(self, model: PreTrainedModel, input_ids: Int[Tensor, "batch positions"]) -> Tensor | None:
         """The processor writes one token per feature, of images and of videos."""
         is_image: Tensor = (input_ids == model.config.image_token_id) | (input_ids == model.config.video_token_id)
         return is_image
 
     def image_layout(
-        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"], inputs: dict[str, Any]
+        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch positions"], inputs: dict[str, Any]
     ) -> ImageLayout | None:
         """Images as of LLaVA-NeXT, and a grid for each frame of a video."""
         pictures = super().image_layout(model, input_ids, inputs)

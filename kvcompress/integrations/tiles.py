@@ -24,7 +24,7 @@ class _Tiles(LlavaAdapter):
         raise NotImplementedError
 
     def image_layout(
-        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"], inputs: dict[str, Any]
+        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch positions"], inputs: dict[str, Any]
     ) -> ImageLayout | None:
         """One grid a tile."""
         (height, width), is_image = self.sides(model), input_ids == model.config.image_token_id

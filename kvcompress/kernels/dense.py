@@ -306,14 +306,14 @@ def _blockwise(
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, queries, head_dim)
     keys, values = keys.to(wide).transpose(2, 3), values.to(wide)
-    columns = torch.arange(tokens, device=query.device)
+    places = torch.arange(tokens, device=query.device)
     outputs, sums = [], []
     for first in range(0, queries, _BLOCK_QUERIES):
         block = grouped[:, :, :, first : first + _BLOCK_QUERIES].to(wide)
         logits = capped(block.flatten(2, 3) @ keys * scaling, softcap).view(*block.shape[:4], tokens)
         if causal:
-            last_key = columns[tokens - queries + first :][: block.shape[3], None]
-            logits.masked_fill_(columns > last_key, -torch.inf)
+            last_key = places[tokens - queries + first :][: block.shape[3], None]
+            logits.masked_fill_(places > last_key, -torch.inf)
         if valid is not None:
             logits.masked_fill_(~valid[:, None, None, None], -torch.inf)
         probabilities, lse = _softmax(logits)

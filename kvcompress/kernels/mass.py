@@ -105,7 +105,7 @@ def _in_tiles(
         query.reshape(batch, kv_heads, group, counted, head_dim).transpose(2, 3).float().reshape(rows, -1, head_dim)
     )
     negative = lse.reshape(batch, kv_heads, group, counted).transpose(2, 3).reshape(rows, -1, 1).neg()
-    columns = torch.arange(tokens, device=query.device)
+    places = torch.arange(tokens, device=query.device)
     ones = torch.ones(rows, 1, group * min(tile_queries, counted), dtype=torch.float32, device=query.device)
     mass = torch.zeros(rows, tokens, dtype=torch.float32, device=query.device)
     for left in range(0, tokens, tile_keys):
@@ -128,7 +128,7 @@ def _in_tiles(
                 probability = logits.exp_()
             else:  # towards the end of the tile some queries see nothing, where their logits mean nothing
                 edge = max(left, seen_by_all)
-                visible = (columns[edge:right] <= last_key[:, begin:end, None]).float()[:, None, :, None]
+                visible = (places[edge:right] <= last_key[:, begin:end, None]).float()[:, None, :, None]
                 logits[..., edge - left :].clamp_(max=0.0)
                 probability = logits.exp_()
                 probability.view(batch, kv_heads, end - begin, group, -1)[..., edge - left :].mul_(visible)

@@ -361,11 +361,11 @@ class TowerView:
     attention: Float[Tensor, "batch tokens"]
     keys: Float[Tensor, "batch tokens key_dim"]
 
-    def aligned(self, columns: Int[Tensor, "batch columns"]) -> TowerView:
-        """The same of columns in another order; for each new one, the one whose token it gets."""
-        columns = columns.to(self.attention.device).long()
-        pairs = columns.unsqueeze(-1).expand(-1, -1, self.keys.shape[2])
-        return TowerView(self.attention.gather(1, columns), self.keys.gather(1, pairs))
+    def aligned(self, positions: Int[Tensor, "batch positions"]) -> TowerView:
+        """The same of positions in another order; for each new one, the one whose token it gets."""
+        positions = positions.to(self.attention.device).long()
+        pairs = positions.unsqueeze(-1).expand(-1, -1, self.keys.shape[2])
+        return TowerView(self.attention.gather(1, positions), self.keys.gather(1, pairs))
 
 
 @dataclass(frozen=True)

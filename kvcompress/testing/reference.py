@@ -1,6 +1,6 @@
 """The reference for everything that runs: transformers' DynamicCache under attention written out in float64.
 
-A `Reference` holds every token of every layer. Before each forward it is told which columns each layer and head may
+A `Reference` holds every token of every layer. Before each forward it is told which positions each layer and head may
 still see; it knows nothing of how a compressed cache chose or stored them.
 """
 
@@ -20,7 +20,7 @@ from kvcompress.cache import CompressedCache
 from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.attention import padding_in
 
-_NAME = "attention_to_visible_columns"
+_NAME = "attention_to_visible_positions"
 
 
 def _attend(
@@ -32,24 +32,25 @@ def _attend(
     scaling: float,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax attention over the columns in `module.visible`, bool [batch, kv_heads, columns].
+    """Softmax attention over the positions in `module.visible`, bool [batch, kv_heads, positions].
 
-    Within a window where the model tells of one, with logits under its cap, and with its sinks among them; new columns
+    Within a window where the model tells of one, with logits under its cap, and with its sinks among them; new ones
     see each other where `module.both_ways` says so.
     """
-    group, queries, columns = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
+    group, queries, positions = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
     visible = module.visible
     if visible.shape[1] != key.shape[1]:  # a layer that slides may have heads of another number, and sees all
         visible = visible[:, :1].expand(-1, key.shape[1], -1)
     keys, values, visible = (t.repeat_interleave(group, 1) for t in (key.double(), value.double(), visible))
-    causal = torch.ones(queries, columns, dtype=torch.bool).tril(columns - queries)
-    itself = torch.eye(queries, columns, dtype=torch.bool).roll(columns - queries, 1)  # padding sees at least itself
-    within, both = torch.ones(queries, columns, dtype=torch.bool), module.both_ways
+    causal = torch.ones(queries, positions, dtype=torch.bool).tril(positions - queries)
+    # Padding sees at least itself.
+    itself = torch.eye(queries, positions, dtype=torch.bool).roll(positions - queries, 1)
+    within, both = torch.ones(queries, positions, dtype=torch.bool), module.both_ways
     if kwargs.get("sliding_window") is not None:
-        within = within.triu(columns - queries - kwargs["sliding_window"] + 1)
+        within = within.triu(positions - queries - kwargs["sliding_window"] + 1)
     sees = causal & within
     if both is not None:
-        own = torch.nn.functional.pad(both[0], (columns - queries, 0)).unsqueeze(1)
+        own = torch.nn.functional.pad(both[0], (positions - queries, 0)).unsqueeze(1)
         sees = sees | (own if both[1] else own & within)
     allowed = (sees & visible.unsqueeze(2)) | itself
     logits = query.double() @ keys.transpose(2, 3) * scaling
@@ -58,12 +59,12 @@ def _attend(
     logits = logits.masked_fill(~allowed, -torch.inf)
     if (sinks := kwargs.get("s_aux")) is not None:
         logits = torch.cat([logits, sinks.double()[:, None, None].expand(*logits.shape[:3], 1)], -1)
-    module.weights = logits.softmax(-1)[..., :columns]
+    module.weights = logits.softmax(-1)[..., :positions]
     return (module.weights @ values).to(query.dtype).transpose(1, 2).contiguous(), module.weights
 
 
 def prepare(model: Any) -> Any:
-    """Lets a model that nobody else uses attend to visible columns alone."""
+    """Lets a model that nobody else uses attend to visible positions alone."""
     AttentionInterface.register(_NAME, _attend)
     AttentionMaskInterface.register(_NAME, lambda *args, **kwargs: None)
     model.get_decoder().set_attn_implementation(_NAME)
@@ -82,7 +83,7 @@ def attention_in(layer: nn.Module) -> Any:
 
 
 def both_ways(model_type: str, types: Tensor | None, past: int, total: int) -> tuple[Tensor, bool] | None:
-    """Which new columns see each other whatever comes first, `[batch, queries, queries]`; None if none do.
+    """Which new positions see each other whatever comes first, `[batch, queries, queries]`; None if none do.
 
     And whether they do so beyond a window, too.
 
@@ -97,14 +98,14 @@ def both_ways(model_type: str, types: Tensor | None, past: int, total: int) -> t
     return (number[:, :, None] == number[:, None]) & marked[:, past:total, None], model_type == "paligemma"
 
 
-Held = list[list[list[list[int]]]]  # columns, [layers][batch][sets][tokens]; nothing for layers that are not compressed
+Held = list[list[list[list[int]]]]  # positions, [layers][batch][sets][tokens]; none of other layers
 
 
 def held(cache: CompressedCache) -> Held:
-    """Columns that the cache reports."""
+    """Positions that the cache reports."""
     report = cache.report()
     found: Held = [[] for _ in cache.layers]
-    for number, layer in zip(report.layers, report.held_columns, strict=True):
+    for number, layer in zip(report.layers, report.held_positions, strict=True):
         found[number] = [list(map(list, row)) for row in layer]
     return found
 
@@ -119,7 +120,7 @@ class Step:
     logits: Tensor | None = None
 
     @property
-    def columns(self) -> int:
+    def queries(self) -> int:
         """Number of its tokens, padding included."""
         return int(self.inputs["input_ids"].shape[1])
 
@@ -149,7 +150,7 @@ def recorded(model: PreTrainedModel, cache: CompressedCache | None = None) -> It
 
 
 class Reference:
-    """A model of the same weights with a DynamicCache, whose layers see the columns they are told to."""
+    """A model of the same weights with a DynamicCache, whose layers see the positions they are told to."""
 
     def __init__(self, model: Any) -> None:
         """Starts with nothing seen.
@@ -171,7 +172,7 @@ class Reference:
 
         Args:
             inputs: what the model got: `input_ids`, maybe `attention_mask`, `position_ids` and images.
-            visible: older columns that each layer, row and head (or all heads) may see.
+            visible: older positions that each layer, row and head (or all heads) may see.
         """
         ids, mask = inputs["input_ids"], padding_in(inputs.get("attention_mask"))
         past, total = self.cache.get_seq_length(), self.cache.get_seq_length() + ids.shape[1]
@@ -193,7 +194,7 @@ class Reference:
         return steps[0]
 
     def attention_mass(self, last: int | None = None) -> list[Tensor]:
-        """Probability that each column received in the last forward, `[batch, kv_heads, columns]` per layer.
+        """Probability that each position received in the last forward, `[batch, kv_heads, positions]` per layer.
 
         Summed over queries, or the last of them, and averaged over each group of heads; padded queries do not count.
         """
@@ -211,7 +212,7 @@ class Reference:
         return stored.keys, stored.values
 
     def check_stored(self, cache: CompressedCache, tolerance: float = 1e-4) -> None:
-        """Asserts that each head of the cache stores the keys and values of exactly the columns it reports."""
+        """Asserts that each head of the cache stores the keys and values of exactly the positions it reports."""
         for layer, rows in enumerate(held(cache)):
             if layer not in cache.report().layers:
                 continue

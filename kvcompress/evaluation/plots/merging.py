@@ -23,11 +23,11 @@ _CAPTION_DROPPED = "grey patches were dropped; a dot marks those that stay"
 
 
 def groups(report: CacheReport, grid: PatchGrid, layers: int, row: int = 0) -> np.ndarray:
-    """Number of the column that each patch is part of after so many layers, `[rows, columns]`; -1 where dropped."""
+    """Number of the position that each patch is part of after so many layers, `[rows, columns]`; -1 where dropped."""
     into = report.went_into[layers][row]
     found = np.full(grid.shape, -1)
-    for column, cell in zip(grid.columns, grid.cells, strict=True):
-        found[cell] = into[column]
+    for position, cell in zip(grid.positions, grid.cells, strict=True):
+        found[cell] = into[position]
     return found
 
 
@@ -60,7 +60,11 @@ def merging(report: CacheReport, grid: PatchGrid, picture: Any | None = None, *,
         dropped |= bool((found < 0).any())
         _show(axes, picture, grid.shape)
         _colour(axes, found)
-        stay = [(cell, column) for cell, column in zip(grid.cells, grid.columns, strict=True) if found[cell] == column]
+        stay = [
+            (cell, position)
+            for cell, position in zip(grid.cells, grid.positions, strict=True)
+            if found[cell] == position
+        ]
         axes.plot([x + 0.5 for (_, x), _ in stay], [y + 0.5 for (y, _), _ in stay], "k.", markersize=1.8)
         axes.set_title(_title(layers, end, len(stay)), fontsize=7, pad=2.5)
     figure.supxlabel(_CAPTION_DROPPED if dropped else _CAPTION, fontsize=7)

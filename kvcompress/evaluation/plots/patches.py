@@ -28,10 +28,10 @@ _ACROSS = 8  # panels in a row, at most
 
 def kept_share(report: CacheReport, grid: PatchGrid, layer: int, row: int = 0) -> np.ndarray:
     """Share of a layer's heads that hold each patch, `[rows, columns]` of the grid, 0 to 1; NaN where no token lies."""
-    sets = [set(held) for held in report.held_columns[layer][row]]
+    sets = [set(held) for held in report.held_positions[layer][row]]
     share = np.full(grid.shape, np.nan)
-    for column, cell in zip(grid.columns, grid.cells, strict=True):
-        share[cell] = sum(column in held for held in sets) / len(sets)
+    for position, cell in zip(grid.positions, grid.cells, strict=True):
+        share[cell] = sum(position in held for held in sets) / len(sets)
     return share
 
 
@@ -59,7 +59,7 @@ def patches(
     Raises:
         ConfigError: if the report has no such layer.
     """
-    count = len(report.held_columns)
+    count = len(report.held_positions)
     shown = list(range(count)) if layers is None else list(layers)
     if not shown or not all(0 <= layer < count for layer in shown):
         raise ConfigError(f"layers: must be some of 0 to {count - 1}; got {shown}")
@@ -75,7 +75,7 @@ def patches(
         axes.set_title(f"layer {layer}: {np.nansum(share):.0f} of {len(grid.cells)}", fontsize=7, pad=2.5)
     for axes in panels:
         axes.set_axis_off()
-    sets = max(len(report.held_columns[layer][row]) for layer in shown)
+    sets = max(len(report.held_positions[layer][row]) for layer in shown)
     figure.supxlabel(_CAPTION_OF_HEADS if sets > 1 else _CAPTION, fontsize=7)
     return figure
 
