@@ -305,7 +305,9 @@ def ways(
     found = {}
     for name, allocator in shared.items():
         evictor = {"name": "topk", "granularity": "head" if heads else "layer", "decode": "oldest"}
-        config = CompressionConfig(budget=budget, scorer=scorer, allocator=allocator, evictor=evictor)
+        config = CompressionConfig.model_validate(
+            {"budget": budget, "scorer": scorer, "allocator": allocator, "evictor": evictor}
+        )
         found[name] = Way(config, budgets)
     return found
 

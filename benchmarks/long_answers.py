@@ -30,12 +30,23 @@ from kvcompress.evaluation.models import LoadedModel, load_model
 from kvcompress.evaluation.perplexity import continuation_losses, english_text, samples_of
 from kvcompress.files import write_text
 
-RULES = ("fixed_point", "oldest", "lowest_score")
+RULES = ("fixed_point", "oldest", "lowest_score", "every", "rkv")
 Row = dict[str, Any]
 
 
 def config_of(rule: str, budget: int) -> CompressionConfig:
-    """The preset for text with a decode rule, and so many tokens a layer from the prompt to the end."""
+    """The preset for text with a decode rule, and so many tokens a layer from the prompt to the end.
+
+    "every" is the evictor of that name, and "rkv" the preset, which is made for it. They cut layers to two thirds of so
+    many tokens, and let them grow by the other third in between.
+    """
+    if rule in ("every", "rkv"):
+        period = max(1, budget // 3)
+        evictor = {"name": "every", "period": period, "granularity": "head" if rule == "rkv" else "layer"}
+        preset = "rkv" if rule == "rkv" else "text"
+        config = CompressionConfig.preset(preset)
+        tokens, recent = budget - period, min(config.budget.recent, (budget - period) // 2)
+        return config.override(budget={"tokens": tokens, "sink": config.budget.sink, "recent": recent}, evictor=evictor)
     return CompressionConfig.preset("text", budget=budget, evictor={"name": "topk", "decode": rule})
 
 

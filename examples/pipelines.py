@@ -23,18 +23,22 @@ def main() -> None:
     parser.add_argument("--text", default="smollm2")
     parser.add_argument("--image", default="shapes")
     options = parser.parse_args()
-    story = "The red box is in the garden. The blue box is in the cellar. " * 20 + "Where is the blue box?"
+    story = "Anna put the red box in the garden. Then it rained, and nobody went out for a week. " * 20
 
     text = load_model(options.text)
     with compressing(text.model, "text", budget=0.5) as session:
         write = pipeline("text-generation", model=text.model, tokenizer=text.tokenizer, trust_remote_code=False)
-        messages = [{"role": "user", "content": story}]
-        print("pipeline:", write(messages, max_new_tokens=16)[0]["generated_text"][-1]["content"])
+        messages = [{"role": "user", "content": story + "Where is the red box?"}]
+        print("pipeline:", write(messages, max_new_tokens=16, do_sample=False)[0]["generated_text"][-1]["content"])
 
-        streamer = TextIteratorStreamer(text.tokenizer, skip_prompt=True)  # its thread is in the block, too
-        inputs = text.tokenizer(story, return_tensors="pt").to(text.model.device)
+        # Its thread is in the block, too.
+        streamer = TextIteratorStreamer(text.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        inputs = text.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).to(text.model.device)
         thread = threading.Thread(
-            target=text.model.generate, kwargs={**inputs, "streamer": streamer, "max_new_tokens": 16}
+            target=text.model.generate,
+            kwargs={**inputs, "streamer": streamer, "max_new_tokens": 16, "do_sample": False},
         )
         thread.start()
         print("streamer:", "".join(streamer))
@@ -46,7 +50,8 @@ def main() -> None:
     said = [{"type": "image", "image": scene}, {"type": "text", "text": "describe the image."}]
     with compressing(image.model, "snapkv", budget=0.5) as session:
         look = pipeline("image-text-to-text", model=image.model, processor=image.processor, trust_remote_code=False)
-        print("image:", look(text=[{"role": "user", "content": said}], max_new_tokens=32)[0]["generated_text"][-1])
+        seen = look(text=[{"role": "user", "content": said}], max_new_tokens=80, generate_kwargs={"do_sample": False})
+        print("image:", seen[0]["generated_text"][-1]["content"].strip())
     print(*session.reports, sep="\n")
 
 

@@ -48,6 +48,13 @@ class Halves(Quantizer):
 _FOUR_BITS = {"name": "quanto4", "group": 8, "residual": 26}
 CASES: dict[str, dict[str, Any]] = {
     "prefixkv+int4": {"config": "prefixkv+int4", "budget": 0.9, "quantizer": _FOUR_BITS},
+    "headprefix+int4": {"config": "headprefix+int4", "budget": 0.9, "quantizer": _FOUR_BITS, "lengths": LENGTHS},
+    "headprefix+int4, as kernels are called": {
+        "config": "headprefix+int4",
+        "budget": 0.9,
+        "quantizer": {"name": "fp8", "group": 8, "residual": 26},
+        "kernels": True,
+    },
     "kivi4, nothing quantized yet": {
         "config": "kivi4",
         "quantizer": {**_FOUR_BITS, "residual": 56},
@@ -115,7 +122,7 @@ def check_own_loop(model: PreTrainedModel) -> None:
             tokens.append(logits.argmax(-1))
             cache.get_mask_sizes(1)
             logits = forward(input_ids=tokens[-1], **tiny.with_cache(cache)).logits
-        found.append((torch.cat(tokens, 1).tolist(), cache.report().held_columns, cache.report().kv_bytes))
+        found.append((torch.cat(tokens, 1).tolist(), cache.report().held_positions, cache.report().kv_bytes))
         assert cache.layers[0].store.packed == 72
     assert found[0] == found[1], f"{found[1]} instead of {found[0]}"
     assert counters["stats"]["unique_graphs"] == 1, f"{counters['stats']['unique_graphs']} graphs"

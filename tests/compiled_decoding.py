@@ -21,6 +21,9 @@ from kvcompress import CompressedCache, CompressionConfig
 from tests import tiny
 
 PROMPT, NEW, ROWS = 60, 40, 2
+OTHERS: dict[str, Any] = {  # what no preset has
+    "every": CompressionConfig(scorer="tova", evictor={"name": "every", "period": 9}),
+}
 
 
 def generate(model: PreTrainedModel, cache: Any, compiled: bool, new: int = NEW, **inputs: Tensor) -> Tensor:
@@ -51,7 +54,7 @@ def afterwards(model: PreTrainedModel, cache: CompressedCache, ids: Tensor, mask
         model(ids[:, int(seen) :], attention_mask=mask, **tiny.with_cache(held))
         held.crop(-2)
         report = held.report()
-        found.append([report.held_columns, report.layer_lengths, report.tokens_seen])
+        found.append([report.held_positions, report.layer_lengths, report.tokens_seen])
     return found
 
 
@@ -61,10 +64,11 @@ def look(name: str) -> dict[str, Any]:
     model = tiny.build("llama")
     inputs = tiny.inputs("llama", PROMPT, 0, ROWS)
     inputs["attention_mask"][1, :20] = 0
-    evicts = CompressionConfig.preset(name).evictor is not None
+    config = OTHERS.get(name) or CompressionConfig.preset(name)
+    evicts = config.evictor is not None
 
     def make(budget: float, **more: Any) -> CompressedCache:
-        return CompressedCache(model, name, reserve=NEW + 8, **({"budget": budget} if evicts else {}), **more)
+        return CompressedCache(model, config, reserve=NEW + 8, **({"budget": budget} if evicts else {}), **more)
 
     eager, compiled, second = make(0.3), make(0.3), make(0.3)
     if not compiled.is_compileable:
@@ -83,7 +87,7 @@ def look(name: str) -> dict[str, Any]:
         "more graphs": counters["stats"]["unique_graphs"] - graphs,
         "breaks": sum(counters["graph_break"].values()),
         "tokens": torch.equal(first, expected) and torch.equal(again, expected),
-        "held": compiled.report().held_columns == eager.report().held_columns,
+        "held": compiled.report().held_positions == eager.report().held_positions,
         "after": afterwards(model, compiled, first, inputs["attention_mask"])
         == afterwards(model, eager, expected, inputs["attention_mask"]),
     }

@@ -83,7 +83,18 @@ MIXED: dict[str, dict[str, Any]] = {
     "qwen3_next": {**_DELTA, **_SHARED},
     "vaultgemma": {**_SLIDES, **_HEAD},
 }
-EVERY = {**FULL, **{f"{name}, mixed" if name in ("qwen2", "qwen3") else name: more for name, more in MIXED.items()}}
+_ALL_SLIDE = {"sliding_window": 40, "layer_types": ["sliding_attention"] * 3, "use_sliding_window": True}
+# Layers that slide, all of them: served up to where the window ends.
+WINDOWED: dict[str, dict[str, Any]] = {
+    "mistral, windows": {"sliding_window": 40},
+    "qwen2, windows": _ALL_SLIDE,
+    "starcoder2, windows": {"sliding_window": 40},
+}
+EVERY = {
+    **FULL,
+    **WINDOWED,
+    **{f"{name}, mixed" if name in ("qwen2", "qwen3") else name: more for name, more in MIXED.items()},
+}
 # Much like others of the list: only the thorough profile takes them (CONTRIBUTING.md).
 ALIKE = {"afmoe", "apertus", "bitnet", "cwm", "exaone", "flex_olmo", "granite_swa", "granitemoe", "hunyuan_v1_dense"}
 ALIKE |= {
@@ -101,6 +112,6 @@ ALIKE |= {
 
 def build(name: str, text: dict[str, Any]) -> PreTrainedModel:
     """A model of a family with random weights, from what all configurations share."""
-    config = transformers.AutoConfig.for_model(name.removesuffix(", mixed"), **{**text, **EVERY[name]})
+    config = transformers.AutoConfig.for_model(name.partition(",")[0], **{**text, **EVERY[name]})
     model: PreTrainedModel = transformers.AutoModelForCausalLM.from_config(config)
     return model

@@ -88,16 +88,16 @@ def smallest_retained(
 
 @dataclass
 class PlainLayer:
-    """What one layer holds for one row: per set, its columns in order."""
+    """What one layer holds for one row: per set, its positions in order."""
 
     held: list[list[int]]
-    scored: set[int] = field(default_factory=set)  # columns that have a score
+    scored: set[int] = field(default_factory=set)  # positions that have a score
     budget: int = 0  # of the last allocation
     pinned: int = 0  # the slots before this index never leave by age
 
 
 class PlainRow:
-    """One row of a compressed cache: which of its columns every layer holds, by the rules as they are written down.
+    """One row of a compressed cache: which of its positions every layer holds, by the rules as they are written down.
 
     Importance must come from `score(layer, head, index)`, anew for all held tokens at every scoring forward, where
     index counts the tokens of the row; all values that one layer takes must be distinct enough for float arithmetic.
@@ -110,6 +110,7 @@ class PlainRow:
         self.config, self.heads, self.score = config, heads, score
         self.valid: list[bool] = []
         self.spent = 0
+        self.scored_end = self.scored_before = 0  # tokens seen by the last forward that scored, and by the one before
         self.waiting: str | None = None
         self.by_head = getattr(config.evictor, "granularity", "layer") == "head"
         sets = heads if self.by_head else 1
@@ -118,9 +119,9 @@ class PlainRow:
     # -- what the rules speak of ---------------------------------------------------------------------------------------
 
     @property
-    def columns(self) -> list[int]:
-        """Columns that hold a token of the row."""
-        return [column for column, is_token in enumerate(self.valid) if is_token]
+    def positions(self) -> list[int]:
+        """Positions that hold a token of the row."""
+        return [position for position, is_token in enumerate(self.valid) if is_token]
 
     @property
     def seen(self) -> int:
@@ -129,12 +130,12 @@ class PlainRow:
 
     def sinks(self) -> set[int]:
         """The first tokens."""
-        return set(self.columns[: self.config.budget.sink])
+        return set(self.positions[: self.config.budget.sink])
 
     def recents(self) -> set[int]:
         """The last tokens."""
         recent = max(self.config.budget.recent, self.config.scorer.protects if self.config.scorer else 0)
-        return set(self.columns[max(0, self.seen - recent) :])
+        return set(self.positions[max(0, self.seen - recent) :])
 
     def total(self) -> int:
         """Slots that all layers may hold together."""
@@ -143,25 +144,27 @@ class PlainRow:
             return budget.tokens * len(self.layers)
         return int(Fraction(budget.fraction) * self.seen * len(self.layers))
 
-    def importance(self, layer: int, head: int | None, column: int) -> Fraction:
+    def importance(self, layer: int, head: int | None, position: int) -> Fraction:
         """Score of a token; of all heads together for head None."""
-        index = self.columns.index(column)
+        index = self.positions.index(position)
         heads = range(self.heads) if head is None else [head]
         return Fraction(sum(self.score(layer, h, index) for h in heads), len(heads))
 
     # -- forwards ------------------------------------------------------------------------------------------------------
 
     def forward(self, new_valid: Sequence[bool], recording: bool) -> None:
-        """Takes new columns, and evicts unless past recording makes that wait."""
+        """Takes new positions, and evicts unless past recording makes that wait."""
         scores = not self.valid or len(new_valid) > 1
         first = len(self.valid)
         self.valid += new_valid
         for layer in self.layers:
-            for columns in layer.held:
-                columns += [first + offset for offset, is_token in enumerate(new_valid) if is_token]
+            for positions in layer.held:
+                positions += [first + offset for offset, is_token in enumerate(new_valid) if is_token]
             if scores:
                 layer.scored = set(itertools.chain(*layer.held))
         self.waiting = "scored" if scores else "decoded"
+        if scores:
+            self.scored_before, self.scored_end, self.step = self.scored_end, self.seen, len(new_valid)
         if not recording:
             self.settle()
 
@@ -172,6 +175,8 @@ class PlainRow:
             return
         if waiting == "scored":
             self.compress()
+        elif self.config.evictor.cuts_every is not None:
+            self.cut()
         elif waiting == "decoded" and getattr(self.config.evictor, "decode", None) != "none":
             for index in range(len(self.layers)):
                 self.evict(index)
@@ -182,7 +187,7 @@ class PlainRow:
         floor = [min(len(self.sinks() | self.recents()), most) for most in capacity]
         if self.config.allocator.name == "prefix":
             masses = [
-                [self.importance(index, None, column) for column in layer.held[0]]
+                [self.importance(index, None, position) for position in layer.held[0]]
                 for index, layer in enumerate(self.layers)
             ]
             allocator = self.config.allocator
@@ -194,21 +199,28 @@ class PlainRow:
             layer.budget = budget
             self.select(index, budget)
 
+    def cut(self) -> None:
+        """Selects anew once a period of tokens has come since the last time."""
+        if self.seen - self.scored_end >= self.config.evictor.cuts_every:
+            self.scored_end = self.seen
+            for index, layer in enumerate(self.layers):
+                self.select(index, min(self.limit(index), len(layer.held[0])))
+
     def select(self, index: int, budget: int) -> None:
         """Keeps the protected, then the highest scores (or the latest), ties to earlier tokens."""
         layer, evictor = self.layers[index], self.config.evictor
         kept = []
-        for head, columns in enumerate(layer.held):
+        for head, positions in enumerate(layer.held):
             protected = self.sinks() | self.recents()
 
-            def rank(column: int, head: int = head, protected: set[int] = protected) -> Any:
-                if column in protected:
+            def rank(position: int, head: int = head, protected: set[int] = protected) -> Any:
+                if position in protected:
                     return (0, 0)
                 if evictor.name == "streaming":
-                    return (1, -column)
-                return (1, -self.importance(index, head if self.by_head else None, column))
+                    return (1, -position)
+                return (1, -self.importance(index, head if self.by_head else None, position))
 
-            kept.append(sorted(sorted(columns, key=rank)[:budget]))
+            kept.append(sorted(sorted(positions, key=rank)[:budget]))
         layer.held = kept
         layer.pinned = max(self.config.budget.sink, self.fixed_point(budget))
 
@@ -227,19 +239,19 @@ class PlainRow:
     def evict(self, index: int) -> None:
         """Frees slots by the decode rule until the layer is within its limit."""
         layer = self.layers[index]
-        for head, columns in enumerate(layer.held):
-            while len(columns) > self.limit(index):
-                columns.remove(self.victim(index, head, columns))
+        for head, positions in enumerate(layer.held):
+            while len(positions) > self.limit(index):
+                positions.remove(self.victim(index, head, positions))
 
-    def victim(self, index: int, head: int, columns: list[int]) -> int:
+    def victim(self, index: int, head: int, positions: list[int]) -> int:
         """The oldest slot that is not pinned; or the unprotected one of the lowest score, while any of them has one."""
         layer, protected = self.layers[index], self.sinks() | self.recents()
-        loose = [column for column in columns if column not in protected]
+        loose = [position for position in positions if position not in protected]
         if getattr(self.config.evictor, "decode", None) == "lowest_score":
-            scored = [column for column in loose if column in layer.scored]
+            scored = [position for position in loose if position in layer.scored]
             own = head if self.by_head else None
             return min(scored, key=lambda c: (self.importance(index, own, c), c)) if scored else loose[0]
-        return columns[layer.pinned] if len(columns) > layer.pinned else loose[0]
+        return positions[layer.pinned] if len(positions) > layer.pinned else loose[0]
 
     def copy(self) -> PlainRow:
         """A row that goes on independently."""
@@ -250,16 +262,19 @@ class PlainRow:
     # -- going back ----------------------------------------------------------------------------------------------------
 
     def can_crop(self, removed: int) -> bool:
-        """Whether every layer still holds all of the last columns."""
+        """Whether every layer still holds all of the last positions."""
         length = len(self.valid) - removed
-        gone = {column for column in self.columns if column >= length}
-        return all(gone <= set(columns) for layer in self.layers for columns in layer.held)
+        gone = {position for position in self.positions if position >= length}
+        return all(gone <= set(positions) for layer in self.layers for positions in layer.held)
 
     def crop(self, removed: int) -> None:
-        """Takes the last columns back, then lets what waited happen."""
+        """Takes the last positions back, then lets what waited happen."""
         length = len(self.valid) - removed
         self.valid = self.valid[:length]
+        if self.waiting == "scored" and removed >= self.step:
+            self.scored_end = self.scored_before
+        self.scored_end = min(self.scored_end, self.seen)
         for layer in self.layers:
-            layer.held = [[column for column in columns if column < length] for columns in layer.held]
-            layer.scored = {column for column in layer.scored if column < length}
+            layer.held = [[position for position in positions if position < length] for positions in layer.held]
+            layer.scored = {position for position in layer.scored if position < length}
         self.settle()

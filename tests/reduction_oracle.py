@@ -103,7 +103,7 @@ class PlainLightKV:
     Attributes:
         model: a model that kvcompress never met.
         places: grid, row and column of every column.
-        is_image: which columns hold image tokens.
+        is_image: which positions hold image tokens.
         sizes: height and width of every grid.
         plan: windows along a side, by the number of layers that ran before.
         contiguous: whether the tokens of a layer are numbered anew.

@@ -70,6 +70,7 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("allocator", "scores"): [{"safeguard": 0.3}],
     ("allocator", "adakv"): [{"safeguard": 0.0, "layers": "prefix"}, {"safeguard": 0.7, "layers": "entropy"}],
     ("evictor", "chunk"): [{"length": 3}],
+    ("evictor", "every"): [{"period": 3}, {"granularity": "head", "period": 2, "window": 1}],
     ("evictor", "critical"): [{"first": 0.25, "epsilon": 0.1}],
     ("merger", "cam"): [{"reach": 3, "seed": 1}],
     ("merger", "lookm"): [{"rule": rule, "within_modality": False} for rule in ("average", "pivotal", "weighted")],

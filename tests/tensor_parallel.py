@@ -56,6 +56,9 @@ def cases() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
         # So little room, and scores so different, that a second turn evicts different numbers of quantized tokens.
         fields = {"scorer": "random", "budget": {"tokens": 30, "sink": 1, "recent": 4}}
         yield f"quantizer {name}", "llama", "second turn", {**fields, "quantizer": quantizer, "evictor": evictor}
+    of_heads = {"budget": {"tokens": 30, "sink": 1, "recent": 4}, "evictor": {"name": "topk", "distance": 8}}
+    of_heads |= {"allocator": "headprefix", "quantizer": {"name": "quanto4", "group": 4, "residual": 8}}
+    yield "quantizer, heads of their own sizes", "llama_mha", "second turn", of_heads
     for name in REDUCERS.names():
         reducer = {"name": name, **EXAMPLES.get(("reducer", name), {})}
         yield f"reducer {name}", "llava_next", "generate", {"reducer": reducer}
@@ -108,20 +111,22 @@ def played(model: PreTrainedModel, name: str, way: str, fields: dict[str, Any]) 
         "said": said,
         "lengths": report.layer_lengths,
         "head_lengths": report.head_lengths,
-        "columns": report.held_columns,
+        "positions": report.held_positions,
         "least_held": least_held(cache),
         "logits": result.logits[-1][0].tolist(),
-        "packed": [layer.store.packed for layer in cache.layers],
+        "packed": [
+            [] if (of := getattr(layer.store, "coded", None)) is None else of.tolist() for layer in cache.layers
+        ],
         "kv_bytes": report.kv_bytes,
     }
 
 
 def least_held(cache: CompressedCache) -> list[list[list[int]]]:
-    """Tokens from some columns on that every head of a layer holds, which decides what can be taken back."""
+    """Tokens from some positions on that every head of a layer holds, which decides what can be taken back."""
     return [
         [
-            undoing.holds_from(cache._state, layer, np.full(cache.batch_size, column)).tolist()
-            for column in range(0, TOKENS, 10)
+            undoing.holds_from(cache._state, layer, np.full(cache.batch_size, position)).tolist()
+            for position in range(0, TOKENS, 10)
         ]
         for layer in cache.layers
     ]

@@ -279,7 +279,7 @@ def test_protected_tokens_stay_when_rows_change_after_decoding(
         if number % 4 == 3:
             seen = cache.get_seq_length()
             protected = {*range(sinks), *range(seen - recents, seen)}
-            for columns in (columns for layer in held(cache) for row in layer for columns in row):
-                assert protected <= set(columns)
-                assert preset != "streaming" or columns[sinks:] == list(range(seen - len(columns) + sinks, seen))
+            for positions in (positions for layer in held(cache) for row in layer for positions in row):
+                assert protected <= set(positions)
+                assert preset != "streaming" or positions[sinks:] == list(range(seen - len(positions) + sinks, seen))
     assert cache.report().kv_bytes <= 128 * 1024

@@ -563,7 +563,7 @@ def test_without_images_text_is_allocated_as_if_there_were_no_modality(given: Al
     recent=st.integers(0, 8),
     seed=strategies.seeds,
 )
-def test_a_cache_keeps_as_many_image_columns_as_were_allocated(
+def test_a_cache_keeps_as_many_image_positions_as_were_allocated(
     name: str,
     evictor: Any,
     tokens: int,

@@ -115,6 +115,9 @@ def presets() -> list[str]:
     return [name for name in PRESETS if CompressedCache(tiny.model("llama"), name).is_compileable]
 
 
+EVERY = {"budget": 0.3, "scorer": "tova", "evictor": {"name": "every", "period": 9}}
+
+
 def check_captured(name: str, model: PreTrainedModel) -> None:
     """The same tokens by captured steps and by steps in Python, and the same tokens held by every layer."""
     budget = {} if CompressionConfig.preset(name).evictor is None else {"budget": 0.3}
@@ -122,7 +125,7 @@ def check_captured(name: str, model: PreTrainedModel) -> None:
     assert torch.equal(generate(model, captured), generate(model, eager))
     one, other = captured.report(), eager.report()
     assert (one.decoding, other.decoding) == ("captured", "eager")
-    assert one.held_columns == other.held_columns
+    assert one.held_positions == other.held_positions
 
 
 @pytest.mark.parametrize("name", presets())
@@ -130,6 +133,14 @@ def test_captured_steps_are_those_of_python(name: str, model: PreTrainedModel, r
     """In a padded batch, over one graph."""
     check_captured(name, model)
     assert [graph.replays for graph in recorders] == [NEW - 2]  # one token comes of the prompt, one step goes first
+
+
+def test_a_cut_between_captured_steps_leaves_their_addresses(model: PreTrainedModel, recorders: list[Recorder]) -> None:
+    """Layers that are cut after some steps each: the same tokens over the same one graph."""
+    eager, captured = (CompressedCache(model, EVERY, decoding=how) for how in ("eager", "captured"))
+    assert torch.equal(generate(model, captured), generate(model, eager))
+    assert captured.report().held_positions == eager.report().held_positions
+    assert [graph.replays for graph in recorders] == [NEW - 2]
 
 
 @pytest.mark.cuda
@@ -166,7 +177,7 @@ def test_turns_beams_and_rows_go_on(model: PreTrainedModel, recorders: list[Reco
         mask = torch.ones_like(ids)
         mask[[0, 2], :20] = 0
         more = {"attention_mask": mask, "max_new_tokens": NEW, "do_sample": False}
-        found.append([ids, model.generate(ids, **more, **tiny.with_cache(cache)), cache.report().held_columns])
+        found.append([ids, model.generate(ids, **more, **tiny.with_cache(cache)), cache.report().held_positions])
         found[-1].append(model.generate(ids, **more, **tiny.with_cache(twin)))
         beams = CompressedCache(model, "prefixkv", budget=0.3, decoding=how)
         found[-1].append(generate(model, beams, num_beams=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 import yaml
 from PIL import Image
 from transformers import DynamicCache
+from typer.main import get_command as click_of
 from typer.testing import CliRunner, Result
 
 import kvcompress
@@ -429,6 +432,20 @@ def test_help_shows_examples(arguments: list[str]) -> None:
     result = run(*arguments, "--help")
     assert result.exit_code == 0
     assert f"kvcompress {arguments[0] if arguments else 'demo'}" in result.stdout
+
+
+def test_the_list_of_commands_says_what_each_says_of_itself_and_imports_no_torch() -> None:
+    code = "import sys; from kvcompress.cli import main; sys.argv[1:] = ['--help']; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", f"import atexit; atexit.register(lambda: print('torch' in sys.modules)); {code}"],
+        capture_output=True, text=True, check=True, timeout=120, env={**os.environ, "COLUMNS": "200"},
+    )  # fmt: skip
+    assert done.stdout.rstrip().endswith("False")
+    shown = " ".join(done.stdout.replace("│", " ").split())
+    commands = click_of(app)
+    for name in commands.list_commands(None):
+        summary = commands.resolve_command(typer.Context(commands), [name])[1].callback.__doc__.split("\n")[0]
+        assert f"{name} {summary}" in shown
 
 
 def test_version() -> None:

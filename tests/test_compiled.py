@@ -16,8 +16,8 @@ from tests.strategies import THOROUGH
 
 # Whose steps cannot be compiled, since positions count what each layer got, which the host knows.
 IN_PYTHON = {"pyramiddrop"}
-# By age, by score, without scores, quantized; the thorough profile takes all others as well.
-KINDS = ["prefixkv", "h2o", "streaming", "prefixkv+int4"]
+# By age, by score, without scores, in periods, quantized, head by head; the thorough profile takes all others as well.
+KINDS = ["prefixkv", "h2o", "streaming", "every", "prefixkv+int4", "headprefix"]
 OTHERS = [name for name in PRESETS if name not in (*IN_PYTHON, *KINDS)]
 
 

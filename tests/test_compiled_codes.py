@@ -11,7 +11,13 @@ from tests.compiled_codes import CASES, OWN_LOOP
 from tests.strategies import THOROUGH
 
 # The thorough profile takes all others as well.
-KINDS = ["prefixkv+int4", "kivi4, nothing quantized yet", "kivi4, as kernels are called", "a quantizer of one's own"]
+KINDS = [
+    "prefixkv+int4",
+    "kivi4, nothing quantized yet",
+    "headprefix+int4",
+    "kivi4, as kernels are called",
+    "a quantizer of one's own",
+]
 OTHERS = [name for name in (*CASES, OWN_LOOP) if name not in KINDS]
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 from kvcompress import ALLOCATORS
+from kvcompress.evaluation import models
 from tests import checkpoints
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -23,6 +27,43 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(name: str, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     return runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def test_a_text_is_asked_with_all_and_with_a_fifth_of_the_cache(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(models, "_fast_dtype", lambda device: torch.float32)  # whose answers are read here
+    run("text.py", monkeypatch=monkeypatch)
+    lines = capsys.readouterr().out
+    assert "100%: The red box is in the garden" in lines and "20%: The red box is in the garden" in lines
+    assert "retention 100.0%" in lines and "retention 19." in lines
+
+
+def test_a_batch_of_images_is_asked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run("llava_batch.py", monkeypatch=monkeypatch)
+    lines = capsys.readouterr().out.splitlines()
+    for asked, right in zip(lines[0:4:2], lines[1:4:2], strict=True):
+        assert asked.endswith(right.removeprefix("  right: ")), (asked, right)
+    assert "row 1 column 1: large white square." in lines[4]
+    assert "3 x " in lines[6] and "auto chose image" in lines[7]
+
+
+def test_files_are_asked_in_a_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = checkpoints.save_image(tmp_path / "llava")
+    for number in range(2):
+        Image.new("RGB", (9, 12), (number, 90, 200)).save(tmp_path / f"{number}.png")
+    files = [tmp_path / "0.png", tmp_path / "1.png"]
+    run("llava_batch.py", *files, "--model", model, "--question", "what is it?", monkeypatch=monkeypatch)
+    lines = capsys.readouterr().out
+    assert lines.count("what is it?") == 2 and "right:" not in lines
+
+
+def test_every_example_is_run_here() -> None:
+    run_here = re.findall(r'run\("(\w+\.py)"', Path(__file__).read_text(encoding="utf-8"))
+    trains = "train_shapes_llava.py"  # for hours; its parts are tested elsewhere
+    assert {*run_here, trains} == {file.name for file in EXAMPLES.glob("*.py")}
 
 
 def test_documents_are_stored_and_asked(
@@ -43,7 +84,7 @@ def test_pipelines_and_a_streamer_are_compressed(
 ) -> None:
     run("pipelines.py", "--text", text, monkeypatch=monkeypatch)
     lines = capsys.readouterr().out
-    assert lines.count("retention 50.0%") + lines.count("retention 49.") == 3
+    assert lines.count("retention 50.0%") + lines.count("retention 49.") == 3, lines
     assert "row 1 column 1: small yellow circle" in lines
 
 

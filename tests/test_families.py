@@ -181,7 +181,8 @@ def test_the_page_lists_the_families_that_are_tested() -> None:
     rows = re.findall(r"^\| .* \| `(\w+)` \| (.*?) \|", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     listed = {(name, kind) for name, kinds in rows for kind in kinds.split("; ")}
     whole = {*families.FULL, *tiny.TEXT_MODELS} - {"llama_mha"}
-    assert listed == {(name, "all") for name in whole} | {(name, "those of full attention") for name in families.MIXED}
+    kinds = {(name, "all") for name in whole} | {(name, "those of full attention") for name in families.MIXED}
+    assert listed == kinds | {(name.partition(",")[0], "all, within the window") for name in families.WINDOWED}
 
 
 def test_an_adapter_from_the_page_obeys_the_law_as_a_users_module(

@@ -96,7 +96,7 @@ def test_captured_steps_add_a_token_each_as_steps_in_python_do(monkeypatch: pyte
         for _ in range(6):
             step()
         keys = [layer.keys for layer in cache.layers]
-        held.append((keys, cache.report().tokens_seen, cache.report().held_columns))
+        held.append((keys, cache.report().tokens_seen, cache.report().held_positions))
     torch.testing.assert_close(held[0][0], held[1][0], rtol=0, atol=0.01)  # bfloat16
     assert held[0][1:] == held[1][1:] and held[0][1] == 46
 

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcompress import ALLOCATORS, Budget, CompressedCache, CompressionConfig, KVCompressError
-from kvcompress.errors import ConfigError
 from kvcompress.kernels import attend_blocks
 from kvcompress.policies.base import Scorer
 from kvcompress.policies.context import AllocationContext, LayerContext, LayerWeights
@@ -295,12 +294,6 @@ def test_duo_fills_retrieval_heads_in_the_order_of_their_gates() -> None:
     ):
         found = duo.allocate(torch.zeros(2, 1, 2, 10), torch.tensor([total]), floor, capacity)
         assert found[:, 0].tolist() == wanted, total
-
-
-def test_heads_with_budgets_of_their_own_are_not_quantized() -> None:
-    """Refused with the reason and the way out."""
-    with pytest.raises(ConfigError, match=r"quantizer quanto: .* heads hold different numbers .* quantizer=None"):
-        of_heads(BY_HEAD["adakv"], quantizer="quanto4")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from kvcompress import CompressedCache, CompressionConfig
 from kvcompress.cli import app
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation import LoadedModel, encode_prompt, inspect, load_model
-from kvcompress.evaluation.image_grid import image_columns, patch_grids, square_grid
+from kvcompress.evaluation.image_grid import image_positions, patch_grids, square_grid
 from kvcompress.evaluation.shapes import draw_scene, sample_scene, scene_seed
 from tests import checkpoints, tiny
 
@@ -92,7 +92,7 @@ def test_what_is_kept_is_what_a_cache_of_that_configuration_keeps(preset: str) -
     assert found.retention == [kept / 94 for kept in found.kept]
     image = set(found.image)
     for layer, kept in enumerate(found.image_kept):
-        sets = found.report.held_columns[layer][0]
+        sets = found.report.held_positions[layer][0]
         assert kept == pytest.approx(sum(len(image & set(held)) for held in sets) / len(sets))
 
 
@@ -112,7 +112,7 @@ def test_image_tokens_lie_on_the_grid_of_patches_and_the_picture_is_what_the_mod
     found = inspect(shapes, encode_prompt(shapes, QUESTION, image=scene), HALF)
     assert found.grid == square_grid(found.image) and found.grid.shape == (12, 12)
     first = found.image[0]
-    assert found.grid.cells[found.grid.columns.index(first + 14)] == (1, 2)  # row by row
+    assert found.grid.cells[found.grid.positions.index(first + 14)] == (1, 2)  # row by row
     assert found.picture is not None
     np.testing.assert_allclose(found.picture.numpy() * 255, np.asarray(scene), atol=1.01)
 
@@ -128,8 +128,10 @@ def test_an_image_in_tiles_lies_on_its_base_grid_first() -> None:
     found = inspect(loaded("llava_next"), inputs, HALF)
     base, tiles = patch_grids(loaded("llava_next"), inputs)
     assert len(found.image) == 24 and found.grid == base == square_grid(found.image[:4])
-    assert tiles.shape == (4, 4) and tiles.columns == tuple(c for c in found.image[4:] if (c - found.image[4]) % 5 < 4)
-    assert found.image == image_columns(loaded("llava_next"), inputs["input_ids"]) == list(range(10, 34))
+    assert tiles.shape == (4, 4) and tiles.positions == tuple(
+        c for c in found.image[4:] if (c - found.image[4]) % 5 < 4
+    )
+    assert found.image == image_positions(loaded("llava_next"), inputs["input_ids"]) == list(range(10, 34))
 
 
 def test_several_rows_are_refused() -> None:

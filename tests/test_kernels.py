@@ -315,6 +315,65 @@ def test_codes_are_attended_as_what_they_stand_for(
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
 
 
+def without_gaps(
+    codes: tuple[Tensor, Tensor, Tensor | None], used: Tensor, group: int
+) -> tuple[tuple[Tensor, Tensor, Tensor | None], Tensor]:
+    """The first slots of every row and head one after the other, in whole groups, and where those of each begin."""
+    data, *scales = codes
+    room = (used + group - 1) // group * group
+    rows = data.shape[2] // scales[0].shape[2]  # slots of a row of scales
+
+    def flat(tensor: Tensor, each: int) -> Tensor:
+        heads = zip(tensor.flatten(0, 1), room.flatten().tolist(), strict=True)
+        return torch.cat([of_head[: slots // each] for of_head, slots in heads])[None, None]
+
+    packed = flat(data.view(torch.uint8), 1).view(data.dtype)
+    scale, shift = (None if scale is None else flat(scale, rows) for scale in scales)
+    assert scale is not None
+    return (packed, scale, shift), (room.flatten().cumsum(0) - room.flatten()).view(used.shape)
+
+
+@given(
+    bits=st.sampled_from([2, 4, 8, "float8"]),
+    group=st.sampled_from([4, 16]),
+    own_rows=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_codes_without_gaps_are_attended_as_what_they_stand_for(
+    bits: int | str, group: int, own_rows: bool, seed: int
+) -> None:
+    """Rows and heads with different numbers of slots, coded and not; some have none of the one or the other."""
+    g, slots, full, head_dim = generator(seed), 48, 5, 8
+    used, length = (torch.randint(0, most + 1, (2, 2), generator=g) for most in (slots, full))
+    used[0, 0] = slots
+    keys, exact_keys = quantized(bits, (2, 2, slots, head_dim), group, head_dim, torch.float32, seed)
+    values, exact_values = quantized(bits, (2, 2, slots, head_dim), 1, 2, torch.float32, seed + 1)
+    query = torch.randn(2, 4, 1, head_dim, generator=g)
+    others = [torch.randn(2, 2, full, head_dim, generator=g) for _ in range(2)]
+    (flat_keys, start), (flat_values, _) = without_gaps(keys, used, group), without_gaps(values, used, group)
+    rows = (torch.arange(flat_keys[0].shape[2]) // group)[None, None].int() if own_rows else None
+    with pytest.MonkeyPatch.context() as patch:  # several blocks
+        patch.setattr(codes, "_BLOCK", 16)
+        found = kernels.decode_attention_codes(
+            query,
+            *flat_keys,
+            *flat_values,
+            *(other.flatten(0, 2) for other in others),
+            head_dim**-0.5,
+            used,
+            length,
+            key_rows=rows,
+            code_start=start,
+            code_slots=slots,
+            start=torch.arange(4).view(2, 2) * full,
+            slots=full,
+        )
+    exact = torch.cat([exact_keys, others[0].double()], 2), torch.cat([exact_values, others[1].double()], 2)
+    torch.testing.assert_close(
+        found.double(), slots_attention(query, *exact, (used, length), slots), atol=1e-5, rtol=1e-5
+    )
+
+
 OF_CODES = {
     "quanto2",
     "quanto4",

@@ -23,10 +23,10 @@ AS_STORED = [name for name in EVICTING if CONFIGS[name].merger is None and CONFI
 
 
 def hiding(hidden: Sequence[Iterable[int]], seen: int, new: int) -> Tensor:
-    """A mask over `seen` columns and `new` ones, without some columns of each row."""
+    """A mask over `seen` positions and `new` ones, without some positions of each row."""
     mask = torch.ones(len(hidden), seen + new, dtype=torch.long)
-    for row, columns in enumerate(hidden):
-        mask[row, list(columns)] = 0
+    for row, positions in enumerate(hidden):
+        mask[row, list(positions)] = 0
     return mask
 
 
@@ -42,7 +42,7 @@ def everything(preset: str) -> CompressedCache:
     return CompressedCache(tiny.model("llama"), preset, **budget)
 
 
-# Batches with 30 columns seen, and what a later mask hides of their rows.
+# Batches with 30 positions seen, and what a later mask hides of their rows.
 HIDDEN = {
     "alike": [range(5, 15), range(5, 15)],
     "each its own": [range(5, 15), range(4), range(22, 30), range(0), (1, 4, 7, 20, 21, 29)],
@@ -206,7 +206,7 @@ def test_a_row_that_ended_early_keeps_what_it_keeps_alone(preset: str) -> None:
     wanted = model(follow[:1], **tiny.with_cache(alone)).logits
 
     torch.testing.assert_close(found[:1], wanted, rtol=0, atol=2e-5)
-    index = {column: number for number, column in enumerate(c for c in range(126) if c not in padding)}
+    index = {position: number for number, position in enumerate(c for c in range(126) if c not in padding)}
     for now, then in zip(held(together), held(alone), strict=True):
-        assert [[index[column] for column in columns] for columns in now[0]] == then[0]
+        assert [[index[position] for position in positions] for positions in now[0]] == then[0]
     assert together.report().row_tokens_seen == [121, 126]

@@ -468,7 +468,7 @@ def stored(cache: CompressedCache) -> dict[tuple[int, int, int, int], Tensor]:
     for layer, own in enumerate(cache.layers):
         both = torch.cat([own.keys, own.values], -1)
         columns = (
-            cache._state.sequence.columns_of(cache._state.index_of(own))[..., : both.shape[2]]
+            cache._state.sequence.positions_of(cache._state.index_of(own))[..., : both.shape[2]]
             .expand(both.shape[:3])
             .tolist()
         )

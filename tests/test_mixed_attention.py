@@ -47,7 +47,7 @@ def test_only_layers_that_attend_to_everything_are_compressed_and_reported(name:
     """The budget is a share of their tokens; what the others hold is in the bytes, and a note says so."""
     cache = filled(name, budget=0.5)
     report = cache.report()
-    assert report.layers == [1] and len(report.layer_lengths) == len(report.held_columns) == 1
+    assert report.layers == [1] and len(report.layer_lengths) == len(report.held_positions) == 1
     assert report.layer_lengths[0][1] == TOKENS // 2 and report.retention <= 0.5
     own = [cache.layers[number] for number in (0, 2)]
     known = DynamicCache(config=tiny.model(name).config).layers

@@ -103,6 +103,7 @@ def unpackings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
     monkeypatch.setattr(smollm2, "_read", read_or_unpack)
     monkeypatch.setattr(smollm2, "gguf_file", lambda: source)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)  # on any machine
     monkeypatch.setenv("KVCOMPRESS_CACHE", str(tmp_path / "cache"))
     return done
 
@@ -203,6 +204,15 @@ def test_a_load_that_is_interrupted_leaves_nothing(
     with pytest.raises(KeyboardInterrupt):
         load_model()
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize(("supported", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_built_in_model_has_the_dtype_that_the_device_multiplies(
+    supported: bool, dtype: torch.dtype, unpackings: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    assert load_model(device="cpu").model.dtype == dtype
+    assert load_model(device="cpu", dtype="float16").model.dtype == torch.float16
 
 
 def test_the_cache_is_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -352,7 +352,7 @@ def test_policies_are_told_which_tokens_are_images(name: str) -> None:
         cache = CompressedCache(tiny.model(name), "prefixkv", budget=0.5)
         tiny.model(name).generate(**inputs, **tiny.with_cache(cache), max_new_tokens=4, do_sample=False, **how)
         sequence, index = cache._state.sequence, cache._state.index_of(cache.layers[0])
-        found, held = sequence.images_at(index), sequence.columns_of(index)
+        found, held = sequence.images_at(index), sequence.positions_of(index)
         assert found is not None
         for row, columns in enumerate(held[:, 0].tolist()):
             expected = [0 <= column < len(is_image) and bool(is_image[column]) for column in columns]

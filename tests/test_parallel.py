@@ -38,10 +38,10 @@ def launched(folder: Path) -> list[dict[str, Any]]:
     return [json.loads((folder / f"rank{rank}.json").read_text(encoding="utf-8")) for rank in range(PROCESSES)]
 
 
-def own_sets(columns: Any, rank: int, kv_heads: int) -> Any:
-    """What one process should hold of the columns `[layers][batch][sets][tokens]` of all heads."""
+def own_sets(positions: Any, rank: int, kv_heads: int) -> Any:
+    """What one process should hold of the positions `[layers][batch][sets]` of all heads."""
     own = slice(rank * kv_heads // PROCESSES, (rank + 1) * kv_heads // PROCESSES)
-    return [[sets if len(sets) == 1 else sets[own] for sets in layer] for layer in columns]
+    return [[sets if len(sets) == 1 else sets[own] for sets in layer] for layer in positions]
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:transformers")  # saving models tells of their generation settings
@@ -54,8 +54,9 @@ def test_every_process_holds_and_says_what_one_process_does(tmp_path: Path) -> N
         kv_heads = model.config.get_text_config().num_key_value_heads
         alone = json.loads(json.dumps(tensor_parallel.played(model, name, way, fields)))
         for rank, found in enumerate(ranks):
-            expected = {**alone, "columns": own_sets(alone["columns"], rank, kv_heads)}
+            expected = {**alone, "positions": own_sets(alone["positions"], rank, kv_heads)}
             expected["kv_bytes"] = found[label]["kv_bytes"]
+            expected["packed"] = own_sets(alone["packed"], rank, kv_heads)
             of_heads = alone["head_lengths"]
             if of_heads is not None:
                 own = own_sets(of_heads, rank, kv_heads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import matplotlib
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from kvcompress import CacheReport
@@ -193,6 +195,27 @@ def test_perplexities_far_apart_are_drawn_on_a_logarithmic_axis() -> None:
     assert plots.quality(far, "perplexity").axes[0].get_yscale() == "log"
 
 
+@pytest.mark.parametrize("log", [False, True])
+def test_of_many_lines_some_are_shown_and_the_others_grey_with_their_names(log: bool) -> None:
+    many = [
+        {"policy": f"p{number}", "budget": budget, "perplexity": 3 + number / 20 - budget, "perplexity_ci_low": 1.0}
+        for number in range(12)
+        for budget in (0.2, 0.5)
+    ]
+    figure = plots.quality([*ROWS, *many], "perplexity", shown=["prefixkv", "p3"], log=log)
+    (axes,) = figure.axes
+    assert axes.get_yscale() == ("log" if log else "linear")
+    assert [text.get_text() for legend in figure.legends for text in legend.texts] == ["full", "prefixkv", "p3"]
+    named = {text.get_text() for text in axes.texts}
+    assert named == {"uniform", *(f"p{number}" for number in range(12) if number != 3)}
+    assert len([band for band in axes.collections if len(band.get_paths())]) == 2
+    figure.draw_without_rendering()
+    boxes = sorted((Text.get_window_extent(text) for text in axes.texts), key=lambda box: box.y0)  # without its arrow
+    assert all(below.y1 <= above.y0 + 1 for below, above in itertools.pairwise(boxes))
+    with pytest.raises(ConfigError, match=r"shown: must be policies of the rows; got p99"):
+        plots.quality(many, "perplexity", shown=["p99"])
+
+
 def test_a_metric_that_no_row_has_is_refused() -> None:
     with pytest.raises(ConfigError, match="no row has 'rouge9'"):
         plots.quality(ROWS, "rouge9")
@@ -288,7 +311,7 @@ def report_of(*layers: list[list[int]]) -> CacheReport:
         image_tokens=[[0] for _ in layers],
         layer_lengths=[[len(sets[0])] for sets in layers],
         layer_budgets=None,
-        held_columns=[[sets] for sets in layers],
+        held_positions=[[sets] for sets in layers],
         kv_bytes=0,
         index_bytes=0,
         full_kv_bytes=0,
@@ -296,7 +319,7 @@ def report_of(*layers: list[list[int]]) -> CacheReport:
 
 
 def faded(axes: Any) -> np.ndarray:
-    """How opaque the white veil over each patch is."""
+    """How opaque the grey veil over each patch is."""
     return np.asarray(axes.images[1].get_array())[..., 3]
 
 
@@ -327,9 +350,19 @@ def test_a_patch_fades_the_more_the_fewer_heads_keep_it() -> None:
     grid = PatchGrid((5, 6), ((0, 1), (0, 0)), (1, 2))  # cells in any order
     figure = plots.patches(report_of([[5, 6], [5], [5], [5]]), grid)
     left, right = faded(figure.axes[0])[0]
-    assert right == 0 and left == pytest.approx(0.84 * 0.75)
+    assert right == 0 and left == pytest.approx(0.78 * 0.75)
     assert any("heads" in text for text in labels(figure))
     np.testing.assert_allclose(plots.kept_share(report_of([[5, 6], [5]]), grid, 0), [[0.5, 1.0]])
+
+
+def test_a_white_shape_shows_where_its_patches_are_evicted() -> None:
+    grid = square_grid(range(4))
+    picture = np.array([[[255] * 3, [0] * 3], [[120] * 3, [255] * 3]], dtype=np.uint8)
+    (axes,) = plots.patches(report_of([[9]]), grid, picture).axes
+    veil = axes.images[1].get_array()
+    seen = veil[..., 3:] * veil[..., :3] + (1 - veil[..., 3:]) * picture / 255
+    white, black, grey = seen[0, 0, 0], seen[0, 1, 0], seen[1, 0, 0]
+    assert white - grey > 0.1 and grey - black > 0.05 and white < 0.9
 
 
 def test_a_picture_lies_below_in_its_own_colours(tmp_path: Path) -> None:

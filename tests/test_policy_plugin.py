@@ -41,7 +41,7 @@ def guides_module() -> str:
 @pytest.fixture
 def users(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> pytest.Pytester:
     pytester.makepyfile(my_policies=guides_module(), their_policies=WRONG, test_other="def test_other(): pass")
-    pytester.syspathinsert()
+    monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.setattr(ALLOCATORS, "_policies", dict(ALLOCATORS._policies))
     monkeypatch.setattr(registry, "_loaded", set(registry._loaded))
     for name in ("my_policies", "their_policies"):

@@ -36,9 +36,9 @@ def test_prefixkv_keeps_a_prefix_and_the_protected(preset: str, recent: int, fra
     wanted = oracles.prefix_budgets(masses, total, *bounds, "on_top")
     assert [lengths[0] for lengths in cache.report().layer_lengths] == wanted
     assert recent == 1 or wanted != oracles.prefix_budgets(masses, total, *bounds, "floor")
-    for columns, mass in zip(held(cache), masses, strict=True):
-        loose = sorted(set(range(tokens)) - set(protected), key=lambda column: -mass[column])
-        assert sorted(columns[0][0]) == sorted(protected + loose[: len(columns[0][0]) - len(protected)])
+    for positions, mass in zip(held(cache), masses, strict=True):
+        loose = sorted(set(range(tokens)) - set(protected), key=lambda position: -mass[position])
+        assert sorted(positions[0][0]) == sorted(protected + loose[: len(positions[0][0]) - len(protected)])
 
 
 @pytest.mark.parametrize("budget", [0.45, 0.7])
@@ -79,10 +79,10 @@ def test_lookm_selects_and_merges_head_by_head(budget: float) -> None:
         for head in range(dense.kv_heads):
             loose = range(1, tokens - 16)
             size = int(budget * tokens * 3) // 3 + (layer < int(budget * tokens * 3) % 3)
-            ranked = sorted(loose, key=lambda column: (is_image[column], -float(mass[0, head, column])))
+            ranked = sorted(loose, key=lambda position: (is_image[position], -float(mass[0, head, position])))
             kept = sorted([0, *ranked[: size - 17], *range(tokens - 16, tokens)])
             assert sorted(held(cache)[layer][0][head]) == kept
-            evicted = [column for column in range(tokens) if column not in kept]
+            evicted = [position for position in range(tokens) if position not in kept]
             own = keys[0, head].double()
             wanted = torch.cat([merged(t[0, head].double(), own, kept, evicted) for t in (keys, values)], -1)
             stored = torch.cat([cache.layers[layer].keys[0, head], cache.layers[layer].values[0, head]], -1).double()

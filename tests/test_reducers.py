@@ -26,6 +26,7 @@ from kvcompress.policies.reducers import (
     RandomReducer,
     ToMe,
     UniformGrid,
+    VisionZip,
 )
 from kvcompress.testing.image_rows import Row, rows
 from tests import reduction_oracle, strategies
@@ -337,6 +338,33 @@ def test_cdpruner_keeps_what_adds_most_volume_for_the_instruction(drawn: Row, dr
     stay = set(survivors(drawn.by(CDPruner(drop=drop)))).intersection(images)
     assert len(stay) == min(len(images), math.floor((1 - drop) * drawn.row.image_tokens[0] + 1e-6))
     check_greedy(stay, images, score, least=2e-3)
+
+
+@examples(40)
+@given(
+    drawn=rows(largest=7), drop=st.sampled_from([0.0, 0.5, 0.8, 1.0]), contextual=st.sampled_from([0.0, 0.2, 0.5, 1.0])
+)
+def test_visionzip_is_the_plain_loop(drawn: Row, drop: float, contextual: float) -> None:
+    """The highest attention stays; of the others, every so many-th takes up those whose keys are most like its own."""
+    images = [token for token, image in enumerate(drawn.image) if image]
+    attention, keys = drawn.tower[:, 0].tolist(), torch.nn.functional.normalize(drawn.tower[:, 1:].double(), dim=-1)
+    keep = math.floor((1 - drop) * drawn.row.image_tokens[0] + 1e-6)
+    merged = math.floor(keep * contextual + 0.5)
+    dominant = sorted(images, key=lambda token: (-attention[token], token))[: keep - merged]
+    others = [token for token in images if token not in dominant]
+    targets = others[:: max(1, len(others) // max(1, merged))][:merged]
+    into = {token: token for token in range(len(drawn.image))}
+    for token in others:
+        if token not in targets:
+            likeness = [float(keys[token] @ keys[target]) for target in targets]
+            into[token] = targets[likeness.index(max(likeness))] if targets else -1
+    found = drawn.by(VisionZip(drop=drop, contextual=contextual))
+    assert found.into[0].tolist() == list(into.values())
+    for token, target in into.items():
+        if token == target:
+            comes = [other for other, to in into.items() if to == token]
+            mean = drawn.hidden[comes].double().mean(0)
+            torch.testing.assert_close(found.hidden[0, token].double(), mean, rtol=1e-5, atol=1e-6)
 
 
 def test_random_depends_on_seed_and_place_alone_and_later_reductions_drop_more() -> None:

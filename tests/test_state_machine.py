@@ -44,8 +44,11 @@ def configurations(draw: st.DrawFn) -> CompressionConfig:
     }
     # How the prefix allocator compares heads that hold different tokens is not the matter here.
     allocator = "uniform" if evictor["granularity"] == "head" else draw(st.sampled_from(["uniform", "prefix"]))
-    if draw(st.integers(0, 5)) == 0:
+    kind = draw(st.integers(0, 5))
+    if kind == 0:
         evictor = "streaming"
+    elif kind == 1:
+        evictor = {"name": "every", "granularity": evictor["granularity"], "period": draw(st.integers(1, 4))}
     return CompressionConfig(budget=budget, scorer=scorer, allocator=allocator, evictor=evictor)
 
 
@@ -107,8 +110,8 @@ class CacheMachine(RuleBasedStateMachine):
         if prompt.recording:
             self.record()
         self.now.rows = [oracles.PlainRow(self.config, LAYERS, HEADS, self.config.scorer.at) for _ in prompt.lengths]
-        column, count = torch.arange(max(prompt.lengths)), torch.tensor(prompt.lengths)[:, None]
-        self.forward(column >= max(prompt.lengths) - count if prompt.left else column < count, prompt.seed)
+        position, count = torch.arange(max(prompt.lengths)), torch.tensor(prompt.lengths)[:, None]
+        self.forward(position >= max(prompt.lengths) - count if prompt.left else position < count, prompt.seed)
 
     # -- forwards ------------------------------------------------------------------------------------------------------
 
@@ -143,7 +146,7 @@ class CacheMachine(RuleBasedStateMachine):
             if padded >> row & 1:
                 new_valid[row, 0 if left else -1] = False
         if padded and not new_valid[:, -1].any():
-            new_valid[:, -1] = True  # a forward whose last column is nobody's token is refused
+            new_valid[:, -1] = True  # a forward whose last position is nobody's token is refused
         self.forward(new_valid, seed)
 
     @rule(steps=st.integers(1, 5), seed=strategies.seeds)
@@ -184,7 +187,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def crop(self, data: st.DataObject) -> None:
-        """The last columns go, or nothing changes and the error says why."""
+        """The last positions go, or nothing changes and the error says why."""
         length = self.now.seen - data.draw(st.integers(0, min(6, self.now.seen - 1)))
         removed = self.now.seen - length
         if not all(row.can_crop(removed) for row in self.now.rows):
@@ -275,13 +278,13 @@ class CacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_copy_holds_what_it_should(self) -> None:
-        """Columns as in the lists, keys and values as in DynamicCache, counts and bytes as reported."""
+        """Positions as in the lists, keys and values as in DynamicCache, counts and bytes as reported."""
         for world in self.worlds:
             report = world.cache.report()
             assert report.tokens_seen == world.seen == world.reference.cache.get_seq_length()
             assert report.row_tokens_seen == [row.seen for row in world.rows]
             expected = [[row.layers[layer].held for row in world.rows] for layer in range(LAYERS)]
-            assert same_columns(held(world.cache), expected)
+            assert same_positions(held(world.cache), expected)
             assert report.layer_lengths == [[len(sets[0]) for sets in layer] for layer in expected]
             world.reference.check_stored(world.cache)
             assert report.kv_bytes == sum(
@@ -303,8 +306,8 @@ class CacheMachine(RuleBasedStateMachine):
             assert self.now.cache.is_croppable == all(row.can_crop(1) for row in self.now.rows)
 
 
-def same_columns(found: list[Any], expected: list[Any]) -> bool:
-    """Whether columns are the same, where one set may stand for all heads."""
+def same_positions(found: list[Any], expected: list[Any]) -> bool:
+    """Whether positions are the same, where one set may stand for all heads."""
     for found_sets, expected_sets in zip(chain(*found), chain(*expected), strict=True):
         heads = max(len(found_sets), len(expected_sets))
         if found_sets * (heads // len(found_sets)) != expected_sets * (heads // len(expected_sets)):
@@ -320,7 +323,7 @@ TestCache.settings = settings(strategies.examples(60), stateful_step_count=30)
 
 
 def plain_forward(cache: CompressedCache, ids: Tensor, valid: Tensor) -> None:
-    """A forward of the tiny LLaMA; the mask covers all columns."""
+    """A forward of the tiny LLaMA; the mask covers all positions."""
     positions = (valid.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     with torch.no_grad():
         tiny.model("llama")(ids, attention_mask=valid.long(), position_ids=positions, **tiny.with_cache(cache))
@@ -402,7 +405,7 @@ def storages(thing: Any, found: dict[int, int], visited: set[int]) -> dict[int, 
 
 @pytest.mark.parametrize("config", list(strategies.configs()))
 def test_the_report_counts_every_byte(config: CompressionConfig) -> None:
-    """No tensor that a cache leads to is missing from the report, but for a few bytes per column and layer."""
+    """No tensor that a cache leads to is missing from the report, but for a few bytes per position and layer."""
     tokens, steps = 600, 5
     cache, valid = CompressedCache(tiny.model("llama"), config), torch.ones(2, tokens, dtype=torch.bool)
     valid[0, :9] = False

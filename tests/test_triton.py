@@ -18,7 +18,7 @@ from torch import Tensor
 from kvcompress.kernels.codes import codes_op
 from kvcompress.kernels.ragged import _in_torch
 from tests.strategies import generator
-from tests.test_kernels import counted_mass, padding, quantized, slots_attention
+from tests.test_kernels import counted_mass, padding, quantized, slots_attention, without_gaps
 
 pytest.importorskip("triton", reason="needs Triton, which is published for Linux alone: pip install triton")
 
@@ -156,6 +156,30 @@ def test_the_kernel_over_codes_attends_over_what_they_stand_for(
     )
     close(triton_codes.decode_codes(query, *tensors, *rest), expected, ERRORS[dtype])
     close(codes_op(query, *tensors, *rest), expected, ERRORS[dtype])
+
+
+@pytest.mark.parametrize(("bits", "own_rows"), [(2, False), (4, True), (8, False), ("float8", True)])
+def test_the_kernel_over_codes_reads_them_without_gaps(bits: Any, own_rows: bool) -> None:
+    """Rows and heads with different numbers of slots, coded and not; some have none of the one or the other."""
+    slots, full, head_dim, group, dtype = 96, 20, 32, 8, torch.float32
+    used, length = torch.tensor([[96, 8], [0, 41]]), torch.tensor([[20, 3], [1, 0]])
+    keys, exact_keys = quantized(bits, (2, 2, slots, head_dim), group, head_dim, dtype, 0)
+    values, exact_values = quantized(bits, (2, 2, slots, head_dim), 1, 1, dtype, 1)
+    query, other_keys, other_values = (drawn(dtype, 2, 2, size, head_dim) for size in (2, full, full))
+    query = query.view(2, 4, 1, head_dim)
+    (flat_keys, start), (flat_values, _) = without_gaps(keys, used, group), without_gaps(values, used, group)
+    rows = (torch.arange(flat_keys[0].shape[2]) // group)[None, None].int() if own_rows else None
+    places = (start, slots, torch.arange(4).view(2, 2) * full, full)
+    arguments = (*flat_keys, *flat_values, other_keys.flatten(0, 2), other_values.flatten(0, 2), head_dim**-0.5)
+    arguments = (*arguments, used, length, rows, None, *places)
+    on_device = [one.to(DEVICE) if isinstance(one, torch.Tensor) else one for one in arguments]
+    exact = (
+        torch.cat([exact_keys.to(DEVICE), other_keys.double()], 2),
+        torch.cat([exact_values.to(DEVICE), other_values.double()], 2),
+    )
+    expected = slots_attention(query, *exact, (used.to(DEVICE), length.to(DEVICE)), slots)
+    close(triton_codes.decode_codes(query, *on_device), expected, ERRORS[dtype])
+    close(codes_op(query, *on_device), expected, ERRORS[dtype])
 
 
 @pytest.mark.timeout(600)

@@ -76,7 +76,7 @@ def test_a_turn_after_beams_or_several_answers_goes_on(how: dict[str, Any]) -> N
     assert cache.get_seq_length() == said.shape[1] + 1
 
 
-def test_other_ids_in_columns_of_padding_are_the_same_conversation() -> None:
+def test_other_ids_in_positions_of_padding_are_the_same_conversation() -> None:
     model, inputs = tiny.model("llama"), tiny.inputs("llama", 20, seed=1, batch=2)
     inputs["attention_mask"][0, :6] = 0
     cache = CompressedCache(model, "prefixkv", budget=0.5)

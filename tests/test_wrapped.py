@@ -76,7 +76,7 @@ def test_a_wrapped_model_gives_what_the_model_gives(wrap: Callable[[Any], Any], 
     for given in (inputs, {"input_ids": tiny.token_ids(1, 1, seed=2)}):
         found = [one(**given, **tiny.with_cache(c)).logits for one, c in zip((wrapped, twin), caches, strict=True)]
         assert torch.equal(*found)
-    assert caches[0].report().held_columns == caches[1].report().held_columns
+    assert caches[0].report().held_positions == caches[1].report().held_positions
     restore(wrapped)
     assert model.config._attn_implementation == "sdpa" and not model._forward_pre_hooks
 
@@ -114,7 +114,7 @@ def test_value_aware_reads_a_lora_inside_a_wrapper() -> None:
     for model in (Peft(adapted), merged):
         cache = CompressedCache(model, "prefixkv", scorer="value_aware", budget=0.5)
         model(**inputs, **tiny.with_cache(cache))
-        held.append(cache.report().held_columns)
+        held.append(cache.report().held_positions)
     assert held[0] == held[1]
 
 

@@ -70,6 +70,7 @@ class Family:
         sizes: of three pictures, in patches.
         video: size of the video in the prompts.
         axes: positions of a token.
+        typed: what `token_type_ids` say attends to tokens after it too: "images", each, or the whole "prompt".
     """
 
     name: str
@@ -79,6 +80,7 @@ class Family:
     sizes: Sequence[Size] = ((1, 2, 6), (1, 4, 4), (1, 5, 3))
     video: Size = (2, 2, 6)
     axes: int = 1
+    typed: str | None = None
 
     def prompt(self, rows: Sequence[Sequence[Any]], seed: int = 0) -> dict[str, Any]:
         """Inputs of rows that each hold numbers of text tokens, and pictures or videos as a kind and a size."""
@@ -99,7 +101,13 @@ class Family:
         inputs = {"input_ids": ids, "attention_mask": (ids > 0).long(), **pixels}
         if self.axes > 1:
             inputs["mm_token_type_ids"] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+        if self.typed is not None:
+            inputs["token_type_ids"] = self.types(ids)
         return inputs
+
+    def types(self, ids: Tensor) -> Tensor:
+        """What its processor says of each token: 1 for those of an image, or 0 for those of a prompt."""
+        return (ids == IMAGE).int() if self.typed == "images" else torch.zeros_like(ids)
 
     def two_rows(self, seed: int = 0) -> dict[str, Any]:
         """A picture each between text, and a video if the family sees any."""
@@ -456,3 +464,55 @@ _COUNTS = ((1, 1, 1), (1, 1, 2), (1, 2, 2))
 _add(_internvl, Family("internvl", _internvl_tiles, _tile_pixels(), sizes=_COUNTS))
 _add(_idefics3, Family("idefics3", _idefics3_tiles, _tile_pixels(1), sizes=_COUNTS))
 _add(_smolvlm, Family("smolvlm", _idefics3_tiles, _tile_pixels(1), sizes=_COUNTS))
+
+
+# -- Gemma 3 and PaliGemma ---------------------------------------------------------------------------------------------
+
+
+def _gemma3() -> PreTrainedModel:
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    text = {**TEXT, "head_dim": 16, "sliding_window": 11, "layer_types": kinds, "query_pre_attn_scalar": 16}
+    config = transformers.Gemma3Config(
+        text_config=transformers.Gemma3TextConfig(**text),
+        vision_config=transformers.SiglipVisionConfig(**_TOWER, image_size=24, vision_use_head=False),
+        mm_tokens_per_image=9,
+        image_token_id=IMAGE,
+        boi_token_id=START,
+        eoi_token_id=END,
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def _gemma3_crops(kind: str, size: Size) -> Written:
+    """The whole, and crops of it if there are several, each between marks of its own; features pooled as they are."""
+    projector, crops = tiny.model("gemma3").model.multi_modal_projector, _number_of_tiles(size)
+    features = projector.avg_pool(places(6, 6).T.view(1, 2, 6, 6)).flatten(2)[0].T
+    cells = [cell for crop in range(crops) for cell in cells_of(features, crop)]
+    ids = [number for crop in range(crops) for number in (9, START, *[IMAGE] * 9, END)]
+    return Written(kind, size, ids, [size_of(cells)] * crops, cells, apart=True)
+
+
+def _paligemma(text: transformers.PreTrainedConfig) -> PreTrainedModel:
+    config = transformers.PaliGemmaConfig(
+        text_config=text,
+        vision_config=transformers.SiglipVisionConfig(**_TOWER, image_size=16, vision_use_head=False),
+        image_token_index=IMAGE,
+        projection_dim=32,
+        hidden_size=32,
+    )
+    return transformers.PaliGemmaForConditionalGeneration(config)
+
+
+def _paligemma1() -> PreTrainedModel:
+    return _paligemma(transformers.GemmaConfig(**TEXT, head_dim=16))
+
+
+def _paligemma2() -> PreTrainedModel:
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    return _paligemma(transformers.Gemma2Config(**TEXT, head_dim=16, sliding_window=11, layer_types=kinds))
+
+
+_add(_gemma3, Family("gemma3", _gemma3_crops, _tile_pixels(), sizes=_COUNTS, typed="images"))
+for _name, _builder in (("paligemma", _paligemma1), ("paligemma2", _paligemma2)):
+    _square_pixels = FAMILIES["vipllava"].pixels
+    _add(_builder, Family(_name, _square, _square_pixels, typed="prompt"))

@@ -290,6 +290,13 @@ wrong(
 )
 wrong("quantizer", "decodes_groups_by_themselves", _Q, "decode", lambda s, right, c: right(c) * c.data.shape[2] ** 0.01)
 wrong("quantizer", "quantizes_rows_by_themselves", _Q, "encode_keys", _codes(lambda c: _scaled(c, len(c.scale) ** 0.1)))
+wrong(
+    "quantizer",
+    "quantizes_heads_by_themselves",
+    _Q,
+    "encode_keys",
+    _codes(lambda c: _scaled(c, c.scale.shape[1] ** 0.1)),
+)
 wrong("quantizer", "is_off_by_less_than_the_largest", _Q, "encode_keys", _codes(lambda c: _scaled(c, 4.0)))
 wrong("quantizer", "leaves_its_numbers_alone", _Q, "encode_keys", overwritten(lambda tensor: tensor))
 wrong("quantizer", "quantizes_alike", _Q, "encode_keys", _codes(lambda c: _scaled(c, 1 + torch.rand(()) * 0.01)))

@@ -1,29 +1,22 @@
-"""Turns a results file of `kvcompress evaluate` into the table and the picture of docs/evaluation.md.
+"""Turns a results file of `kvcompress evaluate` into a table of docs/evaluation.md: perplexity and its bounds.
 
-    python tools/evaluation.py grid.jsonl shapes
+    python tools/evaluation.py grid.jsonl
 
-prints the table (perplexity and its bounds for each preset and budget) and writes docs/images/evaluation-shapes.png,
-which shows the presets that are named after these two, or all of them.
+`tools/pictures.py evaluation-shapes evaluation-smollm2` draws the pictures from the tables on that page.
 """
 
 import sys
 from pathlib import Path
 
-from pictures import save_small
-
 from kvcompress.evaluation import read_results
-from kvcompress.evaluation.plots import quality
 
 METRIC = "perplexity"
 
 
 def main() -> None:
-    """Prints the table and draws the picture."""
-    path, name, *shown = sys.argv[1:]
-    rows = read_results(Path(path))
-    print(table(rows))
-    wanted = [row for row in rows if not shown or row["policy"] in (*shown, rows[0]["policy"])]
-    save_small(f"evaluation-{name}", quality(wanted, METRIC))
+    """Prints the table."""
+    (path,) = sys.argv[1:]
+    print(table(read_results(Path(path))))
 
 
 def table(rows: list[dict]) -> str:

@@ -52,8 +52,9 @@ class Rule:
         fixed = 0
         if budget.tokens is not None:
             fixed = budget.tokens * layers
-        elif budget.bytes is not None:  # each layer has room for one slot more while it decodes
-            fixed = max(0, int(slots_within_bytes) - layers)
+        elif budget.bytes is not None:  # each layer has room for one slot more while it decodes, or for a period
+            more = 1 if config.evictor is None else config.evictor.cuts_every or 1
+            fixed = max(0, int(slots_within_bytes) - layers * more)
         return cls(budget.fraction, fixed, layers, sinks, recents, budget.whole)
 
     def totals(self, row_seen: Counts) -> Counts:

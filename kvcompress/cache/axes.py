@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -37,7 +38,7 @@ def check_axes(config: CompressionConfig, adapter: Adapter, model: PreTrainedMod
 
 
 def check_positions(sequence: Sequence, adapter: Adapter, inputs: dict[str, Any]) -> None:
-    """Refuses a plain call after images whose positions transformers would make for other columns than its own.
+    """Refuses a plain call after images whose positions transformers would make for other tokens than its own.
 
     Raises:
         UnsupportedModeError: naming the ways out.
@@ -47,18 +48,44 @@ def check_positions(sequence: Sequence, adapter: Adapter, inputs: dict[str, Any]
         return
     if isinstance(mask, Tensor) and mask.shape[1] > shape[1] and inputs.get("position_ids") is None:
         raise UnsupportedModeError(
-            f"position_ids: transformers {transformers.__version__} makes positions for all {mask.shape[1]} columns of "
+            f"position_ids: transformers {transformers.__version__} makes them for all {mask.shape[1]} positions of "
             f"attention_mask, and this call brings {shape[1]}; leave attention_mask out, which rows without padding do "
             "not need, or give position_ids [3, batch, tokens], or use generate"
         )
 
 
-def take_offset(sequence: Sequence, adapter: Adapter, model: PreTrainedModel | None, rows: int) -> None:
-    """Remembers what the model keeps to place the tokens that come, which is the conversation's own."""
-    offset = None if model is None or adapter.position_axes == 1 else adapter.rotary_offset(model)
+def take_offset(sequence: Sequence, adapter: Adapter, model: PreTrainedModel | None, inputs: dict[str, Any]) -> None:
+    """Remembers what the model keeps to place the tokens that come, which is the conversation's own.
+
+    And what it would keep of a conversation that ended after any of the positions about to come: the next would
+    be one more than the highest so far.
+
+    Args:
+        sequence: what was seen.
+        adapter: of the model.
+        model: the model.
+        inputs: what the decoder is called with.
+    """
+    shape = shape_of(inputs)
+    if adapter.position_axes == 1 or model is None or shape is None:
+        return
+    (rows, new), before = shape, sequence.rotary_offset
+    offset = adapter.rotary_offset(model)
     if offset is not None and len(offset) != rows:  # `generate` repeats rows, for beams and several answers
         offset = None if rows % len(offset) else offset.repeat_interleave(rows // len(offset), dim=0)
-    sequence.rotary_offset = offset
+    sequence.rotary_offset, positions, mask = offset, inputs.get("position_ids"), inputs.get("attention_mask")
+    if offset is None:
+        return
+    earlier = torch.zeros_like(offset) if before is None or not sequence.seen else before.to(offset)
+    offsets = earlier.expand(-1, new)
+    if isinstance(positions, Tensor) and positions.ndim == 3:
+        valid = torch.ones(rows, new, dtype=torch.bool, device=positions.device)
+        if isinstance(mask, Tensor):
+            valid = mask[:, sequence.seen : sequence.seen + new].to(valid)
+        tokens = torch.as_tensor(sequence.row_seen, device=positions.device)[:, None] if sequence.seen else 0
+        highest = positions[-adapter.position_axes :].amax(0).expand(rows, -1).masked_fill(~valid, -1).cummax(1).values
+        offsets = highest.maximum(earlier.to(highest) + tokens - 1) + 1 - tokens - valid.cumsum(1)
+    sequence.mark_offsets(offsets)
 
 
 def give_offset(sequence: Sequence, adapter: Adapter, model: PreTrainedModel | None) -> None:

@@ -16,7 +16,7 @@ _MOST = 128  # ids of a prompt that are remembered
 
 
 class _Read(NamedTuple):
-    """Some of the ids of a prompt: every `stride`-th one from column `first` on; zero in `mask` marks padding."""
+    """Some of the ids of a prompt: every `stride`-th one from position `first` on; zero in `mask` marks padding."""
 
     first: int
     stride: int
@@ -175,11 +175,11 @@ class Calls:
 
     # -- the conversation ----------------------------------------------------------------------------------------------
 
-    def crop(self, columns: int) -> None:
-        """Forgets what was told of all but the first columns."""
+    def crop(self, positions: int) -> None:
+        """Forgets what was told of all but the first positions."""
         kept = []
         for read in self._read:
-            left = -(-(columns - read.first) // read.stride)
+            left = -(-(positions - read.first) // read.stride)
             if left > 0:
                 mask = None if read.mask is None else read.mask[:, :left]
                 kept.append(read._replace(ids=read.ids[:, :left], mask=mask))
@@ -212,7 +212,7 @@ class Calls:
             )
 
     def _begins(self, ids: Tensor) -> bool:
-        """Whether the ids begin with what was read; columns of padding may hold anything."""
+        """Whether the ids begin with what was read; positions of padding may hold anything."""
         for read in self._read:
             own = _repeated(ids, len(read.ids))[:, read.first :: read.stride][:, : read.ids.shape[1]].to(
                 read.ids.device

@@ -10,9 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
 
-from kvcompress.cache import decoding
+from kvcompress.cache import decoding, periods
 from kvcompress.cache.argument import cache_among
+from kvcompress.cache.inputs import tokens_to_come
 from kvcompress.cache.state import CacheState
 from kvcompress.errors import KVCompressWarning
 
@@ -45,7 +47,30 @@ class CudaGraph:
         self.graph.replay()
 
 
+_WORTH_CAPTURING = 32  # tokens to come
 GRAPHS: dict[str, Callable[[torch.device], Graph]] = {"cuda": CudaGraph}  # by type of device
+
+
+def plan(
+    way: str, state: CacheState, model: PreTrainedModel, inputs: dict[str, Any]
+) -> tuple[dict[str, Any], CapturedDecoding | None]:
+    """How `generate` decodes: what to add to its arguments, and what stands in for the model's forward, if anything.
+
+    Args:
+        way: what the cache was told, "captured", "compiled" or "eager".
+        state: of the cache; hears how many tokens are to come.
+        model: the model that generates.
+        inputs: what `generate` was given.
+    """
+    given = inputs.get("generation_config") or model.generation_config
+    told = any(inputs.get(name, getattr(given, name, None)) for name in ("compile_config", "disable_compile"))
+    if told or model.device.type not in GRAPHS or not decoding.compiles(state):
+        return {}, None
+    coming = tokens_to_come(model, inputs)
+    if way == "eager" or (way == "captured" and coming < _WORTH_CAPTURING):
+        return {"disable_compile": True}, None
+    state.coming = coming
+    return {}, CapturedDecoding(model, state) if way == "captured" else None
 
 
 @dataclass
@@ -90,6 +115,7 @@ class CapturedDecoding:
         with state.on_device():
             output = self._run(inputs)
         decoding.finish(state)
+        periods.cut_if_due(state)
         return output
 
     def _run(self, inputs: dict[str, Any]) -> Any:

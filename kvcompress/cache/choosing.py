@@ -34,16 +34,16 @@ def for_turn(state: CacheState, model: PreTrainedModel, adapter: Adapter, inputs
     state.choose(state.whole_prompt)
 
 
-def for_forward(state: CacheState, columns: int, mask: Mask | None) -> None:
-    """Chooses for a forward of so many columns that is about to begin, where it is the first and nobody knew more.
+def for_forward(state: CacheState, positions: int, mask: Mask | None) -> None:
+    """Chooses for a forward of so many positions that is about to begin, where it is the first and nobody knew more.
 
     Args:
-        state: of the cache; it knows which of the new columns are images.
-        columns: of the forward.
+        state: of the cache; it knows which of the new positions are images.
+        positions: of the forward.
         mask: what the attention mask says of them, if anything.
     """
     if not state.asked.auto or state.sequence.seen or state.whole_prompt is not None:
         return
     images = state.sequence.is_image
-    tokens = columns if mask is None else int(mask.row_new.max())
+    tokens = positions if mask is None else int(mask.row_new.max())
     state.choose(Prompt(tokens, images is not None and bool(images.any())))

@@ -70,11 +70,11 @@ class LayerContract(HeldTokens, CacheLayerMixin):  # type: ignore[no-untyped-cal
         raise _one_layer("batch_select_indices")
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Masks cover every column seen, whatever is kept."""
+        """Masks cover every position seen, whatever is kept."""
         return self.sequence.seen + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Columns seen, so that rotary positions go on after eviction."""
+        """Positions seen, so that rotary positions go on after eviction."""
         return self.sequence.seen
 
     def get_max_length(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import torch
 
@@ -11,6 +13,7 @@ from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Decode, Phase
 from kvcompress.errors import PolicyError
 from kvcompress.kernels import decode_bias, runs_triton
+from kvcompress.parallel import ALONE
 from kvcompress.policies.context import DecodeContext
 from kvcompress.policies.faults import policy_errors
 
@@ -34,6 +37,9 @@ def begin(state: CacheState) -> None:
         alike = bool((table.extent == table.extent[:, :1, :1]).all())
     with state.writable():
         table.advance(step.evicts)
+    recent = state.layers[0].recent
+    if recent is not None:
+        step.place = table.newest(recent.query.shape[2])
     if state.has_kernels:
         step.length = table.length
     elif not alike:
@@ -75,6 +81,15 @@ def finish(state: CacheState) -> None:
     state.step = None
 
 
+def compiles(state: CacheState) -> bool:
+    """Whether steps can be compiled: not while the past is recorded, freed slots are merged or the host counts."""
+    merger, reducer = state.config.merger, state.config.reducer
+    merges = merger is not None and merger.merges_decoding
+    renumbers = reducer is not None and reducer.positions == "per_layer"
+    host = merges or renumbers or state.heads is not ALONE or bool(state.own) or state.typed
+    return not (state.recording or host)
+
+
 def host_is_left_out(state: CacheState) -> bool:
     """Whether only what is asked of the device counts: in steps that are traced or captured."""
     return torch.compiler.is_compiling() or state.device_only
@@ -113,13 +128,14 @@ def _choose(state: CacheState, table: SlotTable) -> None:
 def make_table(state: CacheState) -> SlotTable:
     """The table for the decode steps to come, from what the layers hold now."""
     layers, sequence, evictor = state.layers, state.sequence, state.config.evictor
-    packed = np.stack([layer.packed_rows for layer in layers])[..., None]
+    packed = stacked([layer.packed_rows for layer in layers])
     held = stacked([layer.held for layer in layers])
     pinned = stacked([layer.pinned if len(layer.pinned) else layer.held * 0 for layer in layers])
     frees = "nothing" if evictor is None else evictor.frees
     allocation = None if frees == "nothing" else state.own_allocation
-    if allocation is not None and allocation.sets > 1:
-        held, pinned = (np.array(np.broadcast_to(counts, allocation.budgets.shape)) for counts in (held, pinned))
+    sized = state.own_allocation if state.cut is not None else allocation
+    if sized is not None and sized.sets > 1:
+        held, pinned = (np.array(np.broadcast_to(counts, sized.budgets.shape)) for counts in (held, pinned))
     chooses = frees == "chosen" and layers[0].unscored is None
     ranks = [ranks for layer in layers if (ranks := layer.ranks()) is not None] if chooses else []
     state.table = SlotTable(
@@ -136,6 +152,7 @@ def make_table(state: CacheState) -> SlotTable:
         packed=packed if packed.any() or state.config.quantizer is not None else None,
         ranks=ranks or None,
         sets=layers[0].kv_heads if evictor is not None and evictor.by_head else 1,
+        cut=state.cut,
     )
     for layer in layers:
         layer.heads_part = layer.heads_part or state.table.sets > 1
@@ -195,26 +212,38 @@ def pack_if_due(state: CacheState) -> None:
 
     Where steps are compiled, the host knows when that may be so, and asks the device then: once in a group of steps.
     """
-    table, quantizer = state.table, state.config.quantizer
-    if table is None or quantizer is None or state.recording:
-        return
-    due = quantizer.residual + quantizer.group
-    if table.held().max(initial=0) < due:
+    if not _is_due(state):
         return
     catch_up_if_needed(state)
-    if table.held().max(initial=0) < due:
+    if not _is_due(state):
         return
-    buffers = [layer.store.buffers() for layer in state.layers]
-    in_inference = buffers[0][0].is_inference()
+    table, quantizer = state.table, state.config.quantizer
+    assert table is not None and quantizer is not None
+    stores = [copy.copy(layer.store) for layer in state.layers]  # with the buffers that compiled steps know
+    in_inference = stores[0].buffers()[0].is_inference()
     with state.changing(in_place=True), torch.inference_mode(in_inference), torch.no_grad():
-        now, later = table.held(), table.held(_block(state, due))
+        now, later = table.held(), table.held(_block(state, quantizer.residual + quantizer.group))
         tidy(state)
-        for layer, before in zip(state.layers, buffers, strict=True):
+        for layer, before in zip(state.layers, stores, strict=True):
             layer.store.make_room(now[layer.number], later[layer.number])
             layer.pack()
             layer.store.move_into(before)
         table.become(make_table(state))
         state.table = table
+
+
+def _is_due(state: CacheState) -> bool:
+    """Whether some layer has a group to quantize, as far as the host knows, and this is a step to do it.
+
+    Where heads have different numbers of tokens, nearly every step would bring some of them a group. So they wait for
+    the next whole group of decode steps since the last forward of another kind, whatever other rows hold.
+    """
+    table, quantizer = state.table, state.config.quantizer
+    if table is None or quantizer is None or state.recording:
+        return False
+    if table.held().max(initial=0) < quantizer.residual + quantizer.group:
+        return False
+    return not state.layers[0].by_head or table.decode_steps(state.sequence) % quantizer.group == 0
 
 
 def _block(state: CacheState, slots: int) -> int:

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcompress.cache.quantized_store import QuantizedStore
+from kvcompress.cache.ragged_quantized_store import RaggedQuantizedStore
 from kvcompress.cache.ragged_store import RaggedStore
+from kvcompress.cache.recent import Recent
 from kvcompress.cache.selection import importance_of, order_of
 from kvcompress.cache.sequence import Counts, Sequence, taken
 from kvcompress.cache.slots import SlotTable
@@ -18,7 +20,7 @@ from kvcompress.cache.store import DenseStore
 from kvcompress.config import CompressionConfig
 from kvcompress.parallel import ALONE, HeadGroup
 
-_SAVED = ("index", "held", "slots", "scores", "statistics", "pinned", "merger_state", "heads_part", "uneven")
+_SAVED = ("index", "held", "slots", "scores", "statistics", "pinned", "merger_state", "heads_part", "uneven", "recent")
 
 
 class HeldTokens:
@@ -45,6 +47,7 @@ class HeldTokens:
         merger_state: what the merger remembers, batch first.
         heads_part: whether the heads of the layer, in any process, hold different tokens.
         uneven: whether they hold different numbers of them.
+        recent: the last queries, for evictors that score between prompts; None for others.
     """
 
     def __init__(self, number: int, config: CompressionConfig, sequence: Sequence, heads: HeadGroup = ALONE) -> None:
@@ -65,12 +68,14 @@ class HeldTokens:
         self.merger_state: Tensor | None = None
         self.heads_part = self.uneven = False
         self.device: torch.device | None = None
+        self.recent: Recent | None = None
 
     def _new_store(self) -> DenseStore:
         """An empty store, of the kind that the policies ask for."""
-        if self.config.quantizer is not None:
-            return QuantizedStore(self.config.quantizer, self.number)
         by_head = self.config.evictor is not None and self.config.allocator.by_head
+        if self.config.quantizer is not None:
+            kind = RaggedQuantizedStore if by_head else QuantizedStore
+            return kind(self.config.quantizer, self.number)
         return RaggedStore() if by_head else DenseStore()
 
     def every_slot(self) -> tuple[Tensor, Tensor]:
@@ -129,23 +134,29 @@ class HeldTokens:
         """Quantizes what is old enough, while tokens lie in the order of their age."""
         if not isinstance(self.store, QuantizedStore) or self.index is None:
             return
-        before, packed, dense = self.packed_rows, self.store.packed, self.held - self.packed_rows[:, None]
+        before, packed, dense = self.packed_rows, self.store.packed, self.held - self.packed_rows
         more = self.store.pack(dense)
         if not more.any():
             return
-        after, left = before + more, dense - more[:, None]
+        after, left = before + more, dense - more
         stay, width, device = self.store.packed, int(left.max()), self.index.device
-        begin, moved = (torch.as_tensor(counts, device=device)[:, None, None] for counts in (before, more))
+        begin, moved = (torch.as_tensor(counts, device=device).unsqueeze(-1) for counts in (before, more))
         place = torch.arange(stay, device=device)
         first = torch.where(place < begin, place, packed + place - begin)
         rest = packed + moved + torch.arange(width, device=device)
+        first = first.expand(-1, rest.shape[1], -1)
         arrangement = torch.cat([first, rest], 2).clamp(max=self.index.shape[2] - 1)
         self._arrange(arrangement, after, left)
 
     @property
     def packed_rows(self) -> Counts:
-        """Tokens of each row that are packed."""
-        return np.zeros_like(self.held[:, 0]) if self.store.packed_rows is None else self.store.packed_rows
+        """Tokens of each row that are packed, `[batch, sets]`; one set where all heads have as many."""
+        return np.zeros_like(self.held[:, :1]) if self.store.packed_rows is None else self.store.packed_rows
+
+    @property
+    def by_head(self) -> bool:
+        """Whether every head has its own number of packed tokens."""
+        return isinstance(self.store, QuantizedStore) and self.store.by_head
 
     def _take(self, mask: Tensor, counts: Counts, room: Counts | int) -> None:
         """Keeps the marked slots, as many of each row and set as are counted, in the order of their tokens."""
@@ -166,10 +177,14 @@ class HeldTokens:
             self._keep(None, self.packed_rows, order, counts, room)
             return
         quantized = mask[..., :packed].sum(-1)
-        quantized = self.heads.gather(quantized) if self.heads_part else quantized
-        least, largest = torch.stack([quantized.amin(1), quantized.amax(1)]).cpu().numpy()
-        dense, surplus = counts - least[:, None], bool((least != largest).any())
-        begin = torch.as_tensor(least, device=order.device)[:, None, None]
+        if self.by_head:
+            least, surplus = quantized.cpu().numpy(), False
+        else:
+            quantized = self.heads.gather(quantized) if self.heads_part else quantized
+            least, largest = torch.stack([quantized.amin(1), quantized.amax(1)]).unsqueeze(-1).cpu().numpy()
+            surplus = bool((least != largest).any())
+        dense = counts - least
+        begin = torch.as_tensor(least, device=order.device).unsqueeze(-1)
         place = torch.arange(int(dense.max(initial=0)), device=order.device)
         rest = order.gather(-1, (begin + place).clamp(max=max(0, order.shape[2] - 1)).expand(-1, order.shape[1], -1))
         same = not surplus and (least == self.packed_rows).all()
@@ -189,7 +204,7 @@ class HeldTokens:
 
         Args:
             first: slots that stay packed, `[batch, sets, slots]`; None if all do, where they are.
-            packed_rows: how many of them each row has.
+            packed_rows: how many of them each row and set has.
             rest: the other slots.
             rows: how many of them each row and set has.
             room: slots to allocate beyond them.
@@ -202,7 +217,7 @@ class HeldTokens:
         self._arrange(rest if first is None else torch.cat([first, rest], 2), packed_rows, rows)
 
     def _arrange(self, arrangement: Tensor, packed_rows: Counts, rows: Counts) -> None:
-        """Brings what belongs to slots into a new order; in each part, a row's first so many mean something."""
+        """Brings what belongs to slots into a new order; of both parts only the first so many mean something."""
         assert self.index is not None
         width, before = int(rows.max(initial=0)), self.index.shape[2]
         stay = arrangement.shape[2] - width
@@ -210,13 +225,13 @@ class HeldTokens:
         self.index = self.index.expand(-1, sets, -1).gather(-1, arrangement.expand(-1, sets, -1))
         if (packed_rows != stay).any() or (rows != width).any():
             place = torch.arange(stay + width, device=self.index.device)
-            ends = [torch.as_tensor(n, device=place.device)[..., None] for n in (packed_rows[:, None], stay + rows)]
+            ends = [torch.as_tensor(n, device=place.device)[..., None] for n in (packed_rows, stay + rows)]
             self.index = self.index.masked_fill(torch.where(place < stay, place >= ends[0], place >= ends[1]), -1)
         if self.scores is not None:
             more = before - self.scores.shape[2]  # tokens that came since have none
             scores = F.pad(self.scores, (0, more)) if more else self.scores
             self.scores = scores.gather(-1, arrangement.expand(-1, scores.shape[1], -1))
-        self.slots, self.held = width, packed_rows[:, None] + rows
+        self.slots, self.held = width, packed_rows + rows
 
     def ranks(self) -> Tensor | None:
         """Importance of the slots that can be written to, NaN where a token has no score; None without scores."""
@@ -236,6 +251,8 @@ class HeldTokens:
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
+        if self.recent is not None:
+            self.recent.select_rows(index, rows)
         for name, known in self.statistics.items():
             self.statistics[name] = known.index_select(0, index.to(known.device))
 
@@ -246,7 +263,7 @@ class HeldTokens:
     def restore(self, saved: Any, device: torch.device) -> None:
         """Takes over what `saved` gave, which lies on that device."""
         for name in _SAVED:
-            setattr(self, name, saved[name])
+            setattr(self, name, {"recent": None, **saved}[name])  # older releases remembered no queries
         self.device = device
         self.store.restore(saved["store"])
 
@@ -257,5 +274,6 @@ class HeldTokens:
 
     def index_tensors(self) -> list[Tensor]:
         """What belongs to slots beside keys and values; layers may share some of it."""
-        tensors = (self.index, self.scores, self.merger_state, *self.store.places())
+        recent = [] if self.recent is None else self.recent.tensors()
+        tensors = (self.index, self.scores, self.merger_state, *self.store.places(), *recent)
         return [tensor for tensor in tensors if tensor is not None]

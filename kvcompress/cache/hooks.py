@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeAlias
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvcompress.cache import attention
+from kvcompress.cache import attention, watching
 from kvcompress.cache.argument import cache_among, under_installed_name
 from kvcompress.cache.inputs import refuse_images
 from kvcompress.cache.reduction import Reduction
@@ -23,6 +23,10 @@ from kvcompress.integrations import Adapter
 from kvcompress.policies.images import ImageLayout
 
 _HOOK = "_kvcompress_hook"  # on the model, its decoder and decoder layers
+WHOLE_MASK = "_kvcompress_mask"  # among the arguments by name: the mask as it came, where `attention_mask` is padding
+LAST_SEEN = (
+    "_kvcompress_last_seen"  # likewise: the last new position that each sees, where some see more than came before
+)
 Forward: TypeAlias = Callable[..., Any]
 # What stands in for a model's forward in the decode steps of the `generate` in progress, and which model's.
 _stands_in: ContextVar[tuple[PreTrainedModel, Forward] | None] = ContextVar("stands_in", default=None)
@@ -88,7 +92,7 @@ class ReducesTokens(ABC):
 
     @abstractmethod
     def spread(self, hidden: Tensor) -> Tensor | None:
-        """What comes out of the last layer, in the columns that went into the first; None if nothing was reduced."""
+        """What comes out of the last layer, in the positions that went into the first; None if nothing was reduced."""
 
 
 def observe(model: PreTrainedModel, decoder: PreTrainedModel, adapter: Adapter) -> None:
@@ -102,6 +106,15 @@ def observe(model: PreTrainedModel, decoder: PreTrainedModel, adapter: Adapter) 
         decoder.__dict__[_HOOK] = [decoder.register_forward_pre_hook(_DecoderHook(decoder), with_kwargs=True)]
         if adapter.own_layers(model):
             decoder.__dict__[_HOOK].append(decoder.register_forward_hook(_Done(decoder), with_kwargs=True))
+
+
+def watch(attentions: list[nn.Module]) -> None:
+    """Puts hooks on the attention of a vision tower's layers, unless they are there; they look where they are asked."""
+    for attention_module in attentions:
+        if not is_hooked(attention_module):
+            attention_module.__dict__[_HOOK] = [
+                attention_module.register_forward_pre_hook(watching.hook, with_kwargs=True)
+            ]
 
 
 class _Hook:
@@ -119,7 +132,8 @@ class _Hook:
             inputs = {**dict(zip(self.names, args, strict=False)), **inputs}
         cache = cache_among(inputs)
         if isinstance(cache, ObservesInputs):
-            inputs = {**inputs, "attention_mask": attention.padding_in(inputs.get("attention_mask"))}
+            given = inputs.get("attention_mask")
+            inputs = {**inputs, "attention_mask": attention.padding_in(given), WHOLE_MASK: given}
             if inputs.get("output_attentions") is None and getattr(module.config, "output_attentions", False):
                 inputs = {**inputs, "output_attentions": True}
             self.look(module, inputs, cache)
@@ -150,7 +164,7 @@ class _ModelHook(_Hook):
 
 class _DecoderHook(_Hook):
     def look(self, module: nn.Module, inputs: dict[str, Any], cache: ObservesInputs) -> None:
-        cache.before_decoder(module, inputs)
+        cache.before_decoder(module, {**inputs, LAST_SEEN: attention.last_seen_in(inputs[WHOLE_MASK])})
 
 
 class _Done:
@@ -230,11 +244,11 @@ def reduce_between(layers: list[nn.Module], whole: int = 0) -> None:
     """Puts hooks on decoder layers, unless they are there, that let caches reduce the tokens that go into each.
 
     A layer after a reduction gets the hidden states, position ids and rotary embeddings of the tokens that go on, and
-    no mask, since the cache knows which are padding. The last layer's output has all columns again.
+    no mask, since the cache knows which are padding. The last layer's output has all positions again.
 
     Args:
         layers: the decoder layers.
-        whole: number of first layers whose output has all columns too, since the model adds something to it.
+        whole: number of first layers whose output has all positions too, since the model adds something to it.
     """
     between = layers[:-1][:whole]
     if all(map(is_hooked, layers)) and all(len(layer.__dict__[_HOOK]) > 1 for layer in between):

@@ -24,7 +24,7 @@ def check_inputs(inputs: dict[str, Any], seen: int) -> None:
 
     Args:
         inputs: the arguments of a model or decoder by name.
-        seen: columns that the cache has seen.
+        seen: positions that the cache has seen.
 
     Raises:
         UnsupportedModeError: for labels, attention maps, `use_cache=False`, masks that are not two-dimensional, and
@@ -50,8 +50,8 @@ def check_inputs(inputs: dict[str, Any], seen: int) -> None:
         raise CacheStateError(not_the_conversation(seen, new))
     if mask is None:
         return
-    if not isinstance(mask, Tensor) or mask.ndim != 2:
-        raise UnsupportedModeError("attention_mask: must be [batch, columns] with 1 for tokens and 0 for padding")
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[0] != shape[0]:
+        raise UnsupportedModeError("attention_mask: must be [batch, positions] with 1 for tokens and 0 for padding")
     if mask.shape[1] < seen + new:
         raise CacheStateError(too_short(seen, new))
     keep = inputs.get("logits_to_keep")
@@ -60,9 +60,24 @@ def check_inputs(inputs: dict[str, Any], seen: int) -> None:
         # A row without any token yet is padded on the left: its tokens come in a later chunk.
         if bool(((mask[:, -1] == 0) & mask.any(1)).any()):
             raise UnsupportedModeError(
-                "attention_mask: a row ends in padding, so the logits of its last column mean nothing; pad on the left "
-                "(tokenizer.padding_side = 'left')"
+                "attention_mask: a row ends in padding, so the logits of its last position mean nothing; pad on the "
+                "left (tokenizer.padding_side = 'left')"
             )
+
+
+def check_types(inputs: dict[str, Any], seen: int) -> None:
+    """Refuses types of tokens that do not begin where the conversation does, for a model that finds them by position.
+
+    Raises:
+        CacheStateError: naming the way out.
+    """
+    types, (_, new) = inputs.get("token_type_ids"), shape_of(inputs) or (0, 0)
+    if seen and new > 1 and isinstance(types, Tensor) and types.shape[1] < seen + new:
+        raise CacheStateError(
+            f"token_type_ids: the model finds a token's type by its position in the conversation, and these are "
+            f"{types.shape[1]}; they must cover the {seen} tokens seen and the {new} new ones. Where none of the "
+            "new tokens is an image, leave them out"
+        )
 
 
 def check_use(inputs: dict[str, Any]) -> None:

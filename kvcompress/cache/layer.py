@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcompress.cache.contract import LayerContract
+from kvcompress.cache.recent import Recent
 from kvcompress.cache.selection import (
     Ranked,
     compress,
@@ -23,6 +24,7 @@ from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.step import Decode, Prefill, Step
 from kvcompress.errors import PolicyError
 from kvcompress.kernels import attend_blocks, with_sinks
+from kvcompress.policies.base import Scorer
 from kvcompress.policies.context import LayerContext, LayerWeights, MergeContext
 from kvcompress.policies.faults import policy_errors
 from kvcompress.policies.projection import projected_norm
@@ -38,18 +40,31 @@ class Unscored:
         lse: log-sum-exp of their logits; None if nobody reads attention.
         scaling: factor on the logits.
         weights: gives the layer's own weights.
+        last_seen: number of the last of its tokens that each query sees, `[batch, queries]`; None if it is its own.
     """
 
     query: Tensor
     lse: Tensor | None
     scaling: float
     weights: Callable[[], LayerWeights]
+    last_seen: Tensor | None = None
 
     def of_rows(self, index: Tensor) -> Unscored:
         """The same of some rows."""
         index = index.to(self.query.device)
-        lse = None if self.lse is None else self.lse.index_select(0, index)
-        return replace(self, query=self.query.index_select(0, index), lse=lse)
+        lse, last = (None if of is None else of.index_select(0, index) for of in (self.lse, self.last_seen))
+        return replace(self, query=self.query.index_select(0, index), lse=lse, last_seen=last)
+
+    def without_last(self, gone: Counts) -> Unscored:
+        """The same without so many of each row's last queries; with padding before those of rows that lose more."""
+        lse, last = (None if of is None else without_last(of, gone) for of in (self.lse, self._last_seen()))
+        if last is not None:
+            moved = torch.as_tensor(gone - gone.min(), device=last.device)[:, None]
+            last = (last[:, 0] + moved).clamp(max=last.shape[2] - 1)
+        return replace(self, query=without_last(self.query, gone), lse=lse, last_seen=last)
+
+    def _last_seen(self) -> Tensor | None:
+        return None if self.last_seen is None else self.last_seen[:, None]
 
 
 class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
@@ -57,10 +72,11 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
 
     Attributes:
         unscored: the last step, while it may be undone.
+        weights: gives the layer's own weights.
     """
 
     unscored: Unscored | None = None
-    _weights: Callable[[], LayerWeights] = LayerWeights
+    weights: Callable[[], LayerWeights] = LayerWeights
     _softcap: float | None = None
 
     def forget(self, sequence: Sequence) -> None:
@@ -107,22 +123,29 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         if isinstance(step, Decode):
             assert table is not None
             self.store.write(key, value, table.write[self.number])
+            if step.place is not None and self.recent is not None:
+                self.recent.write(query, step.place)
             used = step.used(self.number, query.device)
             if softcap is None and sinks is None:
                 return self.store.attend(query, scaling, used)
             return with_sinks(*self.store.attend_with_lse(query, scaling, used, softcap), sinks)[0]
-        self._weights, self._softcap = weights, softcap
+        self.weights, self._softcap = weights, softcap
+        if (evictor := self.config.evictor) is not None and evictor.cuts_every is not None:
+            window = evictor.looks_back(self.config.scorer)
+            self.recent = Recent.room_for(self.recent, query, window, scaling, softcap, sinks)
         query, key, value = (step.aligned(tensor) for tensor in (query, key, value))
         past = self._append(step, key, value)
         valid = self._valid(step)
         wants_lse, blocks = self._reads_attention or sinks is not None, self.store.blocks(self.slots)
-        output, lse = attend_blocks(query, blocks, past, scaling, valid, wants_lse, softcap)
+        last = None if step.last_seen is None else step.last_seen.to(query.device)
+        output, lse = attend_blocks(query, blocks, past, scaling, valid, wants_lse, softcap, last)
         if lse is not None:
             output, lse = with_sinks(output, lse, sinks)
+        shows = Unscored(query, lse, scaling, weights, last)
         if step.evicts:
-            self._score(step, Unscored(query, lse, scaling, weights))
+            self._score(step, shows)
         elif self.config.scorer is not None or self._needs:
-            self.unscored = Unscored(query, lse, scaling, weights)
+            self.unscored = shows
         if step.local is not None:  # sizes are known before the last layer ran
             compress([self], step, step.local())
         return step.restored(output)
@@ -134,7 +157,7 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         evictor = self.config.evictor
         assert evictor is not None
         asks = f"evictor {evictor.name}: layer {self.number}: {{}}, or choose another evictor"
-        return projected_norm(self.every_slot()[1], self._weights(), 1, asks)
+        return projected_norm(self.every_slot()[1], self.weights(), 1, asks)
 
     @property
     def _reads_attention(self) -> bool:
@@ -192,29 +215,14 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
             return
         assert self.index is not None
         (keys, values), index = self.every_slot(), self.index
-        query, lse, valid = of.query, of.lse, self._valid(step)
+        valid = self._valid(step)
         if gone is not None and gone.any():
-            keys, values, query, index = (without_last(tensor, gone) for tensor in (keys, values, query, index))
-            lse = None if lse is None else without_last(lse, gone)
+            keys, values, index = (without_last(tensor, gone) for tensor in (keys, values, index))
+            of = of.without_last(gone)
             more = torch.as_tensor(gone - gone.min(), device=index.device)[:, None, None]
             index = index.masked_fill(torch.arange(index.shape[2], device=index.device) < more, -1)
             valid = index[:, : self.held.shape[1]] >= 0
-        context = LayerContext(
-            layer=self.number,
-            query=query,
-            keys=keys,
-            values=values,
-            lse=lse if self._reads_attention else None,
-            scaling=of.scaling,
-            index=index,
-            seen=step.seen_on(query.device),
-            valid=valid,
-            is_image=step.once("images", index, lambda: self.sequence.images_at(index)),
-            weights=of.weights() if scorer is not None else LayerWeights(),
-            heads=self.heads,
-            softcap=self._softcap,
-            heads_part=self.heads_part,
-        )
+        context = self.context(step, of, keys, values, index, valid)
         if observed:
             assert step.reduction is not None
             step.reduction.observe(replace(context, lse=None))
@@ -223,18 +231,48 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
                 self.statistics[name] = self.heads.mean(STATISTICS[name](context))
         if scorer is None:
             return
+        scores = self.scored(step, scorer, context)
+        self.learn(scorer, scores if gone is None or not gone.any() else with_last(scores, gone))
+
+    def context(
+        self, step: Prefill, of: Unscored, keys: Tensor, values: Tensor, index: Tensor, valid: Tensor | None
+    ) -> LayerContext:
+        """What a scorer sees of the layer."""
+        return LayerContext(
+            layer=self.number,
+            query=of.query,
+            keys=keys,
+            values=values,
+            lse=of.lse if self._reads_attention else None,
+            scaling=of.scaling,
+            index=index,
+            seen=step.seen_on(of.query.device),
+            valid=valid,
+            is_image=step.once("images", index, lambda: self.sequence.images_at(index)),
+            weights=of.weights() if self.config.scorer is not None else LayerWeights(),
+            heads=self.heads,
+            softcap=self._softcap,
+            heads_part=self.heads_part,
+            last_seen=of.last_seen,
+        )
+
+    def scored(self, step: Prefill, scorer: Scorer, context: LayerContext) -> Tensor:
+        """What a scorer says of every slot that it was shown, in float32; what may be wrong with it is noted."""
         with policy_errors(scorer, self.number):
             scores = scorer.score(context)
             shape = tuple(scores.shape)
-        expected = tuple(keys.shape[:3])
+        expected = tuple(context.keys.shape[:3])
         label = f"scorer {scorer.name}: layer {self.number}: must return finite scores of the shape {expected}"
         if shape != expected:
             raise PolicyError(f"{label} [batch, kv_heads, tokens]; got the shape {shape}")
         scores = scores.to(torch.float32)
         step.problems.note_unless_finite(f"{label} [batch, kv_heads, tokens]; got NaN or infinite scores", scores)
-        if gone is not None and gone.any():
-            scores = with_last(scores, gone)
+        return scores
+
+    def learn(self, scorer: Scorer, scores: Tensor) -> None:
+        """Takes the scores of all slots, on top of those that they have if the scorer accumulates."""
         if scorer.accumulates and self.scores is not None:
+            assert self.index is not None
             known = self.scores
             unscored = self.sequence.unscored_before(self.index[..., : known.shape[2]])
             known = known if unscored is None else known.masked_fill(unscored, 0.0)

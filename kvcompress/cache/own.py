@@ -62,8 +62,8 @@ class OwnLayers:
             if hasattr(layer, "record_past"):
                 layer.record_past = past
 
-    def refusal(self, columns: int) -> str | None:
-        """Why the last columns cannot be taken back; None if they can."""
+    def refusal(self, positions: int) -> str | None:
+        """Why the last positions cannot be taken back; None if they can."""
         for number, layer in self.layers.items():
             if not self.goes_back:
                 return (
@@ -71,19 +71,19 @@ class OwnLayers:
                     "no token can be taken again; take copy.deepcopy(cache) before a forward that may be undone"
                 )
             held = layer.keys.shape[2] if layer.is_initialized else 0
-            if held - columns < min(layer.get_seq_length() - columns, layer.sliding_window - 1):
+            if held - positions < min(layer.get_seq_length() - positions, layer.sliding_window - 1):
                 return (
                     f"crop: the window of layer {number} has moved on, so that it no longer holds what came before the "
-                    f"last {columns} tokens; call activate_past_recording() before a forward that may be undone, or "
+                    f"last {positions} tokens; call activate_past_recording() before a forward that may be undone, or "
                     "take copy.deepcopy(cache) before it"
                 )
         return None
 
-    def crop(self, columns: int) -> None:
-        """Takes the last columns back, and lets windows give up what has left them."""
+    def crop(self, positions: int) -> None:
+        """Takes the last positions back, and lets windows give up what has left them."""
         for layer in self.layers.values():
-            if columns or getattr(layer, "record_past", False):
-                layer.crop(-columns)
+            if positions or getattr(layer, "record_past", False):
+                layer.crop(-positions)
 
     def select_rows(self, index: Tensor) -> None:
         """Reorders, repeats or drops rows."""

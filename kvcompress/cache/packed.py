@@ -25,7 +25,7 @@ class Packed:
         codes: codes of all slots.
         span: neighbouring slots that one row of scales serves.
         scale_rows: the row of scales that each slot belongs to; None while they follow from the slots' order.
-        scales: rows of scales in use per row, where there are `scale_rows`.
+        scales: rows of scales in use per row, `[batch, 1]`, where there are `scale_rows`.
     """
 
     codes: Codes
@@ -59,13 +59,13 @@ class Packed:
         codes, data = self.codes, self.codes.data[:, :, start:end]
         if self.scale_rows is not None:
             index = self.scale_rows[:, :, start:end].long()
-            return _changed(codes, data, lambda scale: rows_at(scale, index))
-        return _changed(codes, data, lambda scale: scale[:, :, start // self.span : end // self.span])
+            return changed(codes, data, lambda scale: rows_at(scale, index))
+        return changed(codes, data, lambda scale: scale[:, :, start // self.span : end // self.span])
 
     # -- groups that come ----------------------------------------------------------------------------------------------
 
     def has_room(self, before: Counts, more: Counts) -> bool:
-        """Whether each row finds room for so many slots more than it has by now."""
+        """Whether each row finds room for so many slots more than it has by now, `[batch, 1]`."""
         slots, scales = self._needed(before, more)
         return slots <= self.capacity and scales <= self.codes.scale.shape[2]
 
@@ -77,7 +77,7 @@ class Packed:
         scale_rows = self.scale_rows
         if scale_rows is not None:
             scale_rows = _larger(scale_rows.unsqueeze(3), slots).squeeze(3)
-        codes = _changed(self.codes, _larger(self.codes.data, slots), lambda scale: _larger(scale, scales))
+        codes = changed(self.codes, _larger(self.codes.data, slots), lambda scale: _larger(scale, scales))
         return replace(self, codes=codes, scale_rows=scale_rows).fixed()
 
     def _needed(self, before: Counts, more: Counts) -> tuple[int, int]:
@@ -90,7 +90,7 @@ class Packed:
 
         Args:
             new: the groups, in their order.
-            before: slots that each row has by now.
+            before: slots that each row has by now, `[batch, 1]`.
             more: slots of `new` that each row takes.
         """
         _put(self.codes.data, new.data, before, more)
@@ -102,23 +102,28 @@ class Packed:
             return self
         rows = self.scale_rows
         numbers = torch.arange(int(count.max()), device=rows.device, dtype=rows.dtype).repeat_interleave(self.span)
-        numbers = numbers + torch.as_tensor(first, device=rows.device, dtype=rows.dtype)[:, None, None]
+        numbers = numbers + torch.as_tensor(first, device=rows.device, dtype=rows.dtype).unsqueeze(-1)
         _put(rows.unsqueeze(3), numbers.unsqueeze(3).expand(-1, rows.shape[1], -1, -1), before, more)
         return replace(self, scales=first + count)
 
     # -- what becomes of those that are there --------------------------------------------------------------------------
 
-    def picked(self, index: Int[Tensor, "batch sets slots"]) -> Packed:
-        """Some slots, copied as they are, with the scales that any of them needs; waits for the device."""
+    def picked(self, index: Int[Tensor, "batch sets slots"], count: Counts) -> Packed:
+        """Some slots, copied as they are, with the scales that any of them needs; waits for the device.
+
+        Args:
+            index: the slots.
+            count: how many of them mean something per row; room stays for as many as in the row that has most.
+        """
         codes, heads = self.codes, self.codes.data.shape[1]
         data = rows_at(codes.data, index)
         if self.span == 1:
-            return replace(self, codes=_changed(codes, data, lambda scale: rows_at(scale, index))).fixed()
+            return replace(self, codes=changed(codes, data, lambda scale: rows_at(scale, index))).fixed()
         whole = index.expand(-1, heads, -1)
         scale_rows = whole // self.span if self.scale_rows is None else self.scale_rows.gather(2, whole)
         used, scale_rows = torch.unique(scale_rows, return_inverse=True)
-        codes = _changed(codes, data, lambda scale: scale[:, :, used])
-        scales = np.full(len(data), len(used), dtype=np.int64)
+        codes = changed(codes, data, lambda scale: scale[:, :, used])
+        scales = np.full((len(data), 1), len(used), dtype=np.int64)
         return replace(self, codes=codes, scale_rows=scale_rows.int(), scales=scales).fixed()
 
     def select_rows(self, index: Int[Tensor, " rows"], rows: Counts) -> Packed:
@@ -146,7 +151,7 @@ class Packed:
         return self
 
 
-def _changed(codes: Codes, data: Tensor, change: Callable[[Tensor], Tensor]) -> Codes:
+def changed(codes: Codes, data: Tensor, change: Callable[[Tensor], Tensor]) -> Codes:
     """Other codes, and a change to both scales and shifts."""
     return Codes(data, change(codes.scale), None if codes.shift is None else change(codes.shift), codes.dim)
 
@@ -157,11 +162,11 @@ def _larger(buffer: Tensor, slots: int) -> Tensor:
 
 def _put(buffer: Tensor, new: Tensor, first: Counts, count: Counts) -> None:
     """Writes the first `count[row]` slots of `new` into those of a buffer from `first[row]` on, row by row at once."""
-    most = int(count.max())
-    if (first == first[0]).all() and (count == count[0]).all():
-        buffer[:, :, int(first[0]) : int(first[0]) + most] = new[:, :, :most]
+    most, begins = int(count.max()), int(first.min())
+    if (first == begins).all() and (count == most).all():
+        buffer[:, :, begins : begins + most] = new[:, :, :most]
         return
-    begin, slots = (torch.as_tensor(counts, device=buffer.device)[:, None] for counts in (first, count))
+    begin, slots = (torch.as_tensor(counts, device=buffer.device) for counts in (first, count))
     source = torch.arange(most, device=buffer.device).minimum(slots - 1)  # -1 in rows that get nothing
     target = (begin + source).clamp(min=0).unsqueeze(1)
     fresh, there = rows_at(new, source.clamp(min=0).unsqueeze(1)), rows_at(buffer, target)

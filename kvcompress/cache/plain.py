@@ -11,11 +11,14 @@ from torch import Tensor
 
 from kvcompress.cache.allocation import Allocation, Rule
 from kvcompress.cache.packed import Packed
+from kvcompress.cache.ragged_packed import RaggedPacked
+from kvcompress.cache.recent import Recent
 from kvcompress.cache.sequence import Scored
 from kvcompress.policies.context import Codes
 
 _REPEATS = 2**20  # of what is the same for all rows, such as token indices
-_KNOWN: dict[str, Callable[..., Any]] = {one.__name__: one for one in (Allocation, Rule, Scored, Packed, Codes)}
+_CLASSES = (Allocation, Rule, Scored, Packed, RaggedPacked, Codes, Recent)
+_KNOWN: dict[str, Callable[..., Any]] = {one.__name__: one for one in _CLASSES}
 
 
 def to_json(value: Any, tensors: dict[str, Tensor], names: dict[int, str]) -> Any:

@@ -18,24 +18,34 @@ from kvcompress.cache.sequence import Counts, stacked
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Phase, Prefill
 from kvcompress.config import CompressionConfig
-from kvcompress.policies.context import AllocationContext
+from kvcompress.policies.context import AllocationContext, TowerView
 from kvcompress.policies.images import ImageLayout
 
 
-def begin(state: CacheState, queries: int, device: torch.device, mask: Mask, layout: ImageLayout | None) -> None:
-    """Makes the step of a forward of so many columns, and takes note of their tokens."""
+def begin(
+    state: CacheState,
+    queries: int,
+    device: torch.device,
+    mask: Mask,
+    layout: ImageLayout | None,
+    tower: TowerView | None = None,
+) -> None:
+    """Makes the step of a forward of so many positions, and notes their tokens and what is known of images."""
     batch = len(mask.row_new)
     decoding.catch_up_if_needed(state)
     sequence, first = state.sequence, state.sequence.seen
-    step = Prefill(columns=queries, evicts=not state.recording, row_new=mask.row_new)
+    step = Prefill(queries=queries, evicts=not state.recording, row_new=mask.row_new)
     state.step, state.reduced = step, None  # from here on, what is interrupted has failed
     decoding.tidy(state)
     new_valid, step.order, step.first_order = mask.new_valid, mask.order, mask.order
+    step.last_seen = mask.last_in_order()
     if mask.hidden is not None:
         _hide(state, mask.hidden)
     sequence.extend(new_valid, queries, step.row_new)
+    if mask.last_seen is not None:
+        sequence.mark_seen_early(mask.last_seen, mask.new_valid)
     step.row_seen = sequence.row_seen
-    index = sequence.index_of_columns(device)[:, first:]
+    index = sequence.index_of_positions(device)[:, first:]
     if step.order is not None:
         index = index.gather(1, step.order)
         new_valid = index >= 0
@@ -43,7 +53,7 @@ def begin(state: CacheState, queries: int, device: torch.device, mask: Mask, lay
     if layout is not None and state.config.reducer is not None:
         points = state.config.reducer.acts_after(len(state.layers))
         if points:
-            step.reduction = _reduction(state, step, layout, points)
+            step.reduction = _reduction(state, step, layout, points, tower)
     if not (state.config.evictor is None or state.recording or step.reduction is not None):
         if not state.config.allocator.reads_importance:
             before = stacked(
@@ -85,7 +95,7 @@ def allocation_at(state: CacheState, config: CompressionConfig, ranked: list[Ran
     """What another configuration's allocator and budget would give the layers, from the scores that are there."""
     importance, context = _allocation_inputs(state, config, ranking_of(state.layers, config, Prefill(), ranked))
     held, rule = stacked([layer.held for layer in state.layers]), Rule.of(config, len(state.layers))
-    held = _for_allocator(state, config, held)
+    held = held_by_allocator(state, config, held)
     return allocate(config, rule, state.sequence.row_seen, held, importance.device, importance, context)
 
 
@@ -123,11 +133,11 @@ def _allocate(
     context: AllocationContext | None = None,
 ) -> Allocation:
     state.rule = _budget_rule(state)
-    held = _for_allocator(state, state.config, held)
+    held = held_by_allocator(state, state.config, held)
     return allocate(state.config, state.rule, state.sequence.row_seen, held, device, importance, context)
 
 
-def _for_allocator(state: CacheState, config: CompressionConfig, held: Counts) -> Counts:
+def held_by_allocator(state: CacheState, config: CompressionConfig, held: Counts) -> Counts:
     """What this process's layers hold as an allocator counts it: in layers, or in the heads of all processes."""
     if not config.allocator.by_head:
         least: Counts = held.min(2, keepdims=True)
@@ -141,10 +151,13 @@ def _for_allocator(state: CacheState, config: CompressionConfig, held: Counts) -
 def _room_for(state: CacheState, allocation: Allocation) -> list[Counts]:
     """Slots to allocate beyond each layer's budget: for the token that comes, and what is reserved."""
     evictor, row_seen, reserve = state.config.evictor, state.sequence.row_seen, _reserved(state)
-    if evictor is None or evictor.frees == "nothing":
+    period = 0 if evictor is None else evictor.cuts_every or 0
+    if evictor is None or (evictor.frees == "nothing" and not period):
         return [np.full((1, 1), reserve)] * len(state.layers)
     own = allocation.own(state.heads)
     later = own.limits(state.rule, row_seen + reserve)
+    if period:
+        return list(np.clip(later + period - own.budgets, 0, reserve))
     return list(np.clip(later - own.budgets, 0, reserve) + 1)
 
 
@@ -164,7 +177,9 @@ def _budget_rule(state: CacheState) -> Rule:
     return Rule.of(state.config, layers, slots)
 
 
-def _reduction(state: CacheState, step: Prefill, layout: ImageLayout, points: tuple[int, ...]) -> Reduction:
+def _reduction(
+    state: CacheState, step: Prefill, layout: ImageLayout, points: tuple[int, ...], tower: TowerView | None
+) -> Reduction:
     """A reducer at work in a step whose images are known."""
     assert state.config.reducer is not None and step.index is not None
     index, images = step.index[:, 0], state.sequence.images_at(step.index)
@@ -178,6 +193,8 @@ def _reduction(state: CacheState, step: Prefill, layout: ImageLayout, points: tu
         valid=step.valid,
         is_image=images[:, 0],
         order=order,
+        last_seen=step.last_seen,
+        tower=tower if order is None or tower is None else tower.aligned(order),
     )
 
 
@@ -207,17 +224,17 @@ def reduce(state: CacheState, layer: int, hidden: Tensor) -> tuple[Tensor, Reduc
     if layer in reduction.points:
         with state.writable():
             hidden = reduction.reduce(layer, hidden)
-            state.sequence.reduce(layer, _in_all_columns(reduction.into[layer], step, state.sequence.seen))
+            state.sequence.reduce(layer, _in_all_positions(reduction.into[layer], step, state.sequence.seen))
             step.index, step.valid = reduction.index.to(torch.int32).unsqueeze(1), reduction.valid
-            step.row_new, step.order = np.asarray(reduction.row_tokens), None
+            step.row_new, step.order, step.last_seen = np.asarray(reduction.row_tokens), None, reduction.last_seen
     return hidden, reduction
 
 
-def _in_all_columns(into: Tensor, step: Prefill, seen: int) -> Tensor:
-    """What became of a step's columns, in the numbers of all columns seen; older ones are their own."""
+def _in_all_positions(into: Tensor, step: Prefill, seen: int) -> Tensor:
+    """What became of a step's positions, in the numbers of all positions seen; older ones are their own."""
     first = seen - into.shape[1]
     every = torch.arange(seen, device=into.device).repeat(len(into), 1)
-    if step.first_order is not None:  # from columns with padding first to the model's
+    if step.first_order is not None:  # from positions with padding first to the model's
         into = torch.where(into < 0, -1, step.first_order.gather(1, into.clamp(min=0)))
         into = torch.empty_like(into).scatter_(1, step.first_order, into)
     every[:, first:] = torch.where(into < 0, -1, into + first)

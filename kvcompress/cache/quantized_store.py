@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvcompress.cache.packed import Packed
 from kvcompress.cache.sequence import Counts
-from kvcompress.cache.store import DenseStore, InUse, by_key_head, fixed, of_heads, rows_at, slots_in_use, with_slots
+from kvcompress.cache.store import DenseStore, InUse, by_key_head, fixed, of_heads, rows_at, slots_in_use
 from kvcompress.kernels import attention_with_slots, decode_attention_codes, merge_attention
 from kvcompress.policies.base import Quantizer
 from kvcompress.policies.context import Codes, Keys, Queries, Values
@@ -31,39 +31,52 @@ class QuantizedStore(DenseStore):
     Attributes:
         quantizer: the policy.
         layer: index of the decoder layer, for errors.
-        packed_rows: slots of each row that are quantized; None if none are.
-        coded: the same on the device, `[batch, 1]`; None while there are no buffers for codes.
+        by_head: whether every head has its own number of quantized slots.
+        packed_rows: slots of each row that are quantized, `[batch, sets]`, one set where all heads have as many; None
+            if none are.
+        coded: the same on the device; None while there are no buffers for codes.
     """
+
+    by_head = False
+    coded: Tensor | None
+    _packed: tuple[Any, Any] | None  # keys and values, `Packed` or what stands for it
 
     def __init__(self, quantizer: Quantizer, layer: int) -> None:
         """Starts empty."""
         super().__init__()
         self.quantizer, self.layer = quantizer, layer
         self.packed_rows: Counts | None = None
-        self.coded: Tensor | None = None
-        self._packed: tuple[Packed, Packed] | None = None  # keys and values
+        self.coded = self._packed = None
 
     @property
     def packed(self) -> int:  # type: ignore[override]
-        """Slots that are quantized, in the row that has most."""
+        """Slots that are quantized, in the row and head that has most."""
         return 0 if self.packed_rows is None else int(self.packed_rows.max())
 
     @property
     def codes_capacity(self) -> int:
         """Slots that there are codes of, in use or not."""
-        return 0 if self._packed is None else self._packed[0].capacity
+        return 0 if self._packed is None else int(self._packed[0].capacity)
+
+    @property
+    def most_dense(self) -> int:
+        """Tokens of a row and head in full precision, before some of them are quantized."""
+        return self.quantizer.residual + self.quantizer.group
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values, quantized and not."""
-        return super().nbytes + sum(packed.nbytes for packed in self._packed or ())
+        return super().nbytes + sum(int(packed.nbytes) for packed in self._packed or ())
 
     def slots_within(self, nbytes: float) -> float:
-        """Slots of one row that fit, the residual and an unfinished group of them in full precision."""
-        full = (self.quantizer.residual + self.quantizer.group) * self.slot_nbytes
+        """Slots of one row that fit, the residual and what waits to be quantized in full precision.
+
+        A token more takes less the more there are, so heads that hold different numbers of them take no more together.
+        """
+        full = self.most_dense * self.slot_nbytes
         if nbytes <= full:
             return super().slots_within(nbytes)
-        of_group = sum(codes.nbytes for codes in self._of_zeros())
+        of_group = sum(codes.nbytes for codes in self._of_zeros(1, self.kv_heads, self.quantizer.group))
         return super().slots_within(full) + (nbytes - full) * self.quantizer.group / of_group
 
     def blocks(self, used: int) -> Iterator[tuple[Keys, Values]]:
@@ -76,16 +89,18 @@ class QuantizedStore(DenseStore):
     def quantizable(self, dense: Counts) -> Counts:
         """Tokens of each row, in whole groups, that leave the residual in full precision, in every set of heads."""
         group = self.quantizer.group
-        whole: Counts = np.maximum(dense.min(1) - self.quantizer.residual, 0) // group * group
+        of_sets = dense if self.by_head else dense.min(1, keepdims=True)
+        whole: Counts = np.maximum(of_sets - self.quantizer.residual, 0) // group * group
         return whole
 
     def attend(self, query: Queries, scaling: float, used: InUse) -> Tensor:
         """Attention of one query per row over quantized slots and those in use of full precision."""
         if self._packed is None:
             return super().attend(query, scaling, used)
-        (keys, values), read_as = self.dense(), self.quantizer.code_dtype
-        if used.length is None or read_as is None or keys.shape[3] != values.shape[3]:
+        read_as = self.quantizer.code_dtype
+        if used.length is None or read_as is None or self._widths[0] != self._widths[1]:
             return self.attend_with_lse(query, scaling, used)[0]
+        (keys, values), layout = self._in_place()
         of_keys, of_values = self._packed
         return decode_attention_codes(
             query,
@@ -102,7 +117,12 @@ class QuantizedStore(DenseStore):
             used.length,
             key_rows=of_keys.scale_rows,
             value_rows=of_values.scale_rows,
+            **layout,
         )
+
+    def _in_place(self) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+        """Keys and values in full precision as they lie, and what a kernel has to be told of where slots begin."""
+        return self.dense(), {}
 
     def attend_with_lse(
         self, query: Queries, scaling: float, used: InUse, softcap: float | None = None
@@ -113,7 +133,7 @@ class QuantizedStore(DenseStore):
         """
         if self._packed is None:
             return super().attend_with_lse(query, scaling, used, softcap)
-        keys, values = (tensor[:, :, : used.width] for tensor in self.dense())
+        keys, values = self.padded(self.capacity if used.width is None else used.width)
         grouped = by_key_head(query, keys.shape[1])
         parts = _attend(grouped, keys, values, scaling, slots_in_use(used, keys.shape[2]), softcap)
         slots, whole = self.codes_capacity, 0
@@ -122,14 +142,14 @@ class QuantizedStore(DenseStore):
         for start, end in self._spans(slots):
             mask = None
             if end > whole:  # some row has fewer
-                assert self.coded is not None
-                mask = (torch.arange(start, end, device=query.device) < self.coded).unsqueeze(1)
+                assert self.coded is not None  # [batch, sets]
+                mask = torch.arange(start, end, device=query.device) < self.coded.unsqueeze(-1)
             parts = merge_attention(*parts, *_attend(grouped, *self._decoded(start, end), scaling, mask, softcap))
         return of_heads(query, parts)
 
     def room(self, slots: Counts) -> Counts:
         """As many, but no more than there can be before they are quantized."""
-        most: Counts = np.minimum(slots, self.quantizer.residual + self.quantizer.group)
+        most: Counts = np.minimum(slots, self.most_dense)
         return most
 
     def make_room(self, dense: Counts, later: Counts | None = None) -> None:
@@ -145,7 +165,7 @@ class QuantizedStore(DenseStore):
         if later is not None:
             more = np.maximum(more, self.quantizable(later))
         if self.coded is None:
-            self._count(before)
+            self._count_packed(before)
         keys, values = self._packed or self._without_slots()
         self._packed = (keys.with_room(before, more), values.with_room(before, more))
 
@@ -158,21 +178,19 @@ class QuantizedStore(DenseStore):
             dense: tokens of each row and set in full precision, in the order of their age from the first slot on.
 
         Returns:
-            How many of each row were quantized.
+            How many of each row and set were quantized.
         """
         more, before = self.quantizable(dense), self._packed_rows_of(dense)
-        count = int(more.max(initial=0))
-        if count:
-            keys, values = self.dense()
-            new = self._encoded(keys[:, :, :count].contiguous(), values[:, :, :count].contiguous())
+        if more.any():
+            new = self._encoded(*self._oldest(more))
             if self._packed is None:
-                self._packed = (Packed.of(new[0]).fixed(), Packed.of(new[1]).fixed())
+                self._packed = (self._packed_of(new[0], more), self._packed_of(new[1], more))
             else:
                 self.make_room(dense)
                 of_keys, of_values = self._packed
                 self._packed = (of_keys.appended(new[0], before, more), of_values.appended(new[1], before, more))
-            self._count(before + more)
-            self._drop_first(more, int((dense - more[:, None]).max()))
+            self._count_packed(before + more)
+            self._drop_first(more, dense - more)
         return more
 
     def buffers(self) -> list[Tensor]:
@@ -180,22 +198,11 @@ class QuantizedStore(DenseStore):
         coded = [] if self.coded is None else [self.coded]
         return [*super().buffers(), *coded, *(tensor for packed in self._packed or () for tensor in packed.tensors())]
 
-    def move_into(self, buffers: list[Tensor]) -> None:
-        """Puts what it holds into `buffers` that it had before; codes have not moved."""
-        super().move_into(buffers)
-        if len(buffers) > 2 and self.coded is not None:
-            self.coded = buffers[2].copy_(self.coded)
-
-    def _drop_first(self, more: Counts, left: int) -> None:
-        """Gives back the first slots of full precision, each row's own number of them; so many are left in use."""
-        keys, values = self.dense()
-        if (more == more[0]).all():
-            count = int(more[0])
-            self._hold(keys[:, :, count:].clone(), values[:, :, count:].clone())
-        else:
-            order = torch.arange(left, device=keys.device) + torch.as_tensor(more, device=keys.device)[:, None]
-            order = order.clamp(max=self.capacity - 1).unsqueeze(1)
-            self._hold(rows_at(keys, order), rows_at(values, order))
+    def move_into(self, before: DenseStore) -> None:
+        """Puts what it holds into the buffers that it had before; codes have not moved."""
+        super().move_into(before)
+        if isinstance(before, QuantizedStore) and before.coded is not None and self.coded is not None:
+            self.coded = before.coded.copy_(self.coded)
 
     def take(
         self,
@@ -206,19 +213,18 @@ class QuantizedStore(DenseStore):
         surplus: bool = False,
     ) -> None:
         """Keeps slots in a new order: `first` as codes, or all codes where they are, and the rest in full precision."""
-        (keys, values), rest = self.dense(), with_slots(rest, capacity)
         if surplus:
-            keys, values = (torch.cat(buffers, 2) for buffers in zip(*self.blocks(self.capacity), strict=True))
+            self._hold(*(torch.cat(buffers, 2) for buffers in zip(*self.blocks(self.capacity), strict=True)))
         else:
             rest = (rest - self.packed).clamp(min=0)
-        self._hold(rows_at(keys, rest), rows_at(values, rest))
+        super().take(rest, capacity)
         if first is not None and self._packed is not None:
             if not first.shape[2]:
                 self._packed = self.coded = self.packed_rows = None
             else:
                 assert packed_rows is not None
-                self._packed = (self._packed[0].picked(first), self._packed[1].picked(first))
-                self._count(packed_rows)
+                self._packed = (self._packed[0].picked(first, packed_rows), self._packed[1].picked(first, packed_rows))
+                self._count_packed(packed_rows)
 
     def overwrite(self, keys: Keys, values: Values) -> None:
         """Replaces the slots of full precision; quantized ones stay what they are."""
@@ -259,14 +265,44 @@ class QuantizedStore(DenseStore):
 
     # -- inner ---------------------------------------------------------------------------------------------------------
 
-    def _packed_rows_of(self, dense: Counts) -> Counts:
-        return np.zeros_like(dense[:, 0]) if self.packed_rows is None else self.packed_rows
+    @property
+    def _widths(self) -> tuple[int, int]:
+        """Dimensions of a key and of a value."""
+        assert self.keys is not None and self.values is not None
+        return self.keys.shape[-1], self.values.shape[-1]
 
-    def _count(self, packed_rows: Counts) -> None:
-        """Takes note of how many slots of each row are quantized."""
-        keys, _ = self.dense()
+    def _packed_rows_of(self, dense: Counts) -> Counts:
+        return np.zeros_like(dense[:, :1]) if self.packed_rows is None else self.packed_rows
+
+    def _count_packed(self, packed_rows: Counts) -> None:
+        """Takes note of how many slots of each row and set are quantized."""
+        assert self.keys is not None
+        sets = self.kv_heads if self.by_head else 1
         self.packed_rows = packed_rows
-        self.coded = fixed(torch.as_tensor(packed_rows, device=keys.device).unsqueeze(1).clone())
+        coded = np.broadcast_to(packed_rows, (len(packed_rows), sets))
+        self.coded = fixed(torch.as_tensor(np.array(coded), device=self.keys.device))
+
+    def _oldest(self, more: Counts) -> tuple[Keys, Values]:
+        """Keys and values that are to be quantized: the first slots of full precision, as many as any row needs."""
+        keys, values = self.dense()
+        count = int(more.max())
+        return keys[:, :, :count].contiguous(), values[:, :, :count].contiguous()
+
+    def _packed_of(self, codes: Codes, more: Counts) -> Any:
+        """Buffers that hold the first codes, so many of each row."""
+        return Packed.of(codes).fixed()
+
+    def _drop_first(self, more: Counts, left: Counts) -> None:
+        """Gives back the first slots of full precision, each row's own number of them; so many are left in use."""
+        keys, values = self.dense()
+        if (more == more[0]).all():
+            count = int(more[0, 0])
+            self._hold(keys[:, :, count:].clone(), values[:, :, count:].clone())
+        else:
+            slots = torch.arange(int(left.max()), device=keys.device)
+            order = slots + torch.as_tensor(more, device=keys.device).unsqueeze(-1)
+            order = order.clamp(max=self.capacity - 1)
+            self._hold(rows_at(keys, order), rows_at(values, order))
 
     def _encoded(self, keys: Keys, values: Values) -> tuple[Codes, Codes]:
         with policy_errors(self.quantizer, self.layer):
@@ -275,17 +311,18 @@ class QuantizedStore(DenseStore):
                 raise ValueError(f"must give codes for {keys.shape[2]} tokens, got {[o.data.shape[2] for o in codes]}")
         return codes
 
-    def _of_zeros(self) -> tuple[Codes, Codes]:
-        """Codes of one group of one row, for their shapes."""
-        keys, values = (t.new_zeros(1, t.shape[1], self.quantizer.group, t.shape[3]) for t in self.dense())
+    def _of_zeros(self, batch: int, heads: int, slots: int) -> tuple[Codes, Codes]:
+        """Codes of so many empty slots, for their shapes."""
+        assert self.keys is not None
+        keys, values = (self.keys.new_zeros(batch, heads, slots, width) for width in self._widths)
         return self._encoded(keys, values)
 
-    def _without_slots(self) -> tuple[Packed, Packed]:
+    def _without_slots(self) -> tuple[Any, Any]:
         """Buffers for codes, with no slots yet."""
-        batch = len(self.dense()[0])
+        batch = self.rows_and_heads[0]
         keys, values = (
             Packed.of(codes).each(lambda tensor: tensor.new_zeros(batch, tensor.shape[1], 0, tensor.shape[3]))
-            for codes in self._of_zeros()
+            for codes in self._of_zeros(1, self.kv_heads, self.quantizer.group)
         )
         return keys, values
 

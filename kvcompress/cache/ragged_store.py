@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from kvcompress.cache.layout import owners, slots_after, sources, starts
 from kvcompress.cache.sequence import Counts
 from kvcompress.cache.store import DenseStore, fixed
 from kvcompress.kernels import decode_attention
@@ -25,6 +27,7 @@ class RaggedStore(DenseStore):
     Attributes:
         slots: slots of each row and head, `[batch, kv_heads]`; on the host.
         start: the first of them, likewise; on the device.
+        is_even: whether every row and head has as many slots.
     """
 
     def __init__(self) -> None:
@@ -32,12 +35,13 @@ class RaggedStore(DenseStore):
         super().__init__()
         self.slots: Counts = np.zeros((0, 0), dtype=np.int64)
         self.start: Int[Tensor, "batch kv_heads"] | None = None
+        self.is_even, self._most = True, 0  # plain values, which a compiled step can read
         self._at: Int[Tensor, "batch kv_heads slots"] | None = None
 
     @property
     def capacity(self) -> int:
         """Slots of the row and head that has most."""
-        return int(self.slots.max(initial=0))
+        return self._most
 
     @property
     def rows_and_heads(self) -> tuple[int, int]:
@@ -50,11 +54,6 @@ class RaggedStore(DenseStore):
         if self.keys is None or self.values is None:
             return 0
         return self.kv_heads * (self.keys.shape[1] + self.values.shape[1]) * self.keys.element_size()
-
-    @property
-    def is_even(self) -> bool:
-        """Whether every row and head has as many slots."""
-        return bool((self.slots == self.capacity).all())
 
     def buffers(self) -> list[Tensor]:
         """Every tensor that it holds, keys and values first."""
@@ -69,7 +68,7 @@ class RaggedStore(DenseStore):
         if self.keys is not None and self.values is not None and used:
             before = self.padded(used)
             keys, values = torch.cat([before[0], keys], 2), torch.cat([before[1], values], 2)
-        self.replace(keys.detach(), values.detach())
+        self._hold_alike(keys.detach(), values.detach())
 
     def write(self, key: Keys, value: Values, slot: Int[Tensor, "batch sets"]) -> None:
         """Puts one token of each row into a slot of every head."""
@@ -115,14 +114,18 @@ class RaggedStore(DenseStore):
     def overwrite(self, keys: Keys, values: Values) -> None:
         """Replaces keys and values of the first slots."""
         assert self.keys is not None and self.values is not None
-        owner, place = _owners(np.minimum(self.slots, keys.shape[2]))
-        at = torch.as_tensor(_starts(self.slots).reshape(-1)[owner] + place, device=self.keys.device)
+        written = np.minimum(self.slots, keys.shape[2])
+        owner, place = owners(written)
+        at = torch.as_tensor(slots_after(written * 0, written, self.slots), device=self.keys.device)
         entry = torch.as_tensor(owner * keys.shape[2] + place, device=self.keys.device)
         for buffer, new in ((self.keys, keys), (self.values, values)):
             buffer.index_copy_(0, at, new.reshape(-1, new.shape[3]).index_select(0, entry))
 
     def replace(self, keys: Keys, values: Values) -> None:
         """Holds other keys and values of all rows and heads, as many of each."""
+        self._hold_alike(keys, values)
+
+    def _hold_alike(self, keys: Keys, values: Values) -> None:
         self._hold(*(new.contiguous().view(-1, new.shape[3]) for new in (keys, values)))
         self._count(np.full(keys.shape[:2], keys.shape[2]))
 
@@ -139,18 +142,27 @@ class RaggedStore(DenseStore):
         """Reorders, repeats or drops rows; in place where their number, and the slots of each, stay."""
         if self.keys is None or self.values is None:
             return
-        before, now = self.buffers(), self.slots[rows]
+        before, now = copy.copy(self), self.slots[rows]
         alike = now.shape == self.slots.shape and bool((now == self.slots).all())
         self._lay_out(now, rows=rows)
         if alike:
             self.move_into(before)
 
-    def move_into(self, buffers: list[Tensor]) -> None:
-        """Puts what it holds into `buffers` that it had before, where compiled steps look for it."""
-        for buffer, now in zip(buffers, self.buffers(), strict=True):
-            buffer.copy_(now)
-        self.keys, self.values, self.start, *rest = buffers
-        self._at = rest[0] if rest else None
+    def move_into(self, before: DenseStore) -> None:
+        """Puts what it holds into the buffers that it had before, where compiled steps look for it."""
+        assert isinstance(before, RaggedStore) and before.keys is not None and before.values is not None
+        at = torch.as_tensor(slots_after(before.slots * 0, self.slots, before.slots), device=before.keys.device)
+        for buffer, now in ((before.keys, self.keys), (before.values, self.values)):
+            assert now is not None
+            buffer.index_copy_(0, at, now)
+        self.keys, self.values, self.slots = before.keys, before.values, before.slots
+        self.start, self._at, self.is_even, self._most = before.start, before._at, before.is_even, before._most
+
+    def back_into(self, before: DenseStore) -> None:
+        """Puts what it holds into the buffers that it had before, if every row and head fits."""
+        assert isinstance(before, RaggedStore)
+        if (self.slots <= before.slots).all():
+            self.move_into(before)
 
     def to(self, device: torch.device) -> None:
         """Moves every buffer to a device, without waiting for the copy."""
@@ -178,45 +190,22 @@ class RaggedStore(DenseStore):
                 any slot stands in their place.
             rows: rows to take; all if None.
         """
-        keys, values, start = self.keys, self.values, _starts(self.slots)
-        assert keys is not None and values is not None
-        start = start if rows is None else start[rows]
-        owner, place = _owners(slots)
-        if order is None or not order.shape[2]:
-            at = torch.as_tensor(start.reshape(-1)[owner] + place, device=keys.device)
-        else:
-            width = order.shape[2]
-            entry = torch.as_tensor(owner * width + np.minimum(place, width - 1), device=keys.device)
-            begin = torch.as_tensor(start.reshape(-1)[owner], device=keys.device)
-            at = order.expand(-1, slots.shape[1], -1).reshape(-1).index_select(0, entry).add_(begin)
-        at = at.clamp_(max=len(keys) - 1)  # what lies beyond a head's own slots means nothing
-        self._hold(keys.index_select(0, at), values.index_select(0, at))
+        assert self.keys is not None and self.values is not None
+        at = sources(self.slots, slots, self.keys.device, order, rows)
+        self._hold(self.keys.index_select(0, at), self.values.index_select(0, at))
         self._count(slots)
 
     def _count(self, slots: Counts) -> None:
         """Takes note of how many slots each row and head has."""
         assert self.keys is not None
-        self.slots = np.array(slots)
-        self.start = fixed(torch.as_tensor(_starts(self.slots), device=self.keys.device))
+        self.slots, self._most = np.array(slots), int(slots.max(initial=0))
+        self.is_even = bool((self.slots == self._most).all())
+        self.start = fixed(torch.as_tensor(starts(self.slots), device=self.keys.device))
         on_cpu = self.keys.device.type == "cpu"
         self._at = None if self.is_even or not on_cpu else fixed(torch.as_tensor(self._every_place()))
 
     def _every_place(self) -> Counts:
         """Where each row's and head's slots are, `[batch, kv_heads, slots]`; the last again where it has fewer."""
         place = np.minimum(np.arange(self.capacity), self.slots[..., None] - 1)
-        places: Counts = _starts(self.slots)[..., None] + place
+        places: Counts = starts(self.slots)[..., None] + place
         return places
-
-
-def _starts(slots: Counts) -> Counts:
-    """Slots before those of each row and head."""
-    flat = slots.reshape(-1)
-    starts: Counts = (flat.cumsum() - flat).reshape(slots.shape)
-    return starts
-
-
-def _owners(slots: Counts) -> tuple[Counts, Counts]:
-    """For each slot of a layout the number of its row and head, and its place among theirs."""
-    flat = slots.reshape(-1)
-    owner = np.repeat(np.arange(flat.size), flat)
-    return owner, np.arange(owner.size) - _starts(flat)[owner]

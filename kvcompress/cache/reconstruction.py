@@ -36,7 +36,7 @@ def reconstruct(
     given = read.get("attention_mask")
     mask = torch.ones_like(ids) if given is None else given.to(ids.device)
     accepted = inspect.signature(type(model).forward).parameters
-    # Nobody reads logits, so those of some column will do; the last of a row may be padding.
+    # Nobody reads logits, so those of some position will do; the last of a row may be padding.
     more = (
         {"logits_to_keep": torch.zeros(1, dtype=torch.long, device=ids.device)} if "logits_to_keep" in accepted else {}
     )
@@ -90,12 +90,17 @@ def _check(state: CacheState, inputs: Mapping[str, Any], chunk: int) -> None:
             "inputs: must hold input_ids, integers [batch, tokens], to be repeated, as a tokenizer or processor gives "
             f"them; got {shown(ids if not isinstance(ids, Tensor) else tuple(ids.shape))}"
         )
+    if inputs.get("token_type_ids") is not None:
+        raise UnsupportedModeError(
+            "token_type_ids: tokens of an image, or of a prompt, that attend to those after them cannot be repeated as "
+            "they were read; choose another scorer than 'kvzip', or leave them out where there is no image"
+        )
     if chunk < 1:
         raise ConfigError(f"chunk: tokens that are repeated at a time, at least 1; got {shown(chunk)}")
 
 
 def _positions(mask: Tensor, last: int) -> Tensor:
-    """Positions of the last columns, padding left out."""
+    """Positions of the last positions, padding left out."""
     return (mask.long().cumsum(1) - 1).clamp(min=0)[:, -last:]
 
 
@@ -127,13 +132,13 @@ def _answer(tokenizer: Any) -> str:
     return text.rpartition(_MARK)[2]
 
 
-def _scores(state: CacheState, columns: int) -> list[Tensor]:
-    """Scores of every layer's slots by the step just run, all of whose columns are then taken back."""
+def _scores(state: CacheState, positions: int) -> list[Tensor]:
+    """Scores of every layer's slots by the step just run, all of whose positions are then taken back."""
     sequence = state.sequence
     with state.changing() as step:
         decoding.tidy(state)
         undoing.settle(state, step, 0)
-        gone = sequence.tokens_after(sequence.seen - columns)
+        gone = sequence.tokens_after(sequence.seen - positions)
         left = sequence.row_seen - gone
         found = []
         for layer in state.layers:
@@ -141,8 +146,8 @@ def _scores(state: CacheState, columns: int) -> list[Tensor]:
             assert scores is not None
             found.append(scores[..., :slots].clone())
             layer.drop_from(left)
-        state.own.crop(columns)
-        sequence.crop(sequence.seen - columns, gone, whole_step=True)
+        state.own.crop(positions)
+        sequence.crop(sequence.seen - positions, gone, whole_step=True)
         state.calls.crop(sequence.seen)
         step.problems.refuse()
     _forget_step(state)

@@ -1,4 +1,4 @@
-"""A reducer at work in one forward: which tokens go on from layer to layer, and with which positions."""
+"""A reducer at work in one forward: which tokens go on from layer to layer, and with which rotary positions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcompress.errors import PolicyError
 from kvcompress.policies.base import Reducer
-from kvcompress.policies.context import LayerContext, Reduced, ReductionContext
+from kvcompress.policies.context import LayerContext, Reduced, ReductionContext, TowerView
 from kvcompress.policies.faults import policy_errors
 from kvcompress.policies.images import ImageLayout
 
@@ -25,9 +25,10 @@ class Reduction:
         points: numbers of layers after which the reducer acts, 0 before the first.
         index: number of tokens of the row that came before each token that goes on, `[batch, tokens]`; -1 for padding.
         valid: which of them are no padding; None if none is.
+        last_seen: number of the last of these tokens that each of them sees; None if it is its own.
         row_tokens: how many tokens of each row go on; None before the first reduction.
-        queries: columns of the forward.
-        into: for each reduction so far, by the number of layers before it: for each of the forward's columns the column
+        queries: positions of the forward.
+        into: for each reduction so far, by the number of layers before it: for each of the forward's positions the one
             that its token is part of from there on, -1 if it was dropped; padding is its own.
     """
 
@@ -41,35 +42,40 @@ class Reduction:
         valid: Bool[Tensor, "batch queries"] | None,
         is_image: Bool[Tensor, "batch queries"],
         order: Int[Tensor, "batch queries"] | None = None,
+        last_seen: Int[Tensor, "batch queries"] | None = None,
+        tower: TowerView | None = None,
     ) -> None:
-        """Starts with all tokens of a forward, the padding of each row in its first columns.
+        """Starts with all tokens of a forward, the padding of each row in its first positions.
 
         Args:
             reducer: what decides.
             points: numbers of layers after which it acts, ascending.
-            layout: where the images are, in the same columns.
+            layout: where the images are, in the same positions.
             index: number of tokens of the row that came before each token, -1 for padding; one row where all agree.
-            valid: which columns hold a token; None if all do.
-            is_image: which columns hold image tokens.
-            order: for each column, the one that the model has its token in, where its padding is not first.
+            valid: which positions hold a token; None if all do.
+            is_image: which positions hold image tokens.
+            order: for each position, the one that the model has its token in, where its padding is not first.
+            last_seen: number of the last position that each sees; None if it is its own.
+            tower: what the vision tower says of the image tokens, in the same positions; None if nobody asked.
         """
         self.reducer = reducer
         self.points = points
         self.index: Int[Tensor, "batch tokens"] = index.long().expand_as(is_image)
         self.valid: Bool[Tensor, "batch tokens"] | None = valid
+        self.last_seen: Int[Tensor, "batch tokens"] | None = last_seen
         self.row_tokens: list[int] | None = None
         self.into: dict[int, Int[Tensor, "batch queries"]] = {}
-        self._layout = layout
+        self._layout, self._tower = layout, tower
         self._most_images = max(layout.image_tokens)
         batch, self.queries = is_image.shape
-        columns = torch.arange(self.queries, device=is_image.device).repeat(batch, 1)
-        self._columns: Int[Tensor, "batch tokens"] = columns  # of the tokens that go on
-        self._into = columns
-        self._order = columns if order is None else order.long()
-        self._aligned = order is None  # whether hidden states come in these columns
-        self._spread = False  # whether hidden states of the tokens that go on come in all columns of the model
-        self._takes = self._order  # columns of the model whose positions the tokens have
-        self._first = 0 if valid is None else (~valid).sum(1, keepdim=True)  # column of each row's first token
+        positions = torch.arange(self.queries, device=is_image.device).repeat(batch, 1)
+        self._positions: Int[Tensor, "batch tokens"] = positions  # of the tokens that go on
+        self._into = positions
+        self._order = positions if order is None else order.long()
+        self._aligned = order is None  # whether hidden states come in these positions
+        self._spread = False  # whether hidden states of the tokens that go on come in all positions of the model
+        self._takes = self._order  # positions of the model whose rotary positions the tokens have
+        self._first = 0 if valid is None else (~valid).sum(1, keepdim=True)  # position of each row's first token
         images = is_image.clone()
         images[:, -1] = False  # the last token stays: what comes next is read from its state
         grid = layout.grid.masked_fill(~images, -1)
@@ -127,6 +133,7 @@ class Reduction:
             size=facts[..., 5:],
             image_tokens=self._layout.image_tokens,
             guidance=self._guidance,
+            tower=self._tower if layer == 0 else None,
         )
         with policy_errors(self.reducer, layer - 1 if layer else None):
             reduced = self.reducer.reduce(context)
@@ -139,11 +146,15 @@ class Reduction:
         most = max(self.row_tokens)
         last = stays.to(torch.uint8).argsort(dim=1, stable=True)[:, stays.shape[1] - most :]
         self.valid = None if min(self.row_tokens) == most else stays.gather(1, last)
-        self._columns = self._columns.gather(1, last)
+        if self.last_seen is not None:
+            until = stays.cumsum(1)
+            seen = most - until[:, -1:] + until.gather(1, self.last_seen) - 1
+            self.last_seen = seen.gather(1, last).maximum(torch.arange(most, device=seen.device))
+        self._positions = self._positions.gather(1, last)
         self._facts = _blank(_taken(facts, last), self.valid)
         self.index = self._facts[..., 0]
         self._guidance = None
-        self._takes = self._columns
+        self._takes = self._positions
         if self.reducer.positions != "original":  # those of the row's first tokens
             number = torch.arange(most, device=hidden.device) - (most - stays.sum(1, keepdim=True))
             self._takes = (self._first + number).clamp(min=0)
@@ -151,27 +162,27 @@ class Reduction:
         return _taken(hidden, last)
 
     def of_the_tokens(self, tensor: Tensor) -> Tensor:
-        """What a tensor over all columns of the model, `[batch or 1, columns, ...]`, says of the tokens that go on.
+        """What a tensor over all positions of the model, `[batch or 1, positions, ...]`, says of the tokens that go on.
 
-        For position ids and rotary embeddings: with contiguous positions, the first tokens' entries.
+        For position ids and rotary embeddings: with contiguous rotary positions, the first tokens' entries.
         """
         takes = self._takes.to(tensor.device)
         if tensor.shape[0] == 1:
             return tensor[0].index_select(0, takes.flatten()).view(*takes.shape, *tensor.shape[2:])
         return _taken(tensor, takes)
 
-    def spread(self, hidden: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch columns hidden"]:
-        """Hidden states in the model's columns of their tokens; zero in the others."""
+    def spread(self, hidden: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch positions hidden"]:
+        """Hidden states in the model's positions of their tokens; zero in the others."""
         self._move(hidden.device)
         batch, queries = hidden.shape[0], self.queries
-        places = self._order.gather(1, self._columns) + _starts(batch, queries, hidden.device)
+        places = self._order.gather(1, self._positions) + _starts(batch, queries, hidden.device)
         if self.valid is not None:
             places = places.masked_fill(~self.valid, batch * queries)  # a place that is cut off
         full = hidden.new_zeros(batch * queries + 1, hidden.shape[2])
         full = full.index_copy(0, places.flatten(), hidden.flatten(0, 1))
         return full[:-1].view(batch, queries, -1)
 
-    def spread_between(self, hidden: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch columns hidden"]:
+    def spread_between(self, hidden: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch positions hidden"]:
         """`spread`, of what `taken_again` is about to get."""
         self._spread = True
         return self.spread(hidden)
@@ -182,7 +193,7 @@ class Reduction:
             return hidden
         self._move(hidden.device)
         self._spread = False
-        return _taken(hidden, self._order.gather(1, self._columns))
+        return _taken(hidden, self._order.gather(1, self._positions))
 
     # -- inner ---------------------------------------------------------------------------------------------------------
 
@@ -228,13 +239,13 @@ class Reduction:
         return stays, into
 
     def _note(self, layer: int, into: Int[Tensor, "batch tokens"]) -> None:
-        """Follows each column to the column that it is part of now."""
+        """Follows each position to the position that it is part of now."""
         inside = into.clamp(min=0, max=into.shape[1] - 1)  # of padding it may be anything
-        target = torch.where(into < 0, -1, self._columns.gather(1, inside))
+        target = torch.where(into < 0, -1, self._positions.gather(1, inside))
         if self.valid is not None:
-            target = torch.where(self.valid, target, self._columns)
+            target = torch.where(self.valid, target, self._positions)
         own = torch.arange(self.queries, device=into.device).repeat(len(into), 1)
-        moved = own.scatter(1, self._columns, target)
+        moved = own.scatter(1, self._positions, target)
         self._into = torch.where(self._into < 0, -1, moved.gather(1, self._into.clamp(min=0)))
         self.into[layer] = self._into
 
@@ -243,15 +254,15 @@ class Reduction:
         return f"reducer {self.reducer.name}: {where}"
 
 
-def _starts(batch: int, columns: int, device: torch.device) -> Int[Tensor, "batch one"]:
-    """Where each row of `[batch, columns, ...]` begins once rows follow each other."""
-    return torch.arange(0, batch * columns, columns, device=device).unsqueeze(1)
+def _starts(batch: int, positions: int, device: torch.device) -> Int[Tensor, "batch one"]:
+    """Where each row of `[batch, positions, ...]` begins once rows follow each other."""
+    return torch.arange(0, batch * positions, positions, device=device).unsqueeze(1)
 
 
-def _taken(tensor: Tensor, columns: Int[Tensor, "batch fewer"]) -> Tensor:
-    """Some columns of each row of a tensor `[batch, columns, ...]`."""
-    places = columns + _starts(tensor.shape[0], tensor.shape[1], tensor.device)
-    return tensor.flatten(0, 1).index_select(0, places.flatten()).view(*columns.shape, *tensor.shape[2:])
+def _taken(tensor: Tensor, positions: Int[Tensor, "batch fewer"]) -> Tensor:
+    """Some positions of each row of a tensor `[batch, positions, ...]`."""
+    places = positions + _starts(tensor.shape[0], tensor.shape[1], tensor.device)
+    return tensor.flatten(0, 1).index_select(0, places.flatten()).view(*positions.shape, *tensor.shape[2:])
 
 
 def _blank(facts: Int[Tensor, "batch tokens facts"], valid: Bool[Tensor, "batch tokens"] | None) -> Tensor:

@@ -56,6 +56,6 @@ def lost_before(state: CacheState, layer: int) -> Tensor | None:
         return None
     if (step is None and layer) or (step is not None and step.next_layer != layer):
         return None
-    columns = 0 if step is None else step.columns  # the step of a first layer may be yet to begin
-    missing, earlier = sequence.missing(layer), sequence.seen - columns
+    positions = 0 if step is None else step.queries  # the step of a first layer may be yet to begin
+    missing, earlier = sequence.missing(layer), sequence.seen - positions
     return None if missing is None or not earlier else missing[:, :earlier].sum(1)

@@ -22,11 +22,11 @@ class CacheReport:
     """A snapshot of what a cache holds; plain numbers and lists, so it can be kept, compared and written as JSON.
 
     Where several processes share the heads, it is that of one of them: bytes are those of its heads, and so are the
-    columns once heads hold different tokens, and lengths once they hold different numbers. Everything else is the same
-    in all.
+    positions once heads hold different tokens, and lengths once they hold different numbers. Everything else is the
+    same in all.
 
     Attributes:
-        tokens_seen: columns that the model saw, padding included.
+        tokens_seen: positions that the model saw, padding included.
         row_tokens_seen: tokens of each row, padding left out.
         layer_tokens: tokens that each layer was given per row, `[layers][batch]`; fewer than `row_tokens_seen` where a
             reducer acted before it.
@@ -36,13 +36,13 @@ class CacheReport:
         head_lengths: tokens that each key/value head holds, `[layers][batch][kv_heads]`; None where all heads of a
             layer hold as many.
         layer_budgets: tokens that each layer may hold per row at this point, likewise; None where nothing limits it.
-        held_columns: columns of the held tokens, `[layers][batch][sets][tokens]`; `sets` is 1 unless heads keep
+        held_positions: positions of the held tokens, `[layers][batch][sets][tokens]`; `sets` is 1 unless heads keep
             different tokens.
-        went_into: what a reducer did: for each number of layers after which it acted, the column that each column of a
-            row is part of from there on, its own if it stays and -1 if it was dropped; `[batch][columns]`.
+        went_into: what a reducer did: for each number of layers after which it acted, the position that each one of a
+            row is part of from there on, its own if it stays and -1 if it was dropped; `[batch][positions]`.
         kv_bytes: bytes allocated for keys and values.
-        index_bytes: bytes allocated for columns and scores.
-        full_kv_bytes: bytes that the keys and values of every column would take.
+        index_bytes: bytes allocated for positions and scores, and for queries where an evictor remembers some.
+        full_kv_bytes: bytes that the keys and values of every position would take.
         threshold: the global threshold that the prefix allocator found per row; None for others.
         layers: number in the model of each layer that is compressed, which is what `layer` counts everywhere else; all
             of them unless the model has layers that slide or sum up.
@@ -61,7 +61,7 @@ class CacheReport:
     image_tokens: list[list[int]]
     layer_lengths: list[list[int]]
     layer_budgets: list[list[int]] | None
-    held_columns: list[list[list[list[int]]]] = field(repr=False)
+    held_positions: list[list[list[list[int]]]] = field(repr=False)
     kv_bytes: int
     index_bytes: int
     full_kv_bytes: int
@@ -116,7 +116,7 @@ class CacheReport:
         """Image tokens that layers were given / image tokens seen, mean over layers; None without images."""
         seen = sum(self.image_tokens[0]) if self.image_tokens else 0
         for row in self.went_into.get(0, []):  # what the first layer never got
-            seen += sum(into != column for column, into in enumerate(row))
+            seen += sum(into != position for position, into in enumerate(row))
         return sum(map(sum, self.image_tokens)) / (seen * len(self.image_tokens)) if seen else None
 
     def positions(self, layer: int, row: int, head: int | None = None) -> list[int]:
@@ -127,7 +127,7 @@ class CacheReport:
             row: row of the batch.
             head: key/value head; None for the positions that any head holds.
         """
-        sets = self.held_columns[layer][row]
+        sets = self.held_positions[layer][row]
         if head is not None:
             return list(sets[0 if len(sets) == 1 else head])
         return sorted(set().union(*sets))
@@ -138,9 +138,9 @@ class CacheReport:
         return self.positions(layer, row, head)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but columns, with `retention`, ready for JSON."""
+        """Everything but positions, with `retention`, ready for JSON."""
         fields = asdict(self)
-        del fields["held_columns"], fields["went_into"]
+        del fields["held_positions"], fields["went_into"]
         return {**fields, "retention": self.retention, "vision_retention": self.vision_retention}
 
 
@@ -150,7 +150,7 @@ def report_on(state: CacheState) -> CacheReport:
     sequence, table, numbers = state.sequence, state.table, range(len(state.layers))
     held = stacked([layer.held for layer in state.layers])
     if table is not None and table.steps:
-        held = table.extent - table.hole + np.stack([layer.packed_rows for layer in state.layers])[..., None]
+        held = table.extent - table.hole + stacked([layer.packed_rows for layer in state.layers])
     limits = state.limits()
     threshold = None if state.allocation is None else state.allocation.notes.get("threshold")
     slot_nbytes = sum(layer.store.slot_nbytes for layer in state.layers)
@@ -161,7 +161,7 @@ def report_on(state: CacheState) -> CacheReport:
         image_tokens=[sequence.images_given(number).tolist() for number in numbers],
         layer_lengths=_of_layers(held),
         layer_budgets=None if limits is None else _of_layers(limits),
-        held_columns=[_held_columns(state, layer) for layer in state.layers],
+        held_positions=[_held_positions(state, layer) for layer in state.layers],
         kv_bytes=sum(layer.store.nbytes for layer in state.layers) + state.own.nbytes,
         index_bytes=_index_nbytes(state),
         full_kv_bytes=slot_nbytes * sequence.seen * sequence.batch + state.own.nbytes,
@@ -190,17 +190,23 @@ def _index_nbytes(state: CacheState) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def _held_columns(state: CacheState, layer: CompressedLayer) -> list[list[list[int]]]:
-    """Columns of the tokens that a layer holds, ascending, per row and set."""
+def _held_positions(state: CacheState, layer: CompressedLayer) -> list[list[list[int]]]:
+    """Positions of the tokens that a layer holds, ascending, per row and set."""
     if layer.index is None:
         return []
-    columns = state.sequence.columns_of(state.index_of(layer)).tolist()
-    return [[sorted(column for column in held if column >= 0) for held in row] for row in columns]
+    positions = state.sequence.positions_of(state.index_of(layer)).tolist()
+    return [[sorted(position for position in held if position >= 0) for held in row] for row in positions]
 
 
 def _notes(state: CacheState) -> list[str]:
     evictor, notes = state.config.evictor, [] if state.chosen is None else [str(state.chosen)]
-    if evictor is not None and evictor.frees == "nothing":
+    if evictor is not None and evictor.cuts_every is not None:
+        remembered = sum(tensor.nbytes for layer in state.layers if layer.recent for tensor in layer.recent.tensors())
+        notes.append(
+            f"evictor {evictor.name}: layers grow by up to {evictor.cuts_every} generated tokens past their budget and "
+            f"are cut to it then; the queries that score for that take {size(remembered)}, counted with the index"
+        )
+    elif evictor is not None and evictor.frees == "nothing":
         notes.append("decode rule 'none': layers grow by every generated token, past their budget")
     if state.own:
         notes.append(

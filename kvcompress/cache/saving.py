@@ -326,7 +326,7 @@ def _check_state(state: CacheState, decoder: PreTrainedModel) -> None:
         if keys is None or values is None or index is None:
             continue
         must(layer.store.rows_and_heads == (batch, heads), f"keys of the shape {tuple(keys.shape)}")
-        must(layer.store.has_room(layer.held - layer.packed_rows[:, None]), "fewer slots than tokens")
+        must(layer.store.has_room(layer.held - layer.packed_rows), "fewer slots than tokens")
         slots = layer.store.packed + layer.slots
         must(index.shape[0] in (1, batch) and index.shape[1] in (1, heads), "the shape of an index")
         must(index.shape[2] >= layer.store.packed and slots <= layer.store.packed + layer.store.capacity, "slots")

@@ -1,4 +1,4 @@
-"""What the model has seen so far, row by row: how many tokens, which columns are padding, which are images."""
+"""What the model has seen so far, row by row: how many tokens, which positions are padding, which are images."""
 
 from __future__ import annotations
 
@@ -32,32 +32,37 @@ class Scored:
 class Sequence:
     """The tokens of a batch of sequences.
 
-    A column is a place in the batch as the model saw it, padding included; a token index counts a row's own tokens
-    alone. Everything is known on the host but which columns are padding and images, which the device holds.
+    A position is a place in the batch as the model saw it, padding included; a token index counts a row's own tokens
+    alone. Everything is known on the host but which positions are padding and images, which the device holds.
 
     Attributes:
-        seen: columns so far, padding included; what transformers calls the sequence length.
+        seen: positions so far, padding included; what transformers calls the sequence length.
         row_seen: tokens of each row so far, padding left out.
-        valid: which of the first columns hold a token of the row, later ones do all; None while no row has padding.
-        is_image: which of the first columns hold image tokens; None for text alone.
+        valid: which of the first positions hold a token of the row, later ones do all; None while no row has padding.
+        is_image: which of the first positions hold image tokens; None for text alone.
+        seen_early: how many queries before its own saw the token of each of the first positions, where a model lets
+            tokens see others after them; None if none did.
         rotary_offset: what the model adds to the number of a token that comes, to place it (M-RoPE); None if nothing.
+        rotary_offsets: what it would be if the conversation ended after each of the first positions; None if nothing.
         scored: the last step that scored.
         decoded: for each run of decode steps, whose queries scored nothing, the token index of its first token and of
             the first after it, per row.
-        went_into: for the layers after which a reducer acts, by number, the column that each column's token is part of
-            from the next layer on: its own if it stays, -1 if it was dropped. Columns beyond the last stay.
+        went_into: for the layers after which a reducer acts, by number, the position that the token of each is part of
+            from the next layer on: its own if it stays, -1 if it was dropped. Positions beyond the last stay.
     """
 
     def __init__(self) -> None:
         """Starts with nothing seen."""
         self.seen = 0
         self.row_seen: Counts = np.zeros(0, dtype=np.int64)
-        self.valid: Bool[Tensor, "batch columns"] | None = None
-        self.is_image: Bool[Tensor, "batch columns"] | None = None
+        self.valid: Bool[Tensor, "batch positions"] | None = None
+        self.is_image: Bool[Tensor, "batch positions"] | None = None
+        self.seen_early: Int[Tensor, "batch positions"] | None = None
         self.rotary_offset: Int[Tensor, "batch one"] | None = None
+        self.rotary_offsets: Int[Tensor, "batch positions"] | None = None
         self.scored = Scored(*(np.zeros(0, dtype=np.int64) for _ in range(3)))
         self.decoded: list[tuple[Counts, Counts]] = []
-        self.went_into: dict[int, Int[Tensor, "batch columns"]] = {}
+        self.went_into: dict[int, Int[Tensor, "batch positions"]] = {}
         # Before the last step that scored: the step before it, and the tokens that had no score.
         self._scored_before = self.scored
         self._unscored_before = (self.scored.end, self.scored.end)
@@ -68,7 +73,8 @@ class Sequence:
 
     def restore(self, saved: Any) -> None:
         """Takes over what `saved` gave."""
-        saved = {"rotary_offset": None, **saved}  # older releases knew no such models
+        new = dict.fromkeys(("rotary_offset", "rotary_offsets", "seen_early"))
+        saved = {**new, **saved}  # older releases knew no such models
         self.__dict__.update({name: saved[name] for name in vars(self)})
 
     @property
@@ -81,16 +87,23 @@ class Sequence:
         """Whether every row has as many tokens."""
         return bool((self.row_seen == self.row_seen[:1]).all())
 
+    @property
+    def last_decoded(self) -> int:
+        """Decode steps since the last step that scored."""
+        if not self.decoded or (self.decoded[-1][1] != self.row_seen).any():
+            return 0
+        return int((self.row_seen - self.decoded[-1][0])[0])
+
     # -- what comes ----------------------------------------------------------------------------------------------------
 
     def extend(
-        self, new_valid: Bool[Tensor, "batch columns"] | None, columns: int, row_new: Counts, scored: bool = True
+        self, new_valid: Bool[Tensor, "batch positions"] | None, positions: int, row_new: Counts, scored: bool = True
     ) -> None:
-        """Takes note of new columns.
+        """Takes note of new positions.
 
         Args:
             new_valid: which of them hold a token; None if all do.
-            columns: how many there are.
+            positions: how many there are.
             row_new: tokens of each row among them.
             scored: whether their queries score; if not, this is a decode step.
         """
@@ -102,7 +115,7 @@ class Sequence:
         if new_valid is not None or (self.valid is not None and scored):
             device = new_valid.device if new_valid is not None else self.valid.device  # type: ignore[union-attr]
             if new_valid is None:
-                new_valid = torch.ones(self.batch, columns, dtype=torch.bool, device=device)
+                new_valid = torch.ones(self.batch, positions, dtype=torch.bool, device=device)
             self.valid = torch.cat([self.known_valid(device), new_valid], dim=1)
         self.row_seen = before + row_new
         if scored:
@@ -114,53 +127,86 @@ class Sequence:
             self.decoded[-1] = (self.decoded[-1][0], self.row_seen)
         else:
             self.decoded.append((before, self.row_seen))
-        self.seen += columns
+        self.seen += positions
 
-    def mark_images(self, is_image: Bool[Tensor, "batch columns"]) -> None:
-        """Takes note of which of the columns about to come hold image tokens."""
+    def score_again(self, queries: int) -> None:
+        """Takes note that the queries of each row's last so many tokens, of decode steps, score after all."""
+        first, count = self.row_seen - queries, np.full_like(self.row_seen, queries)
+        self._unscored_before, self._scored_before = (self.scored.end, self.row_seen), self.scored
+        self.scored = Scored(self.row_seen, count, first)
+        start, _ = self.decoded.pop()
+        if (start < first).any():
+            self.decoded.append((start, first))
+
+    def mark_images(self, is_image: Bool[Tensor, "batch positions"]) -> None:
+        """Takes note of which of the positions about to come hold image tokens."""
         if self.is_image is None and not bool(is_image.any()):
             return
         earlier = is_image[:, :0] if self.is_image is None else self.is_image[:, : self.seen].to(is_image.device)
         self.is_image = torch.cat([F.pad(earlier, (0, self.seen - earlier.shape[1])), is_image], dim=1)
 
-    def reduce(self, layers: int, went_into: Int[Tensor, "batch columns"]) -> None:
-        """Takes note of what a reducer did to the columns seen, after so many layers."""
+    def mark_offsets(self, offsets: Int[Tensor, "batch positions"]) -> None:
+        """Takes note of the rotary offsets after each of the positions about to come; steps between had that before."""
+        known = self.rotary_offsets
+        known = (
+            offsets.new_zeros(len(offsets), 1) if known is None or not self.seen else known[:, : self.seen].to(offsets)
+        )
+        between = known[:, -1:].expand(-1, max(0, self.seen - known.shape[1]))
+        self.rotary_offsets = torch.cat([known[:, : self.seen], between, offsets], 1)
+
+    def mark_seen_early(
+        self, last_seen: Int[Tensor, "batch positions"], new_valid: Bool[Tensor, "batch positions"] | None
+    ) -> None:
+        """Takes note of how many queries see the tokens of the positions that just came before their own does.
+
+        Args:
+            last_seen: number of the last of these positions that each of them sees.
+            new_valid: which of them hold a token; None if all do.
+        """
+        asks = torch.ones_like(last_seen) if new_valid is None else new_valid.to(last_seen)
+        change = F.pad(asks, (1, 1)).scatter_add(1, last_seen + 1, -asks)
+        early, first = change.cumsum(1)[:, :-2], self.seen - last_seen.shape[1]
+        earlier = early[:, :0] if self.seen_early is None else self.seen_early[:, :first].to(early.device)
+        self.seen_early = torch.cat([F.pad(earlier, (0, first - earlier.shape[1])), early], dim=1)
+
+    def reduce(self, layers: int, went_into: Int[Tensor, "batch positions"]) -> None:
+        """Takes note of what a reducer did to the positions seen, after so many layers."""
         earlier = self.went_into.get(layers)
         if earlier is not None:  # what earlier steps lost stays lost
             went_into = went_into.clone()
             went_into[:, : earlier.shape[1]] = earlier
         self.went_into[layers] = went_into
 
-    # -- columns and token indices -------------------------------------------------------------------------------------
+    # -- positions and token indices -----------------------------------------------------------------------------------
 
     def known_valid(self, device: torch.device) -> Tensor:
-        """Which of all columns seen hold a token."""
+        """Which of all positions seen hold a token."""
         if self.valid is None:
             return torch.ones(self.batch, self.seen, dtype=torch.bool, device=device)
         return F.pad(self.valid, (0, self.seen - self.valid.shape[1]), value=True)
 
-    def by_index(self, of_columns: Tensor, fill: bool | int = False) -> Tensor:
-        """A tensor over columns, `[batch, columns]`, in the order of the rows' tokens, padding left out.
+    def by_index(self, of_positions: Tensor, fill: bool | int = False) -> Tensor:
+        """A tensor over positions, `[batch, positions]`, in the order of the rows' tokens, padding left out.
 
-        Columns that it does not reach, and places beyond a row's tokens, are filled.
+        Positions that it does not reach, and places beyond a row's tokens, are filled.
         """
-        of_columns = F.pad(of_columns, (0, max(0, self.seen - of_columns.shape[1])), value=fill)[:, : self.seen]
+        of_positions = F.pad(of_positions, (0, max(0, self.seen - of_positions.shape[1])), value=fill)[:, : self.seen]
         if self.valid is None:
-            return of_columns
-        valid = self.known_valid(of_columns.device)
+            return of_positions
+        valid = self.known_valid(of_positions.device)
         index = torch.where(valid, valid.cumsum(1) - 1, self.seen)
-        target = torch.full((self.batch, self.seen + 1), fill, dtype=of_columns.dtype, device=of_columns.device)
-        return target.scatter_(1, index, of_columns)[:, : self.seen]
+        target = torch.full((self.batch, self.seen + 1), fill, dtype=of_positions.dtype, device=of_positions.device)
+        return target.scatter_(1, index, of_positions)[:, : self.seen]
 
-    def columns_of(self, index: Int[Tensor, "batch sets slots"]) -> Int[Tensor, "batch sets slots"]:
-        """Columns of tokens from their indices; -1 where the index is -1."""
+    def positions_of(self, index: Int[Tensor, "batch sets slots"]) -> Int[Tensor, "batch sets slots"]:
+        """Positions of tokens from their indices; -1 where the index is -1."""
         if self.valid is None:
             return index
         known = torch.arange(self.seen, device=index.device, dtype=index.dtype).expand(self.batch, -1)
         return taken(self.by_index(known, fill=-1), index, fill=-1)
 
-    def index_of_columns(self, device: torch.device) -> Int[Tensor, "batch columns"]:
-        """Token index of every column seen, -1 for padding."""
+    def index_of_positions(self, device: torch.device) -> Int[Tensor, "batch positions"]:
+        """Token index of every position seen, -1 for padding."""
         if self.valid is None:
             return torch.arange(self.seen, device=device).expand(self.batch, -1)
         valid = self.known_valid(device)
@@ -168,8 +214,8 @@ class Sequence:
 
     # -- what layers got -----------------------------------------------------------------------------------------------
 
-    def missing(self, layer: int) -> Bool[Tensor, "batch columns"] | None:
-        """Columns seen whose tokens a layer never got, since a reducer acted before it; None if it got all."""
+    def missing(self, layer: int) -> Bool[Tensor, "batch positions"] | None:
+        """Positions seen whose tokens a layer never got, since a reducer acted before it; None if it got all."""
         before = [layers for layers in self.went_into if layers <= layer]
         if not before:
             return None
@@ -210,6 +256,11 @@ class Sequence:
             layer: index of the decoder layer; only where a reducer acts do layers differ.
         """
         queries: Tensor = self._rows(self.row_seen, index) - index
+        early: Tensor | int = 0
+        if self.seen_early is not None:
+            of_tokens = self.by_index(self.seen_early.to(index.device))
+            early = taken(of_tokens.repeat(index.shape[0] // of_tokens.shape[0], 1), index)
+            queries = queries + early
         for run in self.decoded:
             first, end = (self._rows(counts, index) for counts in run)
             queries = queries - (end - index.clamp(min=first).clamp(max=end))  # each a number, or one per row
@@ -217,7 +268,7 @@ class Sequence:
         if missing is not None:
             until = F.pad(self.by_index(missing.to(index.device)).cumsum(1), (1, 0))  # missing before each, and all
             whole = until[:, -1:, None]
-            queries = queries - (whole - taken(until, index))
+            queries = queries - (whole - taken(until, index - early))
             since = torch.as_tensor(self.scored.first, dtype=index.dtype, device=index.device)[:, None, None]
             scored = scored - (whole - taken(until, since))
         if not last:
@@ -277,8 +328,12 @@ class Sequence:
             self.valid = self.valid.index_select(0, index.to(self.valid.device))
         if self.is_image is not None:
             self.is_image = self.is_image.index_select(0, index.to(self.is_image.device))
+        if self.seen_early is not None:
+            self.seen_early = self.seen_early.index_select(0, index.to(self.seen_early.device))
         if self.rotary_offset is not None:
             self.rotary_offset = self.rotary_offset.index_select(0, index.to(self.rotary_offset.device))
+        if self.rotary_offsets is not None:
+            self.rotary_offsets = self.rotary_offsets.index_select(0, index.to(self.rotary_offsets.device))
         for layers, into in self.went_into.items():
             self.went_into[layers] = into.index_select(0, index.to(into.device))
 
@@ -286,17 +341,17 @@ class Sequence:
         """Tokens of each row that have a score, after the last step that scored or before it."""
         return (self._scored_before if before_last_step else self.scored).end
 
-    def tokens_after(self, columns: int) -> Counts:
-        """Tokens of each row that stand after the first `columns` columns; waits for the device if there is padding."""
-        if self.valid is None or columns >= self.valid.shape[1]:
-            return np.full(self.batch, self.seen - columns)
-        return self.known_valid(self.valid.device)[:, columns:].sum(1).cpu().numpy()
+    def tokens_after(self, positions: int) -> Counts:
+        """Tokens of each row that stand after so many positions; waits for the device if there is padding."""
+        if self.valid is None or positions >= self.valid.shape[1]:
+            return np.full(self.batch, self.seen - positions)
+        return self.known_valid(self.valid.device)[:, positions:].sum(1).cpu().numpy()
 
-    def crop(self, columns: int, gone: Counts, whole_step: bool = False) -> None:
-        """Forgets all but the first `columns` columns, and so many tokens of each row.
+    def crop(self, positions: int, gone: Counts, whole_step: bool = False) -> None:
+        """Forgets all but so many first positions, and so many tokens of each row.
 
         Args:
-            columns: columns that stay.
+            positions: positions that stay.
             gone: tokens of each row that go.
             whole_step: whether the last step that scored goes as a whole.
         """
@@ -305,14 +360,19 @@ class Sequence:
         queries = np.minimum(scored.queries, np.maximum(left - scored.first, 0))
         self.scored = Scored(np.minimum(scored.end, left), queries, scored.first)
         if self.valid is not None:
-            self.valid = self.valid[:, :columns]
+            self.valid = self.valid[:, :positions]
         if self.is_image is not None:
-            self.is_image = self.is_image[:, :columns]
-        self.went_into = {layers: into[:, :columns] for layers, into in self.went_into.items()}
+            self.is_image = self.is_image[:, :positions]
+        if self.seen_early is not None:
+            self.seen_early = self.seen_early[:, :positions]
+        if self.rotary_offsets is not None and positions < self.rotary_offsets.shape[1]:
+            self.rotary_offsets = self.rotary_offsets[:, :positions]
+            self.rotary_offset = self.rotary_offsets[:, -1:]
+        self.went_into = {layers: into[:, :positions] for layers, into in self.went_into.items()}
         self.decoded = [(first, np.minimum(end, left)) for first, end in self.decoded if (first < left).any()]
-        self.seen = columns
+        self.seen = positions
 
-    def hide(self, hidden: Bool[Tensor, "batch columns"]) -> Int[Tensor, "batch tokens"]:
+    def hide(self, hidden: Bool[Tensor, "batch positions"]) -> Int[Tensor, "batch tokens"]:
         """Makes padding of tokens that were seen, since an attention mask hides them from now on.
 
         Waits for the device.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvcompress.cache.allocation import protection
-from kvcompress.cache.sequence import Counts
+from kvcompress.cache.sequence import Counts, stacked
 from kvcompress.cache.state import CacheState
 from kvcompress.markup import size
 
@@ -19,9 +19,8 @@ def explained(state: CacheState, held: Counts) -> list[str]:
     """
     if not held.size or not state.layers[0].store.slot_nbytes:
         return []
-    full = held.sum((1, 2)) - held.shape[2] * np.array(  # tokens in full precision, in slots of one set
-        [0 if (rows := layer.store.packed_rows) is None else int(rows.sum()) for layer in state.layers]
-    )
+    packed = np.broadcast_to(stacked([layer.packed_rows for layer in state.layers]), held.shape)
+    full = (held - packed).sum((1, 2))  # tokens in full precision, in slots of one set
     return [note for note in (_protected(state, held), _room(state, held, full), *_beside(state, held, full)) if note]
 
 

@@ -10,10 +10,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kvcompress.cache.allocation import Allocation, Rule
-from kvcompress.cache.sequence import Counts
+from kvcompress.cache.sequence import Counts, Sequence
 
 _LATEST = 2**31 - 1  # as a token index: never the oldest
-_DERIVED = ("_allocation", "_rule", "_age", "_none", "_slots")  # from what else is known of the cache
+_DERIVED = ("_allocation", "_rule", "_cut", "_age", "_none", "_slots")  # from what else is known of the cache
 
 
 class SlotTable:
@@ -35,7 +35,7 @@ class SlotTable:
         ranks: importance of the slots' tokens, `[layers, batch, kv_heads, slots]`, for an evictor that chooses by it;
             NaN where there is none.
         seen: tokens of each row.
-        columns: columns seen, padding included.
+        positions_seen: padding included.
         scored_end: tokens of each row that have a score, `[batch, 1, 1]`.
         extent: `length` as far as the host knows, `[layers, batch, sets]`; one set where all heads hold as many.
         hole: whether a slot is free, as far as the host knows, likewise.
@@ -50,7 +50,7 @@ class SlotTable:
         pinned: np.ndarray,
         capacities: list[int],
         row_seen: Counts,
-        columns: int,
+        positions: int,
         allocation: Allocation | None,
         rule: Rule,
         by_age: bool,
@@ -58,6 +58,7 @@ class SlotTable:
         scored_end: Counts | None = None,
         sets: int = 1,
         ranks: list[Tensor] | None = None,
+        cut: tuple[Allocation, int] | None = None,
     ) -> None:
         """Starts after a prefill step, whose tokens lie in order in the first slots.
 
@@ -67,14 +68,16 @@ class SlotTable:
             pinned: slots that never leave by age, likewise.
             capacities: slots that each layer has.
             row_seen: tokens of each row.
-            columns: columns seen.
+            positions: how many were seen.
             allocation: the budgets of this process's heads; None if nothing is ever evicted.
             rule: how budgets grow with the tokens seen.
             by_age: whether a layer over its limit loses its oldest loose token.
             scored_end: tokens of each row that have a score.
             sets: at least so many sets of heads, which may hold different tokens from now on.
             ranks: importance of each layer's slots, `[batch, kv_heads, slots]`; None unless an evictor chooses by it.
-            packed: tokens per layer and row, `[layers, batch, 1]`, that lie elsewhere and count as held; None if none.
+            packed: tokens per layer, row and set, `[layers, batch, sets]`, held elsewhere; None if there are none.
+            cut: the budgets of this process's heads, and the steps after which the host cuts layers to them; None if
+                it never does.
         """
         device, sets = index[0].device, max(sets, lengths.shape[2], *(held.shape[1] for held in index))
         shape = (*lengths.shape[:2], sets)
@@ -94,12 +97,12 @@ class SlotTable:
         self.seen = torch.as_tensor(row_seen, dtype=torch.int32, device=device).clone()
         ends = row_seen if scored_end is None else scored_end
         self.scored_end = torch.as_tensor(ends, dtype=torch.int32, device=device)[:, None, None]
-        self.columns = torch.tensor(columns, dtype=torch.int64, device=device)
+        self.positions_seen = torch.tensor(positions, dtype=torch.int64, device=device)
         self.extent, self.hole = lengths.copy(), np.zeros(lengths.shape, dtype=bool)
         self._none = torch.full((), -1, dtype=torch.int64, device=device)
         self.exact, self.steps = True, 0
-        self._start, self._first_column = (lengths, row_seen), columns
-        self._allocation, self._rule = allocation, rule
+        self._start, self._first_seen = (lengths, row_seen), positions
+        self._allocation, self._rule, self._cut = allocation, rule, cut
         self._pinned = torch.as_tensor(pinned, device=device).expand(shape).clone()
         self._pinned_rows = pinned
         self._by_age = by_age
@@ -137,13 +140,20 @@ class SlotTable:
         return {name: value for name, value in vars(self).items() if name not in _DERIVED}
 
     @classmethod
-    def from_saved(cls, saved: Any, allocation: Allocation | None, rule: Rule) -> SlotTable:
+    def from_saved(
+        cls, saved: Any, allocation: Allocation | None, rule: Rule, cut: tuple[Allocation, int] | None = None
+    ) -> SlotTable:
         """The table that `saved` gave."""
         table = cls.__new__(cls)
-        table.__dict__.update(saved, _allocation=allocation, _rule=rule, _age=None)
+        table.__dict__.update(saved, _allocation=allocation, _rule=rule, _cut=cut, _age=None)
         table._none = torch.full((), -1, dtype=torch.int64, device=table.index.device)
         table._derive()
         return table
+
+    @property
+    def positions_at_most(self) -> int:
+        """Positions seen, or more where the host does not run the steps."""
+        return self._first_seen + self.steps
 
     @property
     def capacity(self) -> int:
@@ -176,7 +186,7 @@ class SlotTable:
             pinned = at < self._pinned.unsqueeze(-1)
             self._age.scatter_(-1, at, torch.where(pinned, _LATEST, token))
         self.seen.add_(1)
-        self.columns.add_(1)
+        self.positions_seen.add_(1)
         if not evicts or self._allocation is None:
             self.free.fill_(-1)
         elif self._age is not None:
@@ -236,8 +246,17 @@ class SlotTable:
 
     def bound(self, steps: int) -> np.ndarray:
         """At most the slots in use while layers attend in so many steps more, `[layers, batch, sets]`."""
-        most: np.ndarray = np.maximum(self.held(steps - 1) + 1, self.extent)
+        held = self.held(steps - 1) + 1 if self._cut is None else self.held(steps)
+        most: np.ndarray = np.maximum(held, self.extent)
         return most
+
+    def decode_steps(self, sequence: Sequence) -> int:
+        """Decode steps since the last forward of another kind, or at most so many where the host does not run them."""
+        return sequence.last_decoded + self._first_seen + self.steps - sequence.seen
+
+    def newest(self, places: int) -> Tensor:
+        """Where in a ring of so many places the last position seen belongs, int64 `[1]`."""
+        return (self.positions_seen - 1).remainder(places).unsqueeze(0)
 
     def held(self, steps: int = 0) -> np.ndarray:
         """At most the tokens that layers and rows hold after so many steps more than now, `[layers, batch, sets]`."""
@@ -251,20 +270,24 @@ class SlotTable:
             limits = self._allocation.limits(self._rule, row_seen + taken) - self._packed_rows
             limits = np.maximum(limits, self._pinned_rows) if self._by_age else limits
             held = np.minimum(held, np.maximum(lengths, limits))
+        elif self._cut is not None:
+            allocation, period = self._cut
+            limits = allocation.limits(self._rule, row_seen + taken) + period - self._packed_rows
+            held = np.minimum(held, np.maximum(lengths, limits))
         return held
 
     # -- between steps -------------------------------------------------------------------------------------------------
 
     def settle(self) -> int:
-        """Reads how far the device has come where the host did not run its steps; returns the columns seen."""
-        columns, self.exact = int(self.columns), True
-        self.steps = columns - self._first_column
+        """Reads how far the device has come where the host did not run its steps; returns the positions seen."""
+        seen, self.exact = int(self.positions_seen), True
+        self.steps = seen - self._first_seen
         sets = self.extent.shape[2]
         self.extent, self.hole = (
             self.length[..., :sets].cpu().numpy().copy(),
             (self.free[..., :sets] >= 0).cpu().numpy(),
         )
-        return columns
+        return seen
 
     def become(self, table: SlotTable) -> None:
         """Says what another table says, in its own tensors where they have the same shapes."""
@@ -293,6 +316,7 @@ class SlotTable:
             allocation: the budgets of these rows.
         """
         self._allocation = allocation if self.evicts else None
+        self._cut = None if self._cut is None or allocation is None else (allocation, self._cut[1])
         lengths, row_seen = self._start
         self._start = (lengths[:, rows], row_seen[rows])
         self.extent, self.hole, self._pinned_rows = self.extent[:, rows], self.hole[:, rows], self._pinned_rows[:, rows]

@@ -31,6 +31,7 @@ class CacheState:
     Attributes:
         config: the policies and the budget; those that `auto` chose, once it has.
         asked: what the user asked for, which may be `auto`.
+        typed: whether types of tokens say which attend both ways, so that `generate` makes no masks for compiled steps.
         chosen: what that chose; None for any other configuration, and before the first prompt.
         layers: the decoder layers that are compressed, each with what it holds; policies know of no others.
         numbers: number of each of them in the model.
@@ -65,7 +66,7 @@ class CacheState:
         """Starts with nothing seen."""
         self.numbers, self.own = numbers, own or OwnLayers({})
         self.config, self.heads, self.calls, self.reserve = config, heads, calls, reserve
-        self.asked = config
+        self.asked, self.typed = config, False
         self.chosen: Chosen | None = None
         self._needs_ids = calls.needs_ids
         self.sequence = Sequence()
@@ -127,6 +128,7 @@ class CacheState:
     def places(self) -> tuple[tuple[int, torch.Size], ...]:
         """Address and shape of everything that a decode step reads and writes, but the weights."""
         buffers = [buffer for layer in self.layers for buffer in layer.store.buffers()]
+        buffers += [tensor for layer in self.layers if layer.recent is not None for tensor in layer.recent.tensors()]
         buffers += [] if self.table is None else self.table.tensors()
         return tuple((buffer.data_ptr(), buffer.shape) for buffer in buffers)
 
@@ -164,7 +166,9 @@ class CacheState:
     def _parts(self) -> list[tuple[Any, dict[str, Any]]]:
         """What the cache and its parts refer to, so that they can be made to do so again; the cache itself last."""
         parts: list[Any] = [self.sequence, self.calls, *self.layers, *(layer.store for layer in self.layers)]
-        parts += [part for part in (self.table, self.allocation) if part is not None]
+        parts += [
+            part for part in (self.table, self.allocation, *(one.recent for one in self.layers)) if part is not None
+        ]
         parts += self.own.parts()
         return [(part, {name: _apart(value) for name, value in vars(part).items()}) for part in (*parts, self)]
 
@@ -200,7 +204,7 @@ class CacheState:
         self.ran = saved["ran"]
         if saved["table"] is not None:
             allocation = self.own_allocation if saved["table_evicts"] else None
-            self.table = SlotTable.from_saved(saved["table"], allocation, self.rule)
+            self.table = SlotTable.from_saved(saved["table"], allocation, self.rule, self.cut)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -251,12 +255,24 @@ class CacheState:
         """What the last allocation gave to this process's heads."""
         return None if self.allocation is None else self.allocation.own(self.heads)
 
+    @property
+    def cut(self) -> tuple[Allocation, int] | None:
+        """The budgets of this process's heads and the steps after which layers are cut to them, for evictors that do.
+
+        None for all others, and before the first allocation.
+        """
+        evictor, allocation = self.config.evictor, self.own_allocation
+        if evictor is None or evictor.cuts_every is None or allocation is None:
+            return None
+        return allocation, evictor.cuts_every
+
     def limits(self) -> Counts | None:
         """Slots that each layer may hold now, `[layers, batch, sets]`; None if decoding never evicts anything."""
         evictor, allocation = self.config.evictor, self.own_allocation
-        if evictor is None or evictor.frees == "nothing" or allocation is None:
+        period = 0 if evictor is None else evictor.cuts_every or 0
+        if evictor is None or (evictor.frees == "nothing" and not period) or allocation is None:
             return None
-        return allocation.limits(self.rule, self.sequence.row_seen)
+        return allocation.limits(self.rule, self.sequence.row_seen) + period
 
     def index_of(self, layer: CompressedLayer) -> Tensor:
         """Token index of a layer's slots, wherever it is kept now; -1 where a slot is empty."""

@@ -31,12 +31,13 @@ class Prefill:
     """A forward of several tokens in progress, or another change of what every layer holds.
 
     Attributes:
-        columns: columns of the model's inputs.
+        queries: positions of the model's inputs.
         index: number of tokens of the row before each of this step's, `[1 or batch, 1, tokens]`; -1 for padding, which
             comes first in each row.
         valid: which of them are tokens; None if all are.
+        last_seen: number of the last of these positions that each sees, `[batch, positions]`; None if it is its own.
         row_new: tokens of each row.
-        order: where each of these columns was in the model's; None if they are where they were.
+        order: where each of these positions was in the model's; None if they are where they were.
         first_order: the same before a reducer acted.
         local: gives the budgets, where they need no scores, so that a layer is compressed as soon as it ran.
         room: slots to allocate beyond each layer's budget, `[batch, sets]`.
@@ -48,12 +49,13 @@ class Prefill:
     """
 
     phase: ClassVar[Phase] = Phase.PREFILL
-    columns: int = 1
+    queries: int = 1
     index: Int[Tensor, "rows 1 tokens"] | None = None
     valid: Bool[Tensor, "batch tokens"] | None = None
+    last_seen: Int[Tensor, "batch tokens"] | None = None
     row_new: Counts = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    order: Int[Tensor, "batch columns"] | None = None
-    first_order: Int[Tensor, "batch columns"] | None = None
+    order: Int[Tensor, "batch positions"] | None = None
+    first_order: Int[Tensor, "batch positions"] | None = None
     local: Callable[[], Allocation] | None = None
     room: list[Counts] = field(default_factory=list)
     evicts: bool = True
@@ -79,7 +81,7 @@ class Prefill:
         return tensor if self.order is None else _rows(tensor, self.order)
 
     def restored(self, tensor: Tensor) -> Tensor:
-        """The output of attention in the model's own columns."""
+        """The output of attention in the model's own positions."""
         return tensor if self.order is None else _rows(tensor, self.order.argsort(dim=1))
 
 
@@ -94,16 +96,18 @@ class Decode:
         length: slots in use, `[layers, batch, sets]`, where kernels read these alone; None elsewhere.
         device_only: whether nothing that the host knows counts, since the step is compiled or captured.
         evicts: whether layers over their budget free a slot in this step.
+        place: where layers that remember their last queries put that of this step; None where they do not.
         next_layer: layer that attends next.
     """
 
     phase: ClassVar[Phase] = Phase.DECODE
-    columns: ClassVar[int] = 1
+    queries: ClassVar[int] = 1
     widths: list[int] | None = None
     bias: Tensor | None = None
     length: Tensor | None = None
     device_only: bool = False
     evicts: bool = True
+    place: Int[Tensor, " one"] | None = None
     next_layer: int = 0
 
     def used(self, layer: int, device: torch.device) -> InUse:

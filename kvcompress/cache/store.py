@@ -36,12 +36,12 @@ class InUse:
 class KVStore(Protocol):
     """What a layer asks of the place where its keys and values are.
 
-    Slots are numbered from 0; a store may hold the first of them in another form, `packed` in the row that has most,
-    and only those after them can be written to. What lies beyond a row's tokens means nothing.
+    Slots are numbered from 0; a store may hold the first of them in another form, `packed` in the row and head that has
+    most, and only those after them can be written to. What lies beyond a row's tokens means nothing.
     """
 
     packed: int
-    packed_rows: Counts | None  # per row, where rows may differ; None if nothing is packed
+    packed_rows: Counts | None  # per row and set, where these may differ; None if nothing is packed
 
     @property
     def capacity(self) -> int:
@@ -102,7 +102,7 @@ class KVStore(Protocol):
             rest: slots that can be written to from now on.
             capacity: how many slots each row and set gets that can be written to, `[batch, sets]`.
             first: slots that stay packed; None if all do, where they are.
-            packed_rows: how many of these mean something per row.
+            packed_rows: how many of these mean something per row and set.
             surplus: whether some of the rest were packed before.
         """
 
@@ -304,11 +304,16 @@ class DenseStore:
     def make_room(self, dense: Counts, later: Counts | None = None) -> None:
         """Nothing to do: all stays in full precision."""
 
-    def move_into(self, buffers: list[Tensor]) -> None:
-        """Puts what it holds into `buffers` that it had before, where compiled steps look for it."""
-        for buffer, now in zip(buffers, self.dense(), strict=False):
+    def move_into(self, before: DenseStore) -> None:
+        """Puts what it holds into the buffers that it had before, where compiled steps look for it."""
+        for buffer, now in zip(before.dense(), self.dense(), strict=True):
             buffer[:, :, : now.shape[2]] = now
-        self.keys, self.values = buffers[:2]
+        self.keys, self.values = before.keys, before.values
+
+    def back_into(self, before: DenseStore) -> None:
+        """Puts what it holds into the buffers that it had before, if it fits."""
+        if self.capacity <= before.capacity:
+            self.move_into(before)
 
     def _hold(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = fixed(keys), fixed(values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kvcompress.cache import decoding, prefill
+from kvcompress.cache import decoding, periods, prefill
 from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.sequence import Counts
 from kvcompress.cache.state import CacheState
@@ -20,39 +20,39 @@ def crop(state: CacheState, tokens_to_remove: int) -> None:
         )
     state.check_ready()
     decoding.catch_up_if_needed(state)
-    sequence, columns = state.sequence, -tokens_to_remove
-    if columns > sequence.seen:
-        raise CacheStateError(f"crop: cannot remove {columns} tokens, only {sequence.seen} were seen")
-    if columns and columns != sequence.seen and (why := refusal(state, columns)):
+    sequence, positions = state.sequence, -tokens_to_remove
+    if positions > sequence.seen:
+        raise CacheStateError(f"crop: cannot remove {positions} tokens, only {sequence.seen} were seen")
+    if positions and positions != sequence.seen and (why := refusal(state, positions)):
         raise CacheStateError(why)
-    if columns and columns == sequence.seen:
+    if positions and positions == sequence.seen:
         state.forget()
-    elif columns or state.waiting is not None:
-        recorded = _recorded_columns(state)
+    elif positions or state.waiting is not None:
+        recorded = _recorded_positions(state)
         with state.changing() as step:
             decoding.tidy(state)
-            state.own.crop(columns)
-            if columns:
-                if columns < recorded:
-                    settle(state, step, columns)
-                gone = sequence.tokens_after(sequence.seen - columns)
+            state.own.crop(positions)
+            if positions:
+                if positions < recorded:
+                    settle(state, step, positions)
+                gone = sequence.tokens_after(sequence.seen - positions)
                 for layer in state.layers:
                     layer.drop_from(sequence.row_seen - gone)
-                sequence.crop(sequence.seen - columns, gone, whole_step=0 < recorded <= columns)
-                if recorded and recorded <= columns:
+                sequence.crop(sequence.seen - positions, gone, whole_step=0 < recorded <= positions)
+                if recorded and recorded <= positions:
                     _drop_unscored(state)
                 state.calls.crop(sequence.seen)
             _let_go(state, step)
 
 
-def _recorded_columns(state: CacheState) -> int:
-    """Columns of the last step, if it may be undone and has not scored yet."""
+def _recorded_positions(state: CacheState) -> int:
+    """Positions of the last step, if it may be undone and has not scored yet."""
     unscored = state.layers[0].unscored
     return 0 if unscored is None or state.waiting is not Phase.PREFILL else unscored.query.shape[2]
 
 
 def settle(state: CacheState, step: Prefill, gone: int) -> None:
-    """Lets the last step score, if it has not, by all its columns but the last so many."""
+    """Lets the last step score, if it has not, by all its positions but the last so many."""
     sequence = state.sequence
     of_rows = sequence.tokens_after(sequence.seen - gone)
     step.row_seen = sequence.row_seen - of_rows
@@ -65,33 +65,33 @@ def _drop_unscored(state: CacheState) -> None:
         layer.unscored = None
 
 
-def refusal(state: CacheState, columns: int) -> str | None:
-    """Why the last columns cannot be taken back; None if they can."""
-    if why := state.own.refusal(columns):
+def refusal(state: CacheState, positions: int) -> str | None:
+    """Why the last positions cannot be taken back; None if they can."""
+    if why := state.own.refusal(positions):
         return why
-    if not _can_drop(state, columns):
+    if not _can_drop(state, positions):
         return (
-            f"crop: some layer has already evicted one of the last {columns} tokens, so it cannot go back; call "
+            f"crop: some layer has already evicted one of the last {positions} tokens, so it cannot go back; call "
             "activate_past_recording() before a forward that may be undone, or take copy.deepcopy(cache) before it"
         )
-    scorer, sequence, recorded = state.config.scorer, state.sequence, _recorded_columns(state)
+    scorer, sequence, recorded = state.config.scorer, state.sequence, _recorded_positions(state)
     scores = any(layer.scores is not None or layer.statistics for layer in state.layers)
     independent = scorer is not None and scorer.independent and not state.config.allocator.needs
-    if state.config.evictor is None or not scores or independent or columns < recorded:
+    if state.config.evictor is None or not scores or independent or positions < recorded:
         return None
-    left = sequence.row_seen - sequence.tokens_after(sequence.seen - columns)
+    left = sequence.row_seen - sequence.tokens_after(sequence.seen - positions)
     if (left < sequence.scored_end(before_last_step=recorded > 0)).any():
         return (
-            f"crop: the last {columns} tokens include some whose queries scored older tokens, which cannot be "
+            f"crop: the last {positions} tokens include some whose queries scored older tokens, which cannot be "
             "taken back; call activate_past_recording() before a forward that may be undone, or take "
             "copy.deepcopy(cache) before it"
         )
     return None
 
 
-def _can_drop(state: CacheState, columns: int) -> bool:
-    """Whether every layer still holds all the tokens of the last columns."""
-    wanted = state.sequence.tokens_after(state.sequence.seen - columns)
+def _can_drop(state: CacheState, positions: int) -> bool:
+    """Whether every layer still holds all the tokens of the last positions."""
+    wanted = state.sequence.tokens_after(state.sequence.seen - positions)
     first = state.sequence.row_seen - wanted
     return all((holds_from(state, layer, first) == wanted).all() for layer in state.layers)
 
@@ -131,6 +131,8 @@ def _let_go(state: CacheState, step: Prefill) -> None:
             layer.close_ranks(room=0)
     elif waiting is Phase.PREFILL:
         prefill.compress_all(state, step)
+    elif waiting is Phase.DECODE and periods.is_due(state):
+        periods.cut(state, in_place=False)
     elif waiting is Phase.DECODE:
         decoding.evict_waiting(state)
     if waiting is not None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from kvcompress import __version__
 
-# In the order of --help: the module, its function and its epilog. Imported when needed, since most need torch.
+# In the order of --help: the module, its function and its epilog. Imported when they run, since most need torch.
 _COMMANDS = {
     "generate": ("generate", "generate", "EPILOG"),
     "chat": ("chat", "chat", "EPILOG"),
@@ -35,13 +37,29 @@ class _Commands(TyperGroup):
         return list(_COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """What --help lists: the name and the docstring, read from the source, since importing takes seconds."""
         if cmd_name not in _COMMANDS:
             return None
-        name, function, epilog = _COMMANDS[cmd_name]
-        module = importlib.import_module(f"kvcompress.cli.{name}")
-        one = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
-        one.command(cmd_name, epilog=getattr(module, epilog))(getattr(module, function))
-        return typer.main.get_command(one)
+        return TyperCommand(cmd_name, help=_documentation(*_COMMANDS[cmd_name][:2]), rich_markup_mode="rich")
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """The command that runs."""
+        given, stand_in, rest = super().resolve_command(ctx, args)
+        return given, None if stand_in is None else _imported(str(stand_in.name)), rest
+
+
+def _imported(name: str) -> Any:
+    file, function, epilog = _COMMANDS[name]
+    module = importlib.import_module(f"kvcompress.cli.{file}")
+    one = typer.Typer(add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    one.command(name, epilog=getattr(module, epilog))(getattr(module, function))
+    return typer.main.get_command(one)
+
+
+def _documentation(file: str, function: str) -> str:
+    source = Path(__file__).with_name(f"{file}.py").read_text(encoding="utf-8")
+    (found,) = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == function)
+    return ast.get_docstring(found) or ""
 
 
 app = typer.Typer(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.text import Text
 
@@ -16,7 +16,7 @@ from kvcompress.cli.generate import load_with_spinner, open_image, run_with_spin
 from kvcompress.cli.options import Debug
 from kvcompress.config import CompressionConfig
 from kvcompress.config.presets import PRESETS
-from kvcompress.evaluation import LoadedModel, encode_prompt
+from kvcompress.evaluation import Generation, LoadedModel, encode_prompt, smollm2
 from kvcompress.evaluation.shapes import Scene, describe_question, draw_scene, sample_scene, scene_seed
 from kvcompress.evaluation.shapes.questions import DESCRIBE
 
@@ -25,7 +25,7 @@ EPILOG = """
 
 kvcompress demo
 
-kvcompress demo --preset streaming
+kvcompress demo --text --preset streaming
 
 kvcompress demo --image
 
@@ -33,11 +33,11 @@ kvcompress demo --image scene.png --question "how many red objects?"
 """
 
 # Sections of the language reference that Python brings along; the answer stands in the last one.
-TOPICS = ("assert", "del", "return", "raise", "break", "continue", "global", "nonlocal", "if", "while", "for")
+TOPICS = ("break", "if", "while", "for")
 QUESTION = "What is the for statement used to iterate over?"
 RETENTIONS = (1.0, 0.5, 0.2)
 IMAGE_RETENTIONS = (1.0, 0.5, 0.4)  # of 151 tokens
-_ANSWER_TOKENS = 48
+_ANSWER_TOKENS = 32
 _DESCRIPTION_TOKENS = 80
 _SCENE = 0  # of the held-out scenes
 
@@ -50,8 +50,14 @@ def demo(
         ),
     ] = None,
     image: Annotated[
-        bool, typer.Option("--image", help="Asks ShapesLLaVA about an image of drawn shapes instead.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--image/--text",
+            help="Asks ShapesLLaVA about an image of drawn shapes, or SmolLM2 about a text; if left out, the text "
+            "where SmolLM2 is installed.",
+            show_default=False,
+        ),
+    ] = None,
     question: Annotated[str | None, typer.Option(metavar="TEXT", help="Another question.", show_default=False)] = None,
     preset: Annotated[
         str | None,
@@ -66,7 +72,10 @@ def demo(
     with reported(debug=debug):
         if file is not None and not image:
             raise typer.BadParameter("an image is looked at with --image: kvcompress demo --image FILE")
-        preset = preset or "auto"
+        preset, missing = preset or "auto", None
+        if image is None:
+            missing = smollm2.why_missing()
+            image = missing is not None
         configs = {
             f"{share:.0%}": CompressionConfig.preset(preset, budget=share)
             for share in (IMAGE_RETENTIONS if image else RETENTIONS)
@@ -85,8 +94,19 @@ def demo(
             for name, config in configs.items()
         }
         console.print(figures(results, answers=True, encoding=console.encoding))
-        for note in dict.fromkeys(note for result in results.values() for note in result.report.notes):
-            console.print(f"note: {note}", markup=False)
+        for name, note in _notes(results):
+            console.print(f"note{name}: {note}", markup=False)
+        if missing is not None:
+            reason = missing.removeprefix(f"model {smollm2.NAME}: ")
+            console.print(f"SmolLM2 answers about a text instead, once it is here: {reason}.", markup=False)
+
+
+def _notes(results: dict[str, Generation]) -> Iterator[tuple[str, str]]:
+    """Each note once, and the columns that it is about where it is not about all."""
+    notes = dict.fromkeys(note for result in results.values() for note in result.report.notes)
+    for note in notes:
+        about = [name for name, result in results.items() if note in result.report.notes]
+        yield "" if len(about) == len(results) else f" ({', '.join(about)})", note
 
 
 def document() -> str:
@@ -96,7 +116,7 @@ def document() -> str:
 
 def _text_prompt(question: str | None) -> tuple[LoadedModel, dict[str, Any], list[tuple[str, str]]]:
     question = QUESTION if question is None else question
-    loaded = load_with_spinner("smollm2", "bfloat16" if _computes_bfloat16() else "float32")
+    loaded = load_with_spinner(smollm2.NAME, "auto")
     inputs = encode_prompt(loaded, f"{document()}\n\n{question}")
     return (
         loaded,
@@ -107,11 +127,6 @@ def _text_prompt(question: str | None) -> tuple[LoadedModel, dict[str, Any], lis
             ("Question", question),
         ],
     )
-
-
-def _computes_bfloat16() -> bool:
-    """Whether the device multiplies bfloat16 itself; a processor that does not takes several times as long over it."""
-    return torch.cuda.is_available() or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _image_prompt(file: Path | None, question: str | None) -> tuple[LoadedModel, dict[str, Any], list[tuple[str, str]]]:

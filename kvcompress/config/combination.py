@@ -42,8 +42,8 @@ def check_combination(chosen: Combination) -> None:
     for rule in (_importance, _mass, _modality):
         rule(chosen, chosen.evictor)
     _recents(chosen, chosen.evictor)
+    _window(chosen, chosen.evictor)
     if chosen.quantizer is not None:
-        _heads(chosen, chosen.quantizer)
         _residual(chosen, chosen.evictor, chosen.quantizer)
 
 
@@ -110,13 +110,15 @@ def _recents(chosen: Combination, evictor: Evictor) -> None:
         )
 
 
-def _heads(chosen: Combination, quantizer: Quantizer) -> None:
-    """A group is quantized in all heads of a layer at once."""
-    if chosen.allocator.by_head:
+def _window(chosen: Combination, evictor: Evictor) -> None:
+    """What scores between two cuts is what the scorer was made to look at."""
+    needed = 0 if chosen.scorer is None else chosen.scorer.protects
+    if evictor.cuts_every is not None and evictor.looks_back(chosen.scorer) < needed:
+        assert chosen.scorer is not None
         raise ConfigError(
-            f"quantizer {quantizer.name}: quantizes tokens of all heads of a layer together, but the allocator "
-            f"{chosen.allocator.name} lets heads hold different numbers of tokens; choose an allocator of layers "
-            "('prefix', 'uniform') or quantizer=None"
+            f"evictor {evictor.name}: the last {evictor.looks_back(chosen.scorer)} of {evictor.cuts_every} generated "
+            f"tokens are to score, but the scorer {chosen.scorer.name} looks at its last {needed} queries; raise the "
+            "evictor's period and window, or lower the window of the scorer"
         )
 
 

@@ -106,6 +106,16 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "evictor": {"name": "topk", "decode": "lowest_score"},
         },
     ),
+    "rkv": (
+        "R-KV (arXiv 2505.24133): for long answers; after every 128 generated tokens the attention of the last 8, less "
+        "what keys have in common, decides anew, per head. Deviates: the prompt is cut too; layers hold up to 128 "
+        "tokens more than the budget in between.",
+        {
+            "budget": {"fraction": 0.2, "sink": 0, "recent": 1},
+            "scorer": "rkv",
+            "evictor": {"name": "every", "granularity": "head"},
+        },
+    ),
     "streaming": (
         "StreamingLLM (arXiv 2309.17453): four sinks and the most recent tokens.",
         {"budget": {"fraction": 0.2, "sink": 4, "recent": 1}, "allocator": "uniform", "evictor": "streaming"},
@@ -127,6 +137,11 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "numbered anew in every layer.",
         {"budget": 1.0, "evictor": None, "reducer": {"name": "pyramiddrop", "positions": "per_layer"}},
     ),
+    "visionzip": (
+        "VisionZip (arXiv 2412.04467): a ninth of the image tokens, most of them those that the vision tower looks at, "
+        "the others merged into the rest before the first layer. Deviates: merged after the projector; positions stay.",
+        {"budget": 1.0, "evictor": None, "reducer": "visionzip"},
+    ),
     "prefixkv+lightkv": (
         "PrefixKV (arXiv 2412.03409) on image tokens that LightKV (arXiv 2605.00789) merged; a combination of ours.",
         {"budget": _ONE, "scorer": "attention", "allocator": _PREFIX, "reducer": "lightkv"},
@@ -135,6 +150,16 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "PrefixKV's one threshold (arXiv 2412.03409) over all heads of all layers, each with its own tokens; a "
         "combination of ours.",
         {"budget": _ONE, "scorer": "attention", "allocator": {"name": "headprefix", "protected": "on_top"}},
+    ),
+    "headprefix+int4": (
+        "The same stored in four bits as in KIVI (arXiv 2402.02750), each head in as many groups as it has; a "
+        "combination of ours.",
+        {
+            "budget": _ONE,
+            "scorer": "attention",
+            "allocator": {"name": "headprefix", "protected": "on_top"},
+            "quantizer": "quanto4",
+        },
     ),
     "adakv": (
         "AdaKV (arXiv 2407.11550): heads of a layer share its slots by one ranking; attention of all queries. "

@@ -265,7 +265,7 @@ def _report_full(cache: Cache) -> CacheReport:
         image_tokens=[[0] for _ in layers],
         layer_lengths=[[layer.get_seq_length()] for layer in layers],
         layer_budgets=None,
-        held_columns=[[[list(range(seen))]] for _ in layers],
+        held_positions=[[[list(range(seen))]] for _ in layers],
         kv_bytes=held,
         index_bytes=0,
         full_kv_bytes=held,

@@ -18,21 +18,23 @@ class PatchGrid:
     """The image tokens of a prompt that lie on one grid of patches.
 
     Attributes:
-        columns: column of each token in the prompt.
+        positions: of each token in the prompt.
         cells: row and column of its patch, both from 0 at the top left.
         shape: rows and columns of the grid.
 
     Raises:
-        ConfigError: if columns and cells differ in number, or a cell lies outside the grid.
+        ConfigError: if positions and cells differ in number, or a cell lies outside the grid.
     """
 
-    columns: tuple[int, ...]
+    positions: tuple[int, ...]
     cells: tuple[tuple[int, int], ...]
     shape: tuple[int, int]
 
     def __post_init__(self) -> None:
-        if len(self.columns) != len(self.cells):
-            raise ConfigError(f"cells: one for each image token; got {len(self.cells)} for {len(self.columns)} tokens")
+        if len(self.positions) != len(self.cells):
+            raise ConfigError(
+                f"cells: one for each image token; got {len(self.cells)} for {len(self.positions)} tokens"
+            )
         for row, column in self.cells:
             if not (0 <= row < self.shape[0] and 0 <= column < self.shape[1]):
                 raise ConfigError(
@@ -40,22 +42,22 @@ class PatchGrid:
                 )
 
 
-def square_grid(columns: Sequence[int]) -> PatchGrid:
+def square_grid(positions: Sequence[int]) -> PatchGrid:
     """The grid of an image whose tokens come row by row and as many rows as columns, as in LLaVA-1.5.
 
     Args:
-        columns: column of each image token in the prompt, ascending.
+        positions: of each image token in the prompt, ascending.
 
     Raises:
         ConfigError: if their number is no square.
     """
-    side = isqrt(len(columns))
-    if not columns or side * side != len(columns):
+    side = isqrt(len(positions))
+    if not positions or side * side != len(positions):
         raise ConfigError(
-            f"columns: {len(columns)} image tokens fill no square grid; say where each one lies with "
-            "PatchGrid(columns, cells, shape)"
+            f"positions: {len(positions)} image tokens fill no square grid; say where each one lies with "
+            "PatchGrid(positions, cells, shape)"
         )
-    return PatchGrid(tuple(columns), tuple(divmod(index, side) for index in range(len(columns))), (side, side))
+    return PatchGrid(tuple(positions), tuple(divmod(index, side) for index in range(len(positions))), (side, side))
 
 
 def patch_grids(loaded: LoadedModel, inputs: dict[str, Tensor]) -> list[PatchGrid]:
@@ -77,8 +79,8 @@ def patch_grids(loaded: LoadedModel, inputs: dict[str, Tensor]) -> list[PatchGri
     return found
 
 
-def image_columns(loaded: LoadedModel, input_ids: Tensor) -> list[int]:
-    """Columns of the image tokens in a prompt of one row; none for a model without vision."""
+def image_positions(loaded: LoadedModel, input_ids: Tensor) -> list[int]:
+    """Positions of the image tokens in a prompt of one row; none for a model without vision."""
     is_image = adapter_for(loaded.model).image_tokens(loaded.model, input_ids)
     found: list[int] = [] if is_image is None else is_image[0].nonzero().flatten().tolist()
     return found

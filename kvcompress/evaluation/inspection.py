@@ -13,7 +13,7 @@ from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.report import CacheReport
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError
-from kvcompress.evaluation.image_grid import PatchGrid, image_columns, patch_grids
+from kvcompress.evaluation.image_grid import PatchGrid, image_positions, patch_grids
 from kvcompress.evaluation.inequality import gini
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.policies.base import Scorer
@@ -29,7 +29,7 @@ class Inspection:
         gini: of each layer's importance, 0 (all tokens alike) to 1.
         scored_by: the scorer whose importance this is.
         report: what the cache holds after the prompt.
-        image: columns of the image tokens.
+        image: positions of the image tokens.
         grid: where they lie on the (first) image, of LLaVA-NeXT on its base; None without an image.
         picture: the image as the model saw it, cut and scaled, `[height][width][3]`, 0 to 1; None without one.
     """
@@ -62,13 +62,13 @@ class Inspection:
     def image_kept(self) -> list[float]:
         """Image tokens that each layer holds, mean over heads where they differ."""
         image, found = set(self.image), []
-        for layer in self.report.held_columns:
+        for layer in self.report.held_positions:
             sets = layer[0]
             found.append(sum(len(image.intersection(held)) for held in sets) / len(sets))
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures with the names they have as JSON; importance of single tokens and columns are left out."""
+        """The figures with the names they have as JSON; importance of single tokens and positions are left out."""
         return {
             "prompt_tokens": self.tokens,
             "image_tokens": len(self.image),
@@ -118,7 +118,7 @@ def inspect(loaded: LoadedModel, inputs: dict[str, Tensor], config: CompressionC
     importance = _importance(loaded, inputs, scoring)
     cache = CompressedCache(loaded.model, config)
     loaded.model(**inputs, **cache_argument(cache), logits_to_keep=1)
-    image = image_columns(loaded, inputs["input_ids"])
+    image = image_positions(loaded, inputs["input_ids"])
     assert isinstance(scoring.scorer, Scorer)
     return Inspection(
         tokens=inputs["input_ids"].shape[1],

@@ -82,6 +82,16 @@ def gguf_file() -> Path:
     return files[0]
 
 
+def why_missing() -> str | None:
+    """Why the model cannot be loaded, with the command that helps; None where it can."""
+    try:
+        gguf_file()
+        _require_gguf()
+    except MissingDependencyError as error:
+        return str(error)
+    return None
+
+
 def cache_home() -> Path | None:
     """Folder for what is worth keeping between runs; None where the user has no home.
 

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, TypeVar
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -22,7 +22,9 @@ from kvcompress.integrations.shape import (
     own_layers,
     ranges,
     why_not,
+    window_of,
 )
+from kvcompress.integrations.tower import unreadable
 from kvcompress.integrations.wrapped import unwrapped
 from kvcompress.parallel import HeadGroup, head_group
 from kvcompress.policies.context import LayerWeights
@@ -47,8 +49,12 @@ class Adapter(ABC):
 
     def attention_modules(self, model: PreTrainedModel) -> list[nn.Module]:
         """The attention module of every decoder layer that has one."""
-        found = (attention_of(layer) or getattr(layer, "self_attn", None) for layer in self.layers(model))
+        found = map(self.attention_of, self.layers(model))
         return [attention for attention in found if isinstance(attention, nn.Module)]
+
+    def attention_of(self, layer: nn.Module) -> nn.Module | None:
+        """The attention module of a decoder layer; None if it has none."""
+        return attention_of(layer) or getattr(layer, "self_attn", None)
 
     def kinds(self, model: PreTrainedModel) -> list[LayerKind]:
         """What each decoder layer remembers: those that are "full" are compressed, others stay transformers' own."""
@@ -82,12 +88,12 @@ class Adapter(ABC):
 
     sees_images: ClassVar[bool] = False
 
-    def image_tokens(self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"]) -> Tensor | None:
+    def image_tokens(self, model: PreTrainedModel, input_ids: Int[Tensor, "batch positions"]) -> Tensor | None:
         """Which input ids stand for image tokens; None for a model without vision."""
         return None
 
     def image_layout(
-        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"], inputs: dict[str, Any]
+        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch positions"], inputs: dict[str, Any]
     ) -> ImageLayout | None:
         """Where each image token among the input ids belongs in its image; None for a model without vision.
 
@@ -101,6 +107,27 @@ class Adapter(ABC):
         """
         return None
 
+    def tower_attentions(self, model: PreTrainedModel) -> list[nn.Module]:
+        """The attention modules of the vision tower's layers, which `kvcompress.integrations.tower.look` can read.
+
+        Raises:
+            UnsupportedModelError: if the tower cannot be read, or its features are not one for one image tokens.
+        """
+        raise unreadable(model, "nobody knows how to find it")
+
+    def by_image_token(
+        self, model: PreTrainedModel, features: Float[Tensor, "images features channels"], inputs: dict[str, Any]
+    ) -> Float[Tensor, "tokens channels"]:
+        """Arranges what belongs to the tower's features in the order of the image tokens, as the model does features.
+
+        Args:
+            model: the model.
+            features: of each image or tile, in the order in which the tower made them, a class token first if it has
+                one; for models with `tower_attentions`.
+            inputs: `image_sizes` and `vision_feature_select_strategy`, if the call gave them.
+        """
+        raise unreadable(model, "nobody knows where its features go")
+
     position_axes: ClassVar[int] = 1  # 3 where rotary positions are those of time, row and column (M-RoPE)
 
     def rotary_offset(self, model: PreTrainedModel) -> Tensor | None:
@@ -111,8 +138,14 @@ class Adapter(ABC):
         """Gives the model what it kept of another conversation, which goes on now; for models of several axes."""
         raise NotImplementedError(f"{type(self).__name__}: position_axes is not 1, so it needs set_rotary_offset")
 
+    typed: ClassVar[bool] = False  # whether `token_type_ids` say, one by one, which tokens attend both ways
+
+    def reads_types(self, inputs: dict[str, Any]) -> bool:
+        """Whether a call with these arguments is one in which the model looks at the types, if it is `typed`."""
+        return True
+
     def adds_after(self, model: PreTrainedModel) -> int:
-        """Number of first decoder layers after which the model itself adds to hidden states of all columns."""
+        """Number of first decoder layers after which the model itself adds to hidden states at all positions."""
         return 0
 
     def check(self, model: PreTrainedModel) -> None:
@@ -121,8 +154,7 @@ class Adapter(ABC):
         Raises:
             UnsupportedModelError: naming the layers and what they are.
         """
-        config, kinds = self.decoder(model).config, self.kinds(model)
-        name = type(model).__name__
+        kinds, name = self.kinds(model), type(model).__name__
         odd = [index for index, kind in enumerate(kinds) if kind == "other"]
         if odd:
             raise UnsupportedModelError(
@@ -130,16 +162,24 @@ class Adapter(ABC):
                 "transformers' own cache layers hold; a compressed cache knows no place for it, use another cache"
             )
         if "full" not in kinds:
-            fields = [name for name in ("use_sliding_window", "sliding_window") if hasattr(config, name)]
-            full = [f"config.{name} = {False if name.startswith('use') else None}" for name in fields]
-            if getattr(config, "layer_types", None):
-                full.append("config.layer_types = ['full_attention'] * config.num_hidden_layers")
             raise UnsupportedModelError(
-                f"model: layers {ranges(list(range(len(kinds))))} of {name} are {kinds[0]}_attention, and none attends "
-                "to everything before it: there is nothing to compress, and DynamicCache holds no more than that. "
-                "Sequences that stay within the window lose nothing by full attention: for that, before the model is "
-                f"made from its (text) config, set {'; '.join(full)}"
+                f"model: layers {ranges(list(range(len(kinds))))} of {name} slide or sum up, and none attends to "
+                "everything before it: there is nothing to compress, and DynamicCache holds no more than that"
             )
+
+    def window(self, model: PreTrainedModel) -> int | None:
+        """Positions of a conversation up to which layers that slide are served; None where one does not slide."""
+        decoder = self.decoder(model)
+        return window_of(decoder) if self.kinds(model) == layer_kinds(decoder) else None
+
+    def without_window(self, model: PreTrainedModel) -> str:
+        """How to give a model full attention, where every layer slides."""
+        config = self.decoder(model).config
+        fields = [name for name in ("use_sliding_window", "sliding_window") if hasattr(config, name)]
+        full = [f"config.{name} = {False if name.startswith('use') else None}" for name in fields]
+        if getattr(config, "layer_types", None):
+            full.append("config.layer_types = ['full_attention'] * config.num_hidden_layers")
+        return f"before the model is made from its (text) config, set {'; '.join(full)}"
 
 
 class DecoderAdapter(Adapter):

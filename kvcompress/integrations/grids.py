@@ -106,24 +106,24 @@ def pieces_within(tokens: int, grids: Sequence[tuple[int, int]], class_token: bo
 
 
 def grids_between_breaks(
-    input_ids: Int[Tensor, "batch columns"], is_image: Bool[Tensor, "batch columns"], counts: Sequence[int]
+    input_ids: Int[Tensor, "batch positions"], is_image: Bool[Tensor, "batch positions"], counts: Sequence[int]
 ) -> list[tuple[int, int]]:
     """Height and width of images whose rows of tokens are separated by a token, as Pixtral's processor does.
 
     Args:
         input_ids: ids of a forward.
-        is_image: which columns hold image tokens.
+        is_image: which positions hold image tokens.
         counts: image tokens of each image, row by row.
 
     Raises:
         UnsupportedModelError: if the rows of an image are not separated by one and the same token, or differ in length.
     """
-    columns, found = is_image.nonzero().tolist(), []
+    marks, found = is_image.nonzero().tolist(), []
     for number, count in enumerate(counts):
-        own, columns = columns[:count], columns[count:]
+        own, marks = marks[:count], marks[count:]
         last = [at for at in range(len(own)) if at + 1 == len(own) or own[at + 1] != [own[at][0], own[at][1] + 1]]
         between = [own[at + 1][1] - own[at][1] if own[at + 1][0] == own[at][0] else 0 for at in last[:-1]]
-        breaks = {int(input_ids[row, column + 1]) for row, column in (own[at] for at in last[:-1])}
+        breaks = {int(input_ids[row, position + 1]) for row, position in (own[at] for at in last[:-1])}
         width = last[0] + 1 if last else 0
         if last[1:] != list(range(2 * width - 1, count, width)) or set(between) != {2} or len(breaks) != 1:
             raise UnsupportedModelError(
@@ -135,11 +135,11 @@ def grids_between_breaks(
     return found
 
 
-def layout_of(is_image: Bool[Tensor, "batch columns"], pieces_of: Callable[[int], list[list[Piece]]]) -> ImageLayout:
+def layout_of(is_image: Bool[Tensor, "batch positions"], pieces_of: Callable[[int], list[list[Piece]]]) -> ImageLayout:
     """Gives every image token its cell; waits for the device once.
 
     Args:
-        is_image: which columns hold image tokens.
+        is_image: which positions hold image tokens.
         pieces_of: gives the images of a row, each as its pieces, from the number of image tokens left in it; called
             row by row.
 
@@ -173,7 +173,7 @@ def layout_of(is_image: Bool[Tensor, "batch columns"], pieces_of: Callable[[int]
 
 
 def together(pictures: ImageLayout, videos: ImageLayout) -> ImageLayout:
-    """Pictures and videos of the same columns; videos are numbered after all pictures of their row."""
+    """Pictures and videos of the same positions; videos are numbered after all pictures of their row."""
     if not any(videos.image_tokens):
         return pictures
     grids, moved = [], videos.grid.clone()
@@ -191,8 +191,8 @@ def together(pictures: ImageLayout, videos: ImageLayout) -> ImageLayout:
     )
 
 
-def runs(marked: Bool[Tensor, "batch columns"]) -> list[list[tuple[int, int]]]:
-    """Where marked columns follow each other: first column and length, for each row; waits for the device once."""
+def runs(marked: Bool[Tensor, "batch positions"]) -> list[list[tuple[int, int]]]:
+    """Where marked positions follow each other: the first and length, for each row; waits for the device once."""
     edges = torch.nn.functional.pad(marked.to(torch.int8), (1, 1)).diff(dim=1)
     found: list[list[tuple[int, int]]] = [[] for _ in marked]
     ends = (edges < 0).nonzero().tolist()

@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import Any, ClassVar, cast
 
 import torch
-from jaxtyping import Int
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.integrations.base import Adapter, register_adapter
 from kvcompress.integrations.grids import Piece, grids_between_breaks, layout_of, pieces_within
+from kvcompress.integrations.tower import attentions_of, unreadable
 from kvcompress.policies.images import ImageLayout
 
-_DECODERS = ("llama", "mistral", "qwen2", "qwen3")
 _ONE_SIZE = ("clip_vision_model", "siglip_vision_model")  # towers that refuse images of any other size
 
 
@@ -23,25 +23,25 @@ class LlavaAdapter(Adapter):
     """LlavaForConditionalGeneration and VipLlavaForConditionalGeneration over a decoder of LLaMA's shape."""
 
     sees_images: ClassVar[bool] = True
+    decoders: ClassVar[tuple[str, ...]] = ("llama", "mistral", "qwen2", "qwen3")  # types of language models
 
     def decoder(self, model: PreTrainedModel) -> PreTrainedModel:
         """The language model; the vision tower keeps its own attention."""
         return cast(PreTrainedModel, model.get_decoder())  # type: ignore[no-untyped-call]
 
-    def image_tokens(self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"]) -> Tensor | None:
+    def image_tokens(self, model: PreTrainedModel, input_ids: Int[Tensor, "batch positions"]) -> Tensor | None:
         """The processor writes one image token per vision feature, so ids tell."""
         return cast(Tensor, input_ids == model.config.image_token_id)
 
     def image_layout(
-        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"], inputs: dict[str, Any]
+        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch positions"], inputs: dict[str, Any]
     ) -> ImageLayout | None:
         """One grid an image.
 
         Where all features of the vision tower are taken ("full"), a class token gives one more, before the others.
         """
         config, is_image, used = model.config, input_ids == model.config.image_token_id, 0
-        strategy = inputs.get("vision_feature_select_strategy")
-        strategy = strategy or getattr(config, "vision_feature_select_strategy", "default")
+        strategy = self.strategy(model, inputs)
         grids = _image_grids(config, input_ids, is_image, inputs)
 
         def images(tokens: int) -> list[list[Piece]]:
@@ -52,13 +52,38 @@ class LlavaAdapter(Adapter):
 
         return layout_of(is_image, images)
 
+    tower_is_read: ClassVar[bool] = True  # whether the tower's features are image tokens, one for one
+
+    def tower_attentions(self, model: PreTrainedModel) -> list[nn.Module]:
+        """Those of a tower of CLIP or SigLIP."""
+        if not self.tower_is_read:
+            raise unreadable(model, "its features are not known to be image tokens, one for one,")
+        return attentions_of(model, getattr(model, "model", model).vision_tower)
+
+    def by_image_token(
+        self, model: PreTrainedModel, features: Float[Tensor, "images features channels"], inputs: dict[str, Any]
+    ) -> Float[Tensor, "tokens channels"]:
+        """Image after image, without the class token where only patches are taken ("default")."""
+        return self.taken_features(model, features, inputs).flatten(0, 1)
+
+    def taken_features(
+        self, model: PreTrainedModel, features: Float[Tensor, "images features channels"], inputs: dict[str, Any]
+    ) -> Float[Tensor, "images fewer channels"]:
+        """What the feature select strategy leaves of each image; VipLLaVA has none and takes patches."""
+        return features[:, 1:] if self.strategy(model, inputs) == "default" else features
+
+    def strategy(self, model: PreTrainedModel, inputs: dict[str, Any]) -> str:
+        """Whether the first feature of each image is left out ("default") or not ("full")."""
+        asked = inputs.get("vision_feature_select_strategy")
+        return str(asked or getattr(model.config, "vision_feature_select_strategy", "default"))
+
     def check(self, model: PreTrainedModel) -> None:
         """Refuses language models of another shape."""
         kind = self.decoder(model).config.model_type
-        if kind not in _DECODERS:
+        if kind not in self.decoders:
             raise UnsupportedModelError(
                 f"model: the language model of {type(model).__name__} is of the type '{kind}'; known: "
-                f"{', '.join(_DECODERS)}. Register an adapter of your own for it"
+                f"{', '.join(self.decoders)}. Register an adapter of your own for it"
             )
         super().check(model)
 

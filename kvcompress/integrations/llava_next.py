@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from kvcompress.errors import UnsupportedModelError
 from kvcompress.integrations.base import register_adapter
@@ -23,11 +24,23 @@ class LlavaNextAdapter(LlavaAdapter):
     """LlavaNextForConditionalGeneration over a decoder of LLaMA's shape."""
 
     def image_layout(
-        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"], inputs: dict[str, Any]
+        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch positions"], inputs: dict[str, Any]
     ) -> ImageLayout | None:
         """A base grid an image, then the grid that its tiles make up, with line ends."""
         images = _tiled(model, tile_side(model.config.vision_config), inputs, self.tile_grid)
         return layout_of(input_ids == model.config.image_token_id, in_turn(images))
+
+    def by_image_token(
+        self, model: PreTrainedModel, features: Float[Tensor, "images features channels"], inputs: dict[str, Any]
+    ) -> Float[Tensor, "tokens channels"]:
+        """The base, then the tiles as the model itself puts them together; zero at the ends of lines."""
+        config, sizes = model.config, inputs["image_sizes"]
+        side = config.vision_config.image_size
+        tiles = [image_size_to_num_patches(size, config.image_grid_pinpoints, side) for size in sizes]
+        of_images = torch.split(self.taken_features(model, features, inputs), tiles)
+        ends, strategy = features.new_zeros(features.shape[2]), self.strategy(model, inputs)
+        inner: Any = getattr(model, "model", model)
+        return torch.cat(list(inner.pack_image_features(of_images, sizes, strategy, ends)[0]))
 
     def tile_grid(self, model: PreTrainedModel, inputs: dict[str, Any], number: int) -> tuple[int, int] | None:
         """Height and width of the grid that the tiles of an image make up; None if it has no tiles."""
@@ -39,15 +52,16 @@ class LlavaNextAdapter(LlavaAdapter):
 class _WithVideos(LlavaNextAdapter):
     """Those that see videos too, whose frames are as large as a tile and pooled."""
 
+    tower_is_read = False
     after_video = 0  # tokens
 
-    def image_tokens(self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"]) -> Tensor | None:
+    def image_tokens(self, model: PreTrainedModel, input_ids: Int[Tensor, "batch positions"]) -> Tensor | None:
         """The processor writes one token per feature, of images and of videos."""
         is_image: Tensor = (input_ids == model.config.image_token_id) | (input_ids == model.config.video_token_id)
         return is_image
 
     def image_layout(
-        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"], inputs: dict[str, Any]
+        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch positions"], inputs: dict[str, Any]
     ) -> ImageLayout | None:
         """Images as of LLaVA-NeXT, and a grid for each frame of a video."""
         pictures = super().image_layout(model, input_ids, inputs)

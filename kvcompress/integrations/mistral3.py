@@ -12,3 +12,5 @@ class Mistral3Adapter(LlavaAdapter):
 
     Grids follow from `image_sizes`; where `generate` hands none on, from the tokens between the rows.
     """
+
+    tower_is_read = False

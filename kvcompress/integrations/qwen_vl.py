@@ -31,13 +31,13 @@ class QwenVLAdapter(Adapter):
         """As many layers as the vision tower has levels whose features are added."""
         return len(getattr(model.config.vision_config, "deepstack_visual_indexes", ()))
 
-    def image_tokens(self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"]) -> Tensor | None:
+    def image_tokens(self, model: PreTrainedModel, input_ids: Int[Tensor, "batch positions"]) -> Tensor | None:
         """The processor writes one token per feature that is left after merging, of images and of videos."""
         is_image: Tensor = (input_ids == model.config.image_token_id) | (input_ids == model.config.video_token_id)
         return is_image
 
     def image_layout(
-        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"], inputs: dict[str, Any]
+        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch positions"], inputs: dict[str, Any]
     ) -> ImageLayout | None:
         """One grid an image, and one for each two frames of a video (`temporal_patch_size`).
 
@@ -75,7 +75,7 @@ def _inner(model: PreTrainedModel) -> Any:
 
 
 def _from_positions(marked: Tensor, inputs: dict[str, Any], kind: str) -> Iterator[tuple[int, int, int]]:
-    """Frames, rows and columns of every image or video, row by row, from positions `[..., batch, columns]` of 3 axes.
+    """Frames, rows and columns of every image or video, row by row, from positions `[..., batch, positions]` of 3 axes.
 
     Raises:
         UnsupportedModelError: if there are none.

@@ -38,9 +38,21 @@ def layer_kinds(decoder: PreTrainedModel) -> list[LayerKind]:
 
     Returns:
         "full" for keys and values of every token, "sliding" for those of the last ones (a window or a chunk), "linear"
-        for a state of a fixed size, "other" for anything else.
+        for a state of a fixed size, "other" for anything else. Where every layer slides, all are "full", up to where
+        the `window_of` the decoder ends.
     """
-    return [_kind_of(layer) for layer in own_layers(decoder)]
+    kinds = [_kind_of(layer) for layer in own_layers(decoder)]
+    return ["full"] * len(kinds) if set(kinds) == {"sliding"} else kinds
+
+
+def window_of(decoder: PreTrainedModel) -> int | None:
+    """Tokens of a conversation up to which layers that slide, all of them, attend to everything; None if one does not.
+
+    A window or a chunk of so many tokens ends in each layer before a token that comes later.
+    """
+    layers = own_layers(decoder)
+    slide = bool(layers) and all(_kind_of(layer) == "sliding" for layer in layers)
+    return min(int(layer.sliding_window) for layer in layers) if slide else None
 
 
 def own_layers(decoder: PreTrainedModel) -> list[Any]:

@@ -17,12 +17,14 @@ from kvcompress.policies.images import ImageLayout
 class _Tiles(LlavaAdapter):
     """Image tokens that follow each other are tiles of one image; frames of a video are images."""
 
+    tower_is_read = False
+
     def sides(self, model: PreTrainedModel) -> tuple[int, int]:
         """Rows and columns of tokens of a tile."""
         raise NotImplementedError
 
     def image_layout(
-        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch columns"], inputs: dict[str, Any]
+        self, model: PreTrainedModel, input_ids: Int[Tensor, "batch positions"], inputs: dict[str, Any]
     ) -> ImageLayout | None:
         """One grid a tile."""
         (height, width), is_image = self.sides(model), input_ids == model.config.image_token_id

@@ -17,7 +17,7 @@ from kvcompress.kernels.dense import (
 from kvcompress.kernels.device import runs_triton
 from kvcompress.kernels.highest import highest_probability
 from kvcompress.kernels.mass import attention_mass
-from kvcompress.kernels.probabilities import attention_probabilities
+from kvcompress.kernels.probabilities import attention_probabilities, visible_keys
 from kvcompress.kernels.ragged import decode_attention
 from kvcompress.kernels.share import attention_share
 
@@ -39,6 +39,7 @@ __all__ = [
     "masked_attention_with_lse",
     "merge_attention",
     "runs_triton",
+    "visible_keys",
     "with_sinks",
     "without_autocast",
 ]

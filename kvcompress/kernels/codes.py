@@ -11,6 +11,9 @@ A number is `code * scale - shift`; scales and shifts are `[batch, kv_heads, sca
 and values, with the same strides. A row of scales serves `slots / scale_rows` neighbouring slots, unless `rows` gives
 each slot's row; a part of it `head_dim / parts` neighbouring dimensions. A group of tokens with a scale per channel has
 `parts == head_dim`, a scale per token `scale_rows == slots`. Buffers may have more slots than are in use.
+
+Where rows and heads have different numbers of slots, theirs lie one after the other as those of one row and head, in a
+layout that says where each begins; without `rows` each begins a row of scales.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import Tensor
 
 from kvcompress.kernels.dense import attention_with_slots, in_one_dtype, merge_attention
 from kvcompress.kernels.device import runs_triton
+from kvcompress.kernels.ragged import padded
 
 _WIDENED = {torch.bfloat16: (4, 2.0**120), torch.float16: (7, 2.0**8)}  # dtype -> places to shift, factor
 _BLOCK = 4096  # slots decoded at a time without a kernel of our own
@@ -28,20 +32,24 @@ _BLOCK = 4096  # slots decoded at a time without a kernel of our own
 
 def decode_attention_codes(
     query: Float[Tensor, "batch heads one head_dim"],
-    key_codes: Shaped[Tensor, "batch kv_heads coded_slots width"],
-    key_scale: Float[Tensor, "batch kv_heads key_rows key_parts"],
-    key_shift: Float[Tensor, "batch kv_heads key_rows key_parts"] | None,
-    value_codes: Shaped[Tensor, "batch kv_heads coded_slots width"],
-    value_scale: Float[Tensor, "batch kv_heads value_rows value_parts"],
-    value_shift: Float[Tensor, "batch kv_heads value_rows value_parts"] | None,
-    keys: Float[Tensor, "batch kv_heads slots head_dim"],
-    values: Float[Tensor, "batch kv_heads slots head_dim"],
+    key_codes: Shaped[Tensor, "code_batch code_heads coded_slots width"],
+    key_scale: Float[Tensor, "code_batch code_heads key_rows key_parts"],
+    key_shift: Float[Tensor, "code_batch code_heads key_rows key_parts"] | None,
+    value_codes: Shaped[Tensor, "code_batch code_heads coded_slots width"],
+    value_scale: Float[Tensor, "code_batch code_heads value_rows value_parts"],
+    value_shift: Float[Tensor, "code_batch code_heads value_rows value_parts"] | None,
+    keys: Float[Tensor, "*buffer head_dim"],
+    values: Float[Tensor, "*buffer head_dim"],
     scaling: float,
     coded: Int[Tensor, "batch sets"] | None,
     length: Int[Tensor, "batch other_sets"] | None,
     *,
-    key_rows: Int[Tensor, "batch kv_heads coded_slots"] | None = None,
-    value_rows: Int[Tensor, "batch kv_heads coded_slots"] | None = None,
+    key_rows: Int[Tensor, "code_batch code_heads coded_slots"] | None = None,
+    value_rows: Int[Tensor, "code_batch code_heads coded_slots"] | None = None,
+    code_start: Int[Tensor, "batch kv_heads"] | None = None,
+    code_slots: int = 0,
+    start: Int[Tensor, "batch kv_heads"] | None = None,
+    slots: int = 0,
 ) -> Float[Tensor, "batch heads one head_dim"]:
     """Attention of one query per row over coded slots and slots in full precision, as one softmax.
 
@@ -56,21 +64,28 @@ def decode_attention_codes(
         value_codes: codes of values, of as many bits.
         value_scale: as for keys.
         value_shift: as for keys.
-        keys: buffer of keys in full precision, after rotary embedding; it may have no slots.
-        values: buffer of values in full precision.
+        keys: buffer of keys in full precision, after rotary embedding, `[batch, kv_heads, slots, head_dim]`, which may
+            have no slots. With `start`, the slots of all rows and heads one after the other, `[all slots, head_dim]`.
+        values: buffer of values in full precision, likewise.
         scaling: factor on the logits.
         coded: coded slots in use, the first ones of each row (`sets` is 1) or of each row and key/value head; None if
             all are.
         length: slots of full precision in use, likewise.
         key_rows: the row of scales of each coded slot's key; None where that follows from the slots' order.
         value_rows: the same for values.
+        code_start: where the coded slots of each row and key/value head begin in buffers without gaps; then `start` has
+            to be given too.
+        code_slots: with `code_start`, coded slots of the row and head that has most.
+        start: the same of slots in full precision.
+        slots: the same of slots in full precision.
 
     Returns:
         The attention output in the dtype of `query` (under autocast, in autocast's); 0 where no slot is in use.
     """
     query, keys, values = in_one_dtype(query, keys, values)
     codes = (key_codes, key_scale, key_shift, value_codes, value_scale, value_shift)
-    arguments = (*codes, keys, values, scaling, coded, length, key_rows, value_rows)
+    layout = (code_start, code_slots, start, slots)
+    arguments = (*codes, keys, values, scaling, coded, length, key_rows, value_rows, *layout)
     if query.device.type != "cuda":
         return _in_torch(query, *arguments)
     if torch.compiler.is_compiling():
@@ -145,9 +160,14 @@ def _on_cuda(
     length: Tensor | None,
     key_rows: Tensor | None,
     value_rows: Tensor | None,
+    code_start: Tensor | None = None,
+    code_slots: int = 0,
+    start: Tensor | None = None,
+    slots: int = 0,
 ) -> Tensor:
     codes = (key_codes, key_scale, key_shift, value_codes, value_scale, value_shift)
-    arguments = (*codes, keys, values, scaling, coded, length, key_rows, value_rows)
+    layout = (code_start, code_slots, start, slots)
+    arguments = (*codes, keys, values, scaling, coded, length, key_rows, value_rows, *layout)
     if not runs_triton(query.device):
         return _in_torch(query, *arguments).contiguous()
     from kvcompress.kernels.triton_codes import decode_codes
@@ -162,7 +182,8 @@ codes_op = torch.library.custom_op(
     schema=(
         "(Tensor query, Tensor key_codes, Tensor key_scale, Tensor? key_shift, Tensor value_codes, Tensor value_scale, "
         "Tensor? value_shift, Tensor keys, Tensor values, float scaling, Tensor? coded, Tensor? length, "
-        "Tensor? key_rows, Tensor? value_rows) -> Tensor"
+        "Tensor? key_rows, Tensor? value_rows, Tensor? code_start=None, int code_slots=0, Tensor? start=None, "
+        "int slots=0) -> Tensor"
     ),
 )
 
@@ -187,20 +208,27 @@ def _in_torch(
     length: Tensor | None,
     key_rows: Tensor | None,
     value_rows: Tensor | None,
+    code_start: Tensor | None = None,
+    code_slots: int = 0,
+    start: Tensor | None = None,
+    slots: int = 0,
 ) -> Tensor:
     """Decodes a block of slots at a time, and joins their attention with that over the slots in full precision."""
-    (batch, heads, _, head_dim), (kv_heads, slots) = query.shape, key_codes.shape[1:3]
+    if start is not None:
+        keys, values = padded(keys, start, slots), padded(values, start, slots)
+    (batch, heads, _, head_dim), (kv_heads, all_slots) = query.shape, key_codes.shape[1:3]
+    kv_heads = kv_heads if code_start is None else code_start.shape[1]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
     parts = None
     if keys.shape[2]:
         parts = attention_with_slots(grouped, keys, values, scaling, in_use(length, keys.shape[2], 0))
-    groups = max(1, *(slots // scale.shape[2] for scale in (key_scale, value_scale)))
-    step = max(1, _BLOCK // groups) * groups
-    for start in range(0, slots, step):
-        end = min(start + step, slots)
-        block_keys = _block(key_codes, key_scale, key_shift, key_rows, start, end, head_dim)
-        block_values = _block(value_codes, value_scale, value_shift, value_rows, start, end, head_dim)
-        used = in_use(coded, end - start, start)
+    groups = max(1, *(all_slots // scale.shape[2] for scale in (key_scale, value_scale)))
+    step, most = max(1, _BLOCK // groups) * groups, all_slots if code_start is None else code_slots
+    for first in range(0, most, step):
+        end = min(first + step, most)
+        block_keys = _block(key_codes, key_scale, key_shift, key_rows, first, end, head_dim, code_start)
+        block_values = _block(value_codes, value_scale, value_shift, value_rows, first, end, head_dim, code_start)
+        used = in_use(coded, end - first, first)
         part = attention_with_slots(grouped, block_keys.to(query.dtype), block_values.to(query.dtype), scaling, used)
         parts = part if parts is None else merge_attention(*parts, *part)
     assert parts is not None
@@ -214,10 +242,41 @@ def in_use(length: Tensor | None, slots: int, start: int) -> Tensor | None:
     return torch.arange(start, start + slots, device=length.device) < length.unsqueeze(-1)
 
 
+def part_of(
+    codes: Tensor, scale: Tensor, shift: Tensor | None, rows: Tensor | None, begin: Tensor, start: int, end: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales and shifts of some slots of every row and head, out of buffers without gaps.
+
+    Args:
+        codes: codes of all rows and heads, `[1, 1, all slots, width]`.
+        scale: scales, `[1, 1, scale_rows, parts]`.
+        shift: shifts, likewise.
+        rows: each slot's row of scales, `[1, 1, all slots]`; None where that follows from the slots' order.
+        begin: where the slots of each row and head begin, `[batch, kv_heads]`.
+        start: the first slot that is wanted of each, which begins a group.
+        end: the slot after the last; where a head has fewer, any others are in their place.
+    """
+    unit = codes.shape[2] // scale.shape[2] if rows is None else 1
+    units = torch.arange(start // unit, end // unit, device=begin.device)
+    at = ((begin // unit).unsqueeze(-1) + units).clamp(max=codes.shape[2] // unit - 1)
+    data = codes.view(torch.uint8).view(-1, unit, codes.shape[3])[at].flatten(2, 3).view(codes.dtype)
+    at = at if rows is None else rows[0, 0][at].long()
+    return data, scale[0, 0][at], None if shift is None else shift[0, 0][at]
+
+
 def _block(
-    codes: Tensor, scale: Tensor, shift: Tensor | None, rows: Tensor | None, start: int, end: int, head_dim: int
+    codes: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    rows: Tensor | None,
+    start: int,
+    end: int,
+    head_dim: int,
+    begin: Tensor | None,
 ) -> Tensor:
     """Keys or values of some coded slots, of which the first begins a group."""
+    if begin is not None:
+        return decoded(*part_of(codes, scale, shift, rows, begin, start, end), head_dim)
     if rows is not None:
         index = rows[:, :, start:end].long().unsqueeze(-1).expand(-1, -1, -1, scale.shape[3])
         scale, shift = scale.gather(2, index), None if shift is None else shift.gather(2, index)

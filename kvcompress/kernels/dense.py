@@ -161,6 +161,28 @@ def masked_attention_with_lse(
     return (probabilities @ value.float()).to(query.dtype), lse
 
 
+def visible_attention_with_lse(
+    query: Float[Tensor, "batch heads queries head_dim"],
+    keys: Float[Tensor, "batch kv_heads tokens head_dim"],
+    values: Float[Tensor, "batch kv_heads tokens value_dim"],
+    scaling: float,
+    visible: Bool[Tensor, "batch queries tokens"],
+    softcap: float | None = None,
+) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
+    """Attention of a few queries, each over tokens of its own; written out in float32 or wider.
+
+    Returns:
+        The output in the dtype of `query`, and the log-sum-exp, as from `attention_with_mask`.
+    """
+    (batch, heads, queries, head_dim), (kv_heads, tokens) = query.shape, keys.shape[1:3]
+    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
+    grouped = query.reshape(batch, kv_heads, -1, head_dim).to(wide)
+    logits = capped(grouped @ keys.to(wide).transpose(2, 3) * scaling, softcap).view(batch, heads, queries, tokens)
+    probabilities, lse = _softmax(logits.masked_fill_(~visible.unsqueeze(1), -torch.inf))
+    output = probabilities.view(batch, kv_heads, -1, tokens) @ values.to(wide)
+    return output.view(batch, heads, queries, -1).to(query.dtype), lse
+
+
 def attention_with_slots(
     query: Float[Tensor, "batch heads queries head_dim"],
     keys: Float[Tensor, "batch heads slots head_dim"],
@@ -284,14 +306,14 @@ def _blockwise(
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, queries, head_dim)
     keys, values = keys.to(wide).transpose(2, 3), values.to(wide)
-    columns = torch.arange(tokens, device=query.device)
+    places = torch.arange(tokens, device=query.device)
     outputs, sums = [], []
     for first in range(0, queries, _BLOCK_QUERIES):
         block = grouped[:, :, :, first : first + _BLOCK_QUERIES].to(wide)
         logits = capped(block.flatten(2, 3) @ keys * scaling, softcap).view(*block.shape[:4], tokens)
         if causal:
-            last_key = columns[tokens - queries + first :][: block.shape[3], None]
-            logits.masked_fill_(columns > last_key, -torch.inf)
+            last_key = places[tokens - queries + first :][: block.shape[3], None]
+            logits.masked_fill_(places > last_key, -torch.inf)
         if valid is not None:
             logits.masked_fill_(~valid[:, None, None, None], -torch.inf)
         probabilities, lse = _softmax(logits)

@@ -30,12 +30,13 @@ def attention_mass(
     stride: int = 1,
     start: int = 0,
     softcap: float | None = None,
+    last_seen: Int[Tensor, "batch queries"] | None = None,
 ) -> Float[Tensor, "batch kv_heads tokens"]:
     """Attention probability that each key received, summed over the counted queries and the heads of its group.
 
-    The queries are those of the last `queries` tokens: each sees the tokens up to its own. In row b, the queries
-    `first[b] + start`, `first[b] + start + stride`, ... count, as far as there are any. Logits are products of the
-    numbers as they are, summed, scaled and exponentiated in float32, in half precision too.
+    The queries are those of the last `queries` tokens: each sees the tokens up to its own, or up to `last_seen`. In row
+    b, the queries `first[b] + start`, `first[b] + start + stride`, ... count, as far as there are any. Logits are
+    products of the numbers as they are, summed, scaled and exponentiated in float32, in half precision too.
 
     Args:
         query: queries, after rotary embedding.
@@ -49,6 +50,8 @@ def attention_mass(
         stride: count every `stride`-th query, at least 1.
         start: queries to leave out before the first that counts, at least 0.
         softcap: what logits stay below; None for logits as they are.
+        last_seen: number of the last of the queries' own tokens that each query sees, at least its own; None if it is
+            its own.
 
     Returns:
         Mass per key, float32. The masses of a key/value head add up to the number of counted queries that see anything,
@@ -58,15 +61,25 @@ def attention_mass(
         sets, shape = valid.shape[1], keys.shape[:3]
         query, keys, lse = (rows_of_heads(tensor, sets) for tensor in (query, keys, lse))
         first, valid = None if first is None else first.repeat_interleave(sets), valid.flatten(0, 1)
+        last_seen = None if last_seen is None else last_seen.repeat_interleave(sets, 0)
         of_rows = attention_mass(
-            query, keys, lse, scaling, valid=valid, first=first, stride=stride, start=start, softcap=softcap
+            query,
+            keys,
+            lse,
+            scaling,
+            valid=valid,
+            first=first,
+            stride=stride,
+            start=start,
+            softcap=softcap,
+            last_seen=last_seen,
         )
         return of_rows.view(shape)
-    if runs_triton(query.device) and softcap is None:
+    if runs_triton(query.device) and softcap is None and last_seen is None:
         from kvcompress.kernels import triton_mass
 
         return triton_mass.mass(query, keys, lse, scaling, valid, first, stride, start)
-    return _in_tiles(query, keys, lse, scaling, valid, first, stride, start, softcap)
+    return _in_tiles(query, keys, lse, scaling, valid, first, stride, start, softcap, last_seen)
 
 
 def _in_tiles(
@@ -79,18 +92,20 @@ def _in_tiles(
     stride: int,
     start: int,
     softcap: float | None,
+    last_seen: Tensor | None,
 ) -> Tensor:
     """Attention mass by matrix products of tiles, to which minus the log-sum-exp is added."""
     (batch, heads, queries, head_dim), (kv_heads, tokens) = query.shape, keys.shape[1:3]
     past, group, rows = tokens - queries, heads // kv_heads, batch * kv_heads
-    query, lse, last_key = _counted(query, lse, valid, first, stride, start, past)
-    counted, alike = query.shape[2], first is None or stride == 1  # whether all rows count the same queries
+    alike = last_seen is None and (first is None or stride == 1)  # whether all rows count and see the same
+    query, lse, last_key = _counted(query, lse, valid, first, stride, start, past, last_seen)
+    counted = query.shape[2]
     tile_queries, tile_keys = _tile(rows * group, query.device)
     grouped = (
         query.reshape(batch, kv_heads, group, counted, head_dim).transpose(2, 3).float().reshape(rows, -1, head_dim)
     )
     negative = lse.reshape(batch, kv_heads, group, counted).transpose(2, 3).reshape(rows, -1, 1).neg()
-    columns = torch.arange(tokens, device=query.device)
+    places = torch.arange(tokens, device=query.device)
     ones = torch.ones(rows, 1, group * min(tile_queries, counted), dtype=torch.float32, device=query.device)
     mass = torch.zeros(rows, tokens, dtype=torch.float32, device=query.device)
     for left in range(0, tokens, tile_keys):
@@ -113,7 +128,7 @@ def _in_tiles(
                 probability = logits.exp_()
             else:  # towards the end of the tile some queries see nothing, where their logits mean nothing
                 edge = max(left, seen_by_all)
-                visible = (columns[edge:right] <= last_key[:, begin:end, None]).float()[:, None, :, None]
+                visible = (places[edge:right] <= last_key[:, begin:end, None]).float()[:, None, :, None]
                 logits[..., edge - left :].clamp_(max=0.0)
                 probability = logits.exp_()
                 probability.view(batch, kv_heads, end - begin, group, -1)[..., edge - left :].mul_(visible)
@@ -123,7 +138,14 @@ def _in_tiles(
 
 
 def _counted(
-    query: Tensor, lse: Tensor, valid: Tensor | None, first: Tensor | None, stride: int, start: int, past: int
+    query: Tensor,
+    lse: Tensor,
+    valid: Tensor | None,
+    first: Tensor | None,
+    stride: int,
+    start: int,
+    past: int,
+    last_seen: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries that count in some row, and the last key that each sees.
 
@@ -137,17 +159,19 @@ def _counted(
     if first is None or stride == 1:
         query, lse = query[:, :, start::stride], lse[:, :, start::stride]
         seen = seen if seen is None else seen[:, start::stride]
+        until = index if last_seen is None else last_seen[:, start::stride]
         if first is not None:
             late = index >= (first + start).unsqueeze(1)
             seen = late if seen is None else seen & late
     else:
         index = index + first.unsqueeze(1)
         at, exists = index.clamp(max=queries - 1), index < queries
+        until = index if last_seen is None else last_seen.gather(1, at)
         seen = exists if seen is None else seen.gather(1, at) & exists
         lse = lse.gather(2, at.unsqueeze(1).expand(-1, heads, -1))
         query = query.gather(2, at[:, None, :, None].expand(-1, heads, -1, head_dim))
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    return query, lse if seen is None else lse.masked_fill_(~seen.unsqueeze(1), torch.inf), index + past
+    return query, lse if seen is None else lse.masked_fill_(~seen.unsqueeze(1), torch.inf), until + past
 
 
 def _tile(head_rows: int, device: torch.device) -> tuple[int, int]:

@@ -80,12 +80,18 @@ def _in_torch(
     """The heads of a group as queries of one head, so that keys and values are repeated nowhere."""
     batch, heads, _, head_dim = query.shape
     if start is not None:
-        place = torch.arange(slots, device=keys.device)
-        at = (start.unsqueeze(-1) + place).clamp(max=keys.shape[0] - 1)
-        keys, values = (buffer.index_select(0, at.flatten()).view(*at.shape, -1) for buffer in (keys, values))
+        keys, values = padded(keys, start, slots), padded(values, start, slots)
     kv_heads, slots = keys.shape[1:3]
     grouped, mask = query.reshape(batch, kv_heads, heads // kv_heads, head_dim), None
     if length is not None:
         mask = (torch.arange(slots, device=keys.device) < length.unsqueeze(-1)).unsqueeze(2)
     output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
     return output.reshape(batch, heads, 1, -1)
+
+
+def padded(
+    buffer: Float[Tensor, "all_slots dim"], start: Int[Tensor, "batch kv_heads"], slots: int
+) -> Float[Tensor, "batch kv_heads slots dim"]:
+    """So many slots of every row and head out of a buffer without gaps; where one has fewer, others in their place."""
+    at = (start.unsqueeze(-1) + torch.arange(slots, device=start.device)).clamp(max=buffer.shape[0] - 1)
+    return buffer.index_select(0, at.flatten()).view(*at.shape, -1)

@@ -47,19 +47,21 @@ def _decoded(
 @triton.jit(do_not_specialize=["slots", "splits"])
 @no_type_check
 def codes_kernel(  # noqa: C901  (most branches are of the compiler: constants decide them)
-    Q, K, K_SCALE, K_SHIFT, K_ROWS, V, V_SCALE, V_SHIFT, V_ROWS, LENGTH, OUT, LSE, scale, slots, q_row, q_head,
+    Q, K, K_SCALE, K_SHIFT, K_ROWS, V, V_SCALE, V_SHIFT, V_ROWS, LENGTH, START, OUT, LSE, scale, slots, q_row, q_head,
     k_row, k_head, k_slot, ks_row, ks_head, ks_slot, kr_row, kr_head, v_row, v_head, v_slot, vs_row, vs_head, vs_slot,
     vr_row, vr_head, length_row, length_head, splits,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
     DIMS: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, HAS_SHIFT: tl.constexpr, K_HAS_ROWS: tl.constexpr,
     V_HAS_ROWS: tl.constexpr, K_SLOTS: tl.constexpr, V_SLOTS: tl.constexpr, K_SHARED: tl.constexpr,
-    V_SHARED: tl.constexpr, HAS_LENGTH: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    V_SHARED: tl.constexpr, HAS_LENGTH: tl.constexpr, HAS_START: tl.constexpr, BLOCK: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one key/value head of one row (`HEADS` of them), one share of its coded slots in use.
 
     A byte holds a number of each of `D / WIDTH` parts of a slot's dimensions; `DIMS` covers `WIDTH`. Without rows of
     their own, `K_SLOTS` and `V_SLOTS` neighbouring slots have one row of scales. Reads outside of a share or a slot are
-    moved inside, where they are finite, and their results are left out.
+    moved inside, where they are finite, and their results are left out. Where rows and heads have different numbers of
+    slots, `START` says where in the one row of all of them each begins.
     """
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, head = pair // HEADS, pair % HEADS
@@ -82,6 +84,18 @@ def codes_kernel(  # noqa: C901  (most branches are of the compiler: constants d
     keys, values = K + row * k_row + head * k_head, V + row * v_row + head * v_head
     k_scale, k_shift = K_SCALE + row * ks_row + head * ks_head, K_SHIFT + row * ks_row + head * ks_head
     v_scale, v_shift = V_SCALE + row * vs_row + head * vs_head, V_SHIFT + row * vs_row + head * vs_head
+    k_rows, v_rows = K_ROWS + row * kr_row + head * kr_head, V_ROWS + row * vr_row + head * vr_head
+    if HAS_START:
+        begin = tl.load(START + pair).to(tl.int64)
+        keys, values = keys + begin * k_slot, values + begin * v_slot
+        if K_HAS_ROWS:
+            k_rows += begin
+        else:
+            k_scale, k_shift = k_scale + begin // K_SLOTS * ks_slot, k_shift + begin // K_SLOTS * ks_slot
+        if V_HAS_ROWS:
+            v_rows += begin
+        else:
+            v_scale, v_shift = v_scale + begin // V_SLOTS * vs_slot, v_shift + begin // V_SLOTS * vs_slot
     top = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_BLOCK], tl.float32)
     sum_0 = tl.zeros([GROUP_BLOCK, DIMS], tl.float32)
@@ -93,13 +107,13 @@ def codes_kernel(  # noqa: C901  (most branches are of the compiler: constants d
         inside = slot < end
         slot = tl.minimum(slot, end - 1).to(tl.int64)
         if K_HAS_ROWS:
-            k_at = tl.load(K_ROWS + row * kr_row + head * kr_head + slot).to(tl.int64)[None, :]
+            k_at = tl.load(k_rows + slot).to(tl.int64)[None, :]
         elif K_SLOTS % BLOCK == 0:
             k_at = first // K_SLOTS
         else:
             k_at = (slot // K_SLOTS)[None, :]
         if V_HAS_ROWS:
-            v_at = tl.load(V_ROWS + row * vr_row + head * vr_head + slot).to(tl.int64)[:, None]
+            v_at = tl.load(v_rows + slot).to(tl.int64)[:, None]
         else:
             v_at = (slot // V_SLOTS)[:, None]
         data = tl.load(keys + slot[None, :] * k_slot + dim[:, None])
@@ -169,6 +183,13 @@ def _alike(scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return scale.contiguous(), None if shift is None else shift.contiguous()
 
 
+def _strides(tensor: Tensor | None, start: Tensor | None) -> tuple[int, ...]:
+    """Steps from one row, head and slot to the next; one row and head stands for all where heads begin at `start`."""
+    if tensor is None:
+        return (0, 0, 0)
+    return tensor.stride()[:3] if start is None else (0, 0, tensor.stride(2))
+
+
 def decode_codes(
     query: Tensor,
     key_codes: Tensor,
@@ -184,14 +205,23 @@ def decode_codes(
     length: Tensor | None,
     key_rows: Tensor | None,
     value_rows: Tensor | None,
+    code_start: Tensor | None = None,
+    code_slots: int = 0,
+    start: Tensor | None = None,
+    slots: int = 0,
 ) -> Tensor:
     """Attention as in `decode_attention_codes`: shares of coded slots, shares of the others, and one merge."""
-    (batch, heads, _, head_dim), (kv_heads, slots, width) = query.shape, key_codes.shape[1:4]
+    (batch, heads, _, head_dim), (kv_heads, all_slots, width) = query.shape, key_codes.shape[1:4]
+    if code_start is None:
+        code_slots = all_slots
+    else:
+        kv_heads = code_start.shape[1]
+    most = keys.shape[2] if start is None else slots
     query, device, group = launching(query), keys.device, heads // kv_heads
     tile: dict[str, Any] = blocks(width, query.element_size())
     dense_tile = dense_blocks(head_dim, head_dim, query.element_size())["BLOCK"]
-    of_codes = splits_of(batch * kv_heads, slots, tile["BLOCK"], device)
-    of_dense = splits_of(batch * kv_heads, keys.shape[2], dense_tile, device) if keys.shape[2] else 0
+    of_codes = splits_of(batch * kv_heads, code_slots, tile["BLOCK"], device)
+    of_dense = splits_of(batch * kv_heads, most, dense_tile, device) if most else 0
     parts = torch.empty(of_codes + of_dense, batch * heads, head_dim, dtype=torch.float32, device=device)
     lse = torch.empty(of_codes + of_dense, batch * heads, dtype=torch.float32, device=device)
     float8 = key_codes.dtype == torch.float8_e4m3fn
@@ -208,17 +238,18 @@ def decode_codes(
         value_scale if value_shift is None else value_shift,
         value_data if value_rows is None else value_rows,
         lse if coded is None else coded,
+        lse if code_start is None else code_start,
         parts,
         lse,
         scaling,
-        slots,
+        code_slots,
         *query.stride()[:2],
-        *key_data.stride()[:3],
-        *key_scale.stride()[:3],
-        *((0, 0) if key_rows is None else key_rows.stride()[:2]),
-        *value_data.stride()[:3],
-        *value_scale.stride()[:3],
-        *((0, 0) if value_rows is None else value_rows.stride()[:2]),
+        *_strides(key_data, code_start),
+        *_strides(key_scale, code_start),
+        *_strides(key_rows, code_start)[:2],
+        *_strides(value_data, code_start),
+        *_strides(value_scale, code_start),
+        *_strides(value_rows, code_start)[:2],
         *strides_over_heads(coded),
         of_codes,
         HEADS=kv_heads,
@@ -232,16 +263,18 @@ def decode_codes(
         HAS_SHIFT=key_shift is not None,
         K_HAS_ROWS=key_rows is not None,
         V_HAS_ROWS=value_rows is not None,
-        K_SLOTS=1 if key_rows is not None else slots // key_scale.shape[2],
-        V_SLOTS=1 if value_rows is not None else slots // value_scale.shape[2],
+        K_SLOTS=1 if key_rows is not None else all_slots // key_scale.shape[2],
+        V_SLOTS=1 if value_rows is not None else all_slots // value_scale.shape[2],
         K_SHARED=head_dim // key_scale.shape[3],
         V_SHARED=head_dim // value_scale.shape[3],
         HAS_LENGTH=coded is not None,
+        HAS_START=code_start is not None,
         PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee",
         **tile,
     )
     if of_dense:
-        attend_splits(query.squeeze(2), keys, values, scaling, length, of_dense, parts[of_codes:], lse[of_codes:])
+        dense_parts, dense_lse = parts[of_codes:], lse[of_codes:]
+        attend_splits(query.squeeze(2), keys, values, scaling, length, of_dense, dense_parts, dense_lse, start, slots)
     out = torch.empty(batch, heads, 1, head_dim, dtype=query.dtype, device=device)
     merge_splits(parts, lse, out.view(batch * heads, -1))
     return out

@@ -206,6 +206,18 @@ class Evictor(Policy):
         """Most recents that decode steps can protect; None if any number."""
         return None
 
+    @property
+    def cuts_every(self) -> int | None:
+        """Tokens that are generated before every layer is scored and cut to its budget anew; None if never.
+
+        Only for evictors that free "nothing" in between: their layers hold up to so many tokens more than their budget.
+        """
+        return None
+
+    def looks_back(self, scorer: Scorer | None) -> int:
+        """Number of last queries that score then, from 1 to `cuts_every`, by what the scorer protects."""
+        return self.cuts_every or 0
+
     def pinned(self, kept: Int[Tensor, " batch"], sinks: Int[Tensor, " batch"], recents: int) -> Int[Tensor, " batch"]:
         """Number of slots of each row, in the order of their tokens, that never leave by age; the sinks never do.
 
@@ -252,7 +264,8 @@ class Merger(Policy):
 class Quantizer(Policy):
     """Stores keys and values in fewer bits, all but the most recent ones, a whole group of tokens at a time.
 
-    What is quantized is never touched again: later groups are appended, and eviction copies codes as they are.
+    What is quantized is never touched again: later groups are appended, and eviction copies codes as they are. Where
+    heads hold different numbers of tokens, their groups come as those of one row with one head, one after the other.
     `decode` becomes a part of compiled decode steps, so it asks the device nothing.
 
     Class attributes:
@@ -299,6 +312,8 @@ class Reducer(Policy):
 
     Class attributes:
         reads_attention: whether `guidance` is called at the layers after which it acts.
+        reads_tower: whether `ReductionContext.tower` is given before the first layer; models whose vision tower cannot
+            be read are refused then.
 
     Args:
         positions: "original", each token keeps its rotary position; "contiguous", the tokens of a layer are numbered
@@ -308,6 +323,7 @@ class Reducer(Policy):
 
     stage = "reducer"
     reads_attention: ClassVar[bool] = False
+    reads_tower: ClassVar[bool] = False
 
     positions: Literal["original", "contiguous", "per_layer"] = "original"
 

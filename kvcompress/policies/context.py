@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from kvcompress.kernels import attention_mass, attention_probabilities
+from kvcompress.kernels import attention_mass, attention_probabilities, visible_keys
 from kvcompress.parallel import ALONE, HeadGroup
 from kvcompress.policies.images import ImageGrid
 from kvcompress.policies.problems import Problems
@@ -79,6 +79,8 @@ class LayerContext:
         softcap: what the model keeps its logits below; None if it lets them be. What a model adds to the logits that
             the softmax runs over (attention sinks) is in `lse` alone.
         heads_part: whether heads of the layer, of any process, hold different tokens, so that a slot is not one token.
+        last_seen: number of the last of this forward's tokens that each query sees, where the model lets some see more
+            than what came before them, such as the image that they are part of; None if it lets none.
     """
 
     layer: int
@@ -96,6 +98,7 @@ class LayerContext:
     heads: HeadGroup = ALONE
     softcap: float | None = None
     heads_part: bool = False
+    last_seen: Int[Tensor, "batch queries"] | None = None
 
     @property
     def row_queries(self) -> Int[Tensor, " batch"]:
@@ -135,6 +138,7 @@ class LayerContext:
             stride=step,
             start=start,
             softcap=self.softcap,
+            last_seen=self.last_seen,
         ).div_(group)
 
     def attention_probabilities(self, last: int) -> Float[Tensor, "batch heads queries tokens"]:
@@ -149,8 +153,17 @@ class LayerContext:
             RuntimeError: if the scorer did not declare `reads_attention`.
         """
         return attention_probabilities(
-            self.query, self.keys, self._lse(), self.scaling, last, self._valid_tokens, self.softcap
+            self.query, self.keys, self._lse(), self.scaling, last, self._valid_tokens, self.softcap, self.last_seen
         )
+
+    def visible(self, last: int) -> Bool[Tensor, "rows queries tokens"]:
+        """Which slots the last queries of this forward see, padding aside; one row where all agree.
+
+        Args:
+            last: number of queries; all of them where the forward has fewer.
+        """
+        queries = min(last, self.query.shape[2])
+        return visible_keys(queries, self.keys.shape[2], self.last_seen, self.query.device)
 
     def in_order(self) -> Int[Tensor, "batch sets tokens"] | None:
         """Slots in the order of their tokens, those without a token first; None where they lie so already."""
@@ -335,6 +348,27 @@ class DecodeContext:
 
 
 @dataclass(frozen=True)
+class TowerView:
+    """What the vision tower's own attention says of image tokens; zero for all others.
+
+    Attributes:
+        attention: attention that each one's feature receives, mean over heads: from the class token, or where the tower
+            has none, on average from all features of its image or tile. Zero for tokens that no feature stands for (the
+            ends of LLaVA-NeXT's lines).
+        keys: mean over heads of the keys of their features, likewise.
+    """
+
+    attention: Float[Tensor, "batch tokens"]
+    keys: Float[Tensor, "batch tokens key_dim"]
+
+    def aligned(self, positions: Int[Tensor, "batch positions"]) -> TowerView:
+        """The same of positions in another order; for each new one, the one whose token it gets."""
+        positions = positions.to(self.attention.device).long()
+        pairs = positions.unsqueeze(-1).expand(-1, -1, self.keys.shape[2])
+        return TowerView(self.attention.gather(1, positions), self.keys.gather(1, pairs))
+
+
+@dataclass(frozen=True)
 class ReductionContext:
     """What a reducer sees between two decoder layers: the tokens of this forward that have come so far, row by row.
 
@@ -352,6 +386,7 @@ class ReductionContext:
         size: height and width of that grid; meaningless where there is no grid.
         image_tokens: image tokens of each row in this forward before the first reduction; known on the host.
         guidance: what the reducer's `guidance` gave for them at this layer; None without one, and before the first.
+        tower: what the vision tower says of them, before the first layer; None unless the reducer reads it.
     """
 
     stage: int
@@ -365,6 +400,7 @@ class ReductionContext:
     size: Int[Tensor, "batch tokens two"]
     image_tokens: list[int]
     guidance: Float[Tensor, "batch tokens"] | None = None
+    tower: TowerView | None = None
 
 
 @dataclass(frozen=True)

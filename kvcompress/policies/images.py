@@ -34,8 +34,8 @@ class ImageLayout:
     Attributes:
         grids: the grids of each row of the batch, in order.
         image_tokens: image tokens of each row, those of no grid included.
-        grid: number of each column's grid among those of its row; -1 for text and for image tokens of no grid (the
-            ends of LLaVA-NeXT's lines).
+        grid: number of the grid of each position among those of its row; -1 for text and for image tokens of no grid
+            (the ends of LLaVA-NeXT's lines).
         cell: row and column in the grid; meaningless where there is no grid. The time axis of a video is in its grids,
             one for each frame.
         size: height and width of the grid; meaningless where there is no grid.
@@ -43,18 +43,18 @@ class ImageLayout:
 
     grids: list[list[ImageGrid]]
     image_tokens: list[int]
-    grid: Int[Tensor, "batch columns"]
-    cell: Int[Tensor, "batch columns two"]
-    size: Int[Tensor, "batch columns two"]
+    grid: Int[Tensor, "batch positions"]
+    cell: Int[Tensor, "batch positions two"]
+    size: Int[Tensor, "batch positions two"]
 
-    def aligned(self, columns: Int[Tensor, "batch columns"]) -> ImageLayout:
-        """The same images in columns of another order.
+    def aligned(self, positions: Int[Tensor, "batch positions"]) -> ImageLayout:
+        """The same images with positions in another order.
 
         Args:
-            columns: for each new column, the one whose token it gets.
+            positions: for each new position, the one whose token it gets.
         """
-        columns = columns.to(self.grid.device).long()
-        pairs = columns.unsqueeze(-1).expand_as(self.cell)
+        positions = positions.to(self.grid.device).long()
+        pairs = positions.unsqueeze(-1).expand_as(self.cell)
         return replace(
-            self, grid=self.grid.gather(1, columns), cell=self.cell.gather(1, pairs), size=self.size.gather(1, pairs)
+            self, grid=self.grid.gather(1, positions), cell=self.cell.gather(1, pairs), size=self.size.gather(1, pairs)
         )

@@ -33,9 +33,8 @@ def attention_sparsity(layer: LayerContext) -> Float[Tensor, " batch"]:
     Source: VL-Cache (arXiv 2410.23317, section 4.1).
     """
     probability = layer.attention_probabilities(_AFTER_IMAGE)
-    queries, tokens = probability.shape[2:]
-    device = probability.device
-    visible = torch.ones(1, 1, queries, tokens, dtype=torch.bool, device=device).tril(tokens - queries)
+    queries, device = probability.shape[2], probability.device
+    visible = layer.visible(_AFTER_IMAGE).unsqueeze(1)
     counted = torch.arange(queries, 0, -1, device=device) <= _queries_after_image(layer)[:, None]  # [batch, queries]
     if layer.valid is not None:
         visible, counted = visible & _of_heads(layer, layer.valid).unsqueeze(2), counted & layer.valid[:, 0, -queries:]

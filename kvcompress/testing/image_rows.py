@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcompress.policies.context import LayerContext, Reduced, ReductionContext
+from kvcompress.policies.context import LayerContext, Reduced, ReductionContext, TowerView
 from kvcompress.policies.images import ImageGrid, ImageLayout
 from kvcompress.testing.importance import generator, seeds
 
@@ -33,6 +33,12 @@ class Row:
     def hidden(self) -> Tensor:
         """States of its tokens."""
         return torch.randn(len(self.grid), 6, generator=generator(self.seed))
+
+    @cached_property
+    def tower(self) -> Tensor:
+        """Attention that the vision tower gives its tokens, then their keys there."""
+        drawn = torch.randn(len(self.grid), 5, generator=generator(self.seed + 2))
+        return torch.cat([drawn[:, :1].abs(), drawn[:, 1:]], 1) * torch.tensor(self.image).unsqueeze(1)
 
     @cached_property
     def row(self) -> ReductionContext:
@@ -93,6 +99,9 @@ def reduction_of(drawn: list[Row]) -> ReductionContext:
         cell=side_by_side([torch.tensor(row.cell) for row in drawn]),
         size=side_by_side(sizes),
         image_tokens=[sum(row.image) + row.gone for row in drawn],
+        tower=TowerView(
+            side_by_side([row.tower[:, 0] for row in drawn], noise=2), side_by_side([row.tower[:, 1:] for row in drawn])
+        ),
     )
 
 

@@ -106,20 +106,21 @@ def compresses_as_if_it_masked(policy: Policy, drawn: tuple[Any, list[int], list
 @_model_law(*_CHOOSE, draws=st.tuples(_budgets, st.integers(0, 3), st.integers(0, 5), _lengths, _schedules, seeds))
 def holds_no_more_than_the_budget(policy: Policy, drawn: tuple[Any, int, int, list[int], list[int], int]) -> None:
     """After every forward the layers of a row together hold at most its budget, or the protected if they are more, and
-    its first and last tokens among them.
+    its first and last tokens among them; where they are cut in periods, by as many tokens more in each layer.
     """
     budget, sink, recent, lengths, schedule, seed = drawn
     config = around(policy, budget, **({} if policy.stage == "scorer" else {"scorer": Scripted(seed=seed)}))
     config = running.with_budget(config, budget, sink=sink, recent=recent)
     model = models.model()
     cache, valid = running.started(model, config, lengths, seed)
-    bounded = config.evictor is not None and config.evictor.frees != "nothing"
+    period = 0 if config.evictor is None else config.evictor.cuts_every or 0
+    bounded = config.evictor is not None and (config.evictor.frees != "nothing" or period)
     for number, tokens in enumerate([0, *schedule]):
         if tokens:
             valid = running.stepped(model, cache, valid, seed + number, tokens)
         running.require_protected(cache, valid)
         if bounded or number == 0:
-            running.require_within_budget(cache, valid)
+            running.require_within_budget(cache, valid, more=period if number else 0)
 
 
 @_model_law(*_KEEP, "reducer", draws=st.tuples(_budgets, st.lists(st.integers(1, 24), min_size=2, max_size=3), seeds))

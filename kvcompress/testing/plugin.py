@@ -5,6 +5,7 @@ Nothing of the package is imported until there is a name.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,6 +40,9 @@ def _items(session: pytest.Session, names: list[str], examples: int | None) -> I
     from kvcompress.testing.checks import laws_of
     from kvcompress.testing.naming import label_of, policies_named
 
+    here = str(session.config.invocation_params.dir)
+    if here not in sys.path:  # which `python -m pytest` has, and `pytest` has not: modules are named from this folder
+        sys.path.append(here)
     try:
         policies = [policy for name in names for policy in policies_named(name)]
     except KVCompressError as error:

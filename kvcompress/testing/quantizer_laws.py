@@ -104,6 +104,16 @@ def quantizes_rows_by_themselves(quantizer: Quantizer, tensor: Tensor) -> None:
             require(torch.equal(quantizer.decode(codes), found[row : row + 1]), f"{what} of row {row} are others alone")
 
 
+@_quantizer_law(share=1 / 4)
+def quantizes_heads_by_themselves(quantizer: Quantizer, tensor: Tensor) -> None:
+    """A head is quantized as it would be alone, so that heads with different numbers of tokens can be."""
+    whole = [quantizer.decode(codes) for _, codes in _both(quantizer, tensor)]
+    for head in range(tensor.shape[1]):
+        for found, (what, codes) in zip(whole, _both(quantizer, tensor[:, head : head + 1]), strict=True):
+            own = found[:, head : head + 1]
+            require(torch.equal(quantizer.decode(codes), own), f"{what} of head {head} are others alone")
+
+
 @_quantizer_law()
 def is_off_by_less_than_the_largest(quantizer: Quantizer, tensor: Tensor) -> None:
     """What comes back is near what went in: no number is off by more than the largest one of its head and group."""

@@ -80,7 +80,7 @@ def require_masked(
         wanted = reference.run(step.inputs, step.held)
         mask = padding_in(step.inputs.get("attention_mask"))
         end = reference.cache.get_seq_length()
-        real = torch.ones_like(step.inputs["input_ids"]) if mask is None else mask[:, end - step.columns : end]
+        real = torch.ones_like(step.inputs["input_ids"]) if mask is None else mask[:, end - step.queries : end]
         for layer, (found, other) in enumerate(zip(step.attention, wanted.attention, strict=True)):
             says = f"forward {number}: attention of layer {layer} differs"
             require_close(found[real.bool()], other[real.bool()], tolerance, says)
@@ -93,7 +93,7 @@ def require_masked(
 
 
 def left_padded(lengths: Sequence[int], seed: int) -> tuple[dict[str, Any], Tensor]:
-    """A left-padded batch for plain forwards, and which columns are tokens."""
+    """A left-padded batch for plain forwards, and which positions are tokens."""
     longest = max(lengths)
     valid = torch.arange(longest) >= longest - torch.tensor(lengths)[:, None]
     positions = (valid.cumsum(1) - 1).clamp(min=0)
@@ -105,7 +105,7 @@ def left_padded(lengths: Sequence[int], seed: int) -> tuple[dict[str, Any], Tens
 def started(
     model: PreTrainedModel, config: CompressionConfig, lengths: Sequence[int], seed: int
 ) -> tuple[CompressedCache, Tensor]:
-    """A cache after a prompt, and which columns are tokens."""
+    """A cache after a prompt, and which positions are tokens."""
     cache = CompressedCache(model, config)
     inputs, valid = left_padded(lengths, seed)
     model(**inputs, **cache_argument(cache))
@@ -114,7 +114,7 @@ def started(
 
 @torch.no_grad()
 def stepped(model: PreTrainedModel, cache: CompressedCache, valid: Tensor, seed: int, tokens: int = 1) -> Tensor:
-    """One more forward of random tokens; returns which columns are tokens, with the new ones."""
+    """One more forward of random tokens; returns which positions are tokens, with the new ones."""
     batch = valid.shape[0]
     valid = torch.cat([valid, torch.ones(batch, tokens, dtype=torch.bool)], dim=1)
     positions = (valid.cumsum(1) - 1)[:, -tokens:]
@@ -129,20 +129,28 @@ def require_protected(cache: CompressedCache, valid: Tensor) -> None:
     for number, layer in enumerate(held(cache)):
         for row, sets in enumerate(layer):
             protected = {*tokens[row][: budget.sink], *tokens[row][max(0, len(tokens[row]) - budget.recent) :]}
-            for columns in sets:
-                require(protected <= set(columns), f"layer {number}, row {row}: holds {columns}, must {protected}")
-                require(set(columns) <= set(tokens[row]), f"layer {number}, row {row}: holds padding")
+            for positions in sets:
+                require(protected <= set(positions), f"layer {number}, row {row}: holds {positions}, must {protected}")
+                require(set(positions) <= set(tokens[row]), f"layer {number}, row {row}: holds padding")
 
 
-def require_within_budget(cache: CompressedCache, valid: Tensor) -> None:
-    """Raises unless the layers of each row together hold at most its budget, or the protected if they are more."""
+def require_within_budget(cache: CompressedCache, valid: Tensor, more: int = 0) -> None:
+    """Raises unless the layers of each row together hold at most its budget, or the protected if they are more.
+
+    Args:
+        cache: the cache.
+        valid: which positions are tokens.
+        more: tokens that each layer may hold beyond that.
+    """
     budget, report = cache.config.budget, cache.report()
     layers = len(report.layer_lengths)
     for row, seen in enumerate(valid.sum(1).tolist()):
         allowed = budget.tokens * layers if budget.tokens else int((budget.fraction or 0) * seen * layers + 1e-6)
         protected = min(seen, budget.sink + budget.recent)
         holds = sum(layer[row] for layer in report.layer_lengths)
-        require(holds <= max(allowed, layers * protected), f"row {row}: holds {holds} tokens of {allowed}")
+        require(
+            holds <= max(allowed, layers * protected) + layers * more, f"row {row}: holds {holds} tokens of {allowed}"
+        )
         for layer, limits in zip(report.layer_lengths, report.layer_budgets or [], strict=True):
             require(layer[row] <= limits[row], f"row {row}: a layer holds {layer[row]} tokens of {limits[row]}")
 
@@ -158,16 +166,16 @@ class Outcome:
     logits: list[Tensor] = field(default_factory=list)  # at the row's last token
     tokens: list[int] = field(default_factory=list)
 
-    def same_columns(self, other: Outcome) -> bool:
+    def same_positions(self, other: Outcome) -> bool:
         """Whether the same tokens were held after every forward."""
         return self.held == other.held
 
 
-def of_row(columns: Held, row: int, valid: list[bool]) -> list[list[list[int]]]:
-    """Columns of one row, counted from its own start."""
-    index = {column: number for number, column in enumerate(c for c, is_token in enumerate(valid) if is_token)}
+def of_row(positions: Held, row: int, valid: list[bool]) -> list[list[list[int]]]:
+    """Positions of one row, counted from its own start."""
+    index = {position: number for number, position in enumerate(c for c, is_token in enumerate(valid) if is_token)}
     # Heads that hold the same are written once, however they are stored.
-    layers = [[[index[column] for column in one] for one in layer[row]] for layer in columns]
+    layers = [[[index[position] for position in one] for one in layer[row]] for layer in positions]
     return [sets[:1] if all(one == sets[0] for one in sets) else sets for sets in layers]
 
 
@@ -193,13 +201,13 @@ def require_agreement(found: Outcome, alone: Outcome, again: Callable[[], list[O
         again: what it got alone with noise on its scores; looked at only if something differs.
     """
     tokens = list(zip(found.tokens, alone.tokens, strict=True))
-    if not found.same_columns(alone) or any(a != b for a, b in tokens):
+    if not found.same_positions(alone) or any(a != b for a, b in tokens):
         first = next((number for number, (a, b) in enumerate(tokens) if a != b), None)
         gap = 1.0
         if first is not None:
             best = alone.logits[first].topk(2).values
             gap = float(best[0] - best[1])
-        near = gap < 1e-4 or any(not other.same_columns(alone) for other in again())
+        near = gap < 1e-4 or any(not other.same_positions(alone) for other in again())
         event("near tie" if near else "no tie")
         assume(not near)
     require(found.held == alone.held, f"held {found.held} in the batch and {alone.held} alone")

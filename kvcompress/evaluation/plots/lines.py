@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation.plots.rows import Series
 from kvcompress.evaluation.plots.style import look
@@ -18,10 +20,14 @@ _REFERENCES = (("black", (0, (1, 1.5))), ("0.45", (0, (5, 2))), ("black", (0, (7
 
 
 _NAMES_IN_A_ROW = 4
+_GREY, _GREY_LINE = "grey ", "0.72"
+_NAME_HIGH, _NAMES_WIDE = 9.0, 0.2  # points between names beside grey lines; their room, of the axis
 _UNITS = {"fraction": ("% of the tokens", 100.0), "tokens": ("tokens per layer", 1.0), "bytes": ("MiB", 2.0**-20)}
 
 
-def draw_series(axes: Axes, series: Sequence[Series], x: str, factor: float = 1.0) -> None:
+def draw_series(
+    axes: Axes, series: Sequence[Series], x: str, factor: float = 1.0, shown: Sequence[str] | None = None
+) -> None:
     """Draws a line with markers and a band for each policy, a level line for each reference, and the x axis.
 
     Args:
@@ -29,6 +35,7 @@ def draw_series(axes: Axes, series: Sequence[Series], x: str, factor: float = 1.
         series: the lines.
         x: what they stand over: "budget", "prompt_tokens" or "batch".
         factor: from the figures to the unit of the y axis.
+        shown: policies in colour, the others grey and without band (`name_grey_lines` names them); all if None.
     """
     label, scale = _x_label(series, x)
     references = [line for line in series if line.reference]
@@ -38,7 +45,13 @@ def draw_series(axes: Axes, series: Sequence[Series], x: str, factor: float = 1.
         if point.low != point.high and len(references) == 1:  # bands of several would hide one another
             axes.axhspan(factor * point.low, factor * point.high, color=colour, alpha=0.08, linewidth=0)
     policies = [line for line in series if not line.reference]
+    if shown is not None:
+        for line in (line for line in policies if line.name not in shown):
+            at, middle = ([scale * point.x for point in line.points], [factor * point.value for point in line.points])
+            (drawn,) = axes.plot(at, middle, color=_GREY_LINE, linewidth=0.8, zorder=1.2)
+            drawn.set_gid(f"{_GREY}{line.name}")
     ticks = sorted({scale * point.x for line in policies or references for point in line.points})
+    policies = [line for line in policies if shown is None or line.name in shown]
     for index, line in enumerate(policies):
         style = look(index)
         # at a single budget, side by side, so that no whisker covers another
@@ -65,6 +78,35 @@ def legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     rows = -(-len(labels) // _NAMES_IN_A_ROW)
     figure.legend(handles, labels, loc="outside upper center", ncols=-(-len(labels) // rows))
+
+
+def name_grey_lines(figure: Figure, axes: Axes) -> None:
+    """Writes the name of each grey line at its left end, as far apart as the letters are high."""
+    lines = [line for line in axes.lines if str(line.get_gid()).startswith(_GREY)]
+    if not lines:
+        return
+    left, right = axes.get_xlim()
+    axes.set_xlim(left - _NAMES_WIDE * (right - left), right)
+    figure.draw_without_rendering()  # lays it out, so that the height of the axes is known
+    place = axes.transAxes.inverted()
+    high = _NAME_HIGH * figure.dpi / 72 / axes.get_window_extent().height
+    below = -high / 2
+    ends = {line: np.asarray(axes.transData.transform(np.asarray(line.get_xydata())))[0] for line in lines}
+    for line, end in sorted(ends.items(), key=lambda pair: float(pair[1][1])):
+        x, y = np.asarray(place.transform(end)).tolist()
+        below = max(y, below + high)
+        axes.annotate(
+            str(line.get_gid()).removeprefix(_GREY),
+            (x, y),
+            (x - 0.03, below),
+            xycoords="axes fraction",
+            textcoords="axes fraction",
+            ha="right",
+            va="center",
+            fontsize=6,
+            color="0.35",
+            arrowprops={"arrowstyle": "-", "color": "0.75", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 1},
+        ).set_in_layout(False)
 
 
 def _x_label(series: Sequence[Series], x: str) -> tuple[str, float]:

@@ -18,15 +18,16 @@ if TYPE_CHECKING:
 
 _VEIL = 0.72  # how much of a patch its group's colour covers
 _CAPTION = "patches of one colour are one token; a dot marks where it lies; neighbouring tokens differ in colour"
-_CAPTION_DROPPED = "white patches were dropped; a dot marks those that stay"
+_DROPPED = 0.62  # grey, on which white shapes show as black ones do
+_CAPTION_DROPPED = "grey patches were dropped; a dot marks those that stay"
 
 
 def groups(report: CacheReport, grid: PatchGrid, layers: int, row: int = 0) -> np.ndarray:
-    """Number of the column that each patch is part of after so many layers, `[rows, columns]`; -1 where dropped."""
+    """Number of the position that each patch is part of after so many layers, `[rows, columns]`; -1 where dropped."""
     into = report.went_into[layers][row]
     found = np.full(grid.shape, -1)
-    for column, cell in zip(grid.columns, grid.cells, strict=True):
-        found[cell] = into[column]
+    for position, cell in zip(grid.positions, grid.cells, strict=True):
+        found[cell] = into[position]
     return found
 
 
@@ -59,7 +60,11 @@ def merging(report: CacheReport, grid: PatchGrid, picture: Any | None = None, *,
         dropped |= bool((found < 0).any())
         _show(axes, picture, grid.shape)
         _colour(axes, found)
-        stay = [(cell, column) for cell, column in zip(grid.cells, grid.columns, strict=True) if found[cell] == column]
+        stay = [
+            (cell, position)
+            for cell, position in zip(grid.cells, grid.positions, strict=True)
+            if found[cell] == position
+        ]
         axes.plot([x + 0.5 for (_, x), _ in stay], [y + 0.5 for (y, _), _ in stay], "k.", markersize=1.8)
         axes.set_title(_title(layers, end, len(stay)), fontsize=7, pad=2.5)
     figure.supxlabel(_CAPTION_DROPPED if dropped else _CAPTION, fontsize=7)
@@ -90,8 +95,8 @@ def _colour(axes: Axes, found: np.ndarray) -> None:
         taken = {chosen.get(other) for other in _touching(found, group)}
         free = [number for number in range(len(palette)) if number not in taken]
         chosen[group] = min(free or range(len(palette)), key=lambda number: list(chosen.values()).count(number))
-    veil = np.ones((*found.shape, 4))
-    veil[..., 3] = np.where(found < 0, 0.85, _VEIL)
+    veil = np.full((*found.shape, 4), _DROPPED)
+    veil[..., 3] = np.where(found < 0, 0.78, _VEIL)
     for group, number in chosen.items():
         veil[found == group, :3] = palette[number]
     axes.imshow(veil, extent=(0, found.shape[1], found.shape[0], 0), interpolation="nearest")

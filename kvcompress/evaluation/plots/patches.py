@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_FADED = 0.84  # how far an evicted patch goes to white
+_FADED = 0.78  # how far an evicted patch goes to the veil's grey, on which white shapes show as black ones do
+_VEIL = 0.62
 _EDGE = "#D55E00"
 _CAPTION = "kept patches are outlined, evicted ones faded"
 _CAPTION_OF_HEADS = (
@@ -27,10 +28,10 @@ _ACROSS = 8  # panels in a row, at most
 
 def kept_share(report: CacheReport, grid: PatchGrid, layer: int, row: int = 0) -> np.ndarray:
     """Share of a layer's heads that hold each patch, `[rows, columns]` of the grid, 0 to 1; NaN where no token lies."""
-    sets = [set(held) for held in report.held_columns[layer][row]]
+    sets = [set(held) for held in report.held_positions[layer][row]]
     share = np.full(grid.shape, np.nan)
-    for column, cell in zip(grid.columns, grid.cells, strict=True):
-        share[cell] = sum(column in held for held in sets) / len(sets)
+    for position, cell in zip(grid.positions, grid.cells, strict=True):
+        share[cell] = sum(position in held for held in sets) / len(sets)
     return share
 
 
@@ -58,7 +59,7 @@ def patches(
     Raises:
         ConfigError: if the report has no such layer.
     """
-    count = len(report.held_columns)
+    count = len(report.held_positions)
     shown = list(range(count)) if layers is None else list(layers)
     if not shown or not all(0 <= layer < count for layer in shown):
         raise ConfigError(f"layers: must be some of 0 to {count - 1}; got {shown}")
@@ -74,7 +75,7 @@ def patches(
         axes.set_title(f"layer {layer}: {np.nansum(share):.0f} of {len(grid.cells)}", fontsize=7, pad=2.5)
     for axes in panels:
         axes.set_axis_off()
-    sets = max(len(report.held_columns[layer][row]) for layer in shown)
+    sets = max(len(report.held_positions[layer][row]) for layer in shown)
     figure.supxlabel(_CAPTION_OF_HEADS if sets > 1 else _CAPTION, fontsize=7)
     return figure
 
@@ -94,7 +95,7 @@ def _draw(axes: Axes, share: np.ndarray, picture: Any | None) -> None:
         axes.imshow(np.full((1, 1), 0.45), cmap="gray", vmin=0, vmax=1, extent=extent)
     else:
         axes.imshow(np.asarray(picture), extent=extent, interpolation="antialiased")
-    veil = np.ones((rows, columns, 4))
+    veil = np.full((rows, columns, 4), _VEIL)
     veil[..., 3] = _FADED * (1 - np.nan_to_num(share))
     axes.imshow(veil, extent=extent, interpolation="nearest")
     axes.add_collection(LineCollection(_outline(np.nan_to_num(share) >= 0.5), colors=_EDGE, linewidths=0.8))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvcompress.errors import ConfigError
-from kvcompress.evaluation.plots.lines import draw_series, legend
+from kvcompress.evaluation.plots.lines import draw_series, legend, name_grey_lines
 from kvcompress.evaluation.plots.rows import Row, Series, read_series
 from kvcompress.evaluation.plots.style import drawing, new_figure, ruled
 
@@ -34,7 +34,7 @@ _LOG_FROM = 8.0  # largest / smallest value from which on a perplexity is drawn 
 
 
 @drawing
-def quality(rows: Sequence[Row], metric: str) -> Figure:
+def quality(rows: Sequence[Row], metric: str, *, shown: Sequence[str] | None = None, log: bool | None = None) -> Figure:
     """Draws a metric against the budget, a line for each policy, with bands for confidence intervals.
 
     A policy that was run at budget 1.0 alone, or without a budget, is drawn as a level line to compare with.
@@ -43,26 +43,33 @@ def quality(rows: Sequence[Row], metric: str) -> Figure:
         rows: results as `kvcompress evaluate` writes them: `policy`, `budget` and the metric, with `METRIC_ci_low` and
             `METRIC_ci_high` for the band.
         metric: name of the metric in the rows.
+        shown: policies to be drawn in colour with their bands; the others are grey lines with their names at the left
+            end. All are in colour if None.
+        log: whether the y axis is logarithmic; if None, perplexities that are far apart make it so.
 
     Raises:
-        ConfigError: if no row has the metric.
+        ConfigError: if no row has the metric, or none is of a policy that is to be shown.
     """
     series = read_series(rows, metric)
     if not series:
         raise ConfigError(f"metric: no row has '{metric}'")
+    if unknown := sorted({*(shown or ())} - {line.name for line in series}):
+        raise ConfigError(f"shown: must be policies of the rows; got {', '.join(unknown)}")
     label, factor = metric_label(metric)
     figure = new_figure(5.0, 3.4)
     axes = figure.subplots()
-    draw_series(axes, series, "budget", factor)
+    draw_series(axes, series, "budget", factor, shown)
     asked = {str(row["question"]) for row in rows if "question" in row}
     axes.set_ylabel(label if asked <= {"seen"} else f"{label}\nquestion {' and '.join(sorted(asked))}")
-    if metric == "perplexity" and _range(series) >= _LOG_FROM:
+    if log or (log is None and metric == "perplexity" and _range(series) >= _LOG_FROM):
         _log_scale(axes)
     elif factor == 100:
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, -2.0), min(high, 102.0))
     ruled(axes)
     legend(figure, axes)
+    if shown is not None:
+        name_grey_lines(figure, axes)
     return figure
 
 

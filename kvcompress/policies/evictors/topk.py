@@ -19,8 +19,38 @@ _MOST_TOKENS = 2.0**23  # of which float32 can tell one from the next
 _BEYOND = 2.0**104  # scores stay below the product of the two
 
 
+class ByScore(Evictor):
+    """What evictors share that keep the slots of highest importance, in one set for all heads or in a set for each."""
+
+    keeps_modality: ClassVar[bool] = True
+
+    granularity: Literal["layer", "head"] = "layer"
+
+    @property
+    def by_head(self) -> bool:
+        """As the granularity says."""
+        return self.granularity == "head"
+
+    def select(self, layer: SelectionContext) -> Bool[Tensor, "batch sets slots"]:
+        """Ranks by importance, with the protected first."""
+        if layer.importance is None:
+            raise ValueError(f"evictor {self.name} needs importance: choose a scorer")
+        score = layer.importance
+        if self.granularity == "layer":
+            score = score.mean(1, keepdim=True)
+        sets = max(score.shape[1], layer.valid.shape[1])
+        return keep_first(self.preference(score.expand(-1, sets, -1), layer), layer, self.name)
+
+    def preference(
+        self, score: Float[Tensor, "batch sets slots"], layer: SelectionContext
+    ) -> Int[Tensor, "batch sets slots"]:
+        """Slots in the order in which they are kept: the protected first, empty ones last."""
+        score = torch.where(layer.valid, score.masked_fill(layer.protected, torch.inf), -torch.inf)
+        return score.argsort(dim=-1, descending=True, stable=True)
+
+
 @EVICTORS.register("topk")
-class TopK(Evictor):
+class TopK(ByScore):
     """Keeps the slots of highest importance, sinks and recents among them.
 
     Source: PrefixKV (arXiv 2412.03409, section 3.1 and its released code for `fixed_point`); H2O (arXiv 2306.14048) for
@@ -40,8 +70,6 @@ class TopK(Evictor):
             are protected as recents where that is more.
     """
 
-    keeps_modality: ClassVar[bool] = True
-
     granularity: Literal["layer", "head"] = "layer"
     decode: Literal["fixed_point", "oldest", "lowest_score", "none"] = "fixed_point"
     distance: int | None = Field(default=None, ge=1)
@@ -54,31 +82,9 @@ class TopK(Evictor):
         return "chosen" if self.decode == "lowest_score" else "oldest"
 
     @property
-    def by_head(self) -> bool:
-        """As the granularity says."""
-        return self.granularity == "head"
-
-    @property
     def reach(self) -> int | None:
         """A given fixed point evicts by age from `distance` slots before the end on, whatever is protected."""
         return self.distance if self.decode == "fixed_point" else None
-
-    def select(self, layer: SelectionContext) -> Bool[Tensor, "batch sets slots"]:
-        """Ranks by importance, with the protected first."""
-        if layer.importance is None:
-            raise ValueError(f"evictor {self.name} needs importance: choose a scorer")
-        score = layer.importance
-        if self.granularity == "layer":
-            score = score.mean(1, keepdim=True)
-        sets = max(score.shape[1], layer.valid.shape[1])
-        return keep_first(self.preference(score.expand(-1, sets, -1), layer), layer, self.name)
-
-    def preference(
-        self, score: Float[Tensor, "batch sets slots"], layer: SelectionContext
-    ) -> Int[Tensor, "batch sets slots"]:
-        """Slots in the order in which they are kept: the protected first, empty ones last."""
-        score = torch.where(layer.valid, score.masked_fill(layer.protected, torch.inf), -torch.inf)
-        return score.argsort(dim=-1, descending=True, stable=True)
 
     def pinned(self, kept: Int[Tensor, " batch"], sinks: Int[Tensor, " batch"], recents: int) -> Int[Tensor, " batch"]:
         """Everything before the fixed point, or the sinks."""

@@ -8,5 +8,16 @@ from kvcompress.policies.reducers.pyramiddrop import PyramidDrop
 from kvcompress.policies.reducers.random import RandomReducer
 from kvcompress.policies.reducers.tome import ToMe
 from kvcompress.policies.reducers.uniform_grid import UniformGrid
+from kvcompress.policies.reducers.visionzip import VisionZip
 
-__all__ = ["CDPruner", "DivPrune", "FastV", "LightKV", "PyramidDrop", "RandomReducer", "ToMe", "UniformGrid"]
+__all__ = [
+    "CDPruner",
+    "DivPrune",
+    "FastV",
+    "LightKV",
+    "PyramidDrop",
+    "RandomReducer",
+    "ToMe",
+    "UniformGrid",
+    "VisionZip",
+]

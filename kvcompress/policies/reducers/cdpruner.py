@@ -64,10 +64,10 @@ class CDPruner(Choosing):
 
 def _relevance(layer: ReductionContext, images: Images) -> Float[Tensor, "batch images"]:
     """Mean cosine with the instruction, brought to 0 (and a little more) to 1 within the row."""
-    columns = torch.arange(layer.is_image.shape[1], device=layer.is_image.device)
+    places = torch.arange(layer.is_image.shape[1], device=layer.is_image.device)
     text = (layer.index >= 0) & ~layer.is_image
-    last = torch.where(layer.is_image, columns, -1).amax(1, keepdim=True)
-    after = text & (columns > last)
+    last = torch.where(layer.is_image, places, -1).amax(1, keepdim=True)
+    after = text & (places > last)
     asks = torch.where(after.any(1, keepdim=True), after, text).unsqueeze(-1).float()
     unit = F.normalize(layer.hidden.float(), dim=-1)
     mean = (unit * asks).sum(1, keepdim=True) / asks.sum(1, keepdim=True).clamp(min=1)
