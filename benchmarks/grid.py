@@ -338,7 +338,7 @@ def scene_methods() -> Methods:
         "expected": ways(IMAGE, "expected_attention", SHARED),
         "tova": presets("text"),
         "none": presets("streaming"),
-        "merged": {"image, merged": Way(CompressionConfig.preset("image", merger="lookm"), LARGER)},
+        "merged": presets("image"),
     }
 
 
