@@ -338,6 +338,7 @@ def scene_methods() -> Methods:
         "expected": ways(IMAGE, "expected_attention", SHARED),
         "tova": presets("text"),
         "none": presets("streaming"),
+        "merged": presets("image"),
     }
 
 

@@ -54,8 +54,10 @@ TEXT = (
     Candidate("text", {"evictor": {"name": "topk", "decode": "fixed_point"}}, _QUANTIZED),
     Candidate("streaming"),
 )
+_UNMERGED = "nothing is merged, since what is set leaves nothing to merge, or no scores to do it by"
 IMAGE = (
     Candidate("image"),
+    Candidate("image", {"merger": None}, _UNMERGED),
     Candidate("image", {"evictor": {"name": "topk", "granularity": "head", "decode": "fixed_point"}}, _QUANTIZED),
     Candidate("streaming"),
 )

@@ -33,4 +33,6 @@ class KVzip(Scorer):
         """Costs queries x tokens x head_dim, a tile of queries at a time."""
         if layer.lse is None:
             raise RuntimeError("attention: the scorer must set reads_attention = True to read attention")
-        return highest_probability(layer.query, layer.keys, layer.lse, layer.scaling, layer.valid, layer.softcap)
+        return highest_probability(
+            layer.query, layer.keys, layer.lse, layer.scaling, layer.valid, layer.softcap, layer.last_seen
+        )

@@ -1,0 +1,40 @@
+"""The grid that reads a prompt once: what it compresses from there is what a cache of its own holds and says."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from benchmarks.grid import BUDGETS, Follow, Way, compressed, followed, many_methods, needle_methods, scene_methods
+from benchmarks.grid import Reading as Reads
+from kvcompress import CompressedCache
+from tests import tiny
+
+WAYS = {
+    f"{method} {name}": way
+    for methods in (needle_methods(), scene_methods(), many_methods())
+    for method, ways in methods.items()
+    for name, way in ways.items()
+    if way.config.scorer is None or not way.config.scorer.reconstructs
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_prompt_read_once_is_compressed_as_if_it_were_read_anew(way: Way) -> None:
+    """Heads keep the same tokens, and what follows is as likely, at every budget, whatever was cut before."""
+    model, inputs = tiny.model("llama"), tiny.inputs("llama", 60, seed=3)
+    follow = Follow(tiny.token_ids(1, 6, seed=5), first=2)
+    with torch.inference_mode():
+        reading = Reads(SimpleNamespace(model=model), inputs)
+        scored = reading.scored(way.config)
+        for budget in (*BUDGETS, 0.8):
+            config = way.config.override(budget=budget)
+            cache, alone = compressed(scored, config), CompressedCache(model, config)
+            model(**inputs, **tiny.with_cache(alone))
+            for held, wanted in zip(cache.report().layer_lengths, alone.report().layer_lengths, strict=True):
+                assert held == wanted
+            assert cache.report().kv_bytes == alone.report().kv_bytes
+            own, theirs = (followed(model, one, reading.logits, follow) for one in (cache, alone))
+            assert own == theirs
