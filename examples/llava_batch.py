@@ -9,6 +9,7 @@ scenes that it was not trained on, and prints the right answers too. `--model` t
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -16,6 +17,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from kvcompress import CompressedCache
 from kvcompress.evaluation.shapes import describe_question, draw_scene, sample_scene, scene_seed
 from kvcompress.evaluation.shapes.pretrained import weights_folder
+from kvcompress.files import open_picture
 
 
 def drawn_scenes() -> list[tuple[Image.Image, str, str]]:
@@ -38,10 +40,10 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=0.3, help="share of the tokens that the cache may keep")
     options = parser.parse_args()
 
-    processor = AutoProcessor.from_pretrained(options.model)
-    model = AutoModelForImageTextToText.from_pretrained(options.model)
+    processor = AutoProcessor.from_pretrained(options.model, trust_remote_code=False)
+    model = AutoModelForImageTextToText.from_pretrained(options.model, trust_remote_code=False)
     processor.tokenizer.padding_side = "left"  # so that every answer begins where its prompt ends
-    files = [(Image.open(path).convert("RGB"), options.question, "") for path in options.images]
+    files = [(open_picture(Path(path)), options.question, "") for path in options.images]
     images, questions, right = zip(*files or drawn_scenes(), strict=True)
 
     turns = [

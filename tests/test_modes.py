@@ -29,6 +29,18 @@ def generate(cache: CompressedCache, inputs: dict[str, Any], new: int = 8, **how
     )
 
 
+def period(cache: CompressedCache) -> int:
+    """Tokens by which layers grow before they are cut to their budget again; 0 if they never exceed it."""
+    evictor = cache.config.evictor
+    return 0 if evictor is None else evictor.cuts_every or 0
+
+
+def within_share(cache: CompressedCache, share: float, generated: int) -> bool:
+    """Whether it holds a share of the tokens, and what was generated since the last cut where it cuts in periods."""
+    report = cache.report()
+    return report.retention <= share + min(period(cache), generated) / report.tokens_seen
+
+
 def within_budget(cache: CompressedCache) -> bool:
     report = cache.report()
     budgets = report.layer_budgets
@@ -57,7 +69,7 @@ def test_generation_keeps_to_the_budget(preset: str, how: dict[str, Any]) -> Non
     report = cache.report()
     assert output.shape[1] == 208
     assert report.tokens_seen == 207
-    assert report.retention <= 0.4
+    assert within_share(cache, 0.4, generated=7)
     assert within_budget(cache)
 
 
@@ -103,7 +115,7 @@ def test_several_turns_on_one_cache(preset: str) -> None:
             cache, {"input_ids": conversation, "attention_mask": torch.ones_like(conversation)}, new=5
         )
         assert cache.get_seq_length() == conversation.shape[1] - 1
-        assert within_budget(cache) and cache.report().retention <= 0.5
+        assert within_budget(cache) and within_share(cache, 0.5, generated=4)
 
 
 @pytest.mark.parametrize("preset", SQUEEZED)
@@ -131,7 +143,7 @@ def test_a_prompt_of_one_token_grows_into_its_budget(preset: str) -> None:
     for step in range(80):
         tiny.model("llama")(tiny.token_ids(1, 1, seed=step), **tiny.with_cache(cache))
         report = cache.report()
-        assert report.layer_lengths == [[min(step + 1, max(6, sinks + recents))]] * 3
+        assert report.layer_lengths == [[min(step + 1, max(6, sinks + recents) + period(cache))]] * 3
         assert {*range(min(sinks, step + 1)), step} <= set(report.positions(0, 0))
 
 
@@ -185,7 +197,11 @@ def test_every_dtype_keeps_its_bytes(name: str, dtype: torch.dtype, preset: str)
     slot = 2 * config.num_key_value_heads * 8 * dtype.itemsize
     assert report.full_kv_bytes == 3 * 400 * slot
     if cache.config.quantizer is None:
-        assert report.kv_bytes == sum(n + 1 for (n,) in report.layer_lengths) * slot
+        more = 0 if period(cache) else 1  # for the token of the step that frees a slot
+        every, sets = config.num_key_value_heads, report.head_lengths
+        heads = sets or [[[length] * every for length in layer] for layer in report.layer_lengths]
+        held = sum(length + more for layer in heads for row in layer for length in row)
+        assert report.kv_bytes == held * slot // every
         assert abs(report.kv_bytes / report.full_kv_bytes - 0.5) <= 0.01
     assert abs(report.retention - 0.5) <= 0.01
     assert cache.layers[0].keys.dtype == dtype

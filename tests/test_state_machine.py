@@ -333,7 +333,11 @@ def grown(valid: Tensor, tokens: int = 1) -> Tensor:
     return torch.cat([valid, torch.ones(valid.shape[0], tokens, dtype=torch.bool)], dim=1)
 
 
-@pytest.mark.parametrize("evictor", strategies.bounded_evictors(), ids=strategies.label)
+# A period that is longer than a row's whole share leaves nothing to share.
+_SHARING = [evictor for evictor in strategies.bounded_evictors() if (evictor.cuts_every or 0) < 100]
+
+
+@pytest.mark.parametrize("evictor", _SHARING, ids=strategies.label)
 def test_rows_that_are_repeated_share_a_budget_in_bytes(evictor: Evictor) -> None:
     """From the next forward on, layers hold no more than a row's smaller share, sinks and recents among it."""
     config = strategies.config_with(evictor, budget=Budget(bytes="16KiB", sink=2, recent=2), allocator="uniform")

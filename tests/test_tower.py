@@ -183,7 +183,7 @@ def test_features_of_other_images_are_refused() -> None:
     watching.end()
     watch.seen.append(torch.zeros(2, SIDE**2 + 1, 3))
     with pytest.raises(UnsupportedModeError, match="made 72 features in this call, but this forward has 36 image"):
-        watch.by_column(cache._adapter, model, torch.ones(1, SIDE**2, dtype=torch.bool))
+        watch.by_position(cache._adapter, model, torch.ones(1, SIDE**2, dtype=torch.bool))
 
 
 def test_a_whole_model_keeps_as_many_tokens_as_it_says() -> None:
