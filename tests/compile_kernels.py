@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvcompress.kernels import triton_codes, triton_decode, triton_mass
+from kvcompress.kernels import triton_codes, triton_decode, triton_mass, triton_write
 from kvcompress.kernels.device import powers
 
 Case: TypeAlias = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]  # kernel, types, constants, tile
@@ -84,6 +84,12 @@ def cases(dtype: torch.dtype, head_dim: int, group: int, target: int) -> dict[st
             {**decode_types, "scale": "fp32"},
             {**decode, "HAS_START": True},
             triton_decode.blocks(head_dim, head_dim, itemsize),
+        ),
+        "write": (
+            triton_write.write_kernel,
+            dict.fromkeys(("K", "V", "NEW_K", "NEW_V"), f"*{name}") | {"SLOT": "*i64", "START": "*i64"},
+            {"HEADS": 2, "D": head_dim, "DIMS": dims, "VALUE_D": head_dim, "VALUE_DIMS": dims, "HAS_START": True},
+            {"num_warps": 1},
         ),
         "merge": (
             triton_decode.merge_kernel,
