@@ -107,9 +107,17 @@ def codes_case(dtype: torch.dtype, head_dim: int, group: int, bits: int) -> Case
     pointers |= {"START": "*i64"}
     pointers |= dict.fromkeys(("Q", "K_SCALE", "K_SHIFT", "V_SCALE", "V_SHIFT"), f"*{name}") | {"LSE": "*fp32"}
     constants = {"HEADS": 2, "GROUP": group, "GROUP_BLOCK": powers(group), "D": head_dim, "WIDTH": width}
-    constants |= {"DIMS": powers(width), "BITS": bits, "FLOAT8": False, "HAS_SHIFT": True, "K_HAS_ROWS": False}
+    constants |= {
+        "DIMS": powers(width),
+        "BITS": bits,
+        "FLOAT8": False,
+        "BASE": triton_codes.base(bits, dtype),
+        "HAS_SHIFT": True,
+        "K_HAS_ROWS": False,
+    }
     constants |= {"V_HAS_ROWS": False, "K_SLOTS": 64, "V_SLOTS": 1, "K_SHARED": 1, "V_SHARED": min(head_dim, 64)}
     constants |= {"HAS_LENGTH": True, "HAS_START": bits == 4, "PRECISION": "ieee"}  # without gaps once is enough
+    constants |= {"BASE": triton_codes.base(bits, dtype)}
     constants |= {"PRECISION": "tf32x3"} if dtype == torch.float32 else {}
     return (
         triton_codes.codes_kernel,
