@@ -123,7 +123,7 @@ def codes_case(dtype: torch.dtype, head_dim: int, group: int, bits: int) -> Case
         triton_codes.codes_kernel,
         {**pointers, "scale": "fp32"},
         constants,
-        triton_codes.blocks(width, dtype.itemsize),
+        triton_codes.blocks(width, dtype.itemsize, head_dim),
     )
 
 

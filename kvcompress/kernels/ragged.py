@@ -119,6 +119,8 @@ def _in_torch(
     if length is not None:
         mask = (torch.arange(slots, device=keys.device) < length.unsqueeze(-1)).unsqueeze(2)
     output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scaling)
+    if length is not None:
+        output = output.masked_fill((length == 0)[:, :, None, None], 0.0)
     return output.reshape(batch, heads, 1, -1)
 
 

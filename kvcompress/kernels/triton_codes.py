@@ -142,7 +142,7 @@ def codes_kernel(  # noqa: C901  (most branches are of the compiler: constants d
     start = split * share
     end = tl.minimum(start + share, used)
     member, place = tl.arange(0, GROUP_BLOCK), tl.arange(0, DIMS)
-    dim = tl.minimum(place, WIDTH - 1)
+    dim = place if WIDTH == DIMS else tl.minimum(place, WIDTH - 1)  # as it is, bytes are read 16 at a time
     q_at = Q + row * q_row + (head * GROUP + member[:, None]) * q_head + place[None, :]
     q_mask = (member < GROUP)[:, None] & (place < WIDTH)[None, :]
     q_0 = tl.load(q_at, mask=q_mask, other=0.0)
@@ -237,13 +237,13 @@ def codes_kernel(  # noqa: C901  (most branches are of the compiler: constants d
     tl.store(LSE + at, tl.where(seen, top + tl.log(total), float("-inf")), mask=member < GROUP)
 
 
-def blocks(width: int, itemsize: int) -> dict[str, int]:
-    """Slots of a tile, warps and stages, for slots of so many bytes that decode to numbers of `itemsize` bytes.
+def blocks(width: int, itemsize: int, head_dim: int) -> dict[str, int]:
+    """Slots of a tile, warps and stages, for slots of `width` bytes that are numbers of `itemsize` bytes in kernels.
 
-    A thread decodes at most 32 bytes of a tile at a time, so that what it holds stays in registers.
+    A thread holds so few codes of a tile, and sums of values, that all of them stay in registers.
     """
     block = min(64, max(16, 8192 // (powers(width) * itemsize)))
-    return {"BLOCK": block, "num_warps": 4 if powers(width) <= 64 else 8, "num_stages": 2}
+    return {"BLOCK": block, "num_warps": 4 if powers(width) <= 64 and head_dim <= 128 else 8, "num_stages": 2}
 
 
 def base(bits: int, dtype: torch.dtype) -> int:
@@ -294,7 +294,7 @@ def decode_codes(
         kv_heads = code_start.shape[1]
     most = keys.shape[2] if start is None else slots
     query, device, group = launching(query), keys.device, heads // kv_heads
-    tile: dict[str, Any] = blocks(width, query.element_size())
+    tile: dict[str, Any] = blocks(width, query.element_size(), head_dim)
     dense_tile = dense_blocks(head_dim, head_dim, query.element_size())["BLOCK"]
     of_codes = splits_of(batch * kv_heads, code_slots, tile["BLOCK"], device)
     of_dense = splits_of(batch * kv_heads, most, dense_tile, device) if most else 0
