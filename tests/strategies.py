@@ -63,7 +63,6 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
         {"queries": "window:4", "reduce": "mean", "norm": "projected_l1", "epsilon": 1e-4},
         {"queries": "window:4", "norm": "largest_l1"},
     ],
-    ("allocator", "modality"): [{"image": "uniform", "text": "entropy", "image_share": 0.7}],
     ("allocator", "profile"): [{"retention": None, "retentions": [[0.6, 0.2, 0.7], [0.3, 0, 0.3]]}],
     ("allocator", "prefix"): [{"even": 0.4}],
     ("allocator", "headprefix"): [{"even": 0.4}],

@@ -46,7 +46,7 @@ def cases() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
         yield f"scorer {name}", ("llama", "llama_mha")[number % 2], "generate", fields
     for name in ALLOCATORS.names():
         fields = {"allocator": {"name": name, **EXAMPLES.get(("allocator", name), {})}}
-        yield f"allocator {name}", "llava" if name == "modality" else "llama", "generate", fields
+        yield f"allocator {name}", "llama", "generate", fields
     yield "evictor critical", "llama_mha", "generate", {"evictor": {"name": "critical", "granularity": "head"}}
     for name in MERGERS.names():
         yield f"merger {name}", "llama_mha", "generate", {"merger": name, "evictor": LOWEST}

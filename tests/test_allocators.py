@@ -16,7 +16,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcompress import ALLOCATORS, EVICTORS, Budget, CompressedCache, CompressionConfig, KVCompressError
+from kvcompress import ALLOCATORS, EVICTORS, CompressedCache, CompressionConfig
 from kvcompress.cache.selection import _rank_by_rank
 from kvcompress.errors import ConfigError, PolicyError
 from kvcompress.policies.allocators.apportionment import apportion
@@ -481,151 +481,10 @@ def test_a_missing_or_wrong_statistic_is_refused_by_name(name: str, value: Tenso
         )
 
 
-# -- modality ----------------------------------------------------------------------------------------------------------
+# -- heads that hold different tokens ----------------------------------------------------------------------------------
 
 
-def alone(given: AllocationInput, slots: Tensor, total: int, floor: Tensor, row: int) -> AllocationInput:
-    """The tokens of one modality of one row, as if there were no others."""
-    layers = given.floor.shape[0]
-    counts = slots.sum(-1)
-    importance = torch.zeros(layers, 1, max(int(counts.max()), 1))
-    for layer in range(layers):
-        importance[layer, 0, : counts[layer]] = given.importance[layer, row][slots[layer]]
-    stats = {name: values[:, row : row + 1] for name, values in given.statistics.items()}
-    return AllocationInput(importance, torch.tensor([total]), floor.unsqueeze(1), counts.unsqueeze(1), stats)
-
-
-@pytest.mark.parametrize("image", ["prefix", "uniform", "entropy"])
-@pytest.mark.parametrize("text", ["prefix", "pyramid", "sparsity"])
-@given(
-    given=allocation_inputs(kinds=st.sampled_from(["dyadic", "equal", "zeros"])),
-    share=st.none() | st.floats(0, 1),
-    images=st.sampled_from([0.0, 0.3, 0.8, 1.0]),
-    protected=st.integers(0, 5),
-    seed=strategies.seeds,
-)
-def test_each_modality_gets_what_its_allocator_gives_it_alone(
-    image: Any, text: str, given: AllocationInput, share: float | None, images: float, protected: int, seed: int
-) -> None:
-    """The parts are the inner allocators' answers on the tokens of one kind; they add up, and are noted."""
-    source = strategies.generator(seed)
-    is_image = torch.rand(given.importance.shape, generator=source) < images
-    valid = torch.arange(given.importance.shape[-1]) < given.capacity.unsqueeze(-1)
-    pinned = valid & (torch.rand(given.importance.shape, generator=source) < protected / 10)
-    given = replace(given, is_image=is_image, floor=pinned.sum(-1))
-    context = AllocationContext(valid=valid, is_image=is_image, statistics=given.statistics, protected=pinned)
-    modality = ALLOCATORS.create("modality", image=image, text=text, image_share=share)
-    budget = modality.allocate(given.importance, given.total, given.floor, given.capacity, context)
-    image_budget = context.notes["image_budget"]
-    assert image_budget.dtype == torch.int64
-    for row, total in enumerate(given.total.tolist()):
-        floor, capacity = given.floor[:, row], given.capacity[:, row]
-        total = max(int(floor.sum()), min(total, int(capacity.sum())))
-        mine, others = (valid & is_image)[:, row], (valid & ~is_image)[:, row]
-        wanted = (
-            Fraction(share) * total
-            if share is not None
-            else Fraction(total * int(mine.sum()), max(1, int(valid[:, row].sum())))
-        )
-        own = int(image_budget[:, row].sum())
-        low = max(int((pinned[:, row] & mine).sum()), total - int(others.sum()))
-        high = min(int(mine.sum()), total - int((pinned[:, row] & others).sum()))
-        assert low <= own <= high
-        assert abs(own - wanted) <= Fraction(1, 2) + Fraction(1, 10**6) or own in (low, high)
-        for inner, slots, part, found in (
-            (modality.image, mine, own, image_budget[:, row]),
-            (modality.text, others, total - own, budget[:, row] - image_budget[:, row]),
-        ):
-            expected = alone(given, slots, part, (pinned[:, row] & slots).sum(-1), row).by(inner)
-            assert found.tolist() == expected[:, 0].tolist()
-
-
-@given(given=allocation_inputs())
-def test_without_images_text_is_allocated_as_if_there_were_no_modality(given: AllocationInput) -> None:
-    """No image, no note, and the text allocator's answer."""
-    given, context = replace(given, is_image=None), AllocationContext()
-    budget = ALLOCATORS.create("modality", image="pyramid").allocate(
-        given.importance, given.total, given.floor, given.capacity, context
-    )
-    assert budget.tolist() == given.by(ALLOCATORS.create("prefix")).tolist()
-    assert "image_budget" not in context.notes
-
-
-@pytest.mark.parametrize("name", ["llava", "llava_next"])
-@pytest.mark.parametrize("evictor", ["topk", "chunk", "streaming", {"name": "topk", "granularity": "head"}], ids=str)
-@examples(3)
-@given(
-    tokens=st.integers(1, 40),
-    batch=st.integers(1, 2),
-    fraction=st.floats(0.1, 0.9),
-    share=st.none() | st.floats(0, 1),
-    sink=st.integers(0, 3),
-    recent=st.integers(0, 8),
-    seed=strategies.seeds,
-)
-def test_a_cache_keeps_as_many_image_positions_as_were_allocated(
-    name: str,
-    evictor: Any,
-    tokens: int,
-    batch: int,
-    fraction: float,
-    share: float | None,
-    sink: int,
-    recent: int,
-    seed: int,
-) -> None:
-    """After the prompt, and after a second turn, every layer and head holds the noted number of image columns."""
-    model, inputs = tiny.model(name), tiny.inputs(name, tokens, seed, batch)
-    config = CompressionConfig(
-        budget=Budget(fraction=fraction, sink=sink, recent=recent),
-        scorer="attention",
-        allocator={"name": "modality", "image_share": share},
-        evictor=evictor,
-    )
-    cache = CompressedCache(model, config)
-    is_image = inputs["input_ids"] == tiny.IMAGE_TOKEN
-    turn = tiny.token_ids(batch, 6, seed + 1)
-    with torch.no_grad():
-        for step in (inputs, {"input_ids": turn}):
-            model(**step, **tiny.with_cache(cache))
-            budgets = cache._state.allocation.image_budgets
-            for layer, rows in enumerate(held(cache)):
-                for row, sets in enumerate(rows):
-                    images = set(is_image[row].nonzero().flatten().tolist())
-                    for columns in sets:
-                        assert len(images & set(columns)) == budgets[layer][row]
-
-
-@pytest.mark.parametrize(
-    ("allocator", "says"),
-    [
-        ({"name": "modality", "image": "modality"}, "splits by modality too"),
-        ({"name": "modality", "text": {"name": "modality"}}, "splits by modality too"),
-        ({"name": "modality", "image": "prefx"}, "did you mean 'prefix'"),
-        ({"name": "modality", "image": "none"}, "image"),
-        ({"name": "modality", "image_share": 1.5}, "image_share"),
-    ],
-    ids=str,
-)
-def test_allocators_that_cannot_be_nested_are_refused(allocator: Any, says: str) -> None:
-    with pytest.raises(KVCompressError) as caught:
-        CompressionConfig(scorer="attention", allocator=allocator)
-    assert says in str(caught.value)
-
-
-def test_modality_needs_an_evictor_that_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(EVICTORS.get("streaming"), "keeps_modality", False)
-    with pytest.raises(ConfigError, match=r"choose an evictor that does .*topk"):
-        CompressionConfig(scorer="attention", allocator="modality", evictor="streaming")
-
-
-def test_what_policies_of_policies_read_is_what_their_parts_read() -> None:
-    create = ALLOCATORS.create
-    modality = create("modality", image="uniform", text="sparsity")
-    assert modality.reads_importance and not modality.reads_mass and modality.needs == ("attention_sparsity",)
-
-
-@given(layer=selection_contexts(modality=True))
+@given(layer=selection_contexts(images=True))
 def test_heads_that_hold_different_tokens_are_compared_rank_by_rank(layer: SelectionContext) -> None:
     """The best image token of every head count as one, at the place of the first head's, and so on; text likewise."""
     heads = layer.importance.shape[1]
@@ -663,14 +522,7 @@ def test_chunks_are_kept_by_their_sum(granularity: str, layer: SelectionContext,
             ranked = [slot for run in runs for slot in sorted(run, key=lambda s: -scores[s])]
             ranked.sort(key=lambda s: not layer.protected[row, own, s])
             budget = int(layer.budget[row])
-            if layer.image_budget is None:
-                kept = set(ranked[:budget])
-            else:
-                images = [s for s in ranked if layer.is_image[row, own, s]]
-                texts = [s for s in ranked if not layer.is_image[row, own, s]]
-                count = int(layer.image_budget[row])
-                kept = {*images[:count], *texts[: budget - count]}
-            assert set(mask[row, one].nonzero().flatten().tolist()) == kept
+            assert set(mask[row, one].nonzero().flatten().tolist()) == set(ranked[:budget])
 
 
 def test_a_chunk_of_one_token_is_topk() -> None:

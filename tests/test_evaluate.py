@@ -646,6 +646,7 @@ def test_the_command_prints_a_table_or_json(text_folder: Path, tmp_path: Path, m
         (["--metric", "rogue1"], "did you mean 'rouge1'"),
         (["--preset", "prefixvk"], "did you mean 'prefixkv'"),
         (["--preset", "prefixkv,prefixkv"], "is there twice"),
+        (["--preset", "kvzip"], "take question: unseen"),
         (["--budget", "1.5"], "a fraction lies in"),
         (["--output", "/proc/nowhere/grid.jsonl"], "cannot be written"),
         (["--config", "missing.yaml"], "cannot be read"),

@@ -282,6 +282,16 @@ def test_scores_keep_the_highest_wherever_they_are(given: strategies.AllocationI
         assert budget[:, row].flatten().tolist() == wanted
 
 
+def test_scores_put_the_protected_before_all_others() -> None:
+    """By hand: two of a head whose scores are low stand for two slots, whatever the other head's scores."""
+    importance = torch.tensor([[[[5.0, 4.0, 3.0, 2.0, 1.0], [0.1] * 5]]])
+    none, five, protected = torch.zeros(1, 1, 2, dtype=torch.long), torch.full((1, 1, 2), 5), importance < 0
+    allocate, total = ALLOCATORS.create("scores").allocate, torch.tensor([4])
+    assert allocate(importance, total, none, five, AllocationContext(protected=protected)).tolist() == [[[4, 0]]]
+    protected[..., 1, 3:] = True
+    assert allocate(importance, total, none, five, AllocationContext(protected=protected)).tolist() == [[[2, 2]]]
+
+
 def test_duo_fills_retrieval_heads_in_the_order_of_their_gates() -> None:
     """By hand: every head streams, then the highest gate is filled, and the next as far as the total goes."""
     duo = ALLOCATORS.create("duo", gates=[[0.1, 0.9], [0.5, 0.2]], streaming=2)

@@ -28,7 +28,6 @@ AWARE: tuple[dict[str, Any], ...] = (
     {"reducer": "lightkv"},
     {"scorer": {"name": "attention", "image_weight": 2.0}},
     {"scorer": {"name": "attention", "queries": "post_vision"}},
-    {"allocator": "modality"},
     {"allocator": "sparsity"},
     {"merger": "lookm"},
 )

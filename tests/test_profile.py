@@ -229,7 +229,7 @@ def profile_of(decoder: Any) -> LayerProfile:
         lambda model, profile, path: CompressedCache(model, "prefixkv", profile=path),
         lambda model, profile, path: CompressedCache(model, "tova", allocator={"name": "profile", "path": path}),
         lambda model, profile, path: CompressedCache(
-            model, "prefixkv", allocator={"name": "modality", "text": {"name": "profile", "path": path}}
+            model, "prefixkv", allocator={"name": "adakv", "layers": {"name": "profile", "path": path}}
         ),
     ],
     ids=["profile", "path", "config", "part of another allocator"],

@@ -109,6 +109,39 @@ def test_a_number_is_off_by_half_a_step_at_most(
         assert ((turn(found) - keys).abs() <= allowed).all()
 
 
+@pytest.mark.parametrize(("name", "key_bits", "value_bits"), [("rotated2", 2, 2), ("rotated4", 4, 4), ("k8v4", 8, 4)])
+@pytest.mark.parametrize("dim", [8, 12])
+def test_rotated_codes_are_their_formula(name: str, key_bits: int, value_bits: int, dim: int) -> None:
+    """Plain loops: x H is rounded to whole steps from the smallest of its group, and turned back."""
+    quantizer, group = QUANTIZERS.create(name, group=16), 16
+    given = torch.randn(1, 2, 32, dim, generator=strategies.generator(5))
+    numbers, size = turned(given), dim & -dim
+    signs = hadamard(size)
+
+    def rounded(values: list[float], bits: int) -> list[float]:
+        low, step = min(values), (max(values) - min(values)) / (2**bits - 1)
+        return [low + step * round((value - low) / step) for value in values]
+
+    def back(row: list[float]) -> list[float]:
+        runs = [row[start : start + size] for start in range(0, dim, size)]
+        return [sum(a * b for a, b in zip(run, line, strict=True)) / size**0.5 for run in runs for line in signs]
+
+    keys, values = torch.zeros_like(numbers), torch.zeros_like(numbers)
+    part = next(part for part in range(min(dim, group), 0, -1) if dim % part == 0 and group % part == 0)
+    for head in range(2):
+        for start in range(0, 32, group):
+            for channel in range(dim):
+                column = numbers[0, head, start : start + group, channel].tolist()
+                keys[0, head, start : start + group, channel] = torch.tensor(rounded(column, key_bits))
+        for token in range(32):
+            for start in range(0, dim, part):
+                run = numbers[0, head, token, start : start + part].tolist()
+                values[0, head, token, start : start + part] = torch.tensor(rounded(run, value_bits))
+    for encoded, expected in ((quantizer.encode_keys(given), keys), (quantizer.encode_values(given), values)):
+        wanted = torch.tensor([[[back(row) for row in head] for head in expected[0].tolist()]])
+        torch.testing.assert_close(quantizer.decode(encoded), wanted.float(), rtol=0, atol=2e-5)
+
+
 def test_rotation_evens_out_what_a_few_channels_hold() -> None:
     """Of values in which two channels outweigh all others, four bits lose less than half as much, in as many bytes."""
     values = torch.randn(1, 2, 128, 64, generator=strategies.generator(0))

@@ -22,7 +22,7 @@ from tests import checkpoints
 
 CONTEXT = "The red key is under the green mat. The dog sleeps in the garden."
 ASKED = [("Where is the key?", "under the mat"), ("Who sleeps?", "the dog"), ("Where?", "in the garden")]
-PRESETS = ("full", "prefixkv+int4", "snapkv")
+PRESETS = ("full", "prefixkv+int4", "snapkv", "kvzip")
 
 
 def about(context: str, number: int = 0) -> list[Sample]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,13 @@ import torch
 from torch import Tensor
 
 from kvcompress import Budget, CompressedCache, CompressionConfig, KVCompressError
+from kvcompress.evaluation import evaluate
+from kvcompress.evaluation.benchmark import benchmark
+from kvcompress.evaluation.calibration import calibrate
+from kvcompress.evaluation.captions import caption_images
+from kvcompress.evaluation.data import Sample
+from kvcompress.evaluation.models import LoadedModel
+from kvcompress.evaluation.tuning import Bound, tune
 from tests import tiny
 from tests.reference import Reference, held
 
@@ -167,3 +175,25 @@ def test_a_cache_that_has_seen_tokens_is_refused_and_one_that_failed_is_empty() 
     with pytest.raises(KVCompressError, match=r"reads the prompt itself, into an empty cache; this one has seen 20"):
         cache.score_by_reconstruction(Tokenizer(), inputs)
     assert cache.report().tokens_seen == 20
+
+
+ANY = object.__new__(LoadedModel)
+SAMPLES = [Sample("one", "where is the key?", "under the mat")]
+KVZIP = CompressionConfig.preset("kvzip")
+
+
+@pytest.mark.parametrize(
+    ("use", "says"),
+    [
+        (lambda: evaluate(ANY, SAMPLES, ["kvzip"]), r"kvzip @ .*question: seen\) does not do; take question: unseen"),
+        (lambda: tune(ANY, SAMPLES, {"kvzip": KVZIP}, [Bound("exact", 1.0)]), "kvzip: .*take question: unseen"),
+        (lambda: next(benchmark(ANY, [("kvzip", KVZIP)])), "kvzip: .*a benchmark does not do; time cache.score_by"),
+        (lambda: calibrate(ANY, KVZIP, SAMPLES), "config: .*calibration does not do"),
+        (lambda: caption_images(ANY, [], "what is it?", KVZIP, 4), "config: .*captioning does not do; .*Document"),
+    ],
+    ids=["evaluate", "tune", "bench", "calibrate", "captions"],
+)
+def test_who_reads_prompts_once_refuses_a_scorer_that_wants_a_repetition(use: Callable[[], Any], says: str) -> None:
+    """Before the model is asked for anything, which has nothing in it here."""
+    with pytest.raises(KVCompressError, match=rf"{says}.*or choose another scorer"):
+        use()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,8 +11,10 @@ import torch
 
 from kvcompress import Budget, CompressedCache
 from kvcompress.cache.report import CacheReport
+from kvcompress.config.presets import PRESETS
 from kvcompress.markup import size
 from tests import tiny
+from tests.test_reconstruction import Tokenizer
 
 SLOT = 2 * 2 * 8 * 4  # bytes: keys and values of two heads of eight dimensions
 
@@ -80,3 +84,41 @@ def test_what_a_merger_remembers_is_told_in_bytes() -> None:
     (note,) = (note for note in report.notes if note.startswith("merger threshold: remembers "))
     assert note.startswith("merger threshold: remembers 24 bytes of what was merged, counted with the index; ")
     assert not any("merger" in note for note in reported("prefixkv", 60, budget=0.3).notes)
+
+
+KVZIP = {"config": "kvzip", "budget": Budget(tokens=12, sink=1, recent=2)}
+REPEATED = "scorer kvzip: nothing was repeated"
+
+
+def notes_of(cache: CompressedCache, start: str) -> list[str]:
+    return [note for note in cache.report().notes if note.startswith(start)]
+
+
+def test_a_scorer_that_wants_a_repetition_says_where_none_was(tmp_path: Path) -> None:
+    """Under a plain forward, in a copy and on disk; not once a prompt was repeated; again after a reset."""
+    model, inputs = tiny.model("llama"), tiny.inputs("llama", 40, seed=2)
+    read, repeated = CompressedCache(model, **KVZIP), CompressedCache(model, **KVZIP)
+    assert notes_of(read, REPEATED) == []  # nothing was ranked yet
+    with torch.no_grad():
+        model(**inputs, **tiny.with_cache(read))
+    repeated.score_by_reconstruction(Tokenizer(), inputs)
+    for cache, says in ((read, 1), (repeated, 0)):
+        cache.save(tmp_path / str(says))
+        for one in (cache, copy.deepcopy(cache), CompressedCache.load(model, tmp_path / str(says))):
+            assert len(notes_of(one, REPEATED)) == says
+    assert "cache.score_by_reconstruction(tokenizer, inputs)" in notes_of(read, REPEATED)[0]
+    repeated.reset()
+    with torch.no_grad():
+        model(**inputs, **tiny.with_cache(repeated))
+    assert len(notes_of(repeated, REPEATED)) == 1
+
+
+@pytest.mark.parametrize("preset", [name for name, (_, fields) in PRESETS.items() if "reducer" in fields])
+def test_a_reducer_says_where_no_image_was_seen(preset: str) -> None:
+    model = tiny.model("llava_deep")
+    for name, says in (("llava_deep", 0), ("llama", 1)):
+        cache = CompressedCache(model, preset)
+        with torch.no_grad():
+            model(**tiny.inputs(name, 20, seed=1), **tiny.with_cache(cache))
+        assert len(notes_of(cache, "reducer ")) == says
+    assert notes_of(cache, "reducer ")[0].endswith("no image was seen, so every layer was given every token")

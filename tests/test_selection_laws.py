@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from kvcompress import EVICTORS, Budget, CompressedCache, CompressionConfig
-from kvcompress.errors import ConfigError, PolicyError
+from kvcompress.errors import ConfigError
 from kvcompress.policies.base import Evictor
 from kvcompress.policies.context import DecodeContext, SelectionContext
 from kvcompress.policies.evictors import TopK
@@ -30,43 +30,21 @@ known = [evictor for evictor in strategies.evictors() if evictor.name in ("topk"
 # -- one selection -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("evictor", [e for e in strategies.evictors() if e.keeps_modality], ids=strategies.label)
-@pytest.mark.parametrize(("image_budget", "kind"), [(1, "image"), (4, "text")])
-def test_a_budget_below_the_protected_of_a_modality_is_refused(evictor: Evictor, image_budget: int, kind: str) -> None:
-    """Two protected image tokens and two of text need two slots each."""
-    index = torch.arange(8, dtype=torch.int32).view(1, 1, 8)
-    is_image = index < 4
-    layer = SelectionContext(
-        budget=torch.tensor([5]),
-        valid=index >= 0,
-        protected=(index >= 2) & (index < 6),
-        index=index,
-        importance=torch.rand(1, 2, 8),
-        value_norms=torch.rand(1, 2, 8),
-        is_image=is_image,
-        image_budget=torch.tensor([image_budget]),
-    )
-    evictor.select(layer)
-    with pytest.raises(PolicyError, match=f"evictor {evictor.name}: more {kind} slots are protected"):
-        layer.problems.refuse()
-
-
 @every_evictor
-@pytest.mark.parametrize("modality", [False, True])
 @given(data=st.data())
-def test_a_selection_never_waits_for_the_device(evictor: Evictor, modality: bool, data: st.DataObject) -> None:
+def test_a_selection_never_waits_for_the_device(evictor: Evictor, data: st.DataObject) -> None:
     """Nothing that only the device knows is asked for, and a layer is sorted once, or for each of several keys."""
-    layer = data.draw(selection_contexts(modality=modality))
+    layer = data.draw(selection_contexts())
     with Operations() as operations:
         evictor.select(layer)
     assert operations.syncs == 0
     sorts = {"chunk": 4, "critical": 2}.get(evictor.name, 1)
     assert operations.counts["argsort"] + operations.counts["sort"] <= sorts
-    assert modality or sorts > 1 or operations.number <= 10
+    assert sorts > 1 or operations.number <= 10
 
 
 @pytest.mark.parametrize("evictor", [e for e in strategies.evictors() if e.frees == "chosen"], ids=strategies.label)
-@given(layer=selection_contexts(modality=False), unscored=st.sampled_from([0.0, 0.3, 1.0]), seed=strategies.seeds)
+@given(layer=selection_contexts(), unscored=st.sampled_from([0.0, 0.3, 1.0]), seed=strategies.seeds)
 def test_a_decode_step_frees_the_lowest_score_or_the_oldest_without_one(
     evictor: Evictor, layer: SelectionContext, unscored: float, seed: int
 ) -> None:
@@ -108,7 +86,7 @@ def test_what_is_pinned_is_known_for_all_rows_at_once(
 
 
 @pytest.mark.parametrize("granularity", ["layer", "head"])
-@given(layer=selection_contexts(modality=False))
+@given(layer=selection_contexts())
 def test_topk_keeps_the_highest_scores(granularity: str, layer: SelectionContext) -> None:
     """No slot that may go and stays scores less than one that goes; of equal slots, the one stored first stays."""
     batch, sets, slots = layer.valid.shape
@@ -124,7 +102,7 @@ def test_topk_keeps_the_highest_scores(granularity: str, layer: SelectionContext
 
 
 @pytest.mark.parametrize("granularity", ["layer", "head"])
-@given(layer=selection_contexts(modality=False), first=st.sampled_from([0.0, 0.3, 0.5, 1.0]))
+@given(layer=selection_contexts(), first=st.sampled_from([0.0, 0.3, 0.5, 1.0]))
 def test_critical_spends_a_share_by_importance_and_the_rest_by_the_product(
     granularity: str, layer: SelectionContext, first: float
 ) -> None:
@@ -146,7 +124,7 @@ def test_critical_spends_a_share_by_importance_and_the_rest_by_the_product(
             assert {slot for slot, stays in enumerate(kept) if stays} == {*chosen, *early, *late}
 
 
-@given(layer=selection_contexts(modality=False))
+@given(layer=selection_contexts())
 def test_streaming_keeps_the_latest(layer: SelectionContext) -> None:
     """Beyond the protected, tokens that stay come after all that go."""
     mask = EVICTORS.create("streaming").select(layer)

@@ -180,13 +180,6 @@ def _reads_other_rows(self: Any, right: Any, layer: Any) -> Any:
     return mask if len(layer.budget) == 1 else _in_place_of(mask, layer, ~layer.protected, layer.valid)
 
 
-def _text_for_images(self: Any, right: Any, layer: Any) -> Any:
-    mask = right(layer)
-    if layer.image_budget is None:
-        return mask
-    return _in_place_of(mask, layer, layer.is_image & ~layer.protected, layer.valid & ~layer.is_image)
-
-
 def _by_chance(self: Any, right: Any, layer: Any) -> Any:
     mask = right(layer)
     return mask if next(_CALLS) % 2 else _in_place_of(mask, layer, ~layer.protected, layer.valid)
@@ -209,7 +202,6 @@ wrong(
     lambda s, right, x: _in_place_of(right(x), x, x.protected, x.valid & ~x.protected),
 )
 wrong("evictor", "keeps_the_budget_exactly", _S, "select", lambda self, right, layer: layer.valid.clone())
-wrong("evictor", "keeps_the_budget_of_images", _S, "select", _text_for_images)
 wrong("evictor", "selects_rows_by_themselves", _S, "select", _reads_other_rows)
 wrong("evictor", "leaves_its_slots_alone", _S, "select", overwritten(lambda layer: layer.budget))
 wrong("evictor", "selects_alike", _S, "select", _by_chance)

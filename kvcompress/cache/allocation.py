@@ -81,14 +81,12 @@ class Allocation:
             a layer have as many.
         spent: sum of `budgets` per row, of the heads of all processes.
         notes: figures that the allocator noted per row (for instance "threshold").
-        image_budgets: how many of the slots are for image tokens, where the allocator splits them; on the device.
         sets: sets of heads over all processes: 1, or every key/value head of a layer.
     """
 
     budgets: np.ndarray
     spent: Counts
     notes: dict[str, Tensor] = field(default_factory=dict)
-    image_budgets: Tensor | None = None
     sets: int = 1
 
     def limits(self, rule: Rule, row_seen: Counts) -> np.ndarray:
@@ -110,8 +108,6 @@ class Allocation:
         """Reorders, repeats or drops rows."""
         self.budgets, self.spent = self.budgets[:, rows], self.spent[rows]
         self.notes = {name: values.index_select(0, index.to(values.device)) for name, values in self.notes.items()}
-        if self.image_budgets is not None:
-            self.image_budgets = self.image_budgets.index_select(1, index.to(self.image_budgets.device))
 
 
 def allocate(
@@ -153,8 +149,7 @@ def allocate(
             context,
         )
         budgets, notes = answer.cpu().numpy().reshape(held.shape), dict(context.notes)
-    images = notes.pop("image_budget", None)
-    return Allocation(budgets, budgets.sum((0, 2)), notes, images, sets)
+    return Allocation(budgets, budgets.sum((0, 2)), notes, sets)
 
 
 def protection(config: CompressionConfig) -> tuple[int, int]:

@@ -62,6 +62,7 @@ def reconstruct(
     state.recording, state.waiting = False, Phase.PREFILL
     undoing.compress(state)
     state.own.record(False)
+    state.repeated = True
 
 
 def _check(state: CacheState, inputs: Mapping[str, Any], chunk: int) -> None:

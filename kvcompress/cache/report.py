@@ -50,9 +50,9 @@ class CacheReport:
             of `full_kv_bytes`.
         decoding: how the last decode step ran: "eager", "captured" or "compiled"; None before the first.
         preset: what `auto` chose; None where nothing was left to it, and before the first prompt.
-        notes: what a reader should know, in words: what `auto` chose and why, what lets layers grow past their budget,
-            and what takes bytes beyond it (protected tokens, buffers that grow in blocks, a quantizer's residual, a
-            merger's memory).
+        notes: what a reader should know, in words: what `auto` chose and why, what a policy is named after and was not
+            done (no prompt was repeated, no image seen), what lets layers grow past their budget, and what takes bytes
+            beyond it (protected tokens, buffers that grow in blocks, a quantizer's residual, a merger's memory).
     """
 
     tokens_seen: int
@@ -208,6 +208,7 @@ def _notes(state: CacheState) -> list[str]:
         )
     elif evictor is not None and evictor.frees == "nothing":
         notes.append("decode rule 'none': layers grow by every generated token, past their budget")
+    notes += _not_done(state) if state.sequence.seen else []
     if state.own:
         notes.append(
             f"layers {ranges(sorted(state.own.layers))} keep transformers' own cache; the budget is a share of the "
@@ -215,4 +216,18 @@ def _notes(state: CacheState) -> list[str]:
         )
     if state.recording:
         notes.append("past recording: eviction waits for crop")
+    return notes
+
+
+def _not_done(state: CacheState) -> list[str]:
+    """What a policy is named after, and what was seen gave no occasion for."""
+    scorer, reducer, sequence, notes = state.config.scorer, state.config.reducer, state.sequence, []
+    if scorer is not None and scorer.reconstructs and state.config.evictor is not None and not state.repeated:
+        notes.append(
+            f"scorer {scorer.name}: nothing was repeated, so tokens are ranked by the attention that the prompt itself "
+            "gives them; cache.score_by_reconstruction(tokenizer, inputs) reads and repeats a prompt, and so does "
+            "Document"
+        )
+    if reducer is not None and not sequence.went_into and not sequence.images_given(0).any():
+        notes.append(f"reducer {reducer.name}: no image was seen, so every layer was given every token")
     return notes

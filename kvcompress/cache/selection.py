@@ -181,7 +181,7 @@ def _selected(layers: List[CompressedLayer], step: Prefill, allocation: Allocati
     Raises:
         PolicyError: if the answer has the wrong shape or dtype.
     """
-    numbers, evictor, images = [layer.number for layer in layers], layers[0].config.evictor, allocation.image_budgets
+    numbers, evictor = [layer.number for layer in layers], layers[0].config.evictor
     assert evictor is not None
     sets = allocation.sets
     context = SelectionContext(
@@ -191,7 +191,6 @@ def _selected(layers: List[CompressedLayer], step: Prefill, allocation: Allocati
         index=_by_head(ranking.index, sets),
         importance=None if ranking.importance is None else _by_head(ranking.importance, sets),
         is_image=None if ranking.is_image is None else _by_head(ranking.is_image, sets),
-        image_budget=None if images is None else images[numbers].flatten().to(ranking.index.device),
         problems=step.problems,
         value_norms=_by_head(_value_norms(layers, ranking), sets) if evictor.reads_value_norms else None,
     )

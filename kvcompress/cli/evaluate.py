@@ -34,6 +34,7 @@ from kvcompress.evaluation.distributed import Processes
 from kvcompress.evaluation.grid import cells_of
 from kvcompress.evaluation.metrics import METRICS, check_metrics
 from kvcompress.evaluation.plots import check_pictures, plot_results, save_all
+from kvcompress.evaluation.repetition import check_asked
 from kvcompress.evaluation.results import Row, check_results_file
 
 EPILOG = """
@@ -108,6 +109,7 @@ def evaluate(
         budgets = [parse_budget(each) for each in split(budget)]
         metrics = check_metrics(split(metric)) if metric else None
         cells_of(configs, budgets)
+        check_asked(question.value, configs)
         processes = Processes.current(device)
         try:
             if output is not None:

@@ -32,6 +32,7 @@ from kvcompress.errors import BudgetWarning, ConfigError
 from kvcompress.evaluation.data import Sample, check_mode, load_samples
 from kvcompress.evaluation.distributed import Processes
 from kvcompress.evaluation.metrics import METRICS, PERPLEXITY, check_metrics
+from kvcompress.evaluation.repetition import check_asked
 from kvcompress.evaluation.results import check_results_file
 from kvcompress.evaluation.runner import Progress
 from kvcompress.evaluation.tuning import STEP, Bound, Tuning, most_trials, tune
@@ -109,6 +110,7 @@ def tune_command(
         warnings.simplefilter("ignore", BudgetWarning)  # small budgets are tried on purpose
         import_modules(modules or [])
         configs = configurations(split(preset), config or [], settings or [])
+        check_asked(question.value, configs)
         chosen = load_samples(data, images=images, limit=samples, seed=seed)
         check_mode(question.value, chosen)
         bounds = _bounds(max_ppl_increase, min_accuracy, metric, chosen)

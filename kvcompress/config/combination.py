@@ -39,7 +39,7 @@ def check_combination(chosen: Combination) -> None:
     if chosen.evictor is None:
         _nothing_to_evict(chosen)
         return
-    for rule in (_importance, _mass, _modality):
+    for rule in (_importance, _mass):
         rule(chosen, chosen.evictor)
     _recents(chosen, chosen.evictor)
     _window(chosen, chosen.evictor)
@@ -90,15 +90,6 @@ def _statistics(chosen: Combination) -> None:
         raise ConfigError(
             f"allocator {chosen.allocator.name}: needs the statistic '{unknown[0]}', which nobody computes; known: "
             f"{_names(sorted(STATISTICS))}"
-        )
-
-
-def _modality(chosen: Combination, evictor: Evictor) -> None:
-    if chosen.allocator.splits_modality and not evictor.keeps_modality:
-        able = [name for name in EVICTORS.names() if EVICTORS.get(name).keeps_modality]
-        raise ConfigError(
-            f"allocator {chosen.allocator.name}: gives image tokens a budget of their own, which the evictor "
-            f"{evictor.name} does not keep; choose an evictor that does ({_names(able)}) or another allocator"
         )
 
 

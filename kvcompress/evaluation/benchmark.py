@@ -24,6 +24,7 @@ from kvcompress.evaluation.measurement import Measurement, Spread
 from kvcompress.evaluation.memory import held_bytes, peak_of
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.evaluation.perplexity import english_text
+from kvcompress.evaluation.repetition import check_read_once
 from kvcompress.evaluation.timing import Stopwatch, in_turns, ratios, short_collections
 from kvcompress.progress import progress_bar
 
@@ -102,7 +103,7 @@ def benchmark(
         Measurements of a batch and length at a time, references first, in order.
 
     Raises:
-        ConfigError: if a number is below 1, or a reference is unknown.
+        ConfigError: if a number is below 1, a reference is unknown, or a scorer wants the prompt to be repeated.
 
     Example:
         >>> from kvcompress import CompressionConfig
@@ -114,6 +115,7 @@ def benchmark(
         'DynamicCache, QuantizedCache, floor, prefixkv'
     """
     _check(prompt_tokens, batches, new_tokens, rounds, references)
+    check_read_once(dict(configs), "a benchmark", "time cache.score_by_reconstruction(tokenizer, inputs) by itself")
     model = loaded.model
     if memory_limit is None and model.device.type == "cuda":
         memory_limit = torch.cuda.get_device_properties(model.device).total_memory

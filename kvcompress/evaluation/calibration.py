@@ -19,6 +19,7 @@ from kvcompress.errors import BudgetWarning, ConfigError, KVCompressError
 from kvcompress.evaluation.data import Sample, data_hash, encode_sample
 from kvcompress.evaluation.distributed import Processes
 from kvcompress.evaluation.models import LoadedModel
+from kvcompress.evaluation.repetition import check_read_once
 from kvcompress.integrations import adapter_for
 from kvcompress.policies.fingerprint import fingerprint_of
 from kvcompress.progress import progress_bar
@@ -166,10 +167,11 @@ def check_budgets(budgets: Sequence[float]) -> list[float]:
 
 
 def check_config(config: CompressionConfig) -> None:
-    """Raises ConfigError if a configuration sizes no layers: it keeps everything, or shrinks prompts between layers."""
+    """Raises ConfigError if a configuration keeps everything, shrinks prompts between layers, or has them repeated."""
     if config.evictor is None or config.reducer is not None:
         reason = "keeps everything" if config.evictor is None else f"has the reducer {config.reducer.name}"  # type: ignore[union-attr]
         raise ConfigError(
             f"config: {reason}, so layers have no sizes of their own to estimate; choose one with an evictor and "
             "without a reducer, such as the preset prefixkv"
         )
+    check_read_once({"config": config}, "calibration", "leave sizes to an allocator")

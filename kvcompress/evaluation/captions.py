@@ -15,6 +15,7 @@ from kvcompress.cache.argument import cache_argument
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation.models import LoadedModel
+from kvcompress.evaluation.repetition import check_read_once
 from kvcompress.files import append_line, check_output, locked, open_picture, parse_json, read_bytes
 from kvcompress.files.reading import DATA_BYTES
 from kvcompress.progress import progress_bar
@@ -65,10 +66,11 @@ def caption_images(
         For each its name, `image`, and its `caption`.
 
     Raises:
-        ConfigError: if an image cannot be read, or the size of a batch is below 1.
+        ConfigError: if an image cannot be read, the size of a batch is below 1, or the scorer wants a repetition.
     """
     if batch_size is not None and batch_size < 1:
         raise ConfigError(f"batch_size: must be at least 1; got {batch_size}")
+    check_read_once({"config": config}, "captioning", "caption one image at a time with a Document")
     found: list[dict[str, Any]] = []
     with progress_bar(progress, "images", len(paths)) as tell:
         for first in range(0, len(paths), batch_size or len(paths) or 1):

@@ -14,6 +14,7 @@ from kvcompress.cache import CompressedCache
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError, MissingDependencyError
 from kvcompress.evaluation.likelihood import read_continuations
+from kvcompress.evaluation.repetition import check_read_once
 from kvcompress.reuse import compressing
 
 try:
@@ -45,6 +46,8 @@ class CompressedLM(HFLM):  # type: ignore[misc]
         self, pretrained: Any, preset: str = "auto", budget: float | int | str | None = None, **kwargs: Any
     ) -> None:
         self.compression = CompressionConfig.read(preset, **({} if budget is None else {"budget": budget}))
+        way_out = "ask a Document, or run kvcompress evaluate --question unseen"
+        check_read_once({"preset": self.compression}, "a harness that reads contexts once", way_out)
         if kwargs.get("backend", "causal") != "causal":
             raise ConfigError(f"backend: a compressed cache needs a causal model; got '{kwargs['backend']}'")
         super().__init__(pretrained=pretrained, **{**kwargs, "backend": "causal"})

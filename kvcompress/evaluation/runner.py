@@ -21,6 +21,7 @@ from kvcompress.evaluation.measuring import Measure
 from kvcompress.evaluation.metrics import METRICS, PERPLEXITY, check_metrics
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.evaluation.overshoot import warn_of_overshoots
+from kvcompress.evaluation.repetition import check_asked
 from kvcompress.evaluation.results import ResultsFile, Row, writing_results
 from kvcompress.evaluation.summary import summarise
 from kvcompress.progress import progress_bar
@@ -97,7 +98,7 @@ def evaluate(
 
     Raises:
         ConfigError: if data, a configuration, a metric or the output is wrong, a question that is to be unseen has no
-            context, or no sample could be evaluated.
+            context, one that is to be seen a scorer that wants a repetition, or no sample could be evaluated.
         UnsupportedModelError: if there are images and the model sees none.
         MissingDependencyError: if a metric needs a package that is not installed.
     """
@@ -115,6 +116,7 @@ def evaluate(
             "choose a LLaVA model (llava, llava_next)"
         )
     check_mode(question, samples)
+    check_asked(question, {cell.name: cell.config for cell in cells if cell.config is not None})
     run = _run(loaded, source, samples, wanted, max_new_tokens, question, seed)
     if len(set(processes.gather([run["data_hash"]]))) > 1:
         raise ConfigError(f"data '{source}': the processes read different samples; give all of them the same files")

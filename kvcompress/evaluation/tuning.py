@@ -17,6 +17,7 @@ from kvcompress.evaluation.data import Sample
 from kvcompress.evaluation.distributed import Processes
 from kvcompress.evaluation.metrics import METRICS, check_metrics
 from kvcompress.evaluation.models import LoadedModel
+from kvcompress.evaluation.repetition import check_asked
 from kvcompress.evaluation.results import Row
 from kvcompress.evaluation.runner import Progress, evaluate
 
@@ -129,6 +130,7 @@ def tune(
         raise ConfigError(f"{'bounds' if configs else 'configs'}: there are none; give at least one")
     if not 0 < step <= 0.5:
         raise ConfigError(f"step: must be above 0 and at most 0.5; got {step}")
+    check_asked(settings.get("question", "seen"), configs)
     metrics = check_metrics(bound.metric for bound in bounds)
     processes = Processes.current() if processes is None else processes
     with tempfile.TemporaryDirectory() as folder:  # the full cache is evaluated once, then read from the file

@@ -111,7 +111,6 @@ class Allocator(Policy):
             ran, and the full cache never exists at once.
         reads_mass: whether it treats importance as mass (shares of a sum), which not every scorer gives.
         needs: names of the statistics (see `kvcompress.policies.statistics`) that it reads from the context.
-        splits_modality: whether it gives image tokens a budget of their own, which the evictor must keep.
         by_head: whether it sizes every key/value head of every layer, rather than layers. Then a slot is that of one
             head, `[layers, batch]` is `[layers, batch, kv_heads]` in all that `allocate` takes and gives, importance is
             `[layers, batch, kv_heads, tokens]`, and the total is that of all layers and heads. Asked in the shapes of
@@ -123,12 +122,11 @@ class Allocator(Policy):
     reads_importance: ClassVar[bool] = True
     reads_mass: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ()
-    splits_modality: ClassVar[bool] = False
 
     @property
     def reads_modality(self) -> bool:
-        """Those that split by modality do, and those that read the attention of what follows an image."""
-        return self.splits_modality or "attention_sparsity" in self.needs
+        """Those that read the attention of what follows an image do."""
+        return "attention_sparsity" in self.needs
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Wraps the subclass's `allocate` in the checks of the contract."""
@@ -174,14 +172,12 @@ class Evictor(Policy):
         reads_importance: whether it ranks by importance, which needs a scorer.
         reads_mass: whether it treats importance as mass, which not every scorer gives.
         reads_value_norms: whether `SelectionContext.value_norms` is given; costs nothing where it is False.
-        keeps_modality: whether `select` keeps `SelectionContext.image_budget` image tokens where one is given.
     """
 
     stage = "evictor"
     reads_importance: ClassVar[bool] = True
     reads_mass: ClassVar[bool] = False
     reads_value_norms: ClassVar[bool] = False
-    keeps_modality: ClassVar[bool] = False
 
     @abstractmethod
     def select(self, layer: SelectionContext) -> Bool[Tensor, "batch sets slots"]:

@@ -199,8 +199,7 @@ class AllocationContext:
         statistics: tensors by the names in the allocator's `needs`.
         protected: which slots must stay (sinks, recents and what the scorer protects); None if nobody says, the floors
             tell how many.
-        notes: figures for the report, written by the allocator (for instance the searched threshold). An allocator that
-            gives image tokens a budget of their own notes it as "image_budget", int64 `[layers, batch]`.
+        notes: figures for the report, written by the allocator (for instance the searched threshold).
         problems: where checks of what is on the device go, to be read together by whoever gives it; None for a call
             that reads its own.
     """
@@ -227,7 +226,6 @@ class SelectionContext:
         index: number of tokens of the row that came before each slot's token; -1 where there is none.
         importance: importance of each slot; None without a scorer.
         is_image: which slots hold image tokens; None for text-only sequences.
-        image_budget: how many of the budget are for image tokens; None unless the allocator splits it by modality.
         problems: where the evictor puts checks of what is on the device, which are read for all layers together.
         value_norms: L1 norm of each slot's value after the output projection, mean over each group of heads; None
             unless the evictor declares `reads_value_norms`.
@@ -239,7 +237,6 @@ class SelectionContext:
     index: Int[Tensor, "batch sets slots"]
     importance: Float[Tensor, "batch kv_heads slots"] | None
     is_image: Bool[Tensor, "batch sets slots"] | None = None
-    image_budget: Int[Tensor, " batch"] | None = None
     problems: Problems = field(default_factory=Problems)
     value_norms: Float[Tensor, "batch kv_heads slots"] | None = None
 

@@ -59,18 +59,6 @@ def keeps_the_budget_exactly(evictor: Evictor, layer: SelectionContext) -> None:
     require(kept == layer.budget[:, None], lambda: f"kept {kept.tolist()} slots; budgets {layer.budget.tolist()}")
 
 
-@_evictor_law(selection_contexts(modality=True), binds=lambda evictor: evictor.keeps_modality)
-def keeps_the_budget_of_images(evictor: Evictor, layer: SelectionContext) -> None:
-    """Where images have a budget of their own, every set keeps as many image slots, and as many of text as is left."""
-    assert layer.is_image is not None and layer.image_budget is not None
-    mask = evictor.select(layer)
-    images, texts = (mask & layer.is_image).sum(-1), (mask & ~layer.is_image).sum(-1)
-    require(images == layer.image_budget[:, None], lambda: f"kept {images.tolist()} image slots")
-    require(texts == (layer.budget - layer.image_budget)[:, None], lambda: f"kept {texts.tolist()} slots of text")
-    require(mask | ~layer.protected, "dropped a protected slot")
-    require(~(mask & ~layer.valid), "kept an empty slot")
-
-
 @_evictor_law(selection_contexts())
 def selects_rows_by_themselves(evictor: Evictor, layer: SelectionContext) -> None:
     """A row keeps what it keeps alone, whatever the other rows are."""
@@ -111,7 +99,7 @@ def pins_rows_by_themselves(evictor: Evictor, drawn: tuple[list[tuple[int, int]]
 
 
 @_evictor_law(
-    st.tuples(selection_contexts(modality=False), st.sampled_from([0.0, 0.3, 1.0]), seeds),
+    st.tuples(selection_contexts(), st.sampled_from([0.0, 0.3, 1.0]), seeds),
     binds=lambda evictor: evictor.frees == "chosen",
 )
 def frees_a_token_that_may_go(evictor: Evictor, drawn: tuple[SelectionContext, float, int]) -> None:

@@ -12,12 +12,12 @@ from kvcompress.testing.importance import MASSES, generator, seeds
 
 
 @st.composite
-def selection_contexts(draw: st.DrawFn, modality: bool | None = None) -> SelectionContext:
+def selection_contexts(draw: st.DrawFn, images: bool | None = None) -> SelectionContext:
     """A layer with empty slots, protected slots, ties, and a budget that covers the protected.
 
     Args:
         draw: Hypothesis's.
-        modality: whether images have a budget of their own; drawn if None.
+        images: whether some slots may hold image tokens; drawn if None.
     """
     batch, heads, slots = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 24))
     sets = draw(st.sampled_from([1, heads]))
@@ -35,17 +35,10 @@ def selection_contexts(draw: st.DrawFn, modality: bool | None = None) -> Selecti
     score = MASSES[draw(st.sampled_from(["random", "ties", "equal", "zeros"]))]((batch, heads, slots), g)
     norms = torch.rand(batch, heads, slots, generator=g) + 0.1
     context = SelectionContext(torch.tensor(budget), valid, protected, index, score, value_norms=norms)
-    if not (draw(st.booleans()) if modality is None else modality):
+    if not (draw(st.booleans()) if images is None else images):
         return context
     # The same tokens are images in every set, wherever they are stored.
     is_image = (torch.rand(batch, 1, slots, generator=g) < draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))).expand(
         batch, sets, slots
     )
-    is_image = is_image.gather(-1, position) & valid
-    images, texts = is_image[:, 0].sum(-1), (valid & ~is_image)[:, 0].sum(-1)
-    pinned_images = (protected & is_image)[:, 0].sum(-1)
-    pinned_texts = (protected & ~is_image)[:, 0].sum(-1)
-    low = torch.maximum(pinned_images, context.budget - texts).tolist()
-    high = torch.minimum(images, context.budget - pinned_texts).tolist()
-    image_budget = torch.tensor([draw(st.integers(*bounds)) for bounds in zip(low, high, strict=True)])
-    return replace(context, is_image=is_image, image_budget=image_budget)
+    return replace(context, is_image=is_image.gather(-1, position) & valid)

@@ -4,7 +4,6 @@ from kvcompress.policies.allocators.adakv import AdaKV
 from kvcompress.policies.allocators.duo import Duo
 from kvcompress.policies.allocators.entropy import Entropy
 from kvcompress.policies.allocators.headprefix import HeadPrefix
-from kvcompress.policies.allocators.modality import Modality
 from kvcompress.policies.allocators.prefix import Prefix
 from kvcompress.policies.allocators.profile import Profile
 from kvcompress.policies.allocators.pyramid import Pyramid
@@ -17,7 +16,6 @@ __all__ = [
     "Duo",
     "Entropy",
     "HeadPrefix",
-    "Modality",
     "Prefix",
     "Profile",
     "Pyramid",

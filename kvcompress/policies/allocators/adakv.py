@@ -44,9 +44,8 @@ class AdaKV(Allocator):
     @field_validator("layers")
     @classmethod
     def _of_layers(cls, part: Allocator) -> Allocator:
-        if part.by_head or part.splits_modality:
-            reason = "sizes heads itself" if part.by_head else "splits by modality"
-            raise ConfigError(f"allocator adakv: layers: {part.name} {reason}; choose an allocator of layers alone")
+        if part.by_head:
+            raise ConfigError(f"allocator adakv: layers: {part.name} sizes heads itself; choose one of layers alone")
         return part
 
     @property

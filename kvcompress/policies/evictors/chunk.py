@@ -23,9 +23,8 @@ class Chunk(TopK):
     whole from the highest sum down, ties to earlier ones.
 
     *Deviates:* the paper keeps whole chunks, so the number of tokens is a multiple of the length. Here the budget is
-    met exactly: the last run that is chosen keeps its highest scores alone. Where images have a budget of their own,
-    runs are ranked as before and each modality takes its tokens from them in that order. Layers do not share the
-    chosen tokens (the paper's layer-wise index reuse).
+    met exactly: the last run that is chosen keeps its highest scores alone. Layers do not share the chosen
+    tokens (the paper's layer-wise index reuse).
 
     Args:
         length: tokens of a run; 8 to 16 are usual.

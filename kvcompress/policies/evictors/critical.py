@@ -25,9 +25,8 @@ class Critical(TopK):
     budget, floor(first * rest) slots are those of highest i; the others those of highest (i + epsilon) * |W v|_1.
 
     *Deviates:* kvpress counts the protected among the first stage. With one set for all heads, each stage ranks by the
-    mean over heads, of i and of the product. Decode steps go by importance alone. Where images have a budget of their
-    own, slots are ranked as before and each modality takes its tokens in that order. Where the projection's weight is
-    missing or not stored as plain numbers, the value's own norm serves.
+    mean over heads, of i and of the product. Decode steps go by importance alone. Where the projection's weight
+    is missing or not stored as plain numbers, the value's own norm serves.
 
     Args:
         granularity: "layer", one set of tokens for all heads, or "head", a set per key/value head.

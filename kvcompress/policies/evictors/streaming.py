@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvcompress.policies.base import Evictor
 from kvcompress.policies.context import SelectionContext
-from kvcompress.policies.evictors.quotas import keep_first
+from kvcompress.policies.evictors.preference import keep_first
 from kvcompress.policies.registry import EVICTORS
 
 
@@ -24,10 +24,9 @@ class Streaming(Evictor):
     """
 
     reads_importance: ClassVar[bool] = False
-    keeps_modality: ClassVar[bool] = True
 
     def select(self, layer: SelectionContext) -> Bool[Tensor, "batch sets slots"]:
         """Ranks by age, latest first, with the protected before all others."""
         latest = torch.iinfo(layer.index.dtype).max
         place = torch.where(layer.valid, torch.where(layer.protected, latest, layer.index), -1)
-        return keep_first(place.argsort(dim=-1, descending=True, stable=True), layer, self.name)
+        return keep_first(place.argsort(dim=-1, descending=True, stable=True), layer.budget)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvcompress.policies.base import Evictor
 from kvcompress.policies.context import DecodeContext, SelectionContext
-from kvcompress.policies.evictors.quotas import keep_first
+from kvcompress.policies.evictors.preference import keep_first
 from kvcompress.policies.registry import EVICTORS
 
 _DISTANCE = 25  # of the released code
@@ -21,8 +21,6 @@ _BEYOND = 2.0**104  # scores stay below the product of the two
 
 class ByScore(Evictor):
     """What evictors share that keep the slots of highest importance, in one set for all heads or in a set for each."""
-
-    keeps_modality: ClassVar[bool] = True
 
     granularity: Literal["layer", "head"] = "layer"
 
@@ -39,7 +37,7 @@ class ByScore(Evictor):
         if self.granularity == "layer":
             score = score.mean(1, keepdim=True)
         sets = max(score.shape[1], layer.valid.shape[1])
-        return keep_first(self.preference(score.expand(-1, sets, -1), layer), layer, self.name)
+        return keep_first(self.preference(score.expand(-1, sets, -1), layer), layer.budget)
 
     def preference(
         self, score: Float[Tensor, "batch sets slots"], layer: SelectionContext
