@@ -21,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvcompress.kernels import triton_codes, triton_decode, triton_mass
+from kvcompress.kernels import triton_codes, triton_decode, triton_mass, triton_write
 from kvcompress.kernels.device import powers
 
 Case: TypeAlias = tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]  # kernel, types, constants, tile
@@ -85,6 +85,12 @@ def cases(dtype: torch.dtype, head_dim: int, group: int, target: int) -> dict[st
             {**decode, "HAS_START": True},
             triton_decode.blocks(head_dim, head_dim, itemsize),
         ),
+        "write": (
+            triton_write.write_kernel,
+            dict.fromkeys(("K", "V", "NEW_K", "NEW_V"), f"*{name}") | {"SLOT": "*i64", "START": "*i64"},
+            {"HEADS": 2, "D": head_dim, "DIMS": dims, "VALUE_D": head_dim, "VALUE_DIMS": dims, "HAS_START": True},
+            {"num_warps": 1},
+        ),
         "merge": (
             triton_decode.merge_kernel,
             {"PARTS": "*fp32", "LSE": "*fp32", "OUT": f"*{name}"},
@@ -101,9 +107,17 @@ def codes_case(dtype: torch.dtype, head_dim: int, group: int, bits: int) -> Case
     pointers |= {"START": "*i64"}
     pointers |= dict.fromkeys(("Q", "K_SCALE", "K_SHIFT", "V_SCALE", "V_SHIFT"), f"*{name}") | {"LSE": "*fp32"}
     constants = {"HEADS": 2, "GROUP": group, "GROUP_BLOCK": powers(group), "D": head_dim, "WIDTH": width}
-    constants |= {"DIMS": powers(width), "BITS": bits, "FLOAT8": False, "HAS_SHIFT": True, "K_HAS_ROWS": False}
+    constants |= {
+        "DIMS": powers(width),
+        "BITS": bits,
+        "FLOAT8": False,
+        "BASE": triton_codes.base(bits, dtype),
+        "HAS_SHIFT": True,
+        "K_HAS_ROWS": False,
+    }
     constants |= {"V_HAS_ROWS": False, "K_SLOTS": 64, "V_SLOTS": 1, "K_SHARED": 1, "V_SHARED": min(head_dim, 64)}
     constants |= {"HAS_LENGTH": True, "HAS_START": bits == 4, "PRECISION": "ieee"}  # without gaps once is enough
+    constants |= {"BASE": triton_codes.base(bits, dtype)}
     constants |= {"PRECISION": "tf32x3"} if dtype == torch.float32 else {}
     return (
         triton_codes.codes_kernel,

@@ -22,7 +22,7 @@ from tests.test_kernels import counted_mass, padding, quantized, slots_attention
 
 pytest.importorskip("triton", reason="needs Triton, which is published for Linux alone: pip install triton")
 
-from kvcompress.kernels import triton_codes, triton_decode, triton_mass
+from kvcompress.kernels import triton_codes, triton_decode, triton_mass, triton_write, write_slots
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
@@ -100,6 +100,22 @@ def test_the_decode_kernel_attends_over_slots_in_use(
     found = triton_decode.decode(query, keys, values, head_dim**-0.5, length)
     assert found.dtype == dtype
     close(found, slots_attention(query, keys, values, length), ERRORS[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("without_gaps", [False, True])
+@pytest.mark.parametrize("sets", [1, 3])
+def test_the_write_kernel_changes_one_slot_of_each_head(dtype: torch.dtype, without_gaps: bool, sets: int) -> None:
+    """As `write_slots` does without it, and nothing else, for keys and values of different widths."""
+    shape = (2, 3, 9) if not without_gaps else (2 * 3 * 9,)
+    keys, values = drawn(dtype, *shape, 20), drawn(dtype, *shape, 16)
+    key, value = drawn(dtype, 2, 1, 3, 20).transpose(1, 2), drawn(dtype, 2, 3, 1, 16)
+    slot = torch.tensor([[4, 0, 8], [7, 7, 1]], device=DEVICE)[:, :sets]
+    start = torch.arange(6, device=DEVICE).view(2, 3) * 9 if without_gaps else None
+    expected = keys.clone().cpu(), values.clone().cpu()
+    write_slots(*expected, key.cpu(), value.cpu(), slot.cpu(), None if start is None else start.cpu())
+    triton_write.write(keys, values, key, value, slot, start)
+    assert torch.equal(keys.cpu(), expected[0]) and torch.equal(values.cpu(), expected[1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -190,7 +206,7 @@ def test_kernels_compile_for_gpus_that_are_not_here_and_spill_nothing() -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 7 * len(cases)
+    assert len(found) == 8 * len(cases)
     for resources in found:
         assert resources["local"] == 0, resources
         assert resources["shared"] <= 99 * 1024, resources

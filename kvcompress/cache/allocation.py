@@ -12,6 +12,7 @@ from torch import Tensor
 from kvcompress.cache.sequence import Counts
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import BudgetWarning
+from kvcompress.kernels import sent
 from kvcompress.parallel import HeadGroup
 from kvcompress.policies.context import AllocationContext
 from kvcompress.policies.faults import policy_errors
@@ -143,13 +144,12 @@ def allocate(
     if importance is None:
         importance = torch.zeros((), device=device, dtype=torch.float32).expand(*shape, int(held.max(initial=0)))
     context = context or AllocationContext()
-    as_tensor = torch.as_tensor
     with policy_errors(config.allocator):
         answer = config.allocator.allocate(
             importance,
-            as_tensor(total, device=device),
-            as_tensor(floor.reshape(shape), device=device),
-            as_tensor(np.array(held).reshape(shape), device=device),
+            sent(total, device),
+            sent(floor.reshape(shape), device),
+            sent(np.array(held).reshape(shape), device),
             context,
         )
         budgets, notes = answer.cpu().numpy().reshape(held.shape), dict(context.notes)

@@ -116,9 +116,9 @@ def compressed_attention(
         kwargs |= {"dropout": dropout, "scaling": scaling, **shaped}
         return _former_attention(module, query, key, value, attention_mask, written_out=bool(shaped), **kwargs)
     cache, layer = call
-    for name in kwargs.keys() - _WITHOUT_MEANING:
-        within = name == "sliding_window" and cache.window is not None and cache.window <= (kwargs[name] or 0)
-        if kwargs[name] is not None and not within:
+    for name, given in kwargs.items():
+        within = name == "sliding_window" and cache.window is not None and cache.window <= (given or 0)
+        if given is not None and name not in _WITHOUT_MEANING and not within:
             raise UnsupportedModeError(
                 f"{name}: a compressed cache does not know this argument of attention and will not pass over it; leave "
                 "it out, or use another cache"

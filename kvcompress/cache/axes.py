@@ -14,6 +14,7 @@ from kvcompress.cache.sequence import Sequence
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import UnsupportedModeError, UnsupportedModelError
 from kvcompress.integrations import Adapter
+from kvcompress.kernels import sent
 
 
 def check_axes(config: CompressionConfig, adapter: Adapter, model: PreTrainedModel) -> None:
@@ -82,7 +83,7 @@ def take_offset(sequence: Sequence, adapter: Adapter, model: PreTrainedModel | N
         valid = torch.ones(rows, new, dtype=torch.bool, device=positions.device)
         if isinstance(mask, Tensor):
             valid = mask[:, sequence.seen : sequence.seen + new].to(valid)
-        tokens = torch.as_tensor(sequence.row_seen, device=positions.device)[:, None] if sequence.seen else 0
+        tokens = sent(sequence.row_seen, positions.device)[:, None] if sequence.seen else 0
         highest = positions[-adapter.position_axes :].amax(0).expand(rows, -1).masked_fill(~valid, -1).cummax(1).values
         offsets = highest.maximum(earlier.to(highest) + tokens - 1) + 1 - tokens - valid.cumsum(1)
     sequence.mark_offsets(offsets)

@@ -18,6 +18,7 @@ from kvcompress.cache.sequence import Counts, Sequence, taken
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.store import DenseStore
 from kvcompress.config import CompressionConfig
+from kvcompress.kernels import sent
 from kvcompress.parallel import ALONE, HeadGroup
 
 _SAVED = ("index", "held", "slots", "scores", "statistics", "pinned", "merger_state", "heads_part", "uneven", "recent")
@@ -110,7 +111,7 @@ class HeldTokens:
         """Drops the tokens of each row from a token index on."""
         if self.index is None:
             return
-        limit = torch.as_tensor(first, dtype=self.index.dtype, device=self.index.device)[:, None, None]
+        limit = sent(first, self.index.device, self.index.dtype)[:, None, None]
         mask = (self.index >= 0) & (self.index < limit)
         left = mask[:, : self.held.shape[1]].sum(-1).cpu().numpy()
         if (left != self.held).any():
@@ -140,7 +141,7 @@ class HeldTokens:
             return
         after, left = before + more, dense - more
         stay, width, device = self.store.packed, int(left.max()), self.index.device
-        begin, moved = (torch.as_tensor(counts, device=device).unsqueeze(-1) for counts in (before, more))
+        begin, moved = (sent(counts, device).unsqueeze(-1) for counts in (before, more))
         place = torch.arange(stay, device=device)
         first = torch.where(place < begin, place, packed + place - begin)
         rest = packed + moved + torch.arange(width, device=device)
@@ -184,7 +185,7 @@ class HeldTokens:
             least, largest = torch.stack([quantized.amin(1), quantized.amax(1)]).unsqueeze(-1).cpu().numpy()
             surplus = bool((least != largest).any())
         dense = counts - least
-        begin = torch.as_tensor(least, device=order.device).unsqueeze(-1)
+        begin = sent(least, order.device).unsqueeze(-1)
         place = torch.arange(int(dense.max(initial=0)), device=order.device)
         rest = order.gather(-1, (begin + place).clamp(max=max(0, order.shape[2] - 1)).expand(-1, order.shape[1], -1))
         same = not surplus and (least == self.packed_rows).all()
@@ -225,7 +226,7 @@ class HeldTokens:
         self.index = self.index.expand(-1, sets, -1).gather(-1, arrangement.expand(-1, sets, -1))
         if (packed_rows != stay).any() or (rows != width).any():
             place = torch.arange(stay + width, device=self.index.device)
-            ends = [torch.as_tensor(n, device=place.device)[..., None] for n in (packed_rows, stay + rows)]
+            ends = [sent(n, place.device)[..., None] for n in (packed_rows, stay + rows)]
             self.index = self.index.masked_fill(torch.where(place < stay, place >= ends[0], place >= ends[1]), -1)
         if self.scores is not None:
             more = before - self.scores.shape[2]  # tokens that came since have none

@@ -23,7 +23,7 @@ from kvcompress.cache.sequence import Counts, Sequence, with_last, without_last
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.step import Decode, Prefill, Step
 from kvcompress.errors import PolicyError
-from kvcompress.kernels import attend_blocks, with_sinks
+from kvcompress.kernels import attend_blocks, sent, with_sinks
 from kvcompress.policies.base import Scorer
 from kvcompress.policies.context import LayerContext, LayerWeights, MergeContext
 from kvcompress.policies.faults import policy_errors
@@ -59,7 +59,7 @@ class Unscored:
         """The same without so many of each row's last queries; with padding before those of rows that lose more."""
         lse, last = (None if of is None else without_last(of, gone) for of in (self.lse, self._last_seen()))
         if last is not None:
-            moved = torch.as_tensor(gone - gone.min(), device=last.device)[:, None]
+            moved = sent(gone - gone.min(), last.device)[:, None]
             last = (last[:, 0] + moved).clamp(max=last.shape[2] - 1)
         return replace(self, query=without_last(self.query, gone), lse=lse, last_seen=last)
 
@@ -219,7 +219,7 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         if gone is not None and gone.any():
             keys, values, index = (without_last(tensor, gone) for tensor in (keys, values, index))
             of = of.without_last(gone)
-            more = torch.as_tensor(gone - gone.min(), device=index.device)[:, None, None]
+            more = sent(gone - gone.min(), index.device)[:, None, None]
             index = index.masked_fill(torch.arange(index.shape[2], device=index.device) < more, -1)
             valid = index[:, : self.held.shape[1]] >= 0
         context = self.context(step, of, keys, values, index, valid)

@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kvcompress.cache.sequence import Counts
+from kvcompress.kernels import sent
 
 
 def starts(slots: Counts) -> Counts:
@@ -50,10 +51,10 @@ def sources(
     begin = starts(before) if rows is None else starts(before)[rows]
     owner, place = owners(slots)
     if order is None or not order.shape[2]:
-        at = torch.as_tensor(begin.reshape(-1)[owner] + place, device=device)
+        at = sent(begin.reshape(-1)[owner] + place, device)
     else:
         width = order.shape[2]
-        entry = torch.as_tensor(owner * width + np.minimum(place, width - 1), device=device)
+        entry = sent(owner * width + np.minimum(place, width - 1), device)
         at = order.expand(-1, slots.shape[1], -1).reshape(-1).index_select(0, entry)
-        at = at + torch.as_tensor(begin.reshape(-1)[owner], device=device)
+        at = at + sent(begin.reshape(-1)[owner], device)
     return at.clamp_(max=int(before.sum()) - 1)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvcompress.cache.sequence import Counts
 from kvcompress.cache.store import fixed, grown, rows_at
+from kvcompress.kernels import sent
 from kvcompress.policies.context import Codes
 
 
@@ -102,7 +103,7 @@ class Packed:
             return self
         rows = self.scale_rows
         numbers = torch.arange(int(count.max()), device=rows.device, dtype=rows.dtype).repeat_interleave(self.span)
-        numbers = numbers + torch.as_tensor(first, device=rows.device, dtype=rows.dtype).unsqueeze(-1)
+        numbers = numbers + sent(first, rows.device, rows.dtype).unsqueeze(-1)
         _put(rows.unsqueeze(3), numbers.unsqueeze(3).expand(-1, rows.shape[1], -1, -1), before, more)
         return replace(self, scales=first + count)
 
@@ -166,7 +167,7 @@ def _put(buffer: Tensor, new: Tensor, first: Counts, count: Counts) -> None:
     if (first == begins).all() and (count == most).all():
         buffer[:, :, begins : begins + most] = new[:, :, :most]
         return
-    begin, slots = (torch.as_tensor(counts, device=buffer.device) for counts in (first, count))
+    begin, slots = (sent(counts, buffer.device) for counts in (first, count))
     source = torch.arange(most, device=buffer.device).minimum(slots - 1)  # -1 in rows that get nothing
     target = (begin + source).clamp(min=0).unsqueeze(1)
     fresh, there = rows_at(new, source.clamp(min=0).unsqueeze(1)), rows_at(buffer, target)

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvcompress.cache.packed import Packed
 from kvcompress.cache.sequence import Counts
 from kvcompress.cache.store import DenseStore, InUse, by_key_head, fixed, of_heads, rows_at, slots_in_use
-from kvcompress.kernels import attention_with_slots, decode_attention_codes, merge_attention
+from kvcompress.kernels import attention_with_slots, decode_attention_codes, merge_attention, sent
 from kvcompress.policies.base import Quantizer
 from kvcompress.policies.context import Codes, Keys, Queries, Values
 from kvcompress.policies.faults import policy_errors
@@ -280,7 +280,7 @@ class QuantizedStore(DenseStore):
         sets = self.kv_heads if self.by_head else 1
         self.packed_rows = packed_rows
         coded = np.broadcast_to(packed_rows, (len(packed_rows), sets))
-        self.coded = fixed(torch.as_tensor(np.array(coded), device=self.keys.device))
+        self.coded = fixed(sent(np.array(coded), self.keys.device))
 
     def _oldest(self, more: Counts) -> tuple[Keys, Values]:
         """Keys and values that are to be quantized: the first slots of full precision, as many as any row needs."""
@@ -300,7 +300,7 @@ class QuantizedStore(DenseStore):
             self._hold(keys[:, :, count:].clone(), values[:, :, count:].clone())
         else:
             slots = torch.arange(int(left.max()), device=keys.device)
-            order = slots + torch.as_tensor(more, device=keys.device).unsqueeze(-1)
+            order = slots + sent(more, keys.device).unsqueeze(-1)
             order = order.clamp(max=self.capacity - 1)
             self._hold(rows_at(keys, order), rows_at(values, order))
 

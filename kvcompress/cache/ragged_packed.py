@@ -15,6 +15,7 @@ from kvcompress.cache.layout import slots_after, sources, starts
 from kvcompress.cache.packed import changed
 from kvcompress.cache.sequence import Counts
 from kvcompress.cache.store import fixed
+from kvcompress.kernels import sent
 from kvcompress.kernels.codes import part_of
 from kvcompress.policies.context import Codes
 
@@ -200,7 +201,7 @@ class RaggedPacked:
 
 
 def _on(counts: Counts, codes: Codes) -> Tensor:
-    return torch.as_tensor(counts, device=codes.data.device)
+    return sent(counts, codes.data.device)
 
 
 def _layout(slots: Counts, codes: Codes) -> dict[str, Any]:

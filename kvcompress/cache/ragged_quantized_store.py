@@ -13,6 +13,7 @@ from kvcompress.cache.quantized_store import QuantizedStore
 from kvcompress.cache.ragged_packed import RaggedPacked
 from kvcompress.cache.ragged_store import RaggedStore
 from kvcompress.cache.sequence import Counts
+from kvcompress.kernels import sent
 from kvcompress.policies.context import Codes, Keys, Values
 
 
@@ -50,7 +51,7 @@ class RaggedQuantizedStore(QuantizedStore, RaggedStore):
     def _oldest(self, more: Counts) -> tuple[Keys, Values]:
         """Keys and values that are to be quantized: the first slots of every row and head, as one row with one head."""
         assert self.keys is not None and self.values is not None
-        at = torch.as_tensor(slots_after(more * 0, more, self.slots), device=self.keys.device)
+        at = sent(slots_after(more * 0, more, self.slots), self.keys.device)
         return self.keys.index_select(0, at)[None, None], self.values.index_select(0, at)[None, None]
 
     def _packed_of(self, codes: Codes, more: Counts) -> Any:
@@ -74,5 +75,5 @@ class RaggedQuantizedStore(QuantizedStore, RaggedStore):
         """Gives back the first slots of full precision, each row's and head's own number of them."""
         assert self.keys is not None
         slots = torch.arange(int(left.max(initial=0)), device=self.keys.device)
-        order = slots + torch.as_tensor(more, device=self.keys.device).unsqueeze(-1)
+        order = slots + sent(more, self.keys.device).unsqueeze(-1)
         self._lay_out(np.maximum(1, np.broadcast_to(left, self.slots.shape)), order)

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvcompress.cache.layout import owners, slots_after, sources, starts
 from kvcompress.cache.sequence import Counts
 from kvcompress.cache.store import DenseStore, fixed
-from kvcompress.kernels import decode_attention
+from kvcompress.kernels import decode_attention, sent, write_slots
 from kvcompress.policies.context import Keys, Queries, Values
 
 
@@ -73,9 +73,7 @@ class RaggedStore(DenseStore):
     def write(self, key: Keys, value: Values, slot: Int[Tensor, "batch sets"]) -> None:
         """Puts one token of each row into a slot of every head."""
         assert self.keys is not None and self.values is not None and self.start is not None
-        at = (self.start + slot).flatten()
-        self.keys.index_copy_(0, at, key.reshape(-1, key.shape[3]))
-        self.values.index_copy_(0, at, value.reshape(-1, value.shape[3]))
+        write_slots(self.keys, self.values, key, value, slot, self.start)
 
     def dense(self) -> tuple[Keys, Values]:
         """Keys and values `[batch, kv_heads, slots, dim]`; copies where heads have different numbers of slots."""
@@ -116,8 +114,8 @@ class RaggedStore(DenseStore):
         assert self.keys is not None and self.values is not None
         written = np.minimum(self.slots, keys.shape[2])
         owner, place = owners(written)
-        at = torch.as_tensor(slots_after(written * 0, written, self.slots), device=self.keys.device)
-        entry = torch.as_tensor(owner * keys.shape[2] + place, device=self.keys.device)
+        at = sent(slots_after(written * 0, written, self.slots), self.keys.device)
+        entry = sent(owner * keys.shape[2] + place, self.keys.device)
         for buffer, new in ((self.keys, keys), (self.values, values)):
             buffer.index_copy_(0, at, new.reshape(-1, new.shape[3]).index_select(0, entry))
 
@@ -151,7 +149,7 @@ class RaggedStore(DenseStore):
     def move_into(self, before: DenseStore) -> None:
         """Puts what it holds into the buffers that it had before, where compiled steps look for it."""
         assert isinstance(before, RaggedStore) and before.keys is not None and before.values is not None
-        at = torch.as_tensor(slots_after(before.slots * 0, self.slots, before.slots), device=before.keys.device)
+        at = sent(slots_after(before.slots * 0, self.slots, before.slots), before.keys.device)
         for buffer, now in ((before.keys, self.keys), (before.values, self.values)):
             assert now is not None
             buffer.index_copy_(0, at, now)
@@ -200,7 +198,7 @@ class RaggedStore(DenseStore):
         assert self.keys is not None
         self.slots, self._most = np.array(slots), int(slots.max(initial=0))
         self.is_even = bool((self.slots == self._most).all())
-        self.start = fixed(torch.as_tensor(starts(self.slots), device=self.keys.device))
+        self.start = fixed(sent(starts(self.slots), self.keys.device))
         on_cpu = self.keys.device.type == "cpu"
         self._at = None if self.is_even or not on_cpu else fixed(torch.as_tensor(self._every_place()))
 

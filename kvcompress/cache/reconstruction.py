@@ -14,6 +14,7 @@ from kvcompress.cache import decoding, undoing
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Phase
 from kvcompress.errors import CacheStateError, ConfigError, UnsupportedModeError, shown
+from kvcompress.kernels import sent
 
 _ASK = "\n\nRepeat the previous context exactly."
 _ASK_PART = "\n\nRepeat the part of the previous context exactly, starting with"
@@ -118,9 +119,9 @@ def _parts(tokenizer: Any, ids: Tensor, mask: Tensor, chunk: int) -> Iterator[tu
             part, request = row[start : start + chunk], some + row[max(0, start - _LEAD) : start] if start else whole
             fed.append([*request, *answer, *part] if part else [])
         longest = max(map(len, fed))
-        padded = torch.tensor([[0] * (longest - len(row)) + row for row in fed], device=ids.device, dtype=ids.dtype)
+        padded = sent([[0] * (longest - len(row)) + row for row in fed], ids.device, ids.dtype)
         marks = [[0] * (longest - len(row)) + [1] * len(row) for row in fed]
-        yield padded, torch.tensor(marks, device=mask.device, dtype=mask.dtype)
+        yield padded, sent(marks, mask.device, mask.dtype)
 
 
 def _answer(tokenizer: Any) -> str:

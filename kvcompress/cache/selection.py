@@ -16,6 +16,7 @@ from kvcompress.cache.sequence import Sequence, stacked
 from kvcompress.cache.step import Prefill
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import PolicyError
+from kvcompress.kernels import sent
 from kvcompress.policies.base import Evictor, Merger, Scorer
 from kvcompress.policies.context import AllocationContext, MergeContext, Merged, SelectionContext
 from kvcompress.policies.faults import policy_errors
@@ -184,7 +185,7 @@ def _selected(layers: List[CompressedLayer], step: Prefill, allocation: Allocati
     assert evictor is not None
     sets = allocation.sets
     context = SelectionContext(
-        budget=torch.as_tensor(allocation.budgets[numbers].reshape(-1), device=ranking.index.device),
+        budget=sent(allocation.budgets[numbers].reshape(-1), ranking.index.device),
         valid=_by_head(ranking.valid, sets),
         protected=_by_head(ranking.protected, sets),
         index=_by_head(ranking.index, sets),

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from kvcompress.kernels import sent
+
 Counts = np.ndarray  # int64, a number per row, or per row and set of heads; kept on the host
 
 
@@ -269,7 +271,7 @@ class Sequence:
             until = F.pad(self.by_index(missing.to(index.device)).cumsum(1), (1, 0))  # missing before each, and all
             whole = until[:, -1:, None]
             queries = queries - (whole - taken(until, index - early))
-            since = torch.as_tensor(self.scored.first, dtype=index.dtype, device=index.device)[:, None, None]
+            since = sent(self.scored.first, index.device, index.dtype)[:, None, None]
             scored = scored - (whole - taken(until, since))
         if not last:
             return queries.clamp(min=1)
@@ -305,7 +307,7 @@ class Sequence:
         if (counts == counts[0]).all():
             return int(counts[0])
         counts = np.tile(counts, like.shape[0] // len(counts))
-        return torch.as_tensor(counts, dtype=like.dtype, device=like.device)[:, None, None]
+        return sent(counts, like.device, like.dtype)[:, None, None]
 
     # -- rows and rollback ---------------------------------------------------------------------------------------------
 
@@ -432,6 +434,6 @@ def with_last(tensor: Tensor, gone: Counts) -> Tensor:
 def _moved(tensor: Tensor, slots: int, by: Counts) -> Tensor:
     if not by.any():
         return tensor[:, :, :slots]
-    place = torch.as_tensor(np.arange(slots) + by[:, None], device=tensor.device).clamp(0, tensor.shape[2] - 1)
+    place = sent(np.arange(slots) + by[:, None], tensor.device).clamp(0, tensor.shape[2] - 1)
     place = place.view(len(by), 1, slots, *[1] * (tensor.ndim - 3))
     return tensor.gather(2, place.expand(-1, tensor.shape[1], -1, *tensor.shape[3:]))

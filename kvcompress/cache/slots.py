@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvcompress.cache.allocation import Allocation, Rule
 from kvcompress.cache.sequence import Counts, Sequence
+from kvcompress.kernels import sent
 
 _LATEST = 2**31 - 1  # as a token index: never the oldest
 _DERIVED = ("_allocation", "_rule", "_cut", "_age", "_none", "_slots")  # from what else is known of the cache
@@ -91,31 +92,31 @@ class SlotTable:
             )
             for layer, known in enumerate(ranks):
                 self.ranks[layer, :, :, : known.shape[2]] = known.to(device)
-        self.length = torch.as_tensor(lengths, device=device).expand(shape).clone()
+        self.length = sent(lengths, device).expand(shape).clone()
         self.free = torch.full_like(self.length, -1)
         self.write = torch.zeros_like(self.length)
-        self.seen = torch.as_tensor(row_seen, dtype=torch.int32, device=device).clone()
+        self.seen = sent(row_seen, device, torch.int32).clone()
         ends = row_seen if scored_end is None else scored_end
-        self.scored_end = torch.as_tensor(ends, dtype=torch.int32, device=device)[:, None, None]
-        self.positions_seen = torch.tensor(positions, dtype=torch.int64, device=device)
+        self.scored_end = sent(ends, device, torch.int32)[:, None, None]
+        self.positions_seen = sent(positions, device, torch.int64)
         self.extent, self.hole = lengths.copy(), np.zeros(lengths.shape, dtype=bool)
         self._none = torch.full((), -1, dtype=torch.int64, device=device)
         self.exact, self.steps = True, 0
         self._start, self._first_seen = (lengths, row_seen), positions
         self._allocation, self._rule, self._cut = allocation, rule, cut
-        self._pinned = torch.as_tensor(pinned, device=device).expand(shape).clone()
+        self._pinned = sent(pinned, device).expand(shape).clone()
         self._pinned_rows = pinned
         self._by_age = by_age
         self._packed_rows = np.zeros_like(lengths) if packed is None else packed
-        self._packed = None if packed is None else torch.as_tensor(packed, device=device)
+        self._packed = None if packed is None else sent(packed, device)
         self._age: Tensor | None = None
         if allocation is not None:
             budgets, spent = allocation.budgets, allocation.spent[:, None]
             if rule.fraction is None:
-                self._share = torch.as_tensor(allocation.limits(rule, row_seen * 0), device=device)
+                self._share = sent(allocation.limits(rule, row_seen * 0), device)
             else:  # a row that was given nothing gets an even share of what comes
-                self._share = torch.as_tensor(np.where(spent > 0, budgets, 1), device=device)
-                self._spent = torch.as_tensor(np.where(spent > 0, spent, rule.layers * allocation.sets), device=device)
+                self._share = sent(np.where(spent > 0, budgets, 1), device)
+                self._spent = sent(np.where(spent > 0, spent, rule.layers * allocation.sets), device)
         self._derive()
 
     def _derive(self) -> None:

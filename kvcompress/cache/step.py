@@ -16,6 +16,7 @@ from kvcompress.cache.allocation import Allocation
 from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.sequence import Counts
 from kvcompress.cache.store import InUse
+from kvcompress.kernels import sent
 from kvcompress.policies.problems import Problems
 
 
@@ -67,7 +68,7 @@ class Prefill:
 
     def seen_on(self, device: torch.device) -> Int[Tensor, " batch"]:
         """Tokens of each row, this step included."""
-        return torch.as_tensor(self.row_seen, device=device)
+        return sent(self.row_seen, device)
 
     def once(self, name: str, index: Tensor, compute: Callable[[], Any]) -> Any:
         """What follows from a layer's token indices, computed once for all layers that share them."""

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvcompress.cache.sequence import Counts
-from kvcompress.kernels import attention_with_slots, decode_attention
+from kvcompress.kernels import attention_with_slots, decode_attention, write_slots
 from kvcompress.policies.context import Keys, Queries, Values
 
 
@@ -199,9 +199,7 @@ class DenseStore:
     def write(self, key: Keys, value: Values, slot: Int[Tensor, "batch sets"]) -> None:
         """Puts one token of each row into a slot."""
         assert self.keys is not None and self.values is not None
-        at = slot[:, :, None, None]
-        self.keys.scatter_(2, at.expand(key.shape), key)
-        self.values.scatter_(2, at.expand(value.shape), value)
+        write_slots(self.keys, self.values, key, value, slot)
 
     def dense(self) -> tuple[Keys, Values]:
         """Keys and values of every slot."""

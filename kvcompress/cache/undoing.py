@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
 from kvcompress.cache import decoding, periods, prefill
 from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.sequence import Counts
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Phase, Prefill
 from kvcompress.errors import CacheStateError
+from kvcompress.kernels import sent
 
 
 def crop(state: CacheState, tokens_to_remove: int) -> None:
@@ -99,7 +98,7 @@ def _can_drop(state: CacheState, positions: int) -> bool:
 def holds_from(state: CacheState, layer: CompressedLayer, first: Counts) -> Counts:
     """Tokens per row, in the set that has fewest, from a token index on."""
     index = state.index_of(layer)
-    held = (index >= torch.as_tensor(first, device=index.device)[:, None, None]).sum(-1)
+    held = (index >= sent(first, index.device)[:, None, None]).sum(-1)
     held = state.heads.gather(held) if layer.heads_part else held
     return held.amin(1).cpu().numpy()
 

@@ -14,11 +14,11 @@ from kvcompress.kernels.dense import (
     with_sinks,
     without_autocast,
 )
-from kvcompress.kernels.device import runs_triton
+from kvcompress.kernels.device import runs_triton, sent
 from kvcompress.kernels.highest import highest_probability
 from kvcompress.kernels.mass import attention_mass
 from kvcompress.kernels.probabilities import attention_probabilities, visible_keys
-from kvcompress.kernels.ragged import decode_attention
+from kvcompress.kernels.ragged import decode_attention, write_slots
 from kvcompress.kernels.share import attention_share
 
 __all__ = [
@@ -39,7 +39,9 @@ __all__ = [
     "masked_attention_with_lse",
     "merge_attention",
     "runs_triton",
+    "sent",
     "visible_keys",
     "with_sinks",
     "without_autocast",
+    "write_slots",
 ]

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 
 _BLOCK_QUERIES = 128  # queries whose logits are written out at a time
 _BIAS_ALIGNMENT = 16  # elements; what the memory-efficient kernel wants of a bias, and more
@@ -83,9 +84,9 @@ def attention_with_mask(
 ) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
     """Attention over rows that may hold padding, with the log-sum-exp of every query's scaled logits.
 
-    Uses the fused kernel of the device where one returns both (CPU; on CUDA flash attention in half precision without
-    padding, else the memory-efficient one) and blocks of written-out logits elsewhere. Keys are not repeated over the
-    heads of a group, and padding costs a bias of one number per token.
+    Uses the fused kernel of the device where one returns both (on a CPU; on CUDA, in half precision without padding,
+    cuDNN's where sdpa would run it and else flash attention; else the memory-efficient one), and blocks of written-out
+    logits elsewhere. Keys are not repeated over the heads of a group, and padding costs a bias of one number per token.
 
     Args:
         query: queries, after rotary embedding.
@@ -117,6 +118,10 @@ def attention_with_mask(
     if device == "cuda" and query.shape[3] % 8 == values.shape[3] % 8 == 0:
         half = query.dtype in (torch.float16, torch.bfloat16)
         if valid is None and half and same_dim and query.shape[3] <= 256:
+            if (not causal or keys.shape[2] == query.shape[2]) and _sdpa_takes_cudnn(query, keys, values, causal):
+                cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention
+                output, lse, *_ = cudnn(query, keys, values, None, True, 0.0, causal, scale=scaling)
+                return output, lse.squeeze(-1)
             flash = torch.ops.aten._scaled_dot_product_flash_attention  # aligns its causal mask with the last key
             output, lse, *_ = flash(query, keys, values, 0.0, causal, False, scale=scaling)
             return output, lse[:, :, : query.shape[2]]
@@ -253,6 +258,13 @@ def _on_cpu(
     bias = torch.zeros(valid.shape, dtype=query.dtype, device=query.device).masked_fill_(~valid, -torch.inf)
     output, lse = kernel(query, keys, values, 0.0, causal, attn_mask=bias[:, None, None], scale=scaling)
     return output, lse.masked_fill(_blind(valid, query.shape[2], causal), -torch.inf)  # its output is 0 there
+
+
+def _sdpa_takes_cudnn(query: Tensor, keys: Tensor, values: Tensor, causal: bool) -> bool:
+    """Whether plain attention would run cuDNN's kernel, the fastest where there is one."""
+    grouped = query.shape[1] != keys.shape[1]
+    chosen = torch._fused_sdp_choice(query, keys, values, is_causal=causal, enable_gqa=grouped)
+    return bool(chosen == SDPBackend.CUDNN_ATTENTION.value)
 
 
 def _memory_efficient(

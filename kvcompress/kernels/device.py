@@ -6,6 +6,7 @@ import warnings
 from functools import cache
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from kvcompress.errors import KVCompressWarning
@@ -40,6 +41,20 @@ def _works(device: torch.device) -> bool:
 def launching(tensor: Tensor) -> Tensor:
     """A tensor as kernels read it: the numbers of its last axis next to each other."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def sent(numbers: ArrayLike, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers of the host on a device, without waiting for it: a plain copy waits for all that was asked of it before.
+
+    Args:
+        numbers: an array, or lists of numbers.
+        device: where they go.
+        dtype: as what; None for what they are.
+    """
+    tensor = torch.as_tensor(numbers, dtype=dtype)
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def powers(number: int) -> int:

@@ -1,4 +1,4 @@
-"""Attention of one query per row over buffers of slots, of which each row, or head, uses as many as it holds."""
+"""Buffers of slots, of which each row, or head, uses as many as it holds: a token is written, one query attends."""
 
 from __future__ import annotations
 
@@ -46,6 +46,39 @@ def decode_attention(
     if torch.compiler.is_compiling():
         return decode_op(query, keys, values, scaling, length, start, slots)  # type: ignore[no-any-return]
     return _on_cuda(query, keys, values, scaling, length, start, slots)
+
+
+def write_slots(
+    keys: Float[Tensor, "*buffer head_dim"],
+    values: Float[Tensor, "*buffer value_dim"],
+    key: Float[Tensor, "batch kv_heads one head_dim"],
+    value: Float[Tensor, "batch kv_heads one value_dim"],
+    slot: Int[Tensor, "batch sets"],
+    start: Int[Tensor, "batch kv_heads"] | None = None,
+) -> None:
+    """Puts one token of each row into a slot of its buffers, in place; on CUDA keys and values in one launch.
+
+    Args:
+        keys: buffer of keys, as in `decode_attention`.
+        values: buffer of values, likewise.
+        key: the token's keys.
+        value: its values.
+        slot: where they go, in each row (`sets` is 1) or in each row and key/value head.
+        start: where the slots of each row and key/value head begin in buffers without gaps.
+    """
+    if not torch.compiler.is_compiling() and runs_triton(keys.device):  # compiled steps write within other kernels
+        from kvcompress.kernels.triton_write import write
+
+        write(keys, values, key, value, slot, start)
+        return
+    if start is not None:
+        at = (start + slot).flatten()
+        keys.index_copy_(0, at, key.reshape(-1, key.shape[3]))
+        values.index_copy_(0, at, value.reshape(-1, value.shape[3]))
+        return
+    at = slot[:, :, None, None]
+    keys.scatter_(2, at.expand(key.shape), key)
+    values.scatter_(2, at.expand(value.shape), value)
 
 
 def _on_cuda(

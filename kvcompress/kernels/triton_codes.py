@@ -28,20 +28,89 @@ def _numbers(data, PART: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr)
 
 @triton.jit
 @no_type_check
+def _plain(data, PART: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, BASE: tl.constexpr, DTYPE: tl.constexpr):
+    """The codes of one part of a slot's dimensions, `BASE` more than they are, in a dtype that holds them exactly.
+
+    Half precision has room for four bits in the mantissa of `BASE`, so that nothing has to be converted.
+    """
+    if BASE == 0:
+        return _numbers(data, PART, BITS, FLOAT8).to(DTYPE)
+    else:
+        code = (data.to(tl.int16) >> (PART * BITS)) & ((1 << BITS) - 1)
+        return (code | (0x4300 if BASE == 128 else 0x6400)).to(DTYPE, bitcast=True)
+
+
+@triton.jit
+@no_type_check
 def _decoded(
     data, SCALE, SHIFT, row, row_stride, dim, PART: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr,
     BITS: tl.constexpr, FLOAT8: tl.constexpr, HAS_SHIFT: tl.constexpr,
 ):  # fmt: skip
     """Keys or values of one part of the dimensions; `SHARED` neighbouring dimensions have one scale."""
     number = _numbers(data, PART, BITS, FLOAT8)
-    if SHARED % WIDTH == 0:
-        at = row * row_stride + (PART * WIDTH) // SHARED
-    else:
-        at = row * row_stride + (PART * WIDTH + dim) // SHARED
+    at = row * row_stride + (PART * WIDTH + dim) // SHARED
     number = number * tl.load(SCALE + at).to(tl.float32)
     if HAS_SHIFT:
         number = number - tl.load(SHIFT + at).to(tl.float32)
     return number.to(SCALE.dtype.element_ty)
+
+
+@triton.jit
+@no_type_check
+def _logits(
+    q, data, SCALE, SHIFT, row, row_stride, dim, PART: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
+    SHARED: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, HAS_SHIFT: tl.constexpr, BASE: tl.constexpr,
+    ONE_ROW: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products of queries and the keys of one part of the dimensions.
+
+    A scale that all slots of the tile share for a dimension goes into the query, one that the dimensions of a slot
+    share into the products: then the codes are multiplied as they are.
+    """
+    if ONE_ROW and SHARED == 1:
+        at = row * row_stride + tl.minimum(PART * WIDTH + dim, D - 1)
+        wide = q.to(tl.float32)
+        scaled = (wide * tl.load(SCALE + at).to(tl.float32)[None, :]).to(q.dtype)
+        shift = tl.sum(scaled.to(tl.float32), 1) * BASE
+        if HAS_SHIFT:
+            shift += tl.sum(wide * tl.load(SHIFT + at).to(tl.float32)[None, :], 1)
+        codes = _plain(data, PART, BITS, FLOAT8, BASE, q.dtype)
+        return tl.dot(scaled, codes, input_precision=PRECISION) - shift[:, None]
+    elif SHARED % WIDTH == 0:
+        at = row * row_stride + (PART * WIDTH) // SHARED
+        total = tl.sum(q.to(tl.float32), 1)[:, None]
+        codes = _plain(data, PART, BITS, FLOAT8, BASE, q.dtype)
+        products = tl.dot(q, codes, input_precision=PRECISION) - total * BASE
+        products = products * tl.load(SCALE + at).to(tl.float32)
+        if HAS_SHIFT:
+            products -= total * tl.load(SHIFT + at).to(tl.float32)
+        return products
+    else:
+        k = _decoded(data, SCALE, SHIFT, row, row_stride, dim[:, None], PART, WIDTH, SHARED, BITS, FLOAT8, HAS_SHIFT)
+        return tl.dot(q, k.to(q.dtype), input_precision=PRECISION)
+
+
+@triton.jit
+@no_type_check
+def _weighted(
+    p, data, SCALE, SHIFT, row, row_stride, dim, PART: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr,
+    BITS: tl.constexpr, FLOAT8: tl.constexpr, HAS_SHIFT: tl.constexpr, BASE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sums of the values of one part of the dimensions, weighted; a scale of a whole slot goes into the weights."""
+    DTYPE: tl.constexpr = SCALE.dtype.element_ty
+    if SHARED % WIDTH == 0:
+        at = row * row_stride + (PART * WIDTH) // SHARED
+        scaled = (p * tl.load(SCALE + at).to(tl.float32)[None, :]).to(DTYPE)
+        shift = tl.sum(scaled.to(tl.float32), 1) * BASE
+        if HAS_SHIFT:
+            shift += tl.sum(p * tl.load(SHIFT + at).to(tl.float32)[None, :], 1)
+        codes = _plain(data, PART, BITS, FLOAT8, BASE, DTYPE)
+        return tl.dot(scaled, codes, input_precision=PRECISION) - shift[:, None]
+    else:
+        v = _decoded(
+            data, SCALE, SHIFT, row[:, None], row_stride, dim[None, :], PART, WIDTH, SHARED, BITS, FLOAT8, HAS_SHIFT
+        )
+        return tl.dot(p.to(DTYPE), v, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["slots", "splits"])
@@ -54,7 +123,7 @@ def codes_kernel(  # noqa: C901  (most branches are of the compiler: constants d
     DIMS: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, HAS_SHIFT: tl.constexpr, K_HAS_ROWS: tl.constexpr,
     V_HAS_ROWS: tl.constexpr, K_SLOTS: tl.constexpr, V_SLOTS: tl.constexpr, K_SHARED: tl.constexpr,
     V_SHARED: tl.constexpr, HAS_LENGTH: tl.constexpr, HAS_START: tl.constexpr, BLOCK: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BASE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program: one key/value head of one row (`HEADS` of them), one share of its coded slots in use.
 
@@ -65,6 +134,7 @@ def codes_kernel(  # noqa: C901  (most branches are of the compiler: constants d
     """
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, head = pair // HEADS, pair % HEADS
+    ONE_ROW: tl.constexpr = not K_HAS_ROWS and K_SLOTS % BLOCK == 0  # of scales, for the keys of a tile
     used = slots
     if HAS_LENGTH:
         used = tl.minimum(tl.load(LENGTH + row * length_row + head * length_head).to(tl.int32), slots)
@@ -108,53 +178,52 @@ def codes_kernel(  # noqa: C901  (most branches are of the compiler: constants d
         slot = tl.minimum(slot, end - 1).to(tl.int64)
         if K_HAS_ROWS:
             k_at = tl.load(k_rows + slot).to(tl.int64)[None, :]
-        elif K_SLOTS % BLOCK == 0:
+        elif ONE_ROW:
             k_at = first // K_SLOTS
         else:
             k_at = (slot // K_SLOTS)[None, :]
-        if V_HAS_ROWS:
-            v_at = tl.load(v_rows + slot).to(tl.int64)[:, None]
-        else:
-            v_at = (slot // V_SLOTS)[:, None]
+        v_at = tl.load(v_rows + slot).to(tl.int64) if V_HAS_ROWS else slot // V_SLOTS
         data = tl.load(keys + slot[None, :] * k_slot + dim[:, None])
-        k = _decoded(data, k_scale, k_shift, k_at, ks_slot, dim[:, None], 0, WIDTH, K_SHARED, BITS, FLOAT8, HAS_SHIFT)
-        logits = tl.dot(q_0, k, input_precision=PRECISION)
+        logits = _logits(
+            q_0, data, k_scale, k_shift, k_at, ks_slot, dim, 0, WIDTH, D, K_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE,
+            ONE_ROW, PRECISION,
+        )  # fmt: skip
         if BITS <= 4:
-            k = _decoded(
-                data, k_scale, k_shift, k_at, ks_slot, dim[:, None], 1, WIDTH, K_SHARED, BITS, FLOAT8, HAS_SHIFT
-            )
-            logits = tl.dot(q_1, k, logits, input_precision=PRECISION)
+            logits += _logits(
+                q_1, data, k_scale, k_shift, k_at, ks_slot, dim, 1, WIDTH, D, K_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE,
+                ONE_ROW, PRECISION,
+            )  # fmt: skip
         if BITS <= 2:
-            k = _decoded(
-                data, k_scale, k_shift, k_at, ks_slot, dim[:, None], 2, WIDTH, K_SHARED, BITS, FLOAT8, HAS_SHIFT
-            )
-            logits = tl.dot(q_2, k, logits, input_precision=PRECISION)
-            k = _decoded(
-                data, k_scale, k_shift, k_at, ks_slot, dim[:, None], 3, WIDTH, K_SHARED, BITS, FLOAT8, HAS_SHIFT
-            )
-            logits = tl.dot(q_3, k, logits, input_precision=PRECISION)
+            logits += _logits(
+                q_2, data, k_scale, k_shift, k_at, ks_slot, dim, 2, WIDTH, D, K_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE,
+                ONE_ROW, PRECISION,
+            )  # fmt: skip
+            logits += _logits(
+                q_3, data, k_scale, k_shift, k_at, ks_slot, dim, 3, WIDTH, D, K_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE,
+                ONE_ROW, PRECISION,
+            )  # fmt: skip
         logits = tl.where(inside[None, :], logits * scale, float("-inf"))
         new = tl.maximum(top, tl.max(logits, 1))
         p, keep = tl.exp(logits - new[:, None]), tl.exp(top - new)
         total, top = total * keep + tl.sum(p, 1), new
-        p = p.to(V_SCALE.dtype.element_ty)
         data = tl.load(values + slot[:, None] * v_slot + dim[None, :])
-        v = _decoded(data, v_scale, v_shift, v_at, vs_slot, dim[None, :], 0, WIDTH, V_SHARED, BITS, FLOAT8, HAS_SHIFT)
-        sum_0 = sum_0 * keep[:, None] + tl.dot(p, v, input_precision=PRECISION)
+        sum_0 = sum_0 * keep[:, None] + _weighted(
+            p, data, v_scale, v_shift, v_at, vs_slot, dim, 0, WIDTH, V_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE, PRECISION
+        )
         if BITS <= 4:
-            v = _decoded(
-                data, v_scale, v_shift, v_at, vs_slot, dim[None, :], 1, WIDTH, V_SHARED, BITS, FLOAT8, HAS_SHIFT
-            )
-            sum_1 = sum_1 * keep[:, None] + tl.dot(p, v, input_precision=PRECISION)
+            sum_1 = sum_1 * keep[:, None] + _weighted(
+                p, data, v_scale, v_shift, v_at, vs_slot, dim, 1, WIDTH, V_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE,
+                PRECISION,
+            )  # fmt: skip
         if BITS <= 2:
-            v = _decoded(
-                data, v_scale, v_shift, v_at, vs_slot, dim[None, :], 2, WIDTH, V_SHARED, BITS, FLOAT8, HAS_SHIFT
-            )
-            sum_2 = sum_2 * keep[:, None] + tl.dot(p, v, input_precision=PRECISION)
-            v = _decoded(
-                data, v_scale, v_shift, v_at, vs_slot, dim[None, :], 3, WIDTH, V_SHARED, BITS, FLOAT8, HAS_SHIFT
-            )
-            sum_3 = sum_3 * keep[:, None] + tl.dot(p, v, input_precision=PRECISION)
+            sum_2 = sum_2 * keep[:, None] + _weighted(
+                p, data, v_scale, v_shift, v_at, vs_slot, dim, 2, WIDTH, V_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE,
+                PRECISION,
+            )  # fmt: skip
+            sum_3 = sum_3 * keep[:, None] + _weighted(
+                p, data, v_scale, v_shift, v_at, vs_slot, dim, 3, WIDTH, V_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE,
+                PRECISION,
+            )  # fmt: skip
     seen = total > 0
     total = tl.where(seen, total, 1.0)
     at = (split * tl.num_programs(0) + pair) * GROUP + member
@@ -171,9 +240,16 @@ def codes_kernel(  # noqa: C901  (most branches are of the compiler: constants d
 def blocks(width: int, itemsize: int) -> dict[str, int]:
     """Slots of a tile, warps and stages, for slots of so many bytes that decode to numbers of `itemsize` bytes.
 
-    A thread decodes at most 16 bytes of a tile at a time, so that what it holds stays in registers.
+    A thread decodes at most 32 bytes of a tile at a time, so that what it holds stays in registers.
     """
-    return {"BLOCK": min(64, max(16, 8192 // (powers(width) * itemsize))), "num_warps": 8, "num_stages": 2}
+    block = min(64, max(16, 8192 // (powers(width) * itemsize)))
+    return {"BLOCK": block, "num_warps": 4 if powers(width) <= 64 else 8, "num_stages": 2}
+
+
+def base(bits: int, dtype: torch.dtype) -> int:
+    """What codes are raised by where kernels multiply them, so that their bits are those of numbers: 0 for nothing."""
+    raised = {torch.bfloat16: 128, torch.float16: 1024}
+    return raised.get(dtype, 0) if bits <= 4 else 0
 
 
 def _alike(scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -224,7 +300,7 @@ def decode_codes(
     of_dense = splits_of(batch * kv_heads, most, dense_tile, device) if most else 0
     parts = torch.empty(of_codes + of_dense, batch * heads, head_dim, dtype=torch.float32, device=device)
     lse = torch.empty(of_codes + of_dense, batch * heads, dtype=torch.float32, device=device)
-    float8 = key_codes.dtype == torch.float8_e4m3fn
+    float8, bits = key_codes.dtype == torch.float8_e4m3fn, 8 // -(-head_dim // width)
     key_data, value_data = (launching(codes.view(torch.uint8)) for codes in (key_codes, value_codes))
     (key_scale, key_shift), (value_scale, value_shift) = _alike(key_scale, key_shift), _alike(value_scale, value_shift)
     codes_kernel[(batch * kv_heads, of_codes)](
@@ -258,8 +334,9 @@ def decode_codes(
         D=head_dim,
         WIDTH=width,
         DIMS=powers(width),
-        BITS=8 // -(-head_dim // width),
+        BITS=bits,
         FLOAT8=float8,
+        BASE=0 if float8 else base(bits, query.dtype),
         HAS_SHIFT=key_shift is not None,
         K_HAS_ROWS=key_rows is not None,
         V_HAS_ROWS=value_rows is not None,

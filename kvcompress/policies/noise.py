@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import random
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from kvcompress.kernels import sent
 
 _BITS = 32
 _MASK = 2**_BITS - 1
@@ -23,7 +24,7 @@ def noise(seed: str, counter: Int[Tensor, "*shape"], stream: Int[Tensor, "..."] 
         counter: non-negative numbers, each with noise of its own.
         stream: numbers of independent streams, of a shape that broadcasts with `counter`.
     """
-    key = torch.as_tensor(stream, device=counter.device) ^ random.Random(seed).getrandbits(_BITS)
+    key = sent(stream, counter.device) ^ random.Random(seed).getrandbits(_BITS)
     bits = _hashed(_hashed(key) ^ counter.long())
     return ((bits >> _BITS - 23).float() + 0.5) / 2**23
 

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kvcompress.errors import ConfigError, PolicyError
+from kvcompress.kernels import sent
 from kvcompress.policies.allocators.heads import as_heads, as_layers
 from kvcompress.policies.base import Allocator
 from kvcompress.policies.context import AllocationContext, HeadCounts, HeadImportance
@@ -68,7 +69,7 @@ class Duo(Allocator):
                 f"allocator {self.name}: the gates are of {len(self.gates)} layers with {given} heads, the model has "
                 f"{layers} with {heads}; give those of this model"
             )
-        gates = torch.tensor(self.gates, dtype=torch.float64, device=floor.device).expand(-1, heads)
+        gates = sent(self.gates, floor.device, torch.float64).expand(-1, heads)
         order = gates.flatten().argsort(descending=True, stable=True)
         least, most = (as_layers(counts).long()[order] for counts in (floor, capacity))
         streams = torch.minimum(least + self.streaming, most)

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from kvcompress.kernels import sent
+
 _APART = 1e-9  # budgets closer than this are one
 
 
@@ -26,7 +28,7 @@ def interpolate(
     Returns:
         float64 shares per layer and row.
     """
-    knots = torch.tensor(_knots(retentions), dtype=torch.float64, device=budget.device)
+    knots = sent(_knots(retentions), budget.device, torch.float64)
     means, budget = knots.mean(1), budget.double()
     above = torch.searchsorted(means, budget, right=True).clamp(1, len(means) - 1)
     low, high = means[above - 1], means[above]

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from kvcompress.errors import ConfigError, PolicyError, shown
+from kvcompress.kernels import sent
 from kvcompress.policies.allocators.apportionment import apportion
 from kvcompress.policies.allocators.heads import as_heads, as_layers
 from kvcompress.policies.allocators.interpolation import interpolate
@@ -93,7 +94,8 @@ class Profile(Allocator):
     def retention_at(self, budget: Float[Tensor, " batch"]) -> Float[Tensor, "layers batch"]:
         """Retention per layer, or per head, for the budget of each row, a fraction from 0 to 1; float64."""
         if self.retentions is None:
-            one = torch.tensor(self.retention, dtype=torch.float64, device=budget.device)
+            assert self.retention is not None
+            one = sent(self.retention, budget.device, torch.float64)
             return one.unsqueeze(1).expand(-1, len(budget))
         return interpolate(self.retentions, budget)
 
