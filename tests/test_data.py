@@ -194,6 +194,7 @@ def test_a_wrong_file_is_refused_with_its_place(tmp_path: Path, name: str, conte
         ("needle:depth=2", "depth: must be from 0 to 1"),
         ("needle:length=9999999", "length: must be from 1 to"),
         ("shapes:kind=round", "unknown 'round'; known: description, cell"),
+        ("needel:length=100", "did you mean 'needle'?"),
     ],
 )
 def test_a_wrong_source_is_refused_with_what_is_allowed(source: str, says: str) -> None:

@@ -210,12 +210,13 @@ def test_a_string_match_wants_all_parts_and_one_choice_of_each(text: str, answer
         ("", 1),
         ("one two three", 1),
         ("one two three four five", 1),
-        ("go on. " * 6, 2 / 9),
+        ("go on. " * 6, 3 / 15),
+        ("* " * 40, 1 / 37),
         ("No No no no no", 1 / 2),
         ("猫 犬 鳥 魚 " * 3, 4 / 9),
     ],
 )
-def test_what_is_distinct_is_the_share_of_runs_of_four_words_that_come_once(text: str, share: float) -> None:
+def test_what_is_distinct_is_the_share_of_runs_of_four_words_or_signs_that_come_once(text: str, share: float) -> None:
     assert METRICS["distinct"].score(text, "", "") == pytest.approx(share)  # type: ignore[misc]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 
@@ -40,6 +41,21 @@ def test_a_configuration_shows_the_policy_of_every_stage(name: str) -> None:
     for stage in ("scorer", "allocator", "evictor", "merger", "quantizer", "reducer"):
         policy = getattr(config, stage)
         assert stage in texts and (policy is None or policy.name in texts)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [*((name, {}) for name in PRESETS), ("auto", {"budget": 64, "merger": "none"}), ("prefixkv", {"budget": "64MiB"})],
+)
+def test_a_configuration_prints_what_differs_from_the_defaults_and_reads_back(
+    name: str, fields: dict[str, Any]
+) -> None:
+    config = CompressionConfig.preset(name, **fields)
+    known = {type(value).__name__: type(value) for value in (config, *dict(config).values())}
+    assert eval(repr(config), known) == config and str(config) == repr(config)
+    assert len(repr(config)) < 300
+    told = repr(CompressionConfig(budget=0.3, scorer="attention"))
+    assert told == "CompressionConfig(budget=Budget(fraction=0.3), scorer=Attention())"
 
 
 def test_a_report_shows_a_bar_for_what_each_layer_keeps() -> None:

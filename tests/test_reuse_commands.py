@@ -73,11 +73,13 @@ def test_a_document_is_compressed_once_and_asked_later(kind: str, text: Path, ll
 def test_what_is_no_document_is_told_in_a_line(text: Path, llava: Path, tmp_path: Path) -> None:
     for arguments, says in (
         (["ask", tmp_path, "Why?"], "make one: kvcompress compress"),
-        (["compress", "missing.txt", "-o", tmp_path / "x", "--model", text], "missing.txt"),
+        (["compress", "missing.txt", "-o", tmp_path / "x", "--model", text], "for FILE...: prompt missing.txt"),
+        (["compress", "missing.png", "-o", tmp_path / "x", "--model", llava], "for FILE...: image missing.png"),
         (["compress", pictures(tmp_path / "p", 1) / "0.png", "-o", tmp_path / "y", "--model", text], "need a LLaVA"),
     ):
         result = run(*arguments)
         assert result.exit_code != 0 and result.stdout == "" and says in " ".join(result.stderr.split())
+    assert not (tmp_path / "x").exists()  # files are read before a folder is made
     (tmp_path / "story.txt").write_text(TEXT)
     folder = tmp_path / "story.kv"
     assert run("compress", tmp_path / "story.txt", "-o", folder, "--model", text).exit_code == 0

@@ -75,9 +75,9 @@ def compress(
     with reported(as_json=as_json, debug=debug):
         import_modules(modules or [])
         compression = read_config(preset, config, budget, settings or [])
+        images = [open_image(file, "FILE...") for file in files if file.suffix.lower() in _PICTURES]
+        texts = [read_prompt(None, file, "FILE...") for file in files if file.suffix.lower() not in _PICTURES]
         about_path = _prepared(output_folder, overwrite)
-        images = [open_image(file) for file in files if file.suffix.lower() in _PICTURES]
-        texts = [read_prompt(None, file) for file in files if file.suffix.lower() not in _PICTURES]
         loaded = load_with_spinner(model, dtype.value, device)
         reader = loaded.processor if loaded.processor is not None else loaded.tokenizer
         with working("reading the document"):

@@ -171,8 +171,8 @@ def _as_json(loaded: LoadedModel, config: CompressionConfig, results: list[Gener
     return content
 
 
-def read_prompt(prompt: str | None, file: Path | None) -> str:
-    """Joins what --prompt-file and --prompt give."""
+def read_prompt(prompt: str | None, file: Path | None, option: str = "--prompt-file") -> str:
+    """Joins what --prompt-file, or another option or argument for the file, and --prompt give."""
     if prompt is None and file is None:
         raise typer.BadParameter("give --prompt, --prompt-file or both")
     parts = []
@@ -180,20 +180,20 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
         try:
             parts.append(sys.stdin.read() if str(file) == "-" else read_text(file, "prompt", _PROMPT_BYTES, pipes=True))
         except UnicodeDecodeError as error:
-            raise typer.BadParameter(f"stdin is no text: {error}", param_hint="--prompt-file") from None
+            raise typer.BadParameter(f"stdin is no text: {error}", param_hint=option) from None
         except ConfigError as error:
-            raise typer.BadParameter(str(error), param_hint="--prompt-file") from None
+            raise typer.BadParameter(str(error), param_hint=option) from None
     if prompt is not None:
         parts.append(prompt)
     return "\n\n".join(part.strip() if len(parts) > 1 else part for part in parts)
 
 
-def open_image(path: Path) -> Any:
-    """Reads an image file as RGB."""
+def open_image(path: Path, option: str = "--image") -> Any:
+    """Reads an image file, given by that option or argument, as RGB."""
     try:
         return open_picture(path)
     except ConfigError as error:
-        raise typer.BadParameter(str(error), param_hint="--image") from None
+        raise typer.BadParameter(str(error), param_hint=option) from None
 
 
 def _warn_if_too_long(loaded: LoadedModel, tokens: int) -> None:

@@ -118,9 +118,12 @@ class CompressionConfig(Configured):
         return None if policy is None else {"name": policy.name, **policy.model_dump(mode="json")}
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
-        """What is given alone where the rest is chosen later."""
-        given = {"auto", *self.given} if self.auto else set(type(self).model_fields) - {"auto"}
-        return [(name, value) for name, value in super().__repr_args__() if name in given]
+        """The budget and what differs from the defaults; what is given alone where the rest is chosen later."""
+        if self.auto:
+            plain = {"auto": True, **self.given}
+            return [(name, value if name == "budget" else getattr(self, name)) for name, value in plain.items()]
+        changed = {name for name, _ in super().__repr_args__()}
+        return [(name, getattr(self, name)) for name in type(self).model_fields if name in {"budget", *changed}]
 
     def for_prompt(self, prompt: automatic.Prompt) -> Chosen:
         """What `auto` makes of a prompt: the first preset for its kind that goes with what was given.

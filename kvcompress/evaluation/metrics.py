@@ -13,6 +13,7 @@ from kvcompress.policies.registry import unknown_name
 
 PERPLEXITY = "perplexity"
 _WORD = re.compile(r"-?\d+(?:[.,]\d+)*|\w+")
+_WORD_OR_SIGN = re.compile(_WORD.pattern + r"|[^\w\s]")
 _RUN = 4  # words of what may be repeated
 _ARTICLES = {"a", "an", "the"}
 
@@ -99,12 +100,12 @@ def string_match(text: str, full: str, answer: str) -> float:
 
 
 def distinct(text: str, full: str, answer: str) -> float:
-    """Share of a text's runs of four words that come once: 1 where nothing is said again; 1 below four words.
+    """Share of a text's runs of four words or signs that come once: 1 where nothing is said again; 1 below four.
 
     Source: distinct-n (Li et al., arXiv 1510.03055), and 1 - seq-rep-4 of Welleck et al. (arXiv 1908.04319).
-    *Deviates:* words instead of tokens, so that models with other tokenizers compare.
+    *Deviates:* words and signs instead of tokens, so that models with other tokenizers compare.
     """
-    words = _WORD.findall(text.lower())
+    words = _WORD_OR_SIGN.findall(text.lower())
     runs = list(zip(*(words[start:] for start in range(_RUN)), strict=False))
     return len(set(runs)) / len(runs) if runs else 1.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -32,6 +33,16 @@ class Configured(BaseModel):
         for name in type(self).model_fields:
             if name not in self.unbounded:
                 _check_numbers(getattr(self, name), name)  # and as they were read, from texts too
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """What differs from the defaults, which is what one needs to read, or to write it down again."""
+        for name, value in super().__repr_args__():
+            field = type(self).model_fields.get(name or "")
+            if field is None or value != field.get_default(call_default_factory=True):
+                yield name, value
+
+    def __str__(self) -> str:
+        return repr(self)
 
 
 def _check_numbers(value: Any, name: str) -> None:
