@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 import transformers
 from transformers import DynamicCache
 
+import kvcompress
 from kvcompress import CompressedCache
 from kvcompress.kernels import mass
 from kvcompress.testing import models
@@ -113,3 +117,38 @@ def test_rows_cost_no_operations(name: str) -> None:
     padding = counts("full", "16 padded rows")[0] - counts("full", "16 rows")[0]  # what it costs without eviction
     assert abs(one - many) <= (2 * LAYERS if name in BY_HEAD else 2)  # of heads that hold as many, nothing is copied
     assert padded - padding <= 1.1 * many
+
+
+def test_the_host_sends_numbers_to_a_device_without_waiting_for_it() -> None:
+    """By `sent`, which pins them first: any other copy out of the host waits for all that the device was asked."""
+    waiting = []
+    for package in ("cache", "policies"):
+        for path in (Path(kvcompress.__file__).parent / package).rglob("*.py"):
+            for call in ast.walk(ast.parse(path.read_text())):
+                named = isinstance(call, ast.Call) and ast.unparse(call.func) in ("torch.tensor", "torch.as_tensor")
+                if named and "device" in [keyword.arg for keyword in call.keywords]:
+                    waiting.append(f"{path.name}:{call.lineno}")
+    assert not waiting
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", [*BY_AGE, *BY_SCORE, *BY_HEAD, "prefixkv+int4", "prefixkv+merge", "full"])
+@torch.no_grad()
+def test_a_prompt_waits_for_a_gpu_a_few_times_for_all_layers(name: str) -> None:
+    """For what a mask says, the budgets, and the checks of policies' answers; decode steps never."""
+    llama = model().cuda()
+    try:
+        for _ in range(2):  # kernels are there the second time
+            held = CompressedCache(llama, name, **({} if name == "full" else {"budget": 0.3}))
+            ids, found = tiny.token_ids(2, TOKENS, seed=1).cuda(), []
+            for tokens in (ids, ids[:, :1], ids[:, :1]):
+                with warnings.catch_warnings(record=True) as said:
+                    warnings.simplefilter("always")
+                    torch.cuda.set_sync_debug_mode("warn")
+                    llama(tokens, **tiny.with_cache(held))
+                    torch.cuda.set_sync_debug_mode("default")
+                found.append(sum("synchronizing" in str(one.message) for one in said))
+        assert found[0] <= 4 and found[1:] == [0, 0]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        llama.cpu()

@@ -48,7 +48,10 @@ def _decoded(
 ):  # fmt: skip
     """Keys or values of one part of the dimensions; `SHARED` neighbouring dimensions have one scale."""
     number = _numbers(data, PART, BITS, FLOAT8)
-    at = row * row_stride + (PART * WIDTH + dim) // SHARED
+    if SHARED % WIDTH == 0:
+        at = row * row_stride + (PART * WIDTH) // SHARED
+    else:
+        at = row * row_stride + (PART * WIDTH + dim) // SHARED
     number = number * tl.load(SCALE + at).to(tl.float32)
     if HAS_SHIFT:
         number = number - tl.load(SHIFT + at).to(tl.float32)
@@ -65,9 +68,10 @@ def _logits(
     """Products of queries and the keys of one part of the dimensions.
 
     A scale that all slots of the tile share for a dimension goes into the query, one that the dimensions of a slot
-    share into the products: then the codes are multiplied as they are.
+    share into the products: then the codes are multiplied as they are. In float32 registers have no room for that.
     """
-    if ONE_ROW and SHARED == 1:
+    HALF: tl.constexpr = q.dtype.primitive_bitwidth == 16
+    if HALF and ONE_ROW and SHARED == 1:
         at = row * row_stride + tl.minimum(PART * WIDTH + dim, D - 1)
         wide = q.to(tl.float32)
         scaled = (wide * tl.load(SCALE + at).to(tl.float32)[None, :]).to(q.dtype)
@@ -76,7 +80,7 @@ def _logits(
             shift += tl.sum(wide * tl.load(SHIFT + at).to(tl.float32)[None, :], 1)
         codes = _plain(data, PART, BITS, FLOAT8, BASE, q.dtype)
         return tl.dot(scaled, codes, input_precision=PRECISION) - shift[:, None]
-    elif SHARED % WIDTH == 0:
+    elif HALF and SHARED % WIDTH == 0:
         at = row * row_stride + (PART * WIDTH) // SHARED
         total = tl.sum(q.to(tl.float32), 1)[:, None]
         codes = _plain(data, PART, BITS, FLOAT8, BASE, q.dtype)
@@ -98,7 +102,7 @@ def _weighted(
 ):  # fmt: skip
     """Sums of the values of one part of the dimensions, weighted; a scale of a whole slot goes into the weights."""
     DTYPE: tl.constexpr = SCALE.dtype.element_ty
-    if SHARED % WIDTH == 0:
+    if DTYPE.primitive_bitwidth == 16 and SHARED % WIDTH == 0:
         at = row * row_stride + (PART * WIDTH) // SHARED
         scaled = (p * tl.load(SCALE + at).to(tl.float32)[None, :]).to(DTYPE)
         shift = tl.sum(scaled.to(tl.float32), 1) * BASE
@@ -142,7 +146,10 @@ def codes_kernel(  # noqa: C901  (most branches are of the compiler: constants d
     start = split * share
     end = tl.minimum(start + share, used)
     member, place = tl.arange(0, GROUP_BLOCK), tl.arange(0, DIMS)
-    dim = place if WIDTH == DIMS else tl.minimum(place, WIDTH - 1)  # as it is, bytes are read 16 at a time
+    if WIDTH == DIMS and Q.dtype.element_ty.primitive_bitwidth == 16:  # bytes are read 16 at a time
+        dim = place
+    else:  # float32 has no registers for that
+        dim = tl.minimum(place, WIDTH - 1)
     q_at = Q + row * q_row + (head * GROUP + member[:, None]) * q_head + place[None, :]
     q_mask = (member < GROUP)[:, None] & (place < WIDTH)[None, :]
     q_0 = tl.load(q_at, mask=q_mask, other=0.0)

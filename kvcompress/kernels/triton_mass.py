@@ -103,7 +103,7 @@ def blocks(head_dim: int, itemsize: int, hopper: bool) -> dict[str, int]:
         return {"BLOCK_K": 64, "BLOCK_Q": 32, "CHUNK": min(dims, 32), "num_warps": 8, "num_stages": 2}
     if dims <= 128:
         if hopper:
-            return {"BLOCK_K": 64, "BLOCK_Q": 128, "CHUNK": dims, "num_warps": 4, "num_stages": 3}
+            return {"BLOCK_K": 64, "BLOCK_Q": 128, "CHUNK": dims, "num_warps": 4, "num_stages": 2}
         return {"BLOCK_K": 128, "BLOCK_Q": 32, "CHUNK": dims, "num_warps": 8, "num_stages": 3}
     return {"BLOCK_K": 64, "BLOCK_Q": 32, "CHUNK": dims, "num_warps": 8, "num_stages": 2}
 
