@@ -70,6 +70,10 @@ def cases() -> Iterator[tuple[str, str, str, dict[str, Any]]]:
     for name in ("llama", "llama_mha"):  # the first steps evict nothing, then the heads part
         late = {"budget": {"tokens": TOKENS + 3}, "evictor": LOWEST}
         yield f"late, {name}", name, "generate", late
+    for allocator, granularity in (("uniform", "layer"), ("uniform", "head"), ("headprefix", "head")):
+        evictor = {"name": "every", "period": 3, "granularity": granularity}
+        periods = {"allocator": allocator, "scorer": "attention", "evictor": evictor}
+        yield f"every, {allocator}, {granularity}", "llama_mha", "padded", periods
     yield "bytes", "llama", "padded", {"budget": {"bytes": 2 * 3 * 20 * 128, "sink": 1, "recent": 4}}
     yield "tokens", "qwen2", "generate", {"budget": {"tokens": 20, "sink": 1, "recent": 4}}
     yield "image and text", "llava", "generate", {"evictor": LOWEST}

@@ -234,3 +234,26 @@ def test_a_model_with_caps_or_sinks_is_as_it_was_with_another_cache(name: str) -
     with torch.no_grad():
         found, wanted = (one(**inputs, use_cache=True).logits for one in (model, tiny.untouched(name)))
     assert torch.equal(found, wanted)
+
+
+@every_kind
+@torch.no_grad()
+def test_layers_that_attend_to_everything_are_cut_in_periods(name: str) -> None:
+    """And no others: what a layer before them holds is what it would hold without."""
+    evictor = {"name": "every", "period": 4}
+    budget = {"tokens": 10, "sink": 1, "recent": 2}
+    cache = CompressedCache(tiny.model(name), "prefixkv", budget=budget, scorer="attention", evictor=evictor)
+    whole, lengths = DynamicCache(config=tiny.model(name).config), []
+    for past in (cache, whole):
+        tiny.model(name)(**tiny.inputs(name, TOKENS, 1, 2), **tiny.with_cache(past))
+        for step in range(9):
+            tiny.model(name)(tiny.token_ids(2, 1, seed=step), **tiny.with_cache(past))
+            lengths += [cache.report().layer_lengths[0][0]] if past is cache else []
+    assert lengths == [11, 12, 13, 10, 11, 12, 13, 10, 11]
+    for mine, known in zip(_kept(cache.layers[0]), _kept(whole.layers[0]), strict=True):
+        torch.testing.assert_close(mine, known, rtol=0, atol=1e-6)
+
+
+def _kept(layer: Any) -> list[Tensor]:
+    """What a layer of transformers remembers of what it has seen."""
+    return [value for value in vars(layer).values() if isinstance(value, Tensor)]
