@@ -10,12 +10,10 @@ from kvcompress.policies.registry import QUANTIZERS
 class K8V4(Turned):
     """Eight bits for keys and four for values, both after a Hadamard rotation.
 
-    Source: as `rotated`; that keys need more bits than values is KIVI's finding (arXiv 2402.02750, section 3.1) and the
-    default of several serving engines, none of which is followed in detail.
+    Source: as `rotated`; that keys need more bits than values is KIVI's finding (arXiv 2402.02750, section 3.1).
 
-    *Deviates:* KIVI gives keys and values the same bits and rotates neither; engines that have eight bits for keys and
-    four for values mostly keep a scale per block of one token. Here both are rotated, and keys have a scale per channel
-    and group of tokens, values per token. Codes are turned back as they are read, as in `rotated`.
+    *Deviates:* KIVI gives keys and values the same bits and rotates neither. Here both are rotated; keys have a
+    scale per channel and group of tokens, values per token. Codes are turned back as they are read, as in `rotated`.
 
     Args:
         group: tokens that share the scale of a key channel, and most channels that share the scale of a value.
