@@ -25,6 +25,7 @@ pytest.importorskip("triton", reason="needs Triton, which is published for Linux
 from kvcompress.kernels import triton_codes, triton_decode, triton_mass, triton_write, write_slots
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.cuda] * (DEVICE == "cuda")  # by the device itself where there is one
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 ERRORS = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 
