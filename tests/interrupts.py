@@ -194,7 +194,10 @@ class Outcomes:
         return cls(scenario, start, start.report(), after, lines.count, on, goes_on(fresh, 2))
 
     def fault(self, at: int, error: Callable[[], BaseException] = KeyboardInterrupt) -> str | None:
-        """What is wrong after an interrupt at one line; None if the cache is whole, or broken until it is reset."""
+        """What is wrong after an interrupt at one line; None if the cache is whole, or broken until it is reset.
+
+        It is whole where it goes on as if nothing had interrupted the action, or does so once the action is repeated.
+        """
         scenario, cache = self.scenario, copy.deepcopy(self.start)
         lines = Lines(at, error)
         try:
@@ -213,14 +216,13 @@ class Outcomes:
                 if not alike(goes_on(cache, 2), self.fresh):
                     return f"{label}: reset() does not give a new cache"
                 return None
-            report = cache.report()
-            if report == self.after and alike(goes_on(copy.deepcopy(cache), scenario.batch), self.goes_on_after):
+            as_before = cache.report() == self.before
+            if not as_before and alike(goes_on(copy.deepcopy(cache), scenario.batch), self.goes_on_after):
                 return None
-            if report != self.before:
-                return f"{label}: it is as neither before nor after, and goes on"
-            scenario.action(cache)
+            scenario.action(cache)  # also where what had waited is done, and what was asked for is not
             if not alike(goes_on(cache, scenario.batch), self.goes_on_after):
-                return f"{label}: it seems as before, but goes on in another way"
+                seems = "as before" if as_before else "as neither before nor after"
+                return f"{label}: it seems {seems}, and goes on in another way"
         except Exception as wrong:
             return f"{label}: {type(wrong).__name__}: {wrong}"
         return None
