@@ -119,6 +119,24 @@ def test_the_write_kernel_changes_one_slot_of_each_head(dtype: torch.dtype, with
     assert torch.equal(keys.cpu(), expected[0]) and torch.equal(values.cpu(), expected[1])
 
 
+def test_the_write_kernel_leaves_what_is_beyond_its_buffers() -> None:
+    """A row whose slot is not there writes into no other row."""
+    keys, values = drawn(torch.float32, 2, 1, 5, 16), drawn(torch.float32, 2, 1, 5, 16)
+    before = keys.clone(), values.clone()
+    new = drawn(torch.float32, 2, 1, 1, 16)
+    triton_write.write(keys, values, new, new, torch.tensor([[5], [-1]], device=DEVICE), None)
+    assert torch.equal(keys, before[0]) and torch.equal(values, before[1])
+
+
+@pytest.mark.parametrize("device", sorted({"cpu", DEVICE}))
+def test_a_token_in_another_dtype_is_not_cast_unasked(device: str) -> None:
+    keys, values = (torch.zeros(1, 1, 4, 16, device=device) for _ in range(2))
+    new, slot = torch.ones(1, 1, 1, 16, device=device), torch.zeros(1, 1, dtype=torch.int64, device=device)
+    for pair in ((new.half(), new), (new, new.half())):
+        with pytest.raises(TypeError, match="go on in one dtype"):
+            write_slots(keys, values, *pair, slot)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("head_dim", "value_dim", "group"), [(16, 16, 2), (20, 32, 3)])
 def test_the_decode_kernel_reads_buffers_without_gaps(

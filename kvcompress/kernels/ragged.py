@@ -65,7 +65,15 @@ def write_slots(
         value: its values.
         slot: where they go, in each row (`sets` is 1) or in each row and key/value head.
         start: where the slots of each row and key/value head begin in buffers without gaps.
+
+    Raises:
+        TypeError: if the token's dtype is not that of the buffers, which no kernel may change unasked.
     """
+    if key.dtype != keys.dtype or value.dtype != values.dtype:
+        raise TypeError(
+            f"decode step: the cache holds keys and values in {keys.dtype}, {values.dtype}, and the model now gives "
+            f"{key.dtype}, {value.dtype}; go on in one dtype (the same autocast), or start with another cache"
+        )
     if not torch.compiler.is_compiling() and runs_triton(keys.device):  # compiled steps write within other kernels
         from kvcompress.kernels.triton_write import write
 

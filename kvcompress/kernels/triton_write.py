@@ -12,25 +12,26 @@ from kvcompress.kernels.device import launching, powers
 from kvcompress.kernels.triton_decode import strides_over_heads
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots"])
 @no_type_check
 def write_kernel(
     K, V, NEW_K, NEW_V, SLOT, START, k_row, k_head, k_slot, v_row, v_head, v_slot, new_k_row, new_k_head, new_v_row,
-    new_v_head, slot_row, slot_head,
+    new_v_head, slot_row, slot_head, slots,
     HEADS: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr, VALUE_D: tl.constexpr, VALUE_DIMS: tl.constexpr,
     HAS_START: tl.constexpr,
 ):  # fmt: skip
-    """One program: one key/value head of one row (`HEADS` of them)."""
+    """One program: one key/value head of one row (`HEADS` of them). Nothing is written beyond `slots`."""
     pair = tl.program_id(0).to(tl.int64)
     row, head = pair // HEADS, pair % HEADS
     slot = tl.load(SLOT + row * slot_row + head * slot_head).to(tl.int64)
     if HAS_START:  # buffers without gaps
         slot += tl.load(START + pair).to(tl.int64)
+    there = (slot >= 0) & (slot < slots)
     dim, value_dim = tl.arange(0, DIMS), tl.arange(0, VALUE_DIMS)
     key = tl.load(NEW_K + row * new_k_row + head * new_k_head + dim, mask=dim < D)
     value = tl.load(NEW_V + row * new_v_row + head * new_v_head + value_dim, mask=value_dim < VALUE_D)
-    tl.store(K + row * k_row + head * k_head + slot * k_slot + dim, key, mask=dim < D)
-    tl.store(V + row * v_row + head * v_head + slot * v_slot + value_dim, value, mask=value_dim < VALUE_D)
+    tl.store(K + row * k_row + head * k_head + slot * k_slot + dim, key, mask=there & (dim < D))
+    tl.store(V + row * v_row + head * v_head + slot * v_slot + value_dim, value, mask=there & (value_dim < VALUE_D))
 
 
 def write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot: Tensor, start: Tensor | None) -> None:
@@ -49,6 +50,7 @@ def write(keys: Tensor, values: Tensor, key: Tensor, value: Tensor, slot: Tensor
         *key.stride()[:2],
         *value.stride()[:2],
         *strides_over_heads(slot),
+        keys.shape[-2],
         HEADS=kv_heads,
         D=head_dim,
         DIMS=powers(head_dim),
