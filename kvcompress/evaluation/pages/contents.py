@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvcompress.errors import ConfigError
-from kvcompress.evaluation.pages.vocabulary import BLANK, NEWLINE, pieces, sentences
+from kvcompress.evaluation.pages.vocabulary import NEWLINE, TOKENS, pieces, sentences
 
 SIDE = 24  # patches, each way
 CELLS = SIDE**2
@@ -22,7 +22,7 @@ COLOURS = {
     "orange": (240, 130, 20),
     "purple": (140, 50, 180),
     "brown": (120, 75, 35),
-    "pink": (245, 140, 180),
+    "pink": (240, 90, 160),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "heart", "diamond")
 NAMES = tuple(
@@ -46,6 +46,15 @@ class Cell(NamedTuple):
     text: str
     look: str = "text"
     thing: tuple[str, str] = ("", "")
+
+
+_THINGS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
+LOOKS = (  # all ways in which a patch can look
+    *(Cell(token) for token in TOKENS),
+    *(Cell(str(digit), "bar") for digit in range(10)),
+    *(Cell(f" {colour}", "left", (colour, shape)) for colour, shape in _THINGS),
+    *(Cell(f" {shape}", "right", (colour, shape)) for colour, shape in _THINGS),
+)
 
 
 @dataclass(frozen=True)
@@ -195,4 +204,3 @@ _MAKERS: dict[str, Callable[[random.Random], tuple[list[Cell], list[Fact]]]] = {
     "scene": _scene,
 }
 KINDS = tuple(_MAKERS)
-assert BLANK  # a blank patch is what a space before a digit looks like

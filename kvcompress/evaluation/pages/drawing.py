@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 PATCH = 28  # pixels, each way
 IMAGE_SIZE = SIDE * PATCH
 BAR = 3  # pixels of a bar's length for one
+_BAR_COLOUR = np.array([70.0, 130.0, 180.0])
 _A_LINE = 4  # characters of a token on a line of its patch
 _FONT = (6, 11)  # pixels of a character
 _SMOOTHING = 3  # objects are drawn this many times larger, then scaled down
@@ -37,54 +38,56 @@ def draw_cells(cells: Sequence[Cell], seed: int) -> np.ndarray:
     draw = np.random.default_rng(seed)
     paper, ink = _colours(draw)
     pixels = np.broadcast_to(paper, (IMAGE_SIZE, IMAGE_SIZE, 3)).astype(np.float32)
-    shifts = draw.integers(-2, 3, size=(len(cells), 2))
-    strengths = draw.uniform(0.75, 1.0, size=len(cells))
-    bar = draw.uniform(40, 215, size=3)
+    shifts = draw.uniform(0, 0.5, size=(len(cells), 2)).astype(np.float32)
+    strengths = draw.uniform(0.85, 1.0, size=len(cells))
+    bar = _BAR_COLOUR + draw.uniform(-20, 20, size=3)
     tint = draw.uniform(-14, 14, size=3)
     for number, cell in enumerate(cells):
         top, left = number // SIDE * PATCH, number % SIDE * PATCH
-        down, right = (int(shift) for shift in shifts[number])
         patch = pixels[top : top + PATCH, left : left + PATCH]
         if cell.look == "bar":
-            patch[6 + down : 22 + down, : 1 + BAR * int(cell.text)] = bar
+            patch[7:21, : 1 + BAR * int(cell.text)] = bar
         elif cell.look in ("left", "right"):
-            whole = _object(cell.thing[1])  # both halves stand where the left one says
-            down, right = (int(shift) for shift in shifts[number - (cell.look == "right")])
-            cover = np.roll(whole, (down, right), (0, 1))[:, : PATCH] if cell.look == "left" else None
-            cover = np.roll(whole, (down, right), (0, 1))[:, PATCH:] if cover is None else cover
+            first = number - (cell.look == "right")  # both halves stand where the left one says
+            whole = _shifted(_object(cell.thing[1]), shifts[first])
+            cover = whole[:, :PATCH] if cell.look == "left" else whole[:, PATCH:]
             patch += cover[..., None] * (np.asarray(COLOURS[cell.thing[0]], np.float32) + tint - patch)
         else:
-            glyphs = _glyphs(cell.text)
-            height, width = glyphs.shape
-            y = min(max((PATCH - height) // 2 + down, 0), PATCH - height)
-            x = min(max(2 + right, 0), PATCH - width)
-            part = patch[y : y + height, x : x + width]
-            part += glyphs[..., None] * strengths[number] * (ink - part)
+            patch += _shifted(_glyphs(cell.text), shifts[number])[..., None] * (strengths[number] * (ink - patch))
     pixels += draw.normal(0, 5, size=(IMAGE_SIZE, IMAGE_SIZE, 1))
     return np.asarray(pixels.clip(0, 255).round().astype(np.uint8))
 
 
 def _colours(draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Of paper and ink; a quarter of all pages are bright on dark."""
-    bright = draw.uniform(215, 250) + draw.uniform(-8, 8, size=3)
-    dark = draw.uniform(15, 60) + draw.uniform(-15, 15, size=3)
-    return (dark, bright) if draw.random() < 0.25 else (bright, dark)
+    """Of paper and ink."""
+    return draw.uniform(215, 250) + draw.uniform(-8, 8, size=3), draw.uniform(15, 60) + draw.uniform(-15, 15, size=3)
+
+
+def _shifted(cover: np.ndarray, shift: np.ndarray) -> np.ndarray:
+    """Moved down and to the right by a part of a pixel; nothing stands in the last row and column."""
+    for axis, part in enumerate(shift):
+        cover = cover + part * (np.roll(cover, 1, axis) - cover)
+    return cover
 
 
 @cache
 def _glyphs(text: str) -> np.ndarray:
-    """A token, four characters a line: how much ink each pixel gets, from 0 to 1."""
+    """A token in its patch, four characters a line: how much ink each pixel gets, from 0 to 1."""
+    patch = np.zeros((PATCH, PATCH), np.float32)
     if text == NEWLINE:
-        return _newline()
-    lines = [text[start : start + _A_LINE] for start in range(0, len(text), _A_LINE)]
+        _draw_newline(patch)
+    large = 2 if len(text) <= 2 else 1  # marks and digits are drawn twice as large
+    per_line = _A_LINE // large
+    lines = [text[start : start + per_line] for start in range(0, len(text.rstrip()), per_line)]
     pitch = 9 if len(lines) < 3 else 8  # pixels; descenders reach into the next line
-    width, height = _FONT
-    block = np.zeros((height + pitch * (len(lines) - 1), width * len(lines[0])), np.float32)
+    width, height = (size * large for size in _FONT)
+    top = (PATCH - height - pitch * (len(lines) - 1)) // 2
     for row, line in enumerate(lines):
         for column, character in enumerate(line):
-            part = block[row * pitch : row * pitch + height, column * width : (column + 1) * width]
-            np.maximum(part, _glyph(character), out=part)
-    return block
+            y, x = top + row * pitch, 1 + column * width
+            part = patch[y : y + height, x : x + width]
+            np.maximum(part, np.kron(_glyph(character), np.ones((large, large), np.float32)), out=part)
+    return patch
 
 
 @cache
@@ -95,13 +98,11 @@ def _glyph(character: str) -> np.ndarray:
     return np.asarray(image, np.float32) / 255
 
 
-def _newline() -> np.ndarray:
+def _draw_newline(patch: np.ndarray) -> None:
     """An arrow that turns back, as the mark on a keyboard."""
-    mark = np.zeros((11, 18), np.float32)
-    mark[1:7, 15:17] = mark[5:7, 3:17] = 1
+    patch[9:15, 18:20] = patch[13:15, 6:20] = 1
     for step in range(4):
-        mark[5 - step : 7 + step, 2 + step] = 1
-    return mark
+        patch[13 - step : 15 + step, 5 + step] = 1
 
 
 @cache

@@ -21,7 +21,7 @@ from transformers import (
 
 from kvcompress.errors import MissingDependencyError
 from kvcompress.evaluation import smollm2
-from kvcompress.evaluation.pages.contents import CELLS
+from kvcompress.evaluation.pages.contents import CELLS, LOOKS
 from kvcompress.evaluation.pages.drawing import IMAGE_SIZE, PATCH
 
 NAME = "pages"
@@ -86,13 +86,13 @@ def merged(text: Any, trained: dict[str, Tensor], dtype: torch.dtype) -> LlavaFo
 def build_config(text: LlamaConfig) -> LlavaConfig:
     """LLaVA's configuration for a language model, which gets one token more: the last, for images."""
     vision: dict[str, Any] = {
-        "hidden_size": 256,
-        "intermediate_size": 768,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": 2 * len(LOOKS),
+        "num_hidden_layers": 1,
+        "num_attention_heads": 8,
         "image_size": IMAGE_SIZE,
         "patch_size": PATCH,
-        "projection_dim": 256,
+        "projection_dim": text.hidden_size,
     }
     own = LlamaConfig(**{**text.to_dict(), "vocab_size": text.vocab_size + 1})
     return LlavaConfig(
