@@ -355,10 +355,25 @@ def many_methods() -> Methods:
     }
 
 
+def pages(loaded: LoadedModel, count: int) -> Iterator[Prompt]:
+    """Drawn pages: questions and a stretch to read aloud, asked after the image, then each with it."""
+    from benchmarks import grid_pages  # which imports from here
+
+    yield from grid_pages.pages(loaded, count)
+
+
+def page_methods() -> Methods:
+    """For drawn pages."""
+    from benchmarks import grid_pages  # which imports from here
+
+    return grid_pages.page_methods()
+
+
 SUITES: dict[str, tuple[str, str, Callable[[LoadedModel, int], Iterator[Prompt]], Callable[[], Methods]]] = {
     "needle": ("smollm2", "float32", needles, needle_methods),
     "scenes": ("shapes", "float32", scenes, scene_methods),
     "many": ("smollm2", "float32", many, many_methods),
+    "pages": ("pages", "float32", pages, page_methods),
 }
 
 

@@ -3,12 +3,12 @@
     python examples/train_pages_llava.py --export kvcompress/evaluation/pages/weights
 
 The language model is neither run nor changed. Each patch of a page shows one token, and the projector has to give the
-row of SmolLM2's embedding matrix that belongs to it. So little is asked of tower and projector that their weights follow
-by formula from drawn patches; nothing is left to gradients, and a minute or two does:
+row of SmolLM2's embedding matrix that belongs to it. That is so little that all weights follow by formula from drawn
+patches; nothing is left to gradients, and it takes minutes:
 
-1. The patch embedding is made of linear discriminants: the directions in which the means of the looks that a patch can
-   have lie furthest apart, by what shift, colours and noise change (Fisher, 1936). The layer norm behind it leaves their
-   angle alone.
+1. The patch embedding is made of linear discriminants: the directions in which the means of the looks that a patch may
+   have lie furthest apart, measured by what shift, colours and noise change (Fisher, 1936). The layer norm behind it
+   leaves the angle between them alone.
 2. Two hidden units of the tower's one layer open for one look: where the cosine between a patch and the look's mean
    passes a threshold that lies halfway between its own patches and all others, they write the embedding of its token.
 3. The projector passes that on: its activation is all but linear where it is used.
@@ -36,7 +36,17 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
 from kvcompress.evaluation import smollm2
-from kvcompress.evaluation.pages.contents import CELLS, COLOURS, KINDS, LOOKS, SHAPES, SIDE, Cell, page_seed, sample_page
+from kvcompress.evaluation.pages.contents import (
+    CELLS,
+    COLOURS,
+    KINDS,
+    LOOKS,
+    SHAPES,
+    SIDE,
+    Cell,
+    page_seed,
+    sample_page,
+)
 from kvcompress.evaluation.pages.drawing import PATCH, draw_cells
 from kvcompress.evaluation.pages.model import build_config
 from kvcompress.evaluation.pages.vocabulary import TOKENS
@@ -171,8 +181,7 @@ def discriminants(pages: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def cosines(pages: int, directions: Tensor, centre: Tensor, means: Tensor) -> tuple[Tensor, Tensor]:
-    """For every look, the least cosine of its own patches with its mean, and the largest of those of other tokens."""
-    token = torch.tensor([TOKENS.index(look.text) for look in LOOKS])
+    """For every look, the least cosine of its own patches with its mean, and the largest of all others."""
     lows, highs = torch.ones(len(LOOKS)), -torch.ones(len(LOOKS))
     for index in tqdm(range(pages), desc="thresholds", mininterval=10):
         patches, numbers = patches_of("train", 100_000 + index)

@@ -240,7 +240,7 @@ def test_a_budget_below_what_is_protected_is_warned_about_in_one_line(text: Path
         (["--model", "./missing"], "UnsupportedModelError", "is no folder"),
         (["--model", "smolm2"], "UnsupportedModelError", "did you mean 'smollm2'?"),
         (["--model", "Shape"], "UnsupportedModelError", "did you mean 'shapes'?"),
-        (["--model", "vicuna"], "UnsupportedModelError", "built in are smollm2 and shapes"),
+        (["--model", "vicuna"], "UnsupportedModelError", "built in are smollm2, shapes, pages"),
         (["--device", "nonsense"], "ConfigError", "device: 'nonsense'"),
         (["--import", "no_such_module"], "ConfigError", "import 'no_such_module': cannot be imported: ModuleNotFound"),
         (["--import", "no_such_file.py"], "ConfigError", "is no Python file"),

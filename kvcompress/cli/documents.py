@@ -54,7 +54,7 @@ def compress(
         Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the compressed document goes.")
     ],
     model: Annotated[
-        str, typer.Option(metavar="NAME", help="A folder, a model's id on the hub, smollm2 or shapes.")
+        str, typer.Option(metavar="NAME", help="A folder, a model's id on the hub, smollm2, shapes, pages.")
     ] = "smollm2",
     preset: PresetName = None,
     config: ConfigFile = None,

@@ -59,7 +59,8 @@ def evaluate(
     data: Annotated[
         str,
         typer.Option(
-            metavar="SOURCE", help="A .json, .jsonl or .txt file, or shapes, needle, text; see docs/evaluation.md."
+            metavar="SOURCE",
+            help="A .json, .jsonl or .txt file, or shapes, pages, needle, text; see docs/evaluation.md.",
         ),
     ] = "text",
     images: Annotated[

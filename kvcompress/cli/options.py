@@ -18,7 +18,9 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-ModelName = Annotated[str, typer.Option(metavar="NAME", help="A folder, a model's id on the hub, smollm2 or shapes.")]
+ModelName = Annotated[
+    str, typer.Option(metavar="NAME", help="A folder, a model's id on the hub, smollm2, shapes, pages.")
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Sets a policy or one of its parameters; repeatable."),

@@ -55,7 +55,8 @@ def tune_command(
     data: Annotated[
         str,
         typer.Option(
-            metavar="SOURCE", help="A .json, .jsonl or .txt file, or shapes, needle, text; see docs/evaluation.md."
+            metavar="SOURCE",
+            help="A .json, .jsonl or .txt file, or shapes, pages, needle, text; see docs/evaluation.md.",
         ),
     ] = "text",
     images: Annotated[

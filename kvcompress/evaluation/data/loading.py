@@ -9,11 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from kvcompress.errors import ConfigError
-from kvcompress.evaluation.data.built_in import needle, shapes, text
+from kvcompress.evaluation.data.built_in import needle, pages, shapes, text
 from kvcompress.evaluation.data.files import FORMATS, read_file
 from kvcompress.evaluation.data.sample import Sample, with_unique_names
 
-BUILT_IN: dict[str, Callable[..., list[Sample]]] = {"shapes": shapes, "needle": needle, "text": text}
+BUILT_IN: dict[str, Callable[..., list[Sample]]] = {
+    "shapes": shapes,
+    "pages": pages,
+    "needle": needle,
+    "text": text,
+}
 
 
 def load_samples(source: str, *, images: Path | None = None, limit: int | None = None, seed: int = 0) -> list[Sample]:
@@ -21,9 +26,9 @@ def load_samples(source: str, *, images: Path | None = None, limit: int | None =
 
     Args:
         source: a file (.json in LLaVA's conversation format, MM-Vet's or as a list of questions; .jsonl of questions;
-            .txt), or a built-in name: "shapes" (held-out scenes of ShapesLLaVA), "needle" (a needle in a haystack),
-            "text" (English prose and its continuation). A built-in name may carry settings after a colon:
-            "needle:length=2000,depth=0.5", "shapes:kind=description", "text:length=500".
+            .txt), or a built-in name: "shapes" (held-out scenes of ShapesLLaVA), "pages" (held-out pages of
+            PagesLLaVA), "needle" (a needle in a haystack), "text" (English prose and its continuation). A built-in name
+            may carry settings after a colon: "needle:length=2000,depth=0.5", "pages:kind=table", "text:length=500".
         images: the folder that image paths are relative to; the file's own (for MM-Vet `images` beside it) if None.
         limit: the first so many samples; None for all of a file, and what a built-in source makes by default.
         seed: of what built-in sources draw; a file is read in its order.

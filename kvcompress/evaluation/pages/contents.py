@@ -179,15 +179,13 @@ def _table(draw: random.Random) -> tuple[list[Cell], list[Fact]]:
 
 def _chart(draw: random.Random) -> tuple[list[Cell], list[Fact]]:
     values = [(name, str(draw.randint(10, 99))) for name in _rows(draw, 16, 32)]
-    rows = [
-        [*plain(f" {name} : "), *(Cell(digit, "bar") for digit in value), Cell(NEWLINE)] for name, value in values
-    ]
+    rows = [[*plain(f" {name} : "), *(Cell(digit, "bar") for digit in value), Cell(NEWLINE)] for name, value in values]
     cells, begins = _within_prose(draw, rows)
     return cells, [Fact(name, value, at + 3) for (name, value), at in zip(values, begins, strict=True)]
 
 
 def _scene(draw: random.Random) -> tuple[list[Cell], list[Fact]]:
-    objects = [(name, draw.choice(list(COLOURS)), draw.choice(SHAPES)) for name in _rows(draw, 12, 28)]
+    objects = [(name, draw.choice(list(COLOURS)), draw.choice(SHAPES)) for name in _rows(draw, 12, 20)]
     rows = []
     for name, colour, shape in objects:
         thing = (colour, shape)

@@ -109,7 +109,7 @@ def build_config(text: LlamaConfig) -> LlavaConfig:
 def build_processor(tokenizer: PreTrainedTokenizerBase) -> LlavaProcessor:
     """Joins a page (an image of another size is scaled) with text in LLaVA's way; the tokenizer is copied."""
     own: Any = copy.deepcopy(tokenizer)
-    own.add_special_tokens({"extra_special_tokens": {"image_token": IMAGE_TOKEN}})
+    own.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]})
     size = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
     return LlavaProcessor(  # type: ignore[no-untyped-call]
         image_processor=CLIPImageProcessorPil(size=size, do_center_crop=False, crop_size=size),
