@@ -57,8 +57,7 @@ def test_an_answer_is_how_the_page_goes_on_after_the_words_that_it_begins_with(p
         asked = question(page, kind, seed)
         stretch = "".join(cell.text for cell in page.cells[asked.at : asked.at + asked.tokens])
         assert stretch.strip() == asked.answer.strip()
-        begins = asked.prefix if kind != "letter" else asked.prefix[4:]
-        assert begins + asked.answer in page.text.replace(" The s", " the s") or begins + asked.answer in page.text
+        assert asked.prefix + asked.answer in page.text
 
 
 def test_no_two_splits_share_a_page() -> None:
@@ -169,4 +168,4 @@ def test_every_patch_becomes_the_embedding_of_the_token_that_it_shows(loaded: Lo
 def test_it_answers_held_out_pages_with_the_full_cache(loaded: LoadedModel, mode: Any) -> None:
     samples = load_samples("pages:kind=table", limit=3)
     (row,) = evaluate(loaded, samples, [], metrics=["exact"], question=mode)
-    assert row.values["exact"].mean >= 2 / 3
+    assert row["metrics"]["exact"]["value"] >= 2 / 3

@@ -143,13 +143,13 @@ def prose(draw: random.Random, count: int) -> list[Cell]:
 
 
 def _letter(draw: random.Random) -> tuple[list[Cell], list[Fact]]:
-    count = 3
+    count = 2
     places = [f"the {which} {what}" for which in _WHICH for what in _KINDS_OF_PLACE if which != what]
     cells: list[Cell] = []
     facts = []
     for place in draw.sample(places, count):
         cells += prose(draw, draw.randint(20, CELLS // count - 40))
-        code = str(draw.randint(1000, 9999))
+        code = str(draw.randint(100, 999))
         said = plain(f" The secret code of {place} is {code}.")
         facts.append(Fact(place, code, len(cells) + len(said) - len(code) - 1))
         cells += said

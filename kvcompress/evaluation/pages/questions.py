@@ -58,11 +58,13 @@ def question(page: Page, kind: str, seed: int = 0) -> Question:
     else:
         number = draw.randrange(2, len(page.facts))
         above, fact = page.facts[number - 2 : number], page.facts[number]
-        row = "The {} : " if kind == "scene" else "{} : "
-        text = f"What is the {fact.name}?" if kind == "scene" else f"What is the number of {fact.name}?"
-        given = "".join(f"{row.format(one.name)}{one.value}\n " for one in above)
-        prefix = given + row.format(fact.name)
-    return Question(kind, text, prefix, fact.value, 4 if kind == "letter" else 2, fact.at)
+        the, text = (
+            ("The ", f"What is the {fact.name}?") if kind == "scene" else ("", f"What is the number of {fact.name}?")
+        )
+        prefix = "".join(f"{the}{one.name} : {one.value}\n " for one in above) + f"{the}{fact.name} :"
+        prefix += "" if kind == "scene" else " "  # before digits a space is a token of its own
+    answer = f" {fact.value}" if kind == "scene" else fact.value
+    return Question(kind, text, prefix, answer, 3 if kind == "letter" else 2, fact.at)
 
 
 def _read(page: Page, draw: random.Random) -> Question:
@@ -73,4 +75,4 @@ def _read(page: Page, draw: random.Random) -> Question:
     given, wanted = (
         "".join(cell.text for cell in page.cells[a : a + n]) for a, n in ((start, _GIVEN), (middle, _ALOUD))
     )
-    return Question(READ, "Read the page aloud.", given.strip(" "), wanted, _ALOUD, middle)
+    return Question(READ, "Read the page aloud.", given.lstrip(" "), wanted, _ALOUD, middle)
