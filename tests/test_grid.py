@@ -7,14 +7,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.grid import BUDGETS, Follow, Way, compressed, followed, many_methods, needle_methods, scene_methods
+from benchmarks.grid import (
+    BUDGETS,
+    Follow,
+    Way,
+    compressed,
+    followed,
+    many_methods,
+    needle_methods,
+    page_methods,
+    scene_methods,
+)
 from benchmarks.grid import Reading as Reads
 from kvcompress import CompressedCache
 from tests import tiny
 
 WAYS = {
     f"{method} {name}": way
-    for methods in (needle_methods(), scene_methods(), many_methods())
+    for methods in (needle_methods(), scene_methods(), many_methods(), page_methods())
     for method, ways in methods.items()
     for name, way in ways.items()
     if way.config.scorer is None or not way.config.scorer.reconstructs

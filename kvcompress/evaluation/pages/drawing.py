@@ -30,7 +30,8 @@ def draw_page(page: Page) -> Image:
     Raises:
         MissingDependencyError: if pillow is not installed.
     """
-    return _pillow()[0].fromarray(draw_cells(page.cells, page.seed))
+    image: Image = _pillow()[0].fromarray(draw_cells(page.cells, page.seed))
+    return image
 
 
 def draw_cells(cells: Sequence[Cell], seed: int) -> np.ndarray:

@@ -78,9 +78,10 @@ def merged(text: Any, trained: dict[str, Tensor], dtype: torch.dtype) -> LlavaFo
     if not config.tie_word_embeddings:
         head = text.lm_head.weight
         state["lm_head.weight"] = torch.cat([head, head.new_zeros(1, head.shape[1])])
-    model = LlavaForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    model: Any = LlavaForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
     model.generation_config = copy.deepcopy(text.generation_config)
-    return model.eval()  # type: ignore[no-any-return]
+    model.eval()
+    return model  # type: ignore[no-any-return]
 
 
 def build_config(text: LlamaConfig) -> LlavaConfig:
