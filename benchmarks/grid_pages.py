@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.grid import BUDGETS, EVEN, IMAGE, OF_LAYERS, SHARED, Follow, Methods, Prompt, Way, ways
+from benchmarks.grid import BUDGETS, EVEN, IMAGE, LAYER, OF_LAYERS, SHARED, Follow, Methods, Prompt, Way, ways
 from kvcompress import CompressionConfig
 from kvcompress.evaluation.data import Sample, answer_ids, encode_sample
 from kvcompress.evaluation.models import LoadedModel
@@ -44,7 +44,7 @@ def page_methods() -> Methods:
         "snapkv": ways(IMAGE, {"name": "snapkv", "window": 8}, every),
         "attention": ways(IMAGE, "attention", every) | _presets("prefixkv", "prefixkv+merge"),
         "expected": ways(IMAGE, "expected_attention", every),
-        "tova": ways(IMAGE, "tova", {**OF_LAYERS, **EVEN}, heads=False) | _presets("text"),
+        "tova": ways(IMAGE, "tova", {**OF_LAYERS, **EVEN}, evictor=LAYER) | _presets("text"),
         "none": _presets("streaming"),
         "merged": _presets("image"),
     }

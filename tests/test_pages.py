@@ -149,7 +149,7 @@ def test_the_processor_has_the_chat_template_of_smollm2_and_leaves_its_tokenizer
             assert processor.apply_chat_template(form, add_generation_prompt=True, tokenize=False) == wanted
 
 
-@pytest.mark.parametrize("page", PAGES[: len(KINDS)], ids=names(PAGES[: len(KINDS)]))
+@pytest.mark.parametrize("page", PAGES[2:4], ids=names(PAGES[2:4]))
 def test_every_patch_becomes_the_embedding_of_the_token_that_it_shows(loaded: LoadedModel, page: Page) -> None:
     processor: Any = loaded.processor
     pixels = processor(images=draw_page(page), text="<image>", return_tensors="pt").pixel_values
