@@ -196,7 +196,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--export", required=True, help="folder that weights and metrics are written to")
     parser.add_argument("--pages", type=int, default=120, help="drill pages to fit on, twice")
-    parser.add_argument("--held-out", type=int, default=16, help="held-out pages of each kind to measure on")
+    parser.add_argument("--held-out", type=int, default=4, help="held-out pages of each kind to measure on")
     options = parser.parse_args()
     folder, start = Path(options.export), time.time()
     folder.mkdir(parents=True, exist_ok=True)
