@@ -234,6 +234,14 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         scores = self.scored(step, scorer, context)
         self.learn(scorer, scores if gone is None or not gone.any() else with_last(scores, gone))
 
+    def score_part(self, step: Prefill, part: slice) -> Tensor:
+        """Scores of some of the slots that were there before a step which may be undone, by its queries."""
+        scorer, of, index = self.config.scorer, self.unscored, self.index
+        assert scorer is not None and of is not None and index is not None
+        keys, values = self.every_slot()
+        context = self.context(step, of, keys, values, index, self._valid(step))
+        return self.scored(step, scorer, context, slice(*part.indices(keys.shape[2] - of.query.shape[2])))
+
     def context(
         self, step: Prefill, of: Unscored, keys: Tensor, values: Tensor, index: Tensor, valid: Tensor | None
     ) -> LayerContext:
@@ -256,12 +264,12 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
             last_seen=of.last_seen,
         )
 
-    def scored(self, step: Prefill, scorer: Scorer, context: LayerContext) -> Tensor:
-        """What a scorer says of every slot that it was shown, in float32; what may be wrong with it is noted."""
+    def scored(self, step: Prefill, scorer: Scorer, context: LayerContext, part: slice | None = None) -> Tensor:
+        """What a scorer says of the slots that it was shown, in float32; what may be wrong with it is noted."""
         with policy_errors(scorer, self.number):
-            scores = scorer.score(context)
+            scores = scorer.score(context) if part is None else scorer.score_part(context, part)
             shape = tuple(scores.shape)
-        expected = tuple(context.keys.shape[:3])
+        expected = tuple(context.keys[:, :, part or slice(None)].shape[:3])
         label = f"scorer {scorer.name}: layer {self.number}: must return finite scores of the shape {expected}"
         if shape != expected:
             raise PolicyError(f"{label} [batch, kv_heads, tokens]; got the shape {shape}")

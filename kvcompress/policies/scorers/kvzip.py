@@ -31,8 +31,16 @@ class KVzip(Scorer):
 
     def score(self, layer: LayerContext) -> Importance:
         """Costs queries x tokens x head_dim, a tile of queries at a time."""
-        if layer.lse is None:
-            raise RuntimeError("attention: the scorer must set reads_attention = True to read attention")
-        return highest_probability(
-            layer.query, layer.keys, layer.lse, layer.scaling, layer.valid, layer.softcap, layer.last_seen
-        )
+        return _highest(layer)
+
+    def score_part(self, layer: LayerContext, part: slice) -> Importance:
+        """Costs queries x slots of the part x head_dim."""
+        return _highest(layer, part)
+
+
+def _highest(layer: LayerContext, part: slice | None = None) -> Importance:
+    if layer.lse is None:
+        raise RuntimeError("attention: the scorer must set reads_attention = True to read attention")
+    return highest_probability(
+        layer.query, layer.keys, layer.lse, layer.scaling, layer.valid, layer.softcap, layer.last_seen, part
+    )
