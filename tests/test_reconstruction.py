@@ -57,7 +57,10 @@ def fed(tokenizer: Tokenizer, ids: list[int], chunk: int) -> list[list[int]]:
 
 
 def highest(name: str, inputs: dict[str, Any], parts: list[list[int]], chunk: int) -> list[Tensor]:
-    """The highest probability that a query of its own part gives each prompt token, `[kv_heads, tokens]` per layer."""
+    """The highest probability that a query of its own part gives each prompt token, `[kv_heads, tokens]` per layer.
+
+    Shared among the first four tokens, the part, and what is fed to have it repeated.
+    """
     tokens = inputs["input_ids"].shape[1]
     best: list[list[Tensor]] = [[], [], []]
     images = {key: value for key, value in inputs.items() if key == "pixel_values"}
@@ -67,8 +70,10 @@ def highest(name: str, inputs: dict[str, Any], parts: list[list[int]], chunk: in
         more = images if tiny.IMAGE_TOKEN in part else {}
         dense.run({"input_ids": torch.tensor([part]), **more}, [[[list(range(tokens))]]] * 3)
         for layer, module in enumerate(dense.layers):
-            weights = module.weights[0].unflatten(0, (dense.kv_heads, -1))[..., own].flatten(1, 2)
-            best[layer].append(weights.amax(1))
+            weights = module.weights[0].unflatten(0, (dense.kv_heads, -1)).flatten(1, 2)
+            asked, first = weights[..., own], weights[..., : min(4, own.start)]
+            among = asked.sum(-1) + first.sum(-1) + weights[..., tokens:].sum(-1)
+            best[layer].append((asked / among.unsqueeze(-1)).amax(1))
     return [torch.cat(of_parts, 1) for of_parts in best]
 
 

@@ -219,7 +219,7 @@ class CompressedCache(Forwards, CacheContract):
         """
         undoing.compress(self._state)
 
-    def score_by_reconstruction(self, tokenizer: Any, inputs: Mapping[str, Any], *, chunk: int = 2048) -> None:
+    def score_by_reconstruction(self, tokenizer: Any, inputs: Mapping[str, Any], *, chunk: int = 512) -> None:
         """Reads a prompt, asks the model to repeat it, and keeps what that looks at: compression without a question.
 
         For the scorer `kvzip`, and many questions on one document: ask them of copies (`copy.deepcopy(cache)`). The
