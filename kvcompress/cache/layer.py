@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvcompress.cache.contract import LayerContract
 from kvcompress.cache.recent import Recent
+from kvcompress.cache.repeating import Near
 from kvcompress.cache.selection import (
     Ranked,
     compress,
@@ -138,9 +139,13 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         valid = self._valid(step)
         wants_lse, blocks = self._reads_attention or sinks is not None, self.store.blocks(self.slots)
         last = None if step.last_seen is None else step.last_seen.to(query.device)
-        output, lse = attend_blocks(query, blocks, past, scaling, valid, wants_lse, softcap, last)
-        if lse is not None:
-            output, lse = with_sinks(output, lse, sinks)
+        if step.part is None:
+            output, lse = attend_blocks(query, blocks, past, scaling, valid, wants_lse, softcap, last)
+            if lse is not None:
+                output, lse = with_sinks(output, lse, sinks)
+        else:
+            near = Near.of(step.part, past)
+            output, lse = near.attend(query, *self.every_slot(), scaling, valid, softcap, last, sinks)
         shows = Unscored(query, lse, scaling, weights, last)
         if step.evicts:
             self._score(step, shows)
@@ -235,12 +240,13 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         self.learn(scorer, scores if gone is None or not gone.any() else with_last(scores, gone))
 
     def score_part(self, step: Prefill, part: slice) -> Tensor:
-        """Scores of some of the slots that were there before a step which may be undone, by its queries."""
-        scorer, of, index = self.config.scorer, self.unscored, self.index
+        """Scores of a part's slots by the step that repeated it, as if what is near were all that the layer holds."""
+        scorer, of, index, valid = self.config.scorer, self.unscored, self.index, self._valid(step)
         assert scorer is not None and of is not None and index is not None
-        keys, values = self.every_slot()
-        context = self.context(step, of, keys, values, index, self._valid(step))
-        return self.scored(step, scorer, context, slice(*part.indices(keys.shape[2] - of.query.shape[2])))
+        near = Near.of(part, index.shape[2] - of.query.shape[2])
+        keys, values, index = (near.taken(tensor) for tensor in (*self.every_slot(), index))
+        context = self.context(step, of, keys, values, index, None if valid is None else near.taken(valid))
+        return self.scored(step, scorer, context, near.asked)
 
     def context(
         self, step: Prefill, of: Unscored, keys: Tensor, values: Tensor, index: Tensor, valid: Tensor | None

@@ -54,7 +54,9 @@ def reconstruct(
     for fed, fed_mask, part in _parts(tokenizer, ids, mask, chunk):
         every = torch.cat([mask, fed_mask], 1)
         positions = _positions(every, fed.shape[1])
+        state.part = part
         forward(**{**seen, "input_ids": fed, "attention_mask": every, "position_ids": positions, **more})
+        state.part = None
         found.append(_scores(state, fed.shape[1], part))
     for layer, scores in zip(state.layers, zip(*found, strict=True), strict=True):
         layer.scores = torch.cat(scores, -1)

@@ -46,6 +46,7 @@ class CacheState:
         table: where tokens lie while the model decodes; None until the next step makes it.
         recording: whether eviction waits for `crop`.
         waiting: kind of the step whose eviction waits.
+        part: slots of the prompt that the coming forward repeats; None if it repeats nothing.
         step: forward in progress; what is interrupted stays, and the cache is broken.
         reduced: what became of images in a step whose last layer has attended.
         device_only: whether a decode step runs for what it asks of the device alone, since the host has counted it.
@@ -87,6 +88,7 @@ class CacheState:
         self.whole_prompt: Prompt | None = None
         self.ran: str | None = None
         self.repeated = False
+        self.part: slice | None = None
         self.step: Step | None = None
 
     def choose(self, prompt: Prompt) -> None:

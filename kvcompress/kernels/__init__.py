@@ -15,7 +15,7 @@ from kvcompress.kernels.dense import (
     without_autocast,
 )
 from kvcompress.kernels.device import runs_triton, sent
-from kvcompress.kernels.highest import highest_among, highest_probability
+from kvcompress.kernels.highest import highest_probability
 from kvcompress.kernels.mass import attention_mass
 from kvcompress.kernels.probabilities import attention_probabilities, visible_keys
 from kvcompress.kernels.ragged import decode_attention, write_slots
@@ -34,7 +34,6 @@ __all__ = [
     "decode_attention",
     "decode_attention_codes",
     "decode_bias",
-    "highest_among",
     "highest_probability",
     "in_one_dtype",
     "masked_attention_with_lse",

@@ -93,8 +93,9 @@ class Scorer(Policy):
         """Scores some slots alone; what `score_by_reconstruction` asks of a scorer that is made for it.
 
         Args:
-            layer: the layer right after its attention to what repeats a part of the prompt.
-            part: the slots of that part, of tokens before those of this forward.
+            layer: the layer right after its attention to what repeats a part of the prompt, as if it held nothing but
+                the first four tokens, the part, and the repetition.
+            part: the slots of that part.
 
         Returns:
             What `score` says of them, `[batch, kv_heads, slots of the part]`.
