@@ -54,10 +54,10 @@ def reconstruct(
     for fed, fed_mask, part in _parts(tokenizer, ids, mask, chunk):
         every = torch.cat([mask, fed_mask], 1)
         positions = _positions(every, fed.shape[1])
-        state.part = part
-        forward(**{**seen, "input_ids": fed, "attention_mask": every, "position_ids": positions, **more})
-        state.part = None
-        found.append(_scores(state, fed.shape[1], part))
+        with state.undone():
+            state.part = part
+            forward(**{**seen, "input_ids": fed, "attention_mask": every, "position_ids": positions, **more})
+            found.append(_scores(state, part))
     for layer, scores in zip(state.layers, zip(*found, strict=True), strict=True):
         layer.scores = torch.cat(scores, -1)
     state.recording, state.waiting = False, Phase.PREFILL
@@ -135,21 +135,13 @@ def _answer(tokenizer: Any) -> str:
     return text.rpartition(_MARK)[2]
 
 
-def _scores(state: CacheState, positions: int, part: slice) -> list[Tensor]:
-    """Scores of a part's slots in every layer by the step just run, all of whose positions are then taken back."""
-    sequence = state.sequence
+def _scores(state: CacheState, part: slice) -> list[Tensor]:
+    """Scores of a part's slots in every layer by the step just run."""
     with state.changing() as step:
         decoding.tidy(state)
-        step.row_seen = sequence.row_seen
+        step.row_seen = state.sequence.row_seen
         found = [layer.score_part(step, part) for layer in state.layers]
-        gone = sequence.tokens_after(sequence.seen - positions)
-        for layer in state.layers:
-            layer.drop_from(sequence.row_seen - gone)
-        state.own.crop(positions)
-        sequence.crop(sequence.seen - positions, gone, whole_step=True)
-        state.calls.crop(sequence.seen)
         step.problems.refuse()
-    _forget_step(state)
     return found
 
 
