@@ -46,7 +46,7 @@ def fed(tokenizer: Tokenizer, ids: list[int], chunk: int) -> list[list[int]]:
     """What is said to have a row repeated, part by part."""
     words = {
         "whole": tokenizer("\n\nRepeat the previous context exactly.", False)["input_ids"],
-        "part": tokenizer("\n\nRepeat the part of the previous context exactly, starting with", False)["input_ids"],
+        "part": tokenizer("\n\nRepeat the part of the previous context exactly, starting with ", False)["input_ids"],
         "answer": tokenizer("<end><assistant>" if tokenizer.chat_template else "\n", False)["input_ids"],
     }
     found = []

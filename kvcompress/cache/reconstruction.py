@@ -17,7 +17,7 @@ from kvcompress.errors import CacheStateError, ConfigError, UnsupportedModeError
 from kvcompress.kernels import sent
 
 _ASK = "\n\nRepeat the previous context exactly."
-_ASK_PART = "\n\nRepeat the part of the previous context exactly, starting with"
+_ASK_PART = "\n\nRepeat the part of the previous context exactly, starting with "
 _LEAD = 8  # last tokens of the part before, which the next part follows
 _MARK = "kvcompress"  # stands for what a user says
 
