@@ -147,7 +147,6 @@ def test_what_is_no_mass_is_refused(allocator: Allocator, value: float, layer: i
 def test_an_allocation_reads_the_device_once(allocator: Allocator) -> None:
     """All checks together, those of allocators within it included; none where the caller reads them."""
     given = valid_input()
-    given["context"] = replace(given["context"], is_image=torch.rand(3, 2, 5) < 0.5)
     with Operations() as operations:
         budget = allocator.allocate(**given)
     assert operations.syncs == 1
@@ -164,7 +163,7 @@ def test_how_much_an_allocation_does_does_not_depend_on_sizes(allocator: Allocat
     numbers = []
     for layers, tokens in ((3, 5), (32, 300)):
         own, counts = strategies.for_layers(allocator, layers), torch.full((layers, 2), tokens)
-        context = AllocationContext(statistics=known(layers), is_image=torch.rand(layers, 2, tokens) < 0.5)
+        context = AllocationContext(statistics=known(layers))
         with Operations() as operations:
             own.allocate(torch.rand(layers, 2, tokens), counts.sum(0) // 2, counts * 0, counts, context)
         numbers.append(operations.number)

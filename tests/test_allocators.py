@@ -484,19 +484,18 @@ def test_a_missing_or_wrong_statistic_is_refused_by_name(name: str, value: Tenso
 # -- heads that hold different tokens ----------------------------------------------------------------------------------
 
 
-@given(layer=selection_contexts(images=True))
+@given(layer=selection_contexts())
 def test_heads_that_hold_different_tokens_are_compared_rank_by_rank(layer: SelectionContext) -> None:
-    """The best image token of every head count as one, at the place of the first head's, and so on; text likewise."""
+    """The best tokens of all heads count as one, at the place of the first head's, and so on."""
     heads = layer.importance.shape[1]
-    columns = layer.index.expand(-1, heads, -1)
-    images = (layer.is_image & layer.valid).expand(-1, heads, -1)
-    found = _rank_by_rank(layer.importance, columns, images)[:, 0]
+    index = layer.index.expand(-1, heads, -1)
+    found = _rank_by_rank(layer.importance, index)[:, 0]
     for row in range(len(found)):
-        for kind in (images[row], (columns[row] >= 0) & ~images[row]):
-            ranked = [layer.importance[row, head][kind[head]].sort(descending=True).values for head in range(heads)]
-            first = layer.importance[row, 0].masked_fill(~kind[0], -1.0)
-            order = first.argsort(descending=True, stable=True)[: int(kind[0].sum())]
-            assert torch.equal(found[row][order], torch.stack(ranked).mean(0))
+        held = index[row] >= 0
+        ranked = [layer.importance[row, head][held[head]].sort(descending=True).values for head in range(heads)]
+        first = layer.importance[row, 0].masked_fill(~held[0], -1.0)
+        order = first.argsort(descending=True, stable=True)[: int(held[0].sum())]
+        assert torch.equal(found[row][order], torch.stack(ranked).mean(0))
 
 
 # -- chunks ------------------------------------------------------------------------------------------------------------

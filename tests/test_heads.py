@@ -18,7 +18,7 @@ from kvcompress.kernels import attend_blocks
 from kvcompress.policies.base import Scorer
 from kvcompress.policies.context import AllocationContext, LayerContext, LayerWeights
 from kvcompress.testing.running import forwards, require_masked, with_budget
-from tests import strategies, tiny
+from tests import oracles, strategies, tiny
 from tests.reference import Reference
 from tests.strategies import examples
 from tests.test_physical_equals_masked import budgets, schedules
@@ -243,6 +243,24 @@ def test_one_head_per_layer_is_prefix() -> None:
     asked = importance, torch.tensor([17, 20]), floor, floor * 9
     budgets = [ALLOCATORS.create(name).allocate(*asked) for name in ("prefix", "headprefix")]
     assert budgets[0].equal(budgets[1])
+
+
+@pytest.mark.parametrize("protected", ["floor", "on_top"])
+@pytest.mark.parametrize("even", [0.0, 0.4, 1.0])
+@examples(12)
+@given(given=strategies.allocation_inputs(kinds=st.just("dyadic"), max_tokens=16))
+def test_headprefix_ranks_the_heads_of_all_layers_together(
+    even: float, protected: str, given: strategies.AllocationInput
+) -> None:
+    """With exact shares, as brute force has it: an even part for every head first, then ranks by layer, head, rank."""
+    asked = given.with_heads()
+    headprefix = ALLOCATORS.create("headprefix", even=even, protected=protected)
+    budget = headprefix.allocate(asked.importance, asked.total, asked.floor, asked.capacity)
+    for row, total in enumerate(asked.total.tolist()):
+        masses = asked.importance[:, row].flatten(0, 1).tolist()
+        floor, capacity = asked.floor[:, row].flatten().tolist(), asked.capacity[:, row].flatten().tolist()
+        wanted = oracles.prefix_budgets(masses, total, floor, capacity, protected, even)
+        assert budget[:, row].flatten().tolist() == wanted
 
 
 def test_adakv_gives_a_layer_to_its_highest_scores() -> None:

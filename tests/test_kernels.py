@@ -431,8 +431,12 @@ def test_a_cuda_graph_holds_decoding_while_lengths_change(dtype: torch.dtype) ->
 @pytest.mark.parametrize("ahead", [False, True], ids=["causal", "both ways"])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("padded", [False, True])
-def test_the_highest_probability_is_that_of_all_written_out(padded: bool, softcap: float | None, ahead: bool) -> None:
+@pytest.mark.parametrize("part", [None, slice(3, 17)], ids=["all", "part"])
+def test_the_highest_probability_is_that_of_all_written_out(
+    part: slice | None, padded: bool, softcap: float | None, ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Over the queries of a group's heads, more of them than are taken at once, and after older keys."""
+    monkeypatch.setattr(kernels.highest, "_TILE_LOGITS_CPU", 1)
     g = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 4, 70, 8, generator=g), torch.randn(2, 2, 90, 8, generator=g)
     lse, valid, last_seen = torch.randn(2, 4, 70, generator=g) + 6, None, None
@@ -444,7 +448,8 @@ def test_the_highest_probability_is_that_of_all_written_out(padded: bool, softca
         last_seen[:, 5:40] = 40
     rows = None if valid is None else valid[:, 0]
     every = kernels.attention_probabilities(query, key, lse, 0.3, 70, rows, softcap, last_seen)
-    found = kernels.highest_probability(query, key, lse, 0.3, valid, softcap, last_seen)
+    found = kernels.highest_probability(query, key, lse, 0.3, valid, softcap, last_seen, part)
     wanted = every.unflatten(1, (2, 2)).amax((2, 3))
     seen = torch.ones_like(wanted, dtype=torch.bool) if valid is None else valid.expand_as(wanted)
+    wanted, seen = (of_keys[..., part or slice(None)] for of_keys in (wanted, seen))
     torch.testing.assert_close(found[seen], wanted[seen])

@@ -46,7 +46,7 @@ def fed(tokenizer: Tokenizer, ids: list[int], chunk: int) -> list[list[int]]:
     """What is said to have a row repeated, part by part."""
     words = {
         "whole": tokenizer("\n\nRepeat the previous context exactly.", False)["input_ids"],
-        "part": tokenizer("\n\nRepeat the part of the previous context exactly, starting with", False)["input_ids"],
+        "part": tokenizer("\n\nRepeat the part of the previous context exactly, starting with ", False)["input_ids"],
         "answer": tokenizer("<end><assistant>" if tokenizer.chat_template else "\n", False)["input_ids"],
     }
     found = []
@@ -56,20 +56,25 @@ def fed(tokenizer: Tokenizer, ids: list[int], chunk: int) -> list[list[int]]:
     return found
 
 
-def highest(name: str, inputs: dict[str, Any], parts: list[list[int]]) -> list[Tensor]:
-    """The highest probability that a query of any part gives each prompt token, `[kv_heads, tokens]` per layer."""
+def highest(name: str, inputs: dict[str, Any], parts: list[list[int]], chunk: int) -> list[Tensor]:
+    """The highest probability that a query of its own part gives each prompt token, `[kv_heads, tokens]` per layer.
+
+    Shared among the first four tokens, the part, and what is fed to have it repeated.
+    """
     tokens = inputs["input_ids"].shape[1]
-    best = [torch.zeros(0)] * 3
+    best: list[list[Tensor]] = [[], [], []]
     images = {key: value for key, value in inputs.items() if key == "pixel_values"}
-    for part in parts:
-        dense = Reference(name)
+    for number, part in enumerate(parts):
+        dense, own = Reference(name), slice(number * chunk, min((number + 1) * chunk, tokens))
         dense.run(inputs, [])
         more = images if tiny.IMAGE_TOKEN in part else {}
         dense.run({"input_ids": torch.tensor([part]), **more}, [[[list(range(tokens))]]] * 3)
         for layer, module in enumerate(dense.layers):
-            weights = module.weights[0].unflatten(0, (dense.kv_heads, -1))[..., :tokens].flatten(1, 2).amax(1)
-            best[layer] = weights if not len(best[layer]) else torch.maximum(best[layer], weights)
-    return best
+            weights = module.weights[0].unflatten(0, (dense.kv_heads, -1)).flatten(1, 2)
+            asked, first = weights[..., own], weights[..., : min(4, own.start)]
+            among = asked.sum(-1) + first.sum(-1) + weights[..., tokens:].sum(-1)
+            best[layer].append((asked / among.unsqueeze(-1)).amax(1))
+    return [torch.cat(of_parts, 1) for of_parts in best]
 
 
 @pytest.mark.parametrize("template", [False, True])
@@ -80,7 +85,7 @@ def test_each_head_keeps_what_repeating_the_prompt_looks_at(name: str, chunk: in
     inputs, tokenizer = tiny.inputs(name, 50, seed=4), Tokenizer(template)
     cache = CompressedCache(tiny.model(name), CONFIG)
     cache.score_by_reconstruction(tokenizer, inputs, chunk=chunk)
-    best = highest(name, inputs, fed(tokenizer, inputs["input_ids"][0].tolist(), chunk))
+    best = highest(name, inputs, fed(tokenizer, inputs["input_ids"][0].tolist(), chunk), chunk)
     assert cache.report().tokens_seen == 50
     for layer, heads in enumerate(best):
         for head, scores in enumerate(heads.tolist()):
@@ -96,7 +101,7 @@ def test_an_image_is_repeated_with_its_pixels() -> None:
     cache = CompressedCache(tiny.model("llava_36"), CONFIG)
     cache.score_by_reconstruction(tokenizer, inputs, chunk=5)
     ids = inputs["input_ids"][0].tolist()
-    best = highest("llava_36", inputs, fed(tokenizer, ids, len(ids)))
+    best = highest("llava_36", inputs, fed(tokenizer, ids, len(ids)), len(ids))
     for layer, heads in enumerate(best):
         for head, scores in enumerate(heads.tolist()):
             loose = sorted(range(1, len(ids) - 2), key=lambda column: -scores[column])

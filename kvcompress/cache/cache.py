@@ -219,11 +219,12 @@ class CompressedCache(Forwards, CacheContract):
         """
         undoing.compress(self._state)
 
-    def score_by_reconstruction(self, tokenizer: Any, inputs: Mapping[str, Any], *, chunk: int = 2048) -> None:
+    def score_by_reconstruction(self, tokenizer: Any, inputs: Mapping[str, Any], *, chunk: int = 512) -> None:
         """Reads a prompt, asks the model to repeat it, and keeps what that looks at: compression without a question.
 
         For the scorer `kvzip`, and many questions on one document: ask them of copies (`copy.deepcopy(cache)`). The
-        prompt is held whole until it is scored; the repetition is taken back.
+        prompt is held whole until it is scored; the repetition is taken back. Each token is scored by the repetition of
+        its own part, which attends to the whole prompt and to itself.
 
         Source: KVzip (arXiv 2505.23416, section 3; its released code for the words of the request).
 
@@ -231,7 +232,7 @@ class CompressedCache(Forwards, CacheContract):
             tokenizer: the model's, for the request; its chat template, if it has one, tells how an answer begins.
             inputs: what the model is called with: `input_ids` `[batch, tokens]`, `attention_mask` where rows have
                 padding, and what images need. A prompt with images is repeated as a whole.
-            chunk: tokens that are repeated at a time.
+            chunk: tokens of a part, which is repeated at a time; small ones cost less attention, and a request each.
 
         Raises:
             ConfigError: if the scorer is not made for it, or the inputs hold no ids.

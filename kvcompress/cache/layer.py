@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kvcompress.cache.contract import LayerContract
 from kvcompress.cache.recent import Recent
+from kvcompress.cache.repeating import Near
 from kvcompress.cache.selection import (
     Ranked,
     compress,
@@ -138,9 +139,13 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         valid = self._valid(step)
         wants_lse, blocks = self._reads_attention or sinks is not None, self.store.blocks(self.slots)
         last = None if step.last_seen is None else step.last_seen.to(query.device)
-        output, lse = attend_blocks(query, blocks, past, scaling, valid, wants_lse, softcap, last)
-        if lse is not None:
-            output, lse = with_sinks(output, lse, sinks)
+        if step.part is None:
+            output, lse = attend_blocks(query, blocks, past, scaling, valid, wants_lse, softcap, last)
+            if lse is not None:
+                output, lse = with_sinks(output, lse, sinks)
+        else:
+            near = Near.of(step.part, past)
+            output, lse = near.attend(query, *self.every_slot(), scaling, valid, softcap, last, sinks)
         shows = Unscored(query, lse, scaling, weights, last)
         if step.evicts:
             self._score(step, shows)
@@ -234,6 +239,15 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         scores = self.scored(step, scorer, context)
         self.learn(scorer, scores if gone is None or not gone.any() else with_last(scores, gone))
 
+    def score_part(self, step: Prefill, part: slice) -> Tensor:
+        """Scores of a part's slots by the step that repeated it, as if what is near were all that the layer holds."""
+        scorer, of, index, valid = self.config.scorer, self.unscored, self.index, self._valid(step)
+        assert scorer is not None and of is not None and index is not None
+        near = Near.of(part, index.shape[2] - of.query.shape[2])
+        keys, values, index = (near.taken(tensor) for tensor in (*self.every_slot(), index))
+        context = self.context(step, of, keys, values, index, None if valid is None else near.taken(valid))
+        return self.scored(step, scorer, context, near.asked)
+
     def context(
         self, step: Prefill, of: Unscored, keys: Tensor, values: Tensor, index: Tensor, valid: Tensor | None
     ) -> LayerContext:
@@ -256,12 +270,12 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
             last_seen=of.last_seen,
         )
 
-    def scored(self, step: Prefill, scorer: Scorer, context: LayerContext) -> Tensor:
-        """What a scorer says of every slot that it was shown, in float32; what may be wrong with it is noted."""
+    def scored(self, step: Prefill, scorer: Scorer, context: LayerContext, part: slice | None = None) -> Tensor:
+        """What a scorer says of the slots that it was shown, in float32; what may be wrong with it is noted."""
         with policy_errors(scorer, self.number):
-            scores = scorer.score(context)
+            scores = scorer.score(context) if part is None else scorer.score_part(context, part)
             shape = tuple(scores.shape)
-        expected = tuple(context.keys.shape[:3])
+        expected = tuple(context.keys[:, :, part or slice(None)].shape[:3])
         label = f"scorer {scorer.name}: layer {self.number}: must return finite scores of the shape {expected}"
         if shape != expected:
             raise PolicyError(f"{label} [batch, kv_heads, tokens]; got the shape {shape}")

@@ -34,7 +34,7 @@ def begin(
     batch = len(mask.row_new)
     decoding.catch_up_if_needed(state)
     sequence, first = state.sequence, state.sequence.seen
-    step = Prefill(queries=queries, evicts=not state.recording, row_new=mask.row_new)
+    step = Prefill(queries=queries, evicts=not state.recording, row_new=mask.row_new, part=state.part)
     state.step, state.reduced = step, None  # from here on, what is interrupted has failed
     decoding.tidy(state)
     new_valid, step.order, step.first_order = mask.new_valid, mask.order, mask.order

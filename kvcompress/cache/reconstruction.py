@@ -17,7 +17,7 @@ from kvcompress.errors import CacheStateError, ConfigError, UnsupportedModeError
 from kvcompress.kernels import sent
 
 _ASK = "\n\nRepeat the previous context exactly."
-_ASK_PART = "\n\nRepeat the part of the previous context exactly, starting with"
+_ASK_PART = "\n\nRepeat the part of the previous context exactly, starting with "
 _LEAD = 8  # last tokens of the part before, which the next part follows
 _MARK = "kvcompress"  # stands for what a user says
 
@@ -50,15 +50,16 @@ def reconstruct(
         layer.close_ranks(room=0)
     if any(isinstance(value, Tensor) and value.is_floating_point() for value in seen.values()):
         chunk = ids.shape[1]  # an image is repeated as a whole, with its pixels
-    best: list[Tensor] = []
-    for part, part_mask in _parts(tokenizer, ids, mask, chunk):
-        every = torch.cat([mask, part_mask], 1)
-        positions = _positions(every, part.shape[1])
-        forward(**{**seen, "input_ids": part, "attention_mask": every, "position_ids": positions, **more})
-        scores = _scores(state, part.shape[1])
-        best = scores if not best else [torch.maximum(old, new) for old, new in zip(best, scores, strict=True)]
-    for layer, scores_of_layer in zip(state.layers, best, strict=True):
-        layer.scores = scores_of_layer
+    found: list[list[Tensor]] = []
+    for fed, fed_mask, part in _parts(tokenizer, ids, mask, chunk):
+        every = torch.cat([mask, fed_mask], 1)
+        positions = _positions(every, fed.shape[1])
+        with state.undone():
+            state.part = part
+            forward(**{**seen, "input_ids": fed, "attention_mask": every, "position_ids": positions, **more})
+            found.append(_scores(state, part))
+    for layer, scores in zip(state.layers, zip(*found, strict=True), strict=True):
+        layer.scores = torch.cat(scores, -1)
     state.recording, state.waiting = False, Phase.PREFILL
     undoing.compress(state)
     state.own.record(False)
@@ -106,8 +107,8 @@ def _positions(mask: Tensor, last: int) -> Tensor:
     return (mask.long().cumsum(1) - 1).clamp(min=0)[:, -last:]
 
 
-def _parts(tokenizer: Any, ids: Tensor, mask: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """What is fed to have each part repeated: the request, and the part; with a mask, padding first."""
+def _parts(tokenizer: Any, ids: Tensor, mask: Tensor, chunk: int) -> Iterator[tuple[Tensor, Tensor, slice]]:
+    """What is fed to have each part repeated: the request, and the part; with a mask, padding first; the part."""
 
     def encoded(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
@@ -122,7 +123,7 @@ def _parts(tokenizer: Any, ids: Tensor, mask: Tensor, chunk: int) -> Iterator[tu
         longest = max(map(len, fed))
         padded = sent([[0] * (longest - len(row)) + row for row in fed], ids.device, ids.dtype)
         marks = [[0] * (longest - len(row)) + [1] * len(row) for row in fed]
-        yield padded, sent(marks, mask.device, mask.dtype)
+        yield padded, sent(marks, mask.device, mask.dtype), slice(start, start + chunk)
 
 
 def _answer(tokenizer: Any) -> str:
@@ -134,25 +135,13 @@ def _answer(tokenizer: Any) -> str:
     return text.rpartition(_MARK)[2]
 
 
-def _scores(state: CacheState, positions: int) -> list[Tensor]:
-    """Scores of every layer's slots by the step just run, all of whose positions are then taken back."""
-    sequence = state.sequence
+def _scores(state: CacheState, part: slice) -> list[Tensor]:
+    """Scores of a part's slots in every layer by the step just run."""
     with state.changing() as step:
         decoding.tidy(state)
-        undoing.settle(state, step, 0)
-        gone = sequence.tokens_after(sequence.seen - positions)
-        left = sequence.row_seen - gone
-        found = []
-        for layer in state.layers:
-            scores, slots = layer.scores, int(left.max())
-            assert scores is not None
-            found.append(scores[..., :slots].clone())
-            layer.drop_from(left)
-        state.own.crop(positions)
-        sequence.crop(sequence.seen - positions, gone, whole_step=True)
-        state.calls.crop(sequence.seen)
+        step.row_seen = state.sequence.row_seen
+        found = [layer.score_part(step, part) for layer in state.layers]
         step.problems.refuse()
-    _forget_step(state)
     return found
 
 

@@ -58,7 +58,6 @@ class Ranking:
         importance: importance of each slot over all heads, `[layers * batch, kv_heads, slots]`; None without a scorer.
         valid: which slots hold a token.
         protected: which slots must stay.
-        is_image: which slots hold image tokens; None for text alone.
     """
 
     layers: int
@@ -66,32 +65,29 @@ class Ranking:
     importance: Tensor | None
     valid: Tensor
     protected: Tensor
-    is_image: Tensor | None
 
     def of_heads(self, heads: int) -> tuple[Tensor, AllocationContext]:
         """Importance in every head, `[layers, batch, kv_heads, slots]`, with what else allocators read of slots."""
         rows, _, slots = self.index.shape
         shape = (self.layers, rows // self.layers, heads, slots)
-        known = (self.valid, self.is_image, self.protected)
-        valid, images, protected = (None if one is None else one.expand(-1, heads, -1).view(shape) for one in known)
+        valid, protected = (mask.expand(-1, heads, -1).view(shape) for mask in (self.valid, self.protected))
         importance = self.importance
         if importance is None:
             importance = torch.zeros((), dtype=torch.float32, device=self.index.device).expand(rows, heads, slots)
-        return importance.reshape(shape), AllocationContext(valid=valid, is_image=images, protected=protected)
+        return importance.reshape(shape), AllocationContext(valid=valid, protected=protected)
 
     def means(self) -> tuple[Tensor, AllocationContext]:
         """Head-mean importance of every layer, `[layers, batch, slots]`, with what else allocators read of slots."""
         shape = (self.layers, -1, self.index.shape[2])
         valid, protected = (mask[:, 0].view(shape) for mask in (self.valid, self.protected))
-        images = None if self.is_image is None else self.is_image[:, 0].view(shape)
         if self.importance is None:
             mean = torch.zeros(valid.shape, dtype=torch.float32, device=self.index.device)
         else:
             importance = self.importance
             if self.index.shape[1] > 1:
-                importance = _rank_by_rank(importance, self.index, self.is_image)
+                importance = _rank_by_rank(importance, self.index)
             mean = importance.mean(1).view(shape)
-        return mean, AllocationContext(valid=valid, is_image=images, protected=protected)
+        return mean, AllocationContext(valid=valid, protected=protected)
 
 
 def ranking_of(
@@ -122,7 +118,6 @@ def ranking_of(
         importance=None if not known else known[0] if len(known) == 1 else torch.cat(known),
         valid=step.once("valid", index, lambda: index >= 0),
         protected=step.once("protected", index, lambda: sequence.protected(index, *protection(config))),
-        is_image=step.once("images", index, lambda: sequence.images_at(index)),
     )
 
 
@@ -190,7 +185,6 @@ def _selected(layers: List[CompressedLayer], step: Prefill, allocation: Allocati
         protected=_by_head(ranking.protected, sets),
         index=_by_head(ranking.index, sets),
         importance=None if ranking.importance is None else _by_head(ranking.importance, sets),
-        is_image=None if ranking.is_image is None else _by_head(ranking.is_image, sets),
         problems=step.problems,
         value_norms=_by_head(_value_norms(layers, ranking), sets) if evictor.reads_value_norms else None,
     )
@@ -248,14 +242,12 @@ def _padded(tensor: Tensor, slots: int, fill: float) -> Tensor:
     return tensor if tensor.shape[-1] == slots else F.pad(tensor, (0, slots - tensor.shape[-1]), value=fill)
 
 
-def _rank_by_rank(score: Tensor, index: Tensor, images: Tensor | None) -> Tensor:
+def _rank_by_rank(score: Tensor, index: Tensor) -> Tensor:
     """Mean importance over heads that hold different tokens, where the best of each head count as one token, and so on.
 
-    Image tokens are ranked apart from text. The mean of a rank stands where the first head has the token of that rank.
+    The mean of a rank stands where the first head has the token of that rank.
     """
-    kind = (index < 0).long() * 2 - (0 if images is None else images.long())
-    order = score.argsort(dim=-1, descending=True, stable=True)
-    order = order.gather(-1, kind.gather(-1, order).argsort(dim=-1, stable=True))
+    order = score.masked_fill(index < 0, -torch.inf).argsort(dim=-1, descending=True, stable=True)
     ranked = score.gather(-1, order).mean(1, keepdim=True)
     return torch.zeros_like(ranked).scatter_(-1, order[:, :1], ranked)
 

@@ -46,6 +46,7 @@ class CacheState:
         table: where tokens lie while the model decodes; None until the next step makes it.
         recording: whether eviction waits for `crop`.
         waiting: kind of the step whose eviction waits.
+        part: slots of the prompt that the coming forward repeats; None if it repeats nothing.
         step: forward in progress; what is interrupted stays, and the cache is broken.
         reduced: what became of images in a step whose last layer has attended.
         device_only: whether a decode step runs for what it asks of the device alone, since the host has counted it.
@@ -87,6 +88,7 @@ class CacheState:
         self.whole_prompt: Prompt | None = None
         self.ran: str | None = None
         self.repeated = False
+        self.part: slice | None = None
         self.step: Step | None = None
 
     def choose(self, prompt: Prompt) -> None:
@@ -159,11 +161,16 @@ class CacheState:
                 yield step
         except BaseException:
             if before is not None:
-                for thing, attributes in before:
-                    thing.__dict__.clear()
-                    thing.__dict__.update(attributes)
+                _go_back_to(before)
             raise
         self.step = None
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Forwards of several tokens, which write to no tensor that is there: the cache is then as it was before."""
+        before = self._parts()
+        yield
+        _go_back_to(before)
 
     def _parts(self) -> list[tuple[Any, dict[str, Any]]]:
         """What the cache and its parts refer to, so that they can be made to do so again; the cache itself last."""
@@ -288,6 +295,13 @@ class CacheState:
         index = index.masked_fill(slots == table.free[layer.number].unsqueeze(-1), -1)
         packed = layer.index[..., : layer.store.packed].to(index.device).expand(-1, index.shape[1], -1)
         return torch.cat([packed, index], 2)
+
+
+def _go_back_to(parts: list[tuple[Any, dict[str, Any]]]) -> None:
+    """Makes things refer to what they referred to."""
+    for thing, attributes in parts:
+        thing.__dict__.clear()
+        thing.__dict__.update(attributes)
 
 
 def _apart(value: Any) -> Any:

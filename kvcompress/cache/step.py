@@ -43,6 +43,7 @@ class Prefill:
         local: gives the budgets, where they need no scores, so that a layer is compressed as soon as it ran.
         room: slots to allocate beyond each layer's budget, `[batch, sets]`.
         evicts: whether layers over their budget give tokens up in this step.
+        part: slots of the prompt that this step repeats; None if it repeats nothing.
         reduction: what a reducer does to its images; None if there are none.
         problems: what may be wrong with policies' answers, all read at once.
         next_layer: layer that attends next.
@@ -60,6 +61,7 @@ class Prefill:
     local: Callable[[], Allocation] | None = None
     room: list[Counts] = field(default_factory=list)
     evicts: bool = True
+    part: slice | None = None
     reduction: Reduction | None = None
     problems: Problems = field(default_factory=Problems)
     next_layer: int = 0

@@ -89,6 +89,19 @@ class Scorer(Policy):
             holds no token it means nothing. A row scores as it would alone.
         """
 
+    def score_part(self, layer: LayerContext, part: slice) -> Importance:
+        """Scores some slots alone; what `score_by_reconstruction` asks of a scorer that is made for it.
+
+        Args:
+            layer: the layer right after its attention to what repeats a part of the prompt, as if it held nothing but
+                the first four tokens, the part, and the repetition.
+            part: the slots of that part.
+
+        Returns:
+            What `score` says of them, `[batch, kv_heads, slots of the part]`.
+        """
+        return self.score(layer)[..., part]
+
     def importance(self, score: Importance, queries: Int[Tensor, "batch sets tokens"]) -> Importance:
         """Turns accumulated scores into the importance that allocators and evictors rank.
 

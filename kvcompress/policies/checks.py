@@ -61,9 +61,8 @@ def _of_one_head(
             f"allocator {allocator.name or type(allocator).__name__}: importance [layers, batch, tokens] goes with "
             "floor and capacity [layers, batch]; for heads, all have kv_heads after batch"
         )
-    known = (context.valid, context.is_image, context.protected)
-    valid, is_image, protected = (None if one is None else one.unsqueeze(2) for one in known)
-    context = replace(context, valid=valid, is_image=is_image, protected=protected)
+    valid, protected = (None if one is None else one.unsqueeze(2) for one in (context.valid, context.protected))
+    context = replace(context, valid=valid, protected=protected)
     of_heads = (importance.unsqueeze(2), total, floor.unsqueeze(2), capacity.unsqueeze(2))
     budget: Tensor = allocator.allocate(*of_heads, context).squeeze(2)
     return budget

@@ -195,7 +195,6 @@ class AllocationContext:
 
     Attributes:
         valid: which slots hold a token; slots beyond a row's tokens are False.
-        is_image: which slots hold image tokens; None for text-only sequences.
         statistics: tensors by the names in the allocator's `needs`.
         protected: which slots must stay (sinks, recents and what the scorer protects); None if nobody says, the floors
             tell how many.
@@ -205,7 +204,6 @@ class AllocationContext:
     """
 
     valid: Bool[Tensor, "layers batch *heads tokens"] | None = None
-    is_image: Bool[Tensor, "layers batch *heads tokens"] | None = None
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
     protected: Bool[Tensor, "layers batch *heads tokens"] | None = None
     notes: dict[str, Tensor] = field(default_factory=dict)
@@ -225,7 +223,6 @@ class SelectionContext:
         protected: which slots must stay (sinks, recents and what the scorer protects).
         index: number of tokens of the row that came before each slot's token; -1 where there is none.
         importance: importance of each slot; None without a scorer.
-        is_image: which slots hold image tokens; None for text-only sequences.
         problems: where the evictor puts checks of what is on the device, which are read for all layers together.
         value_norms: L1 norm of each slot's value after the output projection, mean over each group of heads; None
             unless the evictor declares `reads_value_norms`.
@@ -236,7 +233,6 @@ class SelectionContext:
     protected: Bool[Tensor, "batch sets slots"]
     index: Int[Tensor, "batch sets slots"]
     importance: Float[Tensor, "batch kv_heads slots"] | None
-    is_image: Bool[Tensor, "batch sets slots"] | None = None
     problems: Problems = field(default_factory=Problems)
     value_norms: Float[Tensor, "batch kv_heads slots"] | None = None
 

@@ -38,12 +38,11 @@ class AllocationInput:
     floor: Tensor  # [layers, batch]
     capacity: Tensor  # [layers, batch]
     statistics: dict[str, Tensor] = field(default_factory=dict)  # [layers, batch]
-    is_image: Tensor | None = None  # [layers, batch, tokens]
     valid: Tensor | None = None  # [layers, batch, tokens]
 
     def context(self) -> AllocationContext:
         """A context without notes."""
-        return AllocationContext(valid=self.valid, statistics=self.statistics, is_image=self.is_image)
+        return AllocationContext(valid=self.valid, statistics=self.statistics)
 
     def with_heads(self) -> AllocationInput:
         """The same for an allocator of heads: some neighbouring layers are heads of one."""
@@ -58,7 +57,6 @@ class AllocationInput:
             shaped(self.floor),
             shaped(self.capacity),
             {name: known[::heads] for name, known in self.statistics.items()},
-            None if self.is_image is None else shaped(self.is_image),
             None if self.valid is None else shaped(self.valid),
         )
 
@@ -82,7 +80,6 @@ class AllocationInput:
             self.floor[:, rows],
             self.capacity[:, rows],
             {name: known[:, rows] for name, known in self.statistics.items()},
-            None if self.is_image is None else self.is_image[:, rows],
             None if self.valid is None else self.valid[:, rows],
         )
 
@@ -107,10 +104,7 @@ def allocation_inputs(
     most = layers * tokens
     totals = st.integers(0, most) | st.integers(-3, most + 3) | st.sampled_from([0, 1, most, 2**40])
     total = torch.tensor([draw(totals) for _ in range(batch)])
-    is_image = None
-    if draw(st.booleans()):
-        is_image = torch.rand(importance.shape, generator=g) < draw(st.sampled_from([0.0, 0.2, 0.7, 1.0]))
-    return AllocationInput(importance, total, floor, capacity, draw(statistics(layers, batch, g)), is_image)
+    return AllocationInput(importance, total, floor, capacity, draw(statistics(layers, batch, g)))
 
 
 @st.composite

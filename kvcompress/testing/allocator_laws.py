@@ -142,9 +142,8 @@ def gives_nothing_where_there_is_nothing(allocator: Allocator, sizes: tuple[int,
     """A cache without tokens has empty budgets, whatever the total."""
     none, known = torch.zeros(sizes, dtype=torch.long), {name: torch.full(sizes, 0.5) for name in STATISTICS}
     total = torch.arange(sizes[1]) * 7
-    for is_image in (None, torch.zeros(*sizes, 0, dtype=torch.bool)):
-        budget = AllocationInput(torch.zeros(*sizes, 0), total, none, none, known, is_image).by(allocator)
-        require(budget.dtype == torch.int64 and torch.equal(budget, none), f"gave {budget.tolist()}")
+    budget = AllocationInput(torch.zeros(*sizes, 0), total, none, none, known).by(allocator)
+    require(budget.dtype == torch.int64 and torch.equal(budget, none), f"gave {budget.tolist()}")
 
 
 @_allocator_law(binds=lambda allocator: not allocator.reads_importance, share=1 / 4)

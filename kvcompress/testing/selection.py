@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from hypothesis import strategies as st
 
@@ -12,13 +10,8 @@ from kvcompress.testing.importance import MASSES, generator, seeds
 
 
 @st.composite
-def selection_contexts(draw: st.DrawFn, images: bool | None = None) -> SelectionContext:
-    """A layer with empty slots, protected slots, ties, and a budget that covers the protected.
-
-    Args:
-        draw: Hypothesis's.
-        images: whether some slots may hold image tokens; drawn if None.
-    """
+def selection_contexts(draw: st.DrawFn) -> SelectionContext:
+    """A layer with empty slots, protected slots, ties, and a budget that covers the protected."""
     batch, heads, slots = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 24))
     sets = draw(st.sampled_from([1, heads]))
     g = generator(draw(seeds))
@@ -34,11 +27,4 @@ def selection_contexts(draw: st.DrawFn, images: bool | None = None) -> Selection
     budget = [draw(st.integers(low, high)) for low, high in zip(least.tolist(), count.flatten().tolist(), strict=True)]
     score = MASSES[draw(st.sampled_from(["random", "ties", "equal", "zeros"]))]((batch, heads, slots), g)
     norms = torch.rand(batch, heads, slots, generator=g) + 0.1
-    context = SelectionContext(torch.tensor(budget), valid, protected, index, score, value_norms=norms)
-    if not (draw(st.booleans()) if images is None else images):
-        return context
-    # The same tokens are images in every set, wherever they are stored.
-    is_image = (torch.rand(batch, 1, slots, generator=g) < draw(st.sampled_from([0.0, 0.3, 0.8, 1.0]))).expand(
-        batch, sets, slots
-    )
-    return replace(context, is_image=is_image.gather(-1, position) & valid)
+    return SelectionContext(torch.tensor(budget), valid, protected, index, score, value_norms=norms)

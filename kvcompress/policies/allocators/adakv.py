@@ -93,7 +93,7 @@ class AdaKV(Allocator):
         heads, least, most = importance.shape[2], floor.sum(2), capacity.sum(2)
         ranks = importance.masked_fill(importance == -torch.inf, 0.0).sort(dim=-1, descending=True).values
         low, high = -(-least // heads), most // heads
-        own = replace(context, valid=None, is_image=None, protected=None, notes={})
+        own = replace(context, valid=None, protected=None, notes={})
         of_one = self.layers.allocate(ranks.mean(2), total // heads, torch.minimum(low, high), high, own)
         context.notes.update(own.notes)
         return apportion(of_one.double(), total, least, most)

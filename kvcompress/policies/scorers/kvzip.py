@@ -12,16 +12,18 @@ from kvcompress.policies.registry import SCORERS
 
 @SCORERS.register("kvzip")
 class KVzip(Scorer):
-    """The highest attention that any query of a forward, of any head of the group, gives to a slot.
+    """The highest attention that any query of a repetition, of any head of the group, gives to what it repeats.
 
-    Source: KVzip (arXiv 2505.23416, section 3). Made for `CompressedCache.score_by_reconstruction`, which reads a
-    prompt, asks the model to repeat it, and scores by the queries of what is repeated: so what is kept depends on no
-    question. In other forwards their own queries are taken.
+    Source: KVzip (arXiv 2505.23416, section 3, and its released code). Made for
+    `CompressedCache.score_by_reconstruction`, which reads a prompt, asks the model to repeat it part by part, and
+    scores each part by the queries of its own repetition: so what is kept depends on no question. Probabilities are
+    those of a softmax over the first tokens, the part, and the repetition, as published. In other forwards their own
+    queries are taken, and probabilities are those over everything held.
 
-    *Deviates:* probabilities are those over everything held; the released code's are over the chunk that is repeated,
-    the first tokens, and the repetition itself. The code then compares heads and layers, so that heads that look things
-    up stay whole; here that is the allocator's matter (`scores`, as the preset `kvzip` has it), and where every head
-    has the same size such heads lose most.
+    *Deviates:* the first tokens are four, and a system prompt is repeated like the rest; in the released code they are
+    the system prompt, which is kept whole. Parts have 512 tokens, not 2,000. The code then compares heads and layers,
+    so that heads that look things up stay whole; here that is the allocator's matter (`scores`, as the preset `kvzip`
+    has it), and where every head has the same size such heads lose most.
     """
 
     mass: ClassVar[bool] = True
@@ -31,8 +33,16 @@ class KVzip(Scorer):
 
     def score(self, layer: LayerContext) -> Importance:
         """Costs queries x tokens x head_dim, a tile of queries at a time."""
-        if layer.lse is None:
-            raise RuntimeError("attention: the scorer must set reads_attention = True to read attention")
-        return highest_probability(
-            layer.query, layer.keys, layer.lse, layer.scaling, layer.valid, layer.softcap, layer.last_seen
-        )
+        return _highest(layer)
+
+    def score_part(self, layer: LayerContext, part: slice) -> Importance:
+        """Costs queries x slots of the part x head_dim."""
+        return _highest(layer, part)
+
+
+def _highest(layer: LayerContext, part: slice | None = None) -> Importance:
+    if layer.lse is None:
+        raise RuntimeError("attention: the scorer must set reads_attention = True to read attention")
+    return highest_probability(
+        layer.query, layer.keys, layer.lse, layer.scaling, layer.valid, layer.softcap, layer.last_seen, part
+    )
