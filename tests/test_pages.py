@@ -18,7 +18,7 @@ from kvcompress.evaluation.data import load_samples
 from kvcompress.evaluation.pages import ASKED, KINDS, Page, draw_page, model, page_seed, question, sample_page
 from kvcompress.evaluation.pages.contents import CELLS, LOOKS
 from kvcompress.evaluation.pages.drawing import IMAGE_SIZE
-from kvcompress.evaluation.pages.vocabulary import NUMBER, TOKENS, pieces
+from kvcompress.evaluation.pages.vocabulary import NUMBER, TOKENS, pieces, sentences
 
 PAGES = [sample_page(kind, page_seed("test", number)) for number, kind in enumerate(KINDS * 2)]
 
@@ -127,9 +127,9 @@ def test_pages_are_made_of_single_tokens_and_cut_as_the_tokenizer_cuts_them(load
     tokenizer: Any = loaded.tokenizer
     ids = [tokenizer(token, add_special_tokens=False).input_ids for token in TOKENS]
     assert all(len(one) == 1 for one in ids)
-    for page in PAGES:
-        whole = tokenizer(page.text, add_special_tokens=False).input_ids
-        assert whole == [ids[NUMBER[cell.text]][0] for cell in page.cells]
+    for cut in (*([cell.text for cell in page.cells] for page in PAGES), *sentences()):
+        whole = tokenizer("".join(cut), add_special_tokens=False).input_ids
+        assert whole == [ids[NUMBER[piece]][0] for piece in cut]
 
 
 def test_the_processor_has_the_chat_template_of_smollm2_and_leaves_its_tokenizer(loaded: LoadedModel) -> None:

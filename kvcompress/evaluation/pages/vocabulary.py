@@ -15,7 +15,8 @@ NUMBER = {token: number for number, token in enumerate(TOKENS)}
 BLANK, NEWLINE = " ", "\n"
 LONGEST = max(map(len, TOKENS))  # characters
 _PIECE = re.compile(r" ?[A-Za-z]+|\d| ?[^\sA-Za-z\d]+|\n| ")
-_SENTENCE = re.compile(r"[A-Z][A-Za-z ,;:.()'\"-]{30,240}[.!?]")
+# without contractions, which the tokenizer cuts before their apostrophe
+_SENTENCE = re.compile(r"(?!.*[A-Za-z]'[A-Za-z])[A-Z][A-Za-z ,;:.()'\"-]{30,240}[.!?]")
 
 
 def pieces(text: str) -> list[str]:
