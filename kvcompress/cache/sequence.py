@@ -85,11 +85,6 @@ class Sequence:
         return len(self.row_seen)
 
     @property
-    def rows_alike(self) -> bool:
-        """Whether every row has as many tokens."""
-        return bool((self.row_seen == self.row_seen[:1]).all())
-
-    @property
     def last_decoded(self) -> int:
         """Decode steps since the last step that scored."""
         if not self.decoded or (self.decoded[-1][1] != self.row_seen).any():
