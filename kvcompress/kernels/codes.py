@@ -22,9 +22,11 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from kvcompress.kernels.dense import attention_with_slots, in_one_dtype, merge_attention
+from kvcompress.kernels.dense import attention_with_slots
 from kvcompress.kernels.device import runs_triton
+from kvcompress.kernels.precision import in_one_dtype
 from kvcompress.kernels.ragged import padded
+from kvcompress.kernels.softmax import merge_attention
 
 _WIDENED = {torch.bfloat16: (4, 2.0**120), torch.float16: (7, 2.0**8)}  # dtype -> places to shift, factor
 _BLOCK = 4096  # slots decoded at a time without a kernel of our own

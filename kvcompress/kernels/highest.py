@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvcompress.kernels.dense import capped, without_autocast
+from kvcompress.kernels.precision import without_autocast
+from kvcompress.kernels.softmax import capped
 
 _TILE = 64  # queries at once
 
