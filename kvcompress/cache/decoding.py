@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import torch
 
+from kvcompress.cache.merging import merge_freed
 from kvcompress.cache.sequence import Counts, stacked
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.state import CacheState
@@ -66,7 +67,7 @@ def end(state: CacheState) -> None:
         _choose(state, table)
         if merger is not None and merger.merges_decoding:
             for layer in state.layers:
-                layer.merge_freed(table, in_place=True)
+                merge_freed(layer, table, in_place=True)
     state.ran = "compiled" if torch.compiler.is_compiling() else "eager"
     if not host_is_left_out(state):
         finish(state)
@@ -300,6 +301,6 @@ def evict_waiting(state: CacheState) -> None:
             return
         for layer in state.layers:
             if state.config.merger is not None and state.config.merger.merges_decoding:
-                layer.merge_freed(table, in_place=False)
+                merge_freed(layer, table, in_place=False)
             layer.tidy(table)
         table = make_table(state)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvcompress.cache import attention, choosing, decoding, hooks, periods, prefill, undoing, watching
+from kvcompress.cache import attention, choosing, decoding, hooks, mask_function, periods, prefill, undoing, watching
 from kvcompress.cache.axes import check_positions, give_offset, take_offset
 from kvcompress.cache.capture import plan
 from kvcompress.cache.inputs import check_types, shape_of
@@ -25,6 +25,7 @@ from kvcompress.cache.step import Prefill
 from kvcompress.cache.window import check_forward, check_turn
 from kvcompress.errors import CacheStateError, ConfigError, UnsupportedModeError
 from kvcompress.integrations import Adapter
+from kvcompress.kernels import Softmax
 from kvcompress.policies.context import LayerWeights, TowerView
 from kvcompress.policies.images import ImageLayout
 
@@ -212,9 +213,7 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
         key: Tensor,
         value: Tensor,
         mask: Tensor | None,
-        scaling: float,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
+        softmax: Softmax,
     ) -> Tensor:
         """Takes a layer through the step in progress, which the first layer begins and the last ends."""
         state = self._state
@@ -231,12 +230,12 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
             self._begin(query.shape[0], query.shape[2], query.device)
         step = state.step
         if isinstance(step, Prefill) and step.last_seen is None:
-            attention.check_causal(module, mask, first=1 < step.queries == state.sequence.seen)
+            mask_function.check_causal(module, mask, first=1 < step.queries == state.sequence.seen)
         if step is None or step.next_layer != layer:
             raise state.broken()
         with state.writable():
             weights = _Weights(self._adapter, self._decoder, weakref.ref(module))
-            output = state.layers[layer].attend(step, state.table, query, key, value, scaling, weights, softcap, sinks)
+            output = state.layers[layer].attend(step, state.table, query, key, value, softmax, weights)
             step.next_layer += 1
             if step.next_layer == len(state.layers):
                 self._end()

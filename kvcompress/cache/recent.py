@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kvcompress.cache.sequence import Counts
 from kvcompress.cache.store import fixed
+from kvcompress.kernels import Softmax
 from kvcompress.policies.context import Queries
 
 
@@ -35,9 +36,7 @@ class Recent:
         before: Recent | None,
         query: Queries,
         window: int,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
+        softmax: Softmax,
     ) -> Recent:
         """Room for the queries to come, which are like those given; the room that was there before if it fits."""
         shape = (*query.shape[:2], window, query.shape[3])
@@ -45,7 +44,8 @@ class Recent:
             ring = before.query
         else:
             ring = fixed(query.new_zeros(shape))
-        return cls(ring, scaling, softcap, None if sinks is None else sinks.detach().clone())
+        sinks = None if softmax.sinks is None else softmax.sinks.detach().clone()
+        return cls(ring, softmax.scaling, softmax.softcap, sinks)
 
     def write(self, query: Queries, place: Int[Tensor, " one"]) -> None:
         """Takes the query of a decode step."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvcompress.cache import decoding, periods, prefill
+from kvcompress.cache import decoding, periods, prefill, scoring
 from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.sequence import Counts
 from kvcompress.cache.state import CacheState
@@ -56,7 +56,7 @@ def settle(state: CacheState, step: Prefill, gone: int) -> None:
     of_rows = sequence.tokens_after(sequence.seen - gone)
     step.row_seen = sequence.row_seen - of_rows
     for layer in state.layers:
-        layer.settle(step, of_rows)
+        scoring.settle(layer, step, of_rows)
 
 
 def _drop_unscored(state: CacheState) -> None:
