@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from kvcompress.cache import attention, decoding, hooks, loading, prefill, saving, undoing
+from kvcompress.cache import attention, hooks, loading, prefill, saving, tables, undoing
 from kvcompress.cache.allocation import Allocation
 from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.axes import check_axes
@@ -199,8 +199,8 @@ class CompressedCache(Forwards, CacheContract):
     def ranked(self) -> list[Ranked]:
         """Token index and importance of every layer's slots, over all heads."""
         state = self._state
-        decoding.catch_up_if_needed(state)
-        decoding.tidy(state)
+        tables.catch_up_if_needed(state)
+        tables.tidy(state)
         with state.writable(), torch.no_grad():
             undoing.settle(state, Prefill(), 0)
         return [layer.ranked() for layer in state.layers]

@@ -12,7 +12,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvcompress.cache import attention, choosing, decoding, hooks, mask_function, periods, prefill, undoing, watching
+from kvcompress.cache import (
+    attention,
+    choosing,
+    decoding,
+    hooks,
+    mask_function,
+    periods,
+    prefill,
+    tables,
+    undoing,
+    watching,
+)
 from kvcompress.cache.axes import check_positions, give_offset, take_offset
 from kvcompress.cache.capture import plan
 from kvcompress.cache.inputs import check_types, shape_of
@@ -74,7 +85,7 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
             CacheStateError: if the ids do not begin with what the cache has seen, or the mask does not cover it.
             UnsupportedModeError: for a row of padding alone.
         """
-        decoding.catch_up_if_needed(self._state)
+        tables.catch_up_if_needed(self._state)
         check_turn(self.window, self._adapter, model, inputs)
         self._state.calls.turn(inputs, self._state.sequence.seen)
         give_offset(self._state.sequence, self._adapter, self._model())
@@ -95,7 +106,7 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
         """
         if torch.compiler.is_compiling():  # a decode step
             return
-        decoding.catch_up_if_needed(self._state)
+        tables.catch_up_if_needed(self._state)
         check_forward(self.window, self._adapter, self.model(), inputs, self._state.sequence.seen)
         if self._adapter.typed and self._adapter.reads_types(inputs):
             check_types(inputs, self._state.sequence.seen)
@@ -132,7 +143,7 @@ class Forwards(OfModel, hooks.ObservesInputs, hooks.ReducesTokens):
                 f"cache: it was made for another model than this {type(decoder).__name__}; make a CompressedCache for "
                 "each model, also for a copy of one"
             )
-        decoding.catch_up_if_needed(self._state)
+        tables.catch_up_if_needed(self._state)
         check_forward(self.window, self._adapter, self.model(), inputs, self._state.sequence.seen)
         if self._state.calls.decoder(inputs, self._state.sequence.seen):
             self._forget_images()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from kvcompress.cache import decoding, prefill
+from kvcompress.cache import prefill, tables
 from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.scoring import Unscored, context_of, learn, scores_by
 from kvcompress.cache.selection import compress
@@ -44,14 +44,14 @@ def cut_if_due(state: CacheState, asks: bool = False) -> None:
         return
     if not (asks or is_due(state)):
         return
-    decoding.catch_up_if_needed(state)
+    tables.catch_up_if_needed(state)
     if not is_due(state):
         return
     in_inference = state.layers[0].store.buffers()[0].is_inference()
     with state.changing(in_place=True), torch.inference_mode(in_inference), torch.no_grad():
         table = state.table
         cut(state, in_place=True)
-        table.become(decoding.make_table(state))
+        table.become(tables.make_table(state))
         state.table = table
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcompress.cache import decoding, undoing
+from kvcompress.cache import tables, undoing
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Phase
 from kvcompress.errors import CacheStateError, ConfigError, UnsupportedModeError, shown
@@ -138,7 +138,7 @@ def _scores(state: CacheState, positions: int) -> list[Tensor]:
     """Scores of every layer's slots by the step just run, all of whose positions are then taken back."""
     sequence = state.sequence
     with state.changing() as step:
-        decoding.tidy(state)
+        tables.tidy(state)
         undoing.settle(state, step, 0)
         gone = sequence.tokens_after(sequence.seen - positions)
         left = sequence.row_seen - gone

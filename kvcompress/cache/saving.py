@@ -12,10 +12,10 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcompress.cache.decoding import catch_up_if_needed
 from kvcompress.cache.manifest import FORMAT, MANIFEST, TENSORS, Manifest, name_of, read_manifest
 from kvcompress.cache.plain import to_json
 from kvcompress.cache.state import CacheState
+from kvcompress.cache.tables import catch_up_if_needed
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import CacheStateError, ConfigError, KVCompressError, UnsupportedModeError
 from kvcompress.files import locked, make_folder, replacing, write_tensors, write_text
