@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from kvcompress import Budget, CompressedCache, CompressionConfig
-from kvcompress.cache import quantized_store
+from kvcompress.cache import coder
 from kvcompress.cache.layer import CompressedLayer
 from kvcompress.testing.running import forwards, require_masked, with_budget
 from tests import strategies, tiny
@@ -37,7 +37,7 @@ NEAR = {"name": "topk", "distance": 3}  # frees among the last slots alone
 def small_blocks() -> Iterator[None]:
     """Attention decodes a few slots at a time, so that a handful of tokens already makes several blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantized_store, "_BLOCK", 8)
+        patch.setattr(coder, "_BLOCK", 8)
         yield
 
 

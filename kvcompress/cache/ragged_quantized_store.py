@@ -61,7 +61,7 @@ class RaggedQuantizedStore(QuantizedStore, RaggedStore):
         none = np.zeros_like(self.slots)
         keys, values = (
             RaggedPacked.of(codes, none).each(lambda tensor: tensor[:, :, :0] if tensor.ndim == 4 else tensor)
-            for codes in self._of_zeros(1, 1, self.quantizer.group)
+            for codes in self._group_of_zeros(1)
         )
         return keys, values
 

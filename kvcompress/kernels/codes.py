@@ -231,7 +231,7 @@ def _in_torch(
         block_keys = _block(key_codes, key_scale, key_shift, key_rows, first, end, head_dim, code_start)
         block_values = _block(value_codes, value_scale, value_shift, value_rows, first, end, head_dim, code_start)
         used = in_use(coded, end - first, first)
-        part = attention_with_slots(grouped, block_keys.to(query.dtype), block_values.to(query.dtype), scaling, used)
+        part = attention_with_slots(grouped, block_keys, block_values, scaling, used)
         parts = part if parts is None else merge_attention(*parts, *part)
     assert parts is not None
     return parts[0].reshape(batch, heads, 1, head_dim)

@@ -113,6 +113,7 @@ def attention_with_slots(
     Returns:
         The output in the dtype of `query`, and the log-sum-exp, as from `attention_with_mask`.
     """
+    keys, values = keys.to(query.dtype), values.to(query.dtype)
     if used is None:
         return attention_with_mask(query, keys, values, scaling, None, causal=False, softcap=softcap)
     if query.device.type != "cpu" or keys.shape[3] != values.shape[3] or softcap is not None:
