@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from kvcompress.cache.counts import stacked
 from kvcompress.cache.merging import merge_freed
 from kvcompress.cache.room import make_room, pack_if_due
-from kvcompress.cache.sequence import stacked
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Decode, Phase

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvcompress.cache.counts import Counts
+from kvcompress.cache.positions import taken
 from kvcompress.cache.quantized_store import QuantizedStore
 from kvcompress.cache.ragged_quantized_store import RaggedQuantizedStore
 from kvcompress.cache.ragged_store import RaggedStore
 from kvcompress.cache.recent import Recent
 from kvcompress.cache.selection import importance_of, order_of
-from kvcompress.cache.sequence import Counts, Sequence, taken
+from kvcompress.cache.sequence import Sequence
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.store import DenseStore
 from kvcompress.config import CompressionConfig

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from kvcompress.cache.contract import LayerContract
+from kvcompress.cache.counts import Counts
 from kvcompress.cache.merging import merge_evicted
 from kvcompress.cache.recent import Recent
 from kvcompress.cache.scoring import Unscored, needs_of, reads_attention, score
 from kvcompress.cache.selection import Ranked, compress, importance_of, without_unknown
-from kvcompress.cache.sequence import Counts, Sequence
+from kvcompress.cache.sequence import Sequence
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.step import Decode, Prefill, Step
 from kvcompress.kernels import Softmax, attend_blocks, with_sinks

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvcompress.cache.counts import Counts
 from kvcompress.cache.selection import importance_of
-from kvcompress.cache.sequence import Counts
 from kvcompress.cache.slots import SlotTable
 from kvcompress.errors import PolicyError
 from kvcompress.policies.base import Merger

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from kvcompress.cache.sequence import Counts
+from kvcompress.cache.counts import Counts
 from kvcompress.cache.store import fixed, grown, rows_at
 from kvcompress.kernels import sent
 from kvcompress.policies.context import Codes

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 
 from kvcompress.cache import prefill, tables
+from kvcompress.cache.counts import Counts, stacked
 from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.scoring import Unscored, context_of, learn, scores_by
 from kvcompress.cache.selection import compress
-from kvcompress.cache.sequence import Counts, stacked
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Prefill

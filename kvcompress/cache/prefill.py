@@ -11,11 +11,11 @@ from torch import Tensor
 
 from kvcompress.cache import tables
 from kvcompress.cache.allocation import Allocation, Rule, allocate
+from kvcompress.cache.counts import Counts, stacked
 from kvcompress.cache.masks import Mask
 from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.room import grow_for
 from kvcompress.cache.selection import Ranked, Ranking, compress, pin, ranking_of
-from kvcompress.cache.sequence import Counts, stacked
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Phase, Prefill
 from kvcompress.config import CompressionConfig

@@ -11,8 +11,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kvcompress.cache.coder import Coder
+from kvcompress.cache.counts import Counts
 from kvcompress.cache.packed import Packed
-from kvcompress.cache.sequence import Counts
 from kvcompress.cache.store import DenseStore, InUse, by_key_head, fixed, of_heads, rows_at, slots_in_use
 from kvcompress.kernels import attention_with_slots, decode_attention_codes, merge_attention, sent
 from kvcompress.policies.base import Quantizer
@@ -100,7 +100,7 @@ class QuantizedStore(DenseStore):
             return self.attend_with_lse(query, scaling, used)[0]
         of_keys, of_values = self._packed
         layout |= {"key_rows": of_keys.scale_rows, "value_rows": of_values.scale_rows}
-        codes = [one for of in (of_keys.codes, of_values.codes) for one in (of.data.view(read_as), of.scale, of.shift)]
+        codes = (*_as_read(of_keys.codes, read_as), *_as_read(of_values.codes, read_as))
         return decode_attention_codes(query, *codes, keys, values, scaling, self.coded, used.length, **layout)
 
     def _in_place(self) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
@@ -306,3 +306,8 @@ class QuantizedStore(DenseStore):
         assert self._packed is not None
         keys, values = self._packed
         return self.coder.decode(keys.part(start, end)), self.coder.decode(values.part(start, end))
+
+
+def _as_read(codes: Codes, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales and shifts as a kernel reads them."""
+    return codes.data.view(dtype), codes.scale, codes.shift

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from kvcompress.cache.counts import Counts
 from kvcompress.cache.layout import slots_after, sources, starts
 from kvcompress.cache.packed import changed
-from kvcompress.cache.sequence import Counts
 from kvcompress.cache.store import fixed
 from kvcompress.kernels import sent
 from kvcompress.kernels.codes import part_of

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvcompress.cache.sequence import Counts
+from kvcompress.cache.counts import Counts
 from kvcompress.cache.store import fixed
 from kvcompress.kernels import Softmax
 from kvcompress.policies.context import Queries

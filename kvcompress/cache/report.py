@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from kvcompress.cache import tables
+from kvcompress.cache.counts import Counts, stacked
 from kvcompress.cache.layer import CompressedLayer
-from kvcompress.cache.sequence import Counts, stacked
 from kvcompress.cache.sizes import explained
 from kvcompress.cache.state import CacheState
 from kvcompress.integrations.shape import ranges

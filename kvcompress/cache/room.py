@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import torch
 
-from kvcompress.cache.sequence import Counts
+from kvcompress.cache.counts import Counts
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.tables import catch_up_if_needed, make_table, tidy
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvcompress.cache.sequence import Counts, with_last, without_last
+from kvcompress.cache.counts import Counts, with_last, without_last
 from kvcompress.cache.step import Prefill
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import PolicyError

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcompress.cache.allocation import Allocation, protection
-from kvcompress.cache.sequence import Sequence, stacked
+from kvcompress.cache.counts import stacked
+from kvcompress.cache.sequence import Sequence
 from kvcompress.cache.step import Prefill
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import PolicyError

@@ -10,7 +10,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kvcompress.cache.allocation import Allocation, Rule
-from kvcompress.cache.sequence import Counts, Sequence
+from kvcompress.cache.counts import Counts
+from kvcompress.cache.sequence import Sequence
 from kvcompress.kernels import sent
 
 _LATEST = 2**31 - 1  # as a token index: never the oldest

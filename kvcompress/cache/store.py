@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvcompress.cache.sequence import Counts
+from kvcompress.cache.counts import Counts
 from kvcompress.kernels import attention_with_slots, decode_attention, write_slots
 from kvcompress.policies.context import Keys, Queries, Values
 

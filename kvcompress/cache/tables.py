@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcompress.cache.sequence import stacked
+from kvcompress.cache.counts import stacked
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.state import CacheState
 from kvcompress.kernels import runs_triton

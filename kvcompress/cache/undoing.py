@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from kvcompress.cache import decoding, periods, prefill, scoring, tables
+from kvcompress.cache.counts import Counts
 from kvcompress.cache.layer import CompressedLayer
-from kvcompress.cache.sequence import Counts
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Phase, Prefill
 from kvcompress.errors import CacheStateError
