@@ -134,7 +134,7 @@ def evict_waiting(state: CacheState) -> None:
         held = stacked([layer.held for layer in state.layers])
         if (held <= limits).all():
             return
-        table.free_now()
+        table.free_oldest()
         _choose(state, table)
         table.learn_holes()
         if not table.hole.any():
