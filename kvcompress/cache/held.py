@@ -255,7 +255,7 @@ class HeldTokens:
             if tensor is not None:
                 setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
         if self.recent is not None:
-            self.recent.select_rows(index, rows)
+            self.recent.select_rows(index)
         for name, known in self.statistics.items():
             self.statistics[name] = known.index_select(0, index.to(known.device))
 

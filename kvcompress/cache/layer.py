@@ -54,7 +54,7 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         key: Tensor,
         value: Tensor,
         softmax: Softmax,
-        weights: Callable[[], LayerWeights] = LayerWeights,
+        weights: Callable[[], LayerWeights],
     ) -> Tensor:
         """Stores this step's tokens, attends over all, scores, and gives up what is over the budget.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from kvcompress.cache.coder import Coder
 from kvcompress.cache.counts import Counts
 from kvcompress.cache.packed import Packed
-from kvcompress.cache.store import DenseStore, InUse, by_key_head, fixed, of_heads, rows_at, slots_in_use
+from kvcompress.cache.store import DenseStore, InUse, by_key_head, fixed, of_heads, rows_at, slots_in_use, with_rows
 from kvcompress.kernels import attention_with_slots, decode_attention_codes, merge_attention, sent
 from kvcompress.policies.base import Quantizer
 from kvcompress.policies.context import Codes, Keys, Queries, Values
@@ -223,8 +223,7 @@ class QuantizedStore(DenseStore):
         super().select_rows(index, rows)
         if self._packed is not None and self.coded is not None:
             self._change_codes(lambda packed: packed.select_rows(index, rows))
-            coded = self.coded.index_select(0, index.to(self.coded.device))
-            self.coded = self.coded.copy_(coded) if len(coded) == len(self.coded) else fixed(coded)
+            self.coded = with_rows(self.coded, index)
         if self.packed_rows is not None:
             self.packed_rows = self.packed_rows[rows]
 

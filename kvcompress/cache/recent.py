@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvcompress.cache.counts import Counts
-from kvcompress.cache.store import fixed
+from kvcompress.cache.store import fixed, with_rows
 from kvcompress.kernels import Softmax
 from kvcompress.policies.context import Queries
 
@@ -55,10 +54,9 @@ class Recent:
         """The queries of the last positions seen, the oldest first; of so many positions."""
         return self.query.roll(-(positions % self.query.shape[2]), 2)
 
-    def select_rows(self, index: Int[Tensor, " rows"], rows: Counts) -> None:
+    def select_rows(self, index: Int[Tensor, " rows"]) -> None:
         """Reorders, repeats or drops rows; in place where their number stays."""
-        picked = self.query.index_select(0, index.to(self.query.device))
-        self.query = self.query.copy_(picked) if len(rows) == len(self.query) else fixed(picked)
+        self.query = with_rows(self.query, index)
 
     def tensors(self) -> list[Tensor]:
         """All of its tensors."""

@@ -191,12 +191,7 @@ class DenseStore:
     def select_rows(self, index: Int[Tensor, " rows"], rows: Counts) -> None:
         """Reorders, repeats or drops rows; in place where their number stays."""
         if self.keys is not None and self.values is not None:
-            keys, values = (buffer.index_select(0, index.to(buffer.device)) for buffer in self.dense())
-            if len(keys) == len(self.keys):
-                self.keys.copy_(keys)
-                self.values.copy_(values)
-            else:
-                self._hold(keys, values)
+            self.keys, self.values = with_rows(self.keys, index), with_rows(self.values, index)
 
     def to(self, device: torch.device) -> None:
         """Moves every buffer to a device, without waiting for the copy."""
@@ -235,6 +230,12 @@ def fixed(buffer: Tensor) -> Tensor:
     if not (buffer.is_inference() or torch.compiler.is_compiling()):
         torch._dynamo.mark_static_address(buffer)
     return buffer
+
+
+def with_rows(buffer: Tensor, index: Int[Tensor, " rows"]) -> Tensor:
+    """A buffer with other rows of its own, in place where their number stays, so that compiled steps find them."""
+    picked = buffer.index_select(0, index.to(buffer.device))
+    return buffer.copy_(picked) if len(picked) == len(buffer) else fixed(picked)
 
 
 def rows_at(tensor: Tensor, order: Int[Tensor, "batch sets slots"]) -> Tensor:
