@@ -296,15 +296,22 @@ SHARED: dict[str, Any] = {
 }
 OF_LAYERS = {name: SHARED[name] for name in ("uniform", "prefix")}
 EVEN: dict[str, Any] = {"prefix, half even": {"name": "prefix", **ON_TOP, "even": 0.5}}
+LAYER: dict[str, Any] = {"name": "topk", "granularity": "layer", "decode": "oldest"}
+HEAD: dict[str, Any] = {"name": "topk", "granularity": "head", "decode": "oldest"}
+RUNS: dict[str, Any] = {"name": "chunk", "length": 12, "granularity": "head", "decode": "oldest"}
+WINDOW = {"name": "snapkv", "window": 16}
 
 
 def ways(
-    budget: dict[str, Any], scorer: Any, shared: dict[str, Any], budgets: Sequence[float] = BUDGETS, heads: bool = True
+    budget: dict[str, Any],
+    scorer: Any,
+    shared: dict[str, Any],
+    budgets: Sequence[float] = BUDGETS,
+    evictor: dict[str, Any] = HEAD,
 ) -> dict[str, Way]:
-    """One scorer with several ways to share a budget; heads choose their own tokens unless told."""
+    """One scorer with several ways to share a budget; heads choose their own tokens, one by one, unless told."""
     found = {}
     for name, allocator in shared.items():
-        evictor = {"name": "topk", "granularity": "head" if heads else "layer", "decode": "oldest"}
         config = CompressionConfig.model_validate(
             {"budget": budget, "scorer": scorer, "allocator": allocator, "evictor": evictor}
         )
@@ -323,8 +330,9 @@ def needle_methods() -> Methods:
         "snapkv": ways(TEXT, "snapkv", SHARED) | ways(TEXT, "snapkv", EVEN, LARGER),
         "attention": ways(TEXT, "attention", SHARED, WIDE) | presets("h2o"),
         "expected": ways(TEXT, "expected_attention", SHARED, WIDE),
-        "tova": ways(TEXT, "tova", OF_LAYERS, heads=False) | ways(TEXT, "tova", EVEN, LARGER, heads=False),
+        "tova": ways(TEXT, "tova", OF_LAYERS, evictor=LAYER) | ways(TEXT, "tova", EVEN, LARGER, evictor=LAYER),
         "none": presets("streaming"),
+        "snapkv 16 in runs": ways(TEXT, WINDOW, {**SHARED, **EVEN}, evictor=RUNS),
         "window8": ways(TEXT, {"name": "snapkv", "window": 8}, {"uniform": "uniform"}, LARGER),
     }
 
@@ -350,7 +358,7 @@ def many_methods() -> Methods:
         "kvzip": ways(TEXT, "kvzip", {**some, "scores": "scores"}, (0.3,)),
         "snapkv": ways(TEXT, "snapkv", some, (0.3,)),
         "expected": ways(TEXT, "expected_attention", some, (0.3,)),
-        "tova": ways(TEXT, "tova", mended, (0.3,), heads=False),
+        "tova": ways(TEXT, "tova", mended, (0.3,), evictor=LAYER),
         "none": {"streaming": Way(CompressionConfig.preset("streaming"), (0.3,))},
     }
 

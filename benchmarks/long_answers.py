@@ -35,19 +35,21 @@ Row = dict[str, Any]
 
 
 def config_of(rule: str, budget: int) -> CompressionConfig:
-    """The preset for text with a decode rule, and so many tokens a layer from the prompt to the end.
+    """TOVA's scores with a decode rule, and so many tokens a layer from the prompt to the end.
 
     "every" is the evictor of that name, and "rkv" the preset, which is made for it. They cut layers to two thirds of so
     many tokens, and let them grow by the other third in between.
     """
-    if rule in ("every", "rkv"):
-        period = max(1, budget // 3)
-        evictor = {"name": "every", "period": period, "granularity": "head" if rule == "rkv" else "layer"}
-        preset = "rkv" if rule == "rkv" else "text"
-        config = CompressionConfig.preset(preset)
-        tokens, recent = budget - period, min(config.budget.recent, (budget - period) // 2)
-        return config.override(budget={"tokens": tokens, "sink": config.budget.sink, "recent": recent}, evictor=evictor)
-    return CompressionConfig.preset("text", budget=budget, evictor={"name": "topk", "decode": rule})
+    config = CompressionConfig.preset("rkv" if rule == "rkv" else "tova")
+    sink, recent = (config.budget.sink, config.budget.recent) if rule == "rkv" else (4, 32)
+    if rule not in ("every", "rkv"):
+        return config.override(
+            budget={"tokens": budget, "sink": sink, "recent": recent}, evictor={"name": "topk", "decode": rule}
+        )
+    period = max(1, budget // 3)
+    evictor = {"name": "every", "period": period, "granularity": "head" if rule == "rkv" else "layer"}
+    tokens = budget - period
+    return config.override(budget={"tokens": tokens, "sink": sink, "recent": min(recent, tokens // 2)}, evictor=evictor)
 
 
 @torch.inference_mode()
