@@ -51,7 +51,9 @@ _QUANTIZED = "tokens leave by their place while decoding, since what is quantize
 # The first that goes together with what the user has set is taken.
 TEXT = (
     Candidate("text"),
-    Candidate("text", {"evictor": {"name": "topk", "decode": "fixed_point"}}, _QUANTIZED),
+    Candidate(
+        "text", {"evictor": {"name": "chunk", "length": 12, "granularity": "head", "decode": "fixed_point"}}, _QUANTIZED
+    ),
     Candidate("streaming"),
 )
 _UNMERGED = "nothing is merged, since what is set leaves nothing to merge, or no scores to do it by"

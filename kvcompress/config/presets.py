@@ -6,6 +6,9 @@ from typing import Any
 
 _ONE = {"fraction": 0.2, "sink": 1, "recent": 1}  # the protection of PrefixKV's scripts
 _PREFIX = {"name": "prefix", "protected": "on_top"}  # as its released code counts them
+_TEXT = {"fraction": 0.2, "sink": 4, "recent": 32}
+_LAST_16 = {"name": "snapkv", "window": 16}
+_RUNS = {"name": "chunk", "length": 12, "granularity": "head", "decode": "oldest"}
 
 # name -> (what it is, fields)
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -198,23 +201,15 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "prefixkv-text": (
-        "PrefixKV's threshold (arXiv 2412.03409) over half of the slots, the other half given evenly, on the scores of "
-        "`text`: layers that retrieve are not starved. A combination of ours, behind `text` in our own measurement.",
-        {
-            "budget": {"fraction": 0.2, "sink": 4, "recent": 32},
-            "scorer": "tova",
-            "allocator": {**_PREFIX, "even": 0.5},
-            "evictor": {"name": "topk", "decode": "lowest_score"},
-        },
+        "PrefixKV's threshold (arXiv 2412.03409) over half of the slots, the other half given evenly, on the scores and "
+        "with the runs of `text`: a combination of ours.",
+        {"budget": _TEXT, "scorer": _LAST_16, "allocator": {**_PREFIX, "even": 0.5}, "evictor": _RUNS},
     ),
     "text": (
-        "Made for plain text: TOVA's scores with sinks and recents protected; as good as any of these on continuations "
-        "of text in our own measurement (see the benchmarks).",
-        {
-            "budget": {"fraction": 0.2, "sink": 4, "recent": 32},
-            "scorer": "tova",
-            "evictor": {"name": "topk", "decode": "lowest_score"},
-        },
+        "Made for plain text: SnapKV's scores (arXiv 2404.14469) from the last 16 queries in place of 32, and for each "
+        "head the best runs of 12 neighbouring tokens (ChunkKV, arXiv 2502.00299), so that what follows a token that is "
+        "looked at stays with it; best on long text in our own measurement (see Layers, heads and questions).",
+        {"budget": _TEXT, "scorer": _LAST_16, "evictor": _RUNS},
     ),
     "image": (
         "Made for images: SnapKV's scores (arXiv 2404.14469) from the last 8 queries in place of 32, next to nothing "
