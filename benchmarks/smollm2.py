@@ -37,7 +37,7 @@ from kvcompress.evaluation.memory import peak_of
 from kvcompress.evaluation.models import load_model
 from kvcompress.evaluation.perplexity import continuation_perplexity, english_text, samples_of
 from kvcompress.evaluation.timing import in_turns, ratios, timed
-from kvcompress.kernels import attention_with_lse
+from kvcompress.kernels import attention_with_mask
 from kvcompress.policies.context import LayerContext, LayerWeights
 from kvcompress.policies.registry import ALLOCATORS
 
@@ -172,13 +172,13 @@ def scorer_costs(rounds: int, tokens: int = 4000) -> dict[str, float]:
     """Time of one scorer step as a share of its layer's attention, in SmolLM2's shape."""
     g = torch.Generator().manual_seed(0)
     query, keys, values = (torch.randn(1, heads, tokens, 64, generator=g).bfloat16() for heads in (9, 3, 3))
-    _, lse = attention_with_lse(query, keys, values, 0.125, causal=True)
+    _, lse = attention_with_mask(query, keys, values, 0.125, None)
     weights = LayerWeights(torch.randn(576, 576, generator=g).bfloat16(), 10000.0 ** (-torch.arange(32) / 32))
     index = torch.arange(tokens, dtype=torch.int32).view(1, 1, tokens)
     seen = torch.tensor([tokens], dtype=torch.int64)
     context = LayerContext(0, query, keys, values, lse, 0.125, index, seen, weights=weights)
     runs: dict[str, Callable[[], float]] = {
-        "attention": partial(timed, attention_with_lse, query, keys, values, 0.125, True)
+        "attention": partial(timed, attention_with_mask, query, keys, values, 0.125, None)
     }
     for label, scorer in policies_of("scorer"):
         runs[f"{label} "] = partial(timed, scorer.score, context)  # type: ignore[attr-defined]

@@ -116,3 +116,9 @@ def _counting(model: PreTrainedModel, cache: CompressedCache, batch: int, forwar
         positions.add_(1)
 
     return step
+
+
+def read(model: PreTrainedModel, cache: Any, **inputs: Tensor) -> Any:
+    """The cache after a prompt, read as in `generate`: logits for the last token alone."""
+    model(**inputs, use_cache=True, logits_to_keep=1, **cache_argument(cache))
+    return cache

@@ -18,7 +18,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, PreTrainedModel
 
 from kvcompress import CompressedCache
-from kvcompress.cache import decoding
+from kvcompress.cache import tables
 from kvcompress.policies.base import Quantizer
 from kvcompress.policies.context import Codes, Keys, Values
 from tests import tiny
@@ -97,7 +97,7 @@ def check(
     torch._dynamo.reset()
     counters.clear()
     for _ in range(2):
-        with mock.patch.object(decoding, "runs_triton", lambda device: kernels):
+        with mock.patch.object(tables, "runs_triton", lambda device: kernels):
             tokens, cache = generate(model, ids, mask, fields, compiled=True)
         assert torch.equal(tokens, eager), f"{name}: {tokens.tolist()} instead of {eager.tolist()}"
         found, wanted = (dataclasses.replace(one.report(), decoding=None) for one in (cache, plain))

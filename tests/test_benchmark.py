@@ -16,8 +16,9 @@ from typer.testing import CliRunner, Result
 from kvcompress import CompressedCache, CompressionConfig
 from kvcompress.cli import app
 from kvcompress.errors import ConfigError
-from kvcompress.evaluation import LoadedModel, benchmark, timing
-from kvcompress.evaluation.benchmark import REFERENCES, rounds_of, text_rows, weight_bytes
+from kvcompress.evaluation import LoadedModel, benchmark, contestants, timing
+from kvcompress.evaluation.benchmark import rounds_of, text_rows, weight_bytes
+from kvcompress.evaluation.contestants import REFERENCES
 from kvcompress.evaluation.measurement import Measurement, Spread
 from kvcompress.evaluation.memory import held_bytes, peak_of
 from tests import checkpoints, tiny
@@ -150,7 +151,7 @@ def test_what_runs_out_of_memory_is_noted_and_the_others_run_on(
     def no_room(*args: object, **given: object) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(benchmark, "QuantizedCache", no_room)
+    monkeypatch.setattr(contestants, "QuantizedCache", no_room)
     dynamic, quantized, *_ = measure(loaded, ("prefixkv", FIFTH))
     assert quantized == Measurement("QuantizedCache", None, None, 50, 1, note="out of memory")
     assert dynamic.note is None and dynamic.seconds_per_token is not None
@@ -201,10 +202,10 @@ def test_a_reference_that_the_model_cannot_have_is_noted_and_the_others_run_on(
         raise ValueError("heads of 7 numbers")
 
     monkeypatch.setattr(benchmark, "prepare_extension", lambda *given: None)
-    monkeypatch.setattr(benchmark, "QuantizedCache", odd)
+    monkeypatch.setattr(contestants, "QuantizedCache", odd)
     _, quantized, *_ = measure(loaded, ("prefixkv", FIFTH))
     assert quantized.note == "unavailable: ValueError: heads of 7 numbers"
-    monkeypatch.setattr(benchmark, "DynamicCache", odd)  # without which nothing runs
+    monkeypatch.setattr(contestants, "DynamicCache", odd)  # without which nothing runs
     with pytest.raises(ValueError, match="heads of 7"):
         measure(loaded)
 

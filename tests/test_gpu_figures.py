@@ -91,7 +91,7 @@ def test_captured_steps_add_a_token_each_as_steps_in_python_do(monkeypatch: pyte
     held = []
     for kind in (steps.captured, steps.in_python):
         cache = CompressedCache(model, "prefixkv", budget=0.5)
-        gpu.read(model, cache, input_ids=torch.arange(4, 84).view(2, 40))
+        steps.read(model, cache, input_ids=torch.arange(4, 84).view(2, 40))
         step = kind(model, cache, 2)
         for _ in range(6):
             step()

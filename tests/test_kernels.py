@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcompress import kernels
-from kvcompress.kernels import codes, dense, mass
+from kvcompress.kernels import codes, mass, written_out
 from kvcompress.policies.registry import QUANTIZERS
 from tests.strategies import generator
 
@@ -97,15 +97,15 @@ SHAPES = {
 
 
 @given(**SHAPES)
-def test_attention_with_lse_is_attention(
+def test_attention_with_its_log_sum_exp_is_attention(
     batch: int, kv_heads: int, group: int, queries: int, past: int, seed: int
 ) -> None:
     query, key, value = tensors(batch, kv_heads, group, queries, queries + past, seed)
     weights, sums = probabilities(query, key, causal=False)
     values = value.repeat_interleave(group, 1).double()
     for output, lse in (
-        kernels.attention_with_lse(query, key, value, 0.25, causal=False),
-        dense._blockwise(query, key, value, 0.25, None, False),
+        kernels.attention_with_mask(query, key, value, 0.25, None, causal=False),
+        written_out.attention_in_blocks(query, key, value, 0.25, None, False),
     ):
         torch.testing.assert_close(output.double(), weights @ values, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(lse.double(), sums, atol=1e-5, rtol=1e-5)
@@ -119,7 +119,7 @@ def test_padding_gets_no_attention_and_a_query_that_sees_nothing_gives_nothing(
     valid = padding(batch, queries + past, seed)
     weights, sums = probabilities(query, key, causal, valid)
     if blocks:
-        output, lse = dense._blockwise(query, key, value, 0.25, valid, causal)
+        output, lse = written_out.attention_in_blocks(query, key, value, 0.25, valid, causal)
     else:
         output, lse = kernels.attention_with_mask(query, key, value, 0.25, valid, causal=causal)
     expected = weights @ value.repeat_interleave(group, 1).double()
@@ -153,9 +153,9 @@ def test_older_and_own_tokens_together_are_one_softmax(
 ) -> None:
     query, key, value = tensors(batch, kv_heads, group, queries, queries + past, seed)
     weights, sums = probabilities(query, key, causal=True)
-    output, lse = kernels.attention_with_lse(query, key[:, :, past:], value[:, :, past:], 0.25, causal=True)
+    output, lse = kernels.attention_with_mask(query, key[:, :, past:], value[:, :, past:], 0.25, None)
     if past:
-        older = kernels.attention_with_lse(query, key[:, :, :past], value[:, :, :past], 0.25, causal=False)
+        older = kernels.attention_with_mask(query, key[:, :, :past], value[:, :, :past], 0.25, None, causal=False)
         output, lse = kernels.merge_attention(output, lse, *older)
     expected = weights @ value.repeat_interleave(group, 1).double()
     torch.testing.assert_close(output.double(), expected, atol=1e-5, rtol=1e-5)
@@ -245,7 +245,7 @@ def test_written_out_probabilities_are_those_of_tokens_that_are_no_padding(
 def test_mass_is_finite_where_unseen_keys_have_huge_logits(dtype: torch.dtype) -> None:
     query = torch.full((1, 1, 40, 16), 8.0, dtype=dtype)
     key = torch.linspace(-8, 8, 40, dtype=dtype)[None, None, :, None].expand(1, 1, 40, 16).contiguous()
-    _, lse = kernels.attention_with_lse(query, key, key, 0.25, causal=True)
+    _, lse = kernels.attention_with_mask(query, key, key, 0.25, None)
     found = kernels.attention_mass(query, key, lse, 0.25)
     assert bool(found.isfinite().all())
     assert float(found.sum()) == pytest.approx(40, rel=0.02)
@@ -408,7 +408,7 @@ def test_cuda_kernels_attend_as_blocks_do(dtype: torch.dtype, padded: bool, past
     query, key, value = (tensor.to("cuda", dtype) for tensor in tensors(2, 2, 3, 77, 77 + past, 0))
     valid = padding(2, 77 + past, 0).cuda() if padded else None
     output, lse = kernels.attention_with_mask(query, key, value, 0.25, valid, causal=causal)
-    expected = dense._blockwise(query, key, value, 0.25, valid, causal)
+    expected = written_out.attention_in_blocks(query, key, value, 0.25, valid, causal)
     torch.testing.assert_close(output, expected[0], atol=2e-2, rtol=2e-2)
     torch.testing.assert_close(lse, expected[1], atol=2e-2, rtol=2e-2)
 

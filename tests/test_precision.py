@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from kvcompress import SCORERS, CompressedCache, CompressionConfig
 from kvcompress.config.presets import PRESETS
-from kvcompress.kernels import attention_mass, attention_probabilities, attention_share, attention_with_lse
+from kvcompress.kernels import attention_mass, attention_probabilities, attention_share, attention_with_mask
 from kvcompress.policies.base import Scorer
 from kvcompress.policies.context import LayerContext
 from tests import strategies, tiny
@@ -119,7 +119,7 @@ def test_scores_under_autocast_are_as_exact_as_without(monkeypatch: pytest.Monke
 def test_kernels_keep_their_precision_under_autocast() -> None:
     """What a kernel promises in float32 is float32, whoever calls it."""
     query, key, value, scaling = with_logits(torch.float32, 16, 12.0)
-    _, lse = attention_with_lse(query, key, value, scaling, causal=True)
+    _, lse = attention_with_mask(query, key, value, scaling, None)
     counted = torch.ones(1, 1, 300, dtype=torch.bool)
     counted[..., 40:] = False
 
@@ -212,7 +212,7 @@ def test_attention_mass_is_near_the_exact_one_however_large_the_logits(
     dtype: torch.dtype, head_dim: int, largest: float
 ) -> None:
     query, key, value, scaling = with_logits(dtype, head_dim, largest)
-    output, lse = attention_with_lse(query, key, value, scaling, causal=True)
+    output, lse = attention_with_mask(query, key, value, scaling, None)
     assert bool(output.isfinite().all())
     exact = exact_mass(query, key, scaling)
     for start, step in ((0, 1), (7, 3)):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from kvcompress import Budget, CompressedCache, CompressionConfig
-from kvcompress.cache import quantized_store
+from kvcompress.cache import coder
 from kvcompress.cache.layer import CompressedLayer
 from kvcompress.testing.running import forwards, require_masked, with_budget
 from tests import strategies, tiny
@@ -37,7 +37,7 @@ NEAR = {"name": "topk", "distance": 3}  # frees among the last slots alone
 def small_blocks() -> Iterator[None]:
     """Attention decodes a few slots at a time, so that a handful of tokens already makes several blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantized_store, "_BLOCK", 8)
+        patch.setattr(coder, "_BLOCK", 8)
         yield
 
 
@@ -104,7 +104,7 @@ def test_heads_hold_their_sum_and_no_more(skew: int, quantizer: str) -> None:
     packed = [max(0, length - residual) // group * group for length in lengths]
     assert coded(cache) == [[packed] * 2] * layers
     store = cache.layers[0].store
-    of_group = sum(codes.nbytes for codes in store._of_zeros(1, 1, group))
+    of_group = sum(codes.nbytes for codes in store._group_of_zeros(1))
     exact = sum(max(1, length - count) for length, count in zip(lengths, packed, strict=True))
     assert said.kv_bytes == layers * 2 * (exact * slot + sum(packed) // group * of_group)
     for step in range(20):  # what is generated comes out of the same memory

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from kvcompress import QUANTIZERS, Budget, CompressedCache, CompressionConfig
-from kvcompress.cache import quantized_store
+from kvcompress.cache import coder
 from kvcompress.cache.quantized_store import QuantizedStore
 from kvcompress.errors import ConfigError
 from kvcompress.policies.base import Quantizer
@@ -31,7 +31,7 @@ names = pytest.mark.parametrize("name", NAMES)
 def small_blocks() -> Iterator[None]:
     """Attention decodes a few slots at a time, so that a handful of tokens already makes several blocks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(quantized_store, "_BLOCK", 8)
+        patch.setattr(coder, "_BLOCK", 8)
         yield
 
 

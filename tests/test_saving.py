@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress import CompressedCache, CompressionConfig
+from kvcompress.cache import manifest as manifests
 from kvcompress.cache import saving
 from kvcompress.errors import CacheStateError, ConfigError
 from tests import tiny
@@ -222,11 +223,11 @@ def test_a_saved_cache_is_replaced_only_when_asked(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["{}", "[1]", "not JSON", '{"kvcompress_cache": 99}', '{"kvcompress_cache": 1}'])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_file_of_somebody_else_is_neither_loaded_nor_replaced(content: str, overwrite: bool, tmp_path: Path) -> None:
-    path = tmp_path / saving.MANIFEST
+    path = tmp_path / manifests.MANIFEST
     path.write_text(content)
-    with pytest.raises(ConfigError, match=saving.MANIFEST):
+    with pytest.raises(ConfigError, match=manifests.MANIFEST):
         CompressedCache.load(tiny.model("llama"), tmp_path)
-    with pytest.raises(ConfigError, match=saving.MANIFEST):
+    with pytest.raises(ConfigError, match=manifests.MANIFEST):
         start("prefixkv", "llama").save(tmp_path, overwrite=overwrite)
     assert path.read_text() == content and {one.suffix for one in tmp_path.iterdir()} <= {".json", ".lock"}
 
@@ -259,7 +260,7 @@ def test_a_damaged_file_is_one_error_that_names_it_and_the_way_out(data: st.Data
 def test_a_forged_file_with_right_checksums_is_loaded_or_refused(data: st.DataObject, tmp_path_factory: Any) -> None:
     folder = tmp_path_factory.mktemp("saved")
     start("prefixkv", "llama", decoded=0).save(folder)
-    path = folder / saving.MANIFEST
+    path = folder / manifests.MANIFEST
     fields = json.loads(path.read_text())
     tensors = load_file(folder / fields["tensors"])
     name = data.draw(st.sampled_from(sorted(tensors)))
@@ -286,7 +287,7 @@ def test_a_forged_file_with_right_checksums_is_loaded_or_refused(data: st.DataOb
     if kind != "name":
         save_file(tensors, folder / fields["tensors"])
         fields["tensors_sha256"] = hashlib.sha256((folder / fields["tensors"]).read_bytes()).hexdigest()
-    manifest = saving.Manifest(**{**fields, "sha256": ""})
+    manifest = manifests.Manifest(**{**fields, "sha256": ""})
     path.write_text(manifest.model_copy(update={"sha256": manifest.checksum()}).model_dump_json())
     try:
         CompressedCache.load(tiny.model("llama"), folder)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvcompress.cache.sequence import Counts
+from kvcompress.cache.counts import Counts
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import BudgetWarning
 from kvcompress.kernels import sent

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from kvcompress.cache import attention, decoding, hooks, prefill, saving, undoing
+from kvcompress.cache import attention, hooks, loading, prefill, saving, tables, undoing
 from kvcompress.cache.allocation import Allocation
 from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.axes import check_axes
@@ -139,7 +139,7 @@ class CompressedCache(Forwards, CacheContract):
         Args:
             folder: where to; made where it is missing.
             overwrite: whether a cache that was saved there is replaced.
-            extra: what else to keep with it: text, numbers, tensors, lists and mappings (`saving.Saved.extra`).
+            extra: what else to keep with it: text, numbers, tensors, lists and mappings (`loading.Saved.extra`).
 
         Raises:
             ConfigError: if the folder cannot be written, or holds a cache already, or a `cache.json` of somebody else;
@@ -175,10 +175,10 @@ class CompressedCache(Forwards, CacheContract):
             ConfigError: if the folder holds no cache, a damaged one, or one of another model or release.
             UnsupportedModelError: as for a new cache.
         """
-        return cls.from_saved(model, saving.Saved.read(folder), reserve=reserve, decoding=decoding)
+        return cls.from_saved(model, loading.Saved.read(folder), reserve=reserve, decoding=decoding)
 
     @classmethod
-    def from_saved(cls, model: nn.Module, saved: saving.Saved, **options: Any) -> CompressedCache:
+    def from_saved(cls, model: nn.Module, saved: loading.Saved, **options: Any) -> CompressedCache:
         """The second half of `load`: a cache from what was read."""
         cache = cls(model, saved.config, **options)
         saved.fill(cache._state, cache.decoder())
@@ -199,8 +199,8 @@ class CompressedCache(Forwards, CacheContract):
     def ranked(self) -> list[Ranked]:
         """Token index and importance of every layer's slots, over all heads."""
         state = self._state
-        decoding.catch_up_if_needed(state)
-        decoding.tidy(state)
+        tables.catch_up_if_needed(state)
+        tables.tidy(state)
         with state.writable(), torch.no_grad():
             undoing.settle(state, Prefill(), 0)
         return [layer.ranked() for layer in state.layers]

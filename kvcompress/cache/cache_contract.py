@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from kvcompress.cache import attention, decoding, periods, rows, undoing
+from kvcompress.cache import decoding, mask_function, periods, rows, tables, undoing
 from kvcompress.cache.owner import OfModel
+from kvcompress.cache.room import prepare_step
 
 
 class CacheContract(OfModel, Cache):
@@ -33,12 +34,12 @@ class CacheContract(OfModel, Cache):
             sizes: tuple[int, int] = own.get_mask_sizes(query_length)
             return sizes
         if decoding.host_is_left_out(self._state):
-            return query_length, attention.COMPRESSED  # no mask is made, and graphs depend on no number
+            return query_length, mask_function.COMPRESSED  # no mask is made, and graphs depend on no number
         if query_length == 1:
-            decoding.prepare_step(self._state)
+            prepare_step(self._state)
             periods.cut_if_due(self._state)
         unread = not sequence.seen or not sequence.row_seen.all()  # a prompt in chunks, of which some row had none yet
-        return sequence.seen + query_length, attention.COMPRESSED_UNREAD if unread else attention.COMPRESSED
+        return sequence.seen + query_length, mask_function.COMPRESSED_UNREAD if unread else mask_function.COMPRESSED
 
     @property
     def is_compileable(self) -> bool:
@@ -56,7 +57,7 @@ class CacheContract(OfModel, Cache):
         Slots are in no promised order, and what lies in those beyond a row's own means nothing; `report()` says which
         tokens are held.
         """
-        decoding.catch_up_if_needed(self._state)
+        tables.catch_up_if_needed(self._state)
         return ((getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in self.layers)
 
     @property

@@ -9,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvcompress.cache.counts import Counts
+from kvcompress.cache.positions import taken
 from kvcompress.cache.quantized_store import QuantizedStore
 from kvcompress.cache.ragged_quantized_store import RaggedQuantizedStore
 from kvcompress.cache.ragged_store import RaggedStore
 from kvcompress.cache.recent import Recent
 from kvcompress.cache.selection import importance_of, order_of
-from kvcompress.cache.sequence import Counts, Sequence, taken
+from kvcompress.cache.sequence import Sequence
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.store import DenseStore
 from kvcompress.config import CompressionConfig
@@ -253,7 +255,7 @@ class HeldTokens:
             if tensor is not None:
                 setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
         if self.recent is not None:
-            self.recent.select_rows(index, rows)
+            self.recent.select_rows(index)
         for name, known in self.statistics.items():
             self.statistics[name] = known.index_select(0, index.to(known.device))
 

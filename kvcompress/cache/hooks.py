@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypeAlias
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvcompress.cache import attention, watching
+from kvcompress.cache import attention, mask_function, watching
 from kvcompress.cache.argument import cache_among, under_installed_name
 from kvcompress.cache.inputs import refuse_images
 from kvcompress.cache.reduction import Reduction
@@ -133,7 +133,7 @@ class _Hook:
         cache = cache_among(inputs)
         if isinstance(cache, ObservesInputs):
             given = inputs.get("attention_mask")
-            inputs = {**inputs, "attention_mask": attention.padding_in(given), WHOLE_MASK: given}
+            inputs = {**inputs, "attention_mask": mask_function.padding_in(given), WHOLE_MASK: given}
             if inputs.get("output_attentions") is None and getattr(module.config, "output_attentions", False):
                 inputs = {**inputs, "output_attentions": True}
             self.look(module, inputs, cache)
@@ -164,7 +164,7 @@ class _ModelHook(_Hook):
 
 class _DecoderHook(_Hook):
     def look(self, module: nn.Module, inputs: dict[str, Any], cache: ObservesInputs) -> None:
-        cache.before_decoder(module, {**inputs, LAST_SEEN: attention.last_seen_in(inputs[WHOLE_MASK])})
+        cache.before_decoder(module, {**inputs, LAST_SEEN: mask_function.last_seen_in(inputs[WHOLE_MASK])})
 
 
 class _Done:

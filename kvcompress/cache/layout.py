@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from kvcompress.cache.sequence import Counts
+from kvcompress.cache.counts import Counts
 from kvcompress.kernels import sent
 
 

@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from kvcompress.cache.sequence import Counts, Sequence
+from kvcompress.cache.counts import Counts
+from kvcompress.cache.sequence import Sequence
 from kvcompress.errors import CacheStateError
 
 

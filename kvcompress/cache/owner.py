@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import TypeVar
 
 from torch import nn
@@ -13,6 +14,7 @@ from kvcompress.cache.state import CacheState
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import CacheStateError, UnsupportedModeError
 from kvcompress.integrations import Adapter
+from kvcompress.policies.context import LayerWeights
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -58,6 +60,19 @@ class OfModel:
             raise UnsupportedModeError(
                 "model: is in training mode; call model.eval() first, or train with another cache"
             )
+
+
+@dataclass(frozen=True)
+class WeightsOf:
+    """Gives the weights of a layer, without keeping its model alive."""
+
+    adapter: Adapter
+    decoder: weakref.ReferenceType[PreTrainedModel]
+    module: weakref.ReferenceType[nn.Module]
+
+    def __call__(self) -> LayerWeights:
+        """The weights, as they are now."""
+        return self.adapter.layer_weights(alive(self.decoder), alive(self.module))
 
 
 def alive(reference: weakref.ReferenceType[_Module]) -> _Module:

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from kvcompress.cache.sequence import Counts
-from kvcompress.cache.store import fixed, grown, rows_at
+from kvcompress.cache.counts import Counts
+from kvcompress.cache.store import fixed, grown, rows_at, with_rows
 from kvcompress.kernels import sent
 from kvcompress.policies.context import Codes
 
+_Buffers = TypeVar("_Buffers", bound="CodeBuffers")
+
 
 @dataclass(frozen=True)
-class Packed:
+class CodeBuffers:
     """The quantized keys, or values, of a layer's first slots, in buffers that may have more slots than are in use.
 
     What is in use never changes where it lies: groups are written after it, and what moves is copied.
@@ -26,23 +29,11 @@ class Packed:
         codes: codes of all slots.
         span: neighbouring slots that one row of scales serves.
         scale_rows: the row of scales that each slot belongs to; None while they follow from the slots' order.
-        scales: rows of scales in use per row, `[batch, 1]`, where there are `scale_rows`.
     """
 
     codes: Codes
     span: int
-    scale_rows: Int[Tensor, "batch kv_heads slots"] | None = None
-    scales: Counts | None = None
-
-    @classmethod
-    def of(cls, codes: Codes) -> Packed:
-        """Buffers that are full of some groups."""
-        return cls(codes, codes.data.shape[2] // codes.scale.shape[2])
-
-    @property
-    def capacity(self) -> int:
-        """Slots that are allocated."""
-        return self.codes.data.shape[2]
+    scale_rows: Int[Tensor, "rows heads slots"] | None = field(default=None, kw_only=True)
 
     @property
     def nbytes(self) -> int:
@@ -54,6 +45,42 @@ class Packed:
         for tensor in (self.codes.data, self.codes.scale, self.codes.shift, self.scale_rows):
             if tensor is not None:
                 yield tensor
+
+    def each(self: _Buffers, change: Callable[[Tensor], Tensor]) -> _Buffers:
+        """The same change to every tensor."""
+        rows = None if self.scale_rows is None else change(self.scale_rows)
+        return replace(self, codes=self.codes.each(change), scale_rows=rows).fixed()
+
+    def to(self: _Buffers, device: torch.device) -> _Buffers:
+        """On a device, without waiting for the copy."""
+        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def fixed(self: _Buffers) -> _Buffers:
+        """The same, of which compiled decode steps know that it stays where it is."""
+        for tensor in self.tensors():
+            fixed(tensor)
+        return self
+
+
+@dataclass(frozen=True)
+class Packed(CodeBuffers):
+    """Codes of rows and heads that all have room for as many, `[batch, kv_heads, slots, width]`.
+
+    Attributes:
+        scales: rows of scales in use per row, `[batch, 1]`, where there are `scale_rows`.
+    """
+
+    scales: Counts | None = None
+
+    @classmethod
+    def of(cls, codes: Codes) -> Packed:
+        """Buffers that are full of some groups."""
+        return cls(codes, codes.data.shape[2] // codes.scale.shape[2])
+
+    @property
+    def capacity(self) -> int:
+        """Slots that are allocated."""
+        return self.codes.data.shape[2]
 
     def part(self, start: int, end: int) -> Codes:
         """Codes of some slots with the scales that belong to them; `start` begins a group."""
@@ -130,26 +157,7 @@ class Packed:
     def select_rows(self, index: Int[Tensor, " rows"], rows: Counts) -> Packed:
         """Reorders, repeats or drops rows; in place where their number stays."""
         scales = None if self.scales is None else self.scales[rows]
-        if len(rows) != len(self.codes.data):
-            return replace(self.each(lambda tensor: tensor.index_select(0, index.to(tensor.device))), scales=scales)
-        for tensor in self.tensors():
-            tensor.copy_(tensor.index_select(0, index.to(tensor.device)))
-        return replace(self, scales=scales)
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> Packed:
-        """The same change to every tensor."""
-        rows = None if self.scale_rows is None else change(self.scale_rows)
-        return replace(self, codes=self.codes.each(change), scale_rows=rows).fixed()
-
-    def to(self, device: torch.device) -> Packed:
-        """On a device, without waiting for the copy."""
-        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def fixed(self) -> Packed:
-        """The same, of which compiled decode steps know that it stays where it is."""
-        for tensor in self.tensors():
-            fixed(tensor)
-        return self
+        return replace(self.each(lambda tensor: with_rows(tensor, index)), scales=scales)
 
 
 def changed(codes: Codes, data: Tensor, change: Callable[[Tensor], Tensor]) -> Codes:

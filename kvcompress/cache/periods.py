@@ -8,10 +8,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from kvcompress.cache import decoding, prefill
-from kvcompress.cache.layer import CompressedLayer, Unscored
+from kvcompress.cache import prefill, tables
+from kvcompress.cache.counts import Counts, stacked
+from kvcompress.cache.layer import CompressedLayer
+from kvcompress.cache.scoring import Unscored, context_of, learn, scores_by
 from kvcompress.cache.selection import compress
-from kvcompress.cache.sequence import Counts, stacked
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Prefill
@@ -43,14 +44,14 @@ def cut_if_due(state: CacheState, asks: bool = False) -> None:
         return
     if not (asks or is_due(state)):
         return
-    decoding.catch_up_if_needed(state)
+    tables.catch_up_if_needed(state)
     if not is_due(state):
         return
     in_inference = state.layers[0].store.buffers()[0].is_inference()
     with state.changing(in_place=True), torch.inference_mode(in_inference), torch.no_grad():
         table = state.table
         cut(state, in_place=True)
-        table.become(decoding.make_table(state))
+        table.become(tables.make_table(state))
         state.table = table
 
 
@@ -94,12 +95,11 @@ def _score(layer: CompressedLayer, step: Prefill) -> None:
         output, lse = attend_blocks(query, blocks, past, recent.scaling, valid, True, recent.softcap)
         assert lse is not None
         _, lse = with_sinks(output, lse, recent.sinks)
-    of = Unscored(query, lse, recent.scaling, layer.weights)
-    context = replace(layer.context(step, of, keys, values, index, valid), softcap=recent.softcap)
-    scores = layer.scored(step, scorer, context)
+    of = Unscored(query, lse, recent.scaling, recent.softcap, layer.weights)
+    scores = scores_by(scorer, step, context_of(layer, step, of, keys, values, index, valid))
     if order is not None:
         scores = torch.empty_like(scores).scatter_(-1, order.expand_as(scores), scores)
-    layer.learn(scorer, scores)
+    learn(layer, scorer, scores)
 
 
 def _window(state: CacheState) -> int:

@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvcompress.cache import decoding
+from kvcompress.cache import tables
 from kvcompress.cache.allocation import Allocation, Rule, allocate
+from kvcompress.cache.counts import Counts, stacked
 from kvcompress.cache.masks import Mask
 from kvcompress.cache.reduction import Reduction
+from kvcompress.cache.room import grow_for
 from kvcompress.cache.selection import Ranked, Ranking, compress, pin, ranking_of
-from kvcompress.cache.sequence import Counts, stacked
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Phase, Prefill
 from kvcompress.config import CompressionConfig
@@ -32,11 +33,11 @@ def begin(
 ) -> None:
     """Makes the step of a forward of so many positions, and notes their tokens and what is known of images."""
     batch = len(mask.row_new)
-    decoding.catch_up_if_needed(state)
+    tables.catch_up_if_needed(state)
     sequence, first = state.sequence, state.sequence.seen
     step = Prefill(queries=queries, evicts=not state.recording, row_new=mask.row_new, part=state.part)
     state.step, state.reduced = step, None  # from here on, what is interrupted has failed
-    decoding.tidy(state)
+    tables.tidy(state)
     new_valid, step.order, step.first_order = mask.new_valid, mask.order, mask.order
     step.last_seen = mask.last_in_order()
     if mask.hidden is not None:
@@ -75,9 +76,9 @@ def end(state: CacheState, step: Prefill) -> None:
     else:
         pin(state.layers)
     step.problems.refuse()
-    decoding.make_table(state)
+    tables.make_table(state)
     if state.room:
-        decoding.grow_for(state, state.room)
+        grow_for(state, state.room)
 
 
 def compress_all(state: CacheState, step: Prefill) -> None:

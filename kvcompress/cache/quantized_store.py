@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -10,15 +10,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from kvcompress.cache.coder import Coder
+from kvcompress.cache.counts import Counts
 from kvcompress.cache.packed import Packed
-from kvcompress.cache.sequence import Counts
-from kvcompress.cache.store import DenseStore, InUse, by_key_head, fixed, of_heads, rows_at, slots_in_use
+from kvcompress.cache.store import DenseStore, InUse, by_key_head, fixed, of_heads, rows_at, slots_in_use, with_rows
 from kvcompress.kernels import attention_with_slots, decode_attention_codes, merge_attention, sent
 from kvcompress.policies.base import Quantizer
 from kvcompress.policies.context import Codes, Keys, Queries, Values
-from kvcompress.policies.faults import policy_errors
-
-_BLOCK = 4096  # slots that attention decodes at a time
 
 
 class QuantizedStore(DenseStore):
@@ -30,7 +28,7 @@ class QuantizedStore(DenseStore):
 
     Attributes:
         quantizer: the policy.
-        layer: index of the decoder layer, for errors.
+        coder: what asks it.
         by_head: whether every head has its own number of quantized slots.
         packed_rows: slots of each row that are quantized, `[batch, sets]`, one set where all heads have as many; None
             if none are.
@@ -44,7 +42,7 @@ class QuantizedStore(DenseStore):
     def __init__(self, quantizer: Quantizer, layer: int) -> None:
         """Starts empty."""
         super().__init__()
-        self.quantizer, self.layer = quantizer, layer
+        self.quantizer, self.coder = quantizer, Coder(quantizer, layer)
         self.packed_rows: Counts | None = None
         self.coded = self._packed = None
 
@@ -76,12 +74,12 @@ class QuantizedStore(DenseStore):
         full = self.most_dense * self.slot_nbytes
         if nbytes <= full:
             return super().slots_within(nbytes)
-        of_group = sum(codes.nbytes for codes in self._of_zeros(1, self.kv_heads, self.quantizer.group))
+        of_group = sum(codes.nbytes for codes in self._group_of_zeros(self.kv_heads))
         return super().slots_within(full) + (nbytes - full) * self.quantizer.group / of_group
 
     def blocks(self, used: int) -> Iterator[tuple[Keys, Values]]:
         """Decodes a block at a time, then gives the first `used` slots of full precision."""
-        for start, end in self._spans(self.packed):
+        for start, end in self.coder.blocks(self.packed):
             yield self._decoded(start, end)
         if used or not self.packed:
             yield from super().blocks(used)
@@ -97,28 +95,13 @@ class QuantizedStore(DenseStore):
         """Attention of one query per row over quantized slots and those in use of full precision."""
         if self._packed is None:
             return super().attend(query, scaling, used)
-        read_as = self.quantizer.code_dtype
-        if used.length is None or read_as is None or self._widths[0] != self._widths[1]:
+        ((keys, values), layout), read_as = self._in_place(), self.quantizer.code_dtype
+        if used.length is None or read_as is None or keys.shape[-1] != values.shape[-1]:
             return self.attend_with_lse(query, scaling, used)[0]
-        (keys, values), layout = self._in_place()
         of_keys, of_values = self._packed
-        return decode_attention_codes(
-            query,
-            of_keys.codes.data.view(read_as),
-            of_keys.codes.scale,
-            of_keys.codes.shift,
-            of_values.codes.data.view(read_as),
-            of_values.codes.scale,
-            of_values.codes.shift,
-            keys,
-            values,
-            scaling,
-            self.coded,
-            used.length,
-            key_rows=of_keys.scale_rows,
-            value_rows=of_values.scale_rows,
-            **layout,
-        )
+        layout |= {"key_rows": of_keys.scale_rows, "value_rows": of_values.scale_rows}
+        codes = (*_as_read(of_keys.codes, read_as), *_as_read(of_values.codes, read_as))
+        return decode_attention_codes(query, *codes, keys, values, scaling, self.coded, used.length, **layout)
 
     def _in_place(self) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
         """Keys and values in full precision as they lie, and what a kernel has to be told of where slots begin."""
@@ -135,16 +118,17 @@ class QuantizedStore(DenseStore):
             return super().attend_with_lse(query, scaling, used, softcap)
         keys, values = self.padded(self.capacity if used.width is None else used.width)
         grouped = by_key_head(query, keys.shape[1])
-        parts = _attend(grouped, keys, values, scaling, slots_in_use(used, keys.shape[2]), softcap)
+        parts = attention_with_slots(grouped, keys, values, scaling, slots_in_use(used, keys.shape[2]), softcap)
         slots, whole = self.codes_capacity, 0
         if not used.device_only:
             slots, whole = self.packed, 0 if self.packed_rows is None else int(self.packed_rows.min())
-        for start, end in self._spans(slots):
+        for start, end in self.coder.blocks(slots):
             mask = None
             if end > whole:  # some row has fewer
                 assert self.coded is not None  # [batch, sets]
                 mask = torch.arange(start, end, device=query.device) < self.coded.unsqueeze(-1)
-            parts = merge_attention(*parts, *_attend(grouped, *self._decoded(start, end), scaling, mask, softcap))
+            part = attention_with_slots(grouped, *self._decoded(start, end), scaling, mask, softcap)
+            parts = merge_attention(*parts, *part)
         return of_heads(query, parts)
 
     def room(self, slots: Counts) -> Counts:
@@ -166,8 +150,8 @@ class QuantizedStore(DenseStore):
             more = np.maximum(more, self.quantizable(later))
         if self.coded is None:
             self._count_packed(before)
-        keys, values = self._packed or self._without_slots()
-        self._packed = (keys.with_room(before, more), values.with_room(before, more))
+        self._packed = self._packed or self._without_slots()
+        self._change_codes(lambda packed: packed.with_room(before, more))
 
     def pack(self, dense: Counts) -> Counts:
         """Quantizes the oldest tokens of full precision, as many whole groups of each row as leave the residual.
@@ -182,13 +166,13 @@ class QuantizedStore(DenseStore):
         """
         more, before = self.quantizable(dense), self._packed_rows_of(dense)
         if more.any():
-            new = self._encoded(*self._oldest(more))
+            new = self.coder.encode(*self._oldest(more))
             if self._packed is None:
-                self._packed = (self._packed_of(new[0], more), self._packed_of(new[1], more))
+                self._packed = self._packed_of(new[0], more), self._packed_of(new[1], more)
             else:
                 self.make_room(dense)
                 of_keys, of_values = self._packed
-                self._packed = (of_keys.appended(new[0], before, more), of_values.appended(new[1], before, more))
+                self._packed = of_keys.appended(new[0], before, more), of_values.appended(new[1], before, more)
             self._count_packed(before + more)
             self._drop_first(more, dense - more)
         return more
@@ -223,7 +207,7 @@ class QuantizedStore(DenseStore):
                 self._packed = self.coded = self.packed_rows = None
             else:
                 assert packed_rows is not None
-                self._packed = (self._packed[0].picked(first, packed_rows), self._packed[1].picked(first, packed_rows))
+                self._change_codes(lambda packed: packed.picked(first, packed_rows))
                 self._count_packed(packed_rows)
 
     def overwrite(self, keys: Keys, values: Values) -> None:
@@ -238,9 +222,8 @@ class QuantizedStore(DenseStore):
         """Reorders, repeats or drops rows."""
         super().select_rows(index, rows)
         if self._packed is not None and self.coded is not None:
-            self._packed = (self._packed[0].select_rows(index, rows), self._packed[1].select_rows(index, rows))
-            coded = self.coded.index_select(0, index.to(self.coded.device))
-            self.coded = self.coded.copy_(coded) if len(coded) == len(self.coded) else fixed(coded)
+            self._change_codes(lambda packed: packed.select_rows(index, rows))
+            self.coded = with_rows(self.coded, index)
         if self.packed_rows is not None:
             self.packed_rows = self.packed_rows[rows]
 
@@ -248,8 +231,7 @@ class QuantizedStore(DenseStore):
         """Moves every buffer to a device, without waiting for the copy."""
         super().to(device)
         if self._packed is not None and self.coded is not None:
-            keys, values = self._packed
-            self._packed = (keys.to(device), values.to(device))
+            self._change_codes(lambda packed: packed.to(device))
             self.coded = fixed(self.coded.to(device, non_blocking=True))
 
     def saved(self, used: int) -> dict[str, Any]:
@@ -259,17 +241,17 @@ class QuantizedStore(DenseStore):
     def restore(self, saved: Any) -> None:
         """Takes over what `saved` gave."""
         super().restore(saved)
-        packed, coded, self.packed_rows = saved["packed"], saved["coded"], saved["packed_rows"]
-        self._packed = None if packed is None else (packed[0].fixed(), packed[1].fixed())
+        self._packed, coded, self.packed_rows = saved["packed"], saved["coded"], saved["packed_rows"]
+        self._change_codes(lambda packed: packed.fixed())
         self.coded = None if coded is None else fixed(coded)
 
     # -- inner ---------------------------------------------------------------------------------------------------------
 
-    @property
-    def _widths(self) -> tuple[int, int]:
-        """Dimensions of a key and of a value."""
-        assert self.keys is not None and self.values is not None
-        return self.keys.shape[-1], self.values.shape[-1]
+    def _change_codes(self, change: Callable[[Any], Any]) -> None:
+        """The same change to the codes of keys and of values, if there are any."""
+        if self._packed is not None:
+            keys, values = self._packed
+            self._packed = change(keys), change(values)
 
     def _packed_rows_of(self, dense: Counts) -> Counts:
         return np.zeros_like(dense[:, :1]) if self.packed_rows is None else self.packed_rows
@@ -304,43 +286,27 @@ class QuantizedStore(DenseStore):
             order = order.clamp(max=self.capacity - 1)
             self._hold(rows_at(keys, order), rows_at(values, order))
 
-    def _encoded(self, keys: Keys, values: Values) -> tuple[Codes, Codes]:
-        with policy_errors(self.quantizer, self.layer):
-            codes = self.quantizer.encode_keys(keys), self.quantizer.encode_values(values)
-            if any(one.data.shape[2] != keys.shape[2] for one in codes):
-                raise ValueError(f"must give codes for {keys.shape[2]} tokens, got {[o.data.shape[2] for o in codes]}")
-        return codes
-
-    def _of_zeros(self, batch: int, heads: int, slots: int) -> tuple[Codes, Codes]:
-        """Codes of so many empty slots, for their shapes."""
-        assert self.keys is not None
-        keys, values = (self.keys.new_zeros(batch, heads, slots, width) for width in self._widths)
-        return self._encoded(keys, values)
+    def _group_of_zeros(self, heads: int) -> tuple[Codes, Codes]:
+        """Codes of a group of empty slots of one row, for their shapes."""
+        assert self.keys is not None and self.values is not None
+        return self.coder.of_zeros((self.keys, self.values), heads)
 
     def _without_slots(self) -> tuple[Any, Any]:
         """Buffers for codes, with no slots yet."""
         batch = self.rows_and_heads[0]
         keys, values = (
             Packed.of(codes).each(lambda tensor: tensor.new_zeros(batch, tensor.shape[1], 0, tensor.shape[3]))
-            for codes in self._of_zeros(1, self.kv_heads, self.quantizer.group)
+            for codes in self._group_of_zeros(self.kv_heads)
         )
         return keys, values
-
-    def _spans(self, slots: int) -> Iterator[tuple[int, int]]:
-        """Where blocks of quantized slots start and end, in whole groups."""
-        step = max(1, _BLOCK // self.quantizer.group) * self.quantizer.group
-        for start in range(0, slots, step):
-            yield start, min(start + step, slots)
 
     def _decoded(self, start: int, end: int) -> tuple[Keys, Values]:
         """Keys and values of quantized slots; `start` begins a group."""
         assert self._packed is not None
-        with policy_errors(self.quantizer, self.layer):
-            keys, values = (self.quantizer.decode(packed.part(start, end)) for packed in self._packed)
-        return keys, values
+        keys, values = self._packed
+        return self.coder.decode(keys.part(start, end)), self.coder.decode(values.part(start, end))
 
 
-def _attend(
-    query: Tensor, keys: Tensor, values: Tensor, scaling: float, used: Tensor | None, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    return attention_with_slots(query, keys.to(query.dtype), values.to(query.dtype), scaling, used, softcap)
+def _as_read(codes: Codes, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Codes, scales and shifts as a kernel reads them."""
+    return codes.data.view(dtype), codes.scale, codes.shift

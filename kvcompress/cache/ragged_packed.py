@@ -11,37 +11,30 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from kvcompress.cache.counts import Counts
 from kvcompress.cache.layout import slots_after, sources, starts
-from kvcompress.cache.packed import changed
-from kvcompress.cache.sequence import Counts
-from kvcompress.cache.store import fixed
+from kvcompress.cache.packed import CodeBuffers, changed
 from kvcompress.kernels import sent
 from kvcompress.kernels.codes import part_of
 from kvcompress.policies.context import Codes
 
 
 @dataclass(frozen=True)
-class RaggedPacked:
-    """The quantized keys, or values, of a layer's first slots, in buffers that may have more slots than are in use.
+class RaggedPacked(CodeBuffers):
+    """Codes of all rows and heads as if those of one row and head, `[1, 1, all slots, width]`.
 
-    What is in use never changes where it lies, until buffers grow or tokens are selected; then it is copied.
+    Once buffers grow, or tokens are selected, what is in use is copied.
 
     Attributes:
-        codes: codes of the slots of all rows and heads, as if those of one row and head, `[1, 1, all slots, width]`.
-        span: neighbouring slots that one row of scales serves.
         slots: slots that each row and head has, in use or not, `[batch, kv_heads]`; whole spans without `scale_rows`.
         start: the first of them, likewise; on the device.
         capacity: slots of the row and head that has most; plain, since compiled steps look at it.
-        scale_rows: the row of scales that each slot belongs to; None while they follow from the slots' order.
         scales: rows of scales in use, where there are `scale_rows`.
     """
 
-    codes: Codes
-    span: int
     slots: Counts
     start: Int[Tensor, "batch kv_heads"]
     capacity: int
-    scale_rows: Int[Tensor, "one one all_slots"] | None = None
     scales: int = 0
 
     @classmethod
@@ -50,16 +43,10 @@ class RaggedPacked:
         span = codes.data.shape[2] // codes.scale.shape[2]
         return cls(codes, span, **_layout(slots, codes)).fixed()
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of codes, scales and shifts, and of what connects them."""
-        return self.codes.nbytes + (0 if self.scale_rows is None else self.scale_rows.nbytes)
-
     def tensors(self) -> Iterator[Tensor]:
         """All of its buffers."""
-        for tensor in (self.codes.data, self.codes.scale, self.codes.shift, self.scale_rows, self.start):
-            if tensor is not None:
-                yield tensor
+        yield from super().tensors()
+        yield self.start
 
     def part(self, start: int, end: int) -> Codes:
         """Codes of some slots of every row and head with the scales that belong to them; `start` begins a group.
@@ -184,20 +171,9 @@ class RaggedPacked:
             raise ValueError("codes that do not fit together")
         return replace(self, **_layout(self.slots, codes)).fixed()
 
-    def to(self, device: torch.device) -> RaggedPacked:
-        """On a device, without waiting for the copy."""
-        return self.each(lambda tensor: tensor.to(device, non_blocking=True))
-
     def each(self, change: Callable[[Tensor], Tensor]) -> RaggedPacked:
         """The same change to every tensor."""
-        rows = None if self.scale_rows is None else change(self.scale_rows)
-        return replace(self, codes=self.codes.each(change), start=change(self.start), scale_rows=rows).fixed()
-
-    def fixed(self) -> RaggedPacked:
-        """The same, of which compiled decode steps know that it stays where it is."""
-        for tensor in self.tensors():
-            fixed(tensor)
-        return self
+        return replace(super().each(change), start=change(self.start)).fixed()
 
 
 def _on(counts: Counts, codes: Codes) -> Tensor:

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvcompress.cache.counts import Counts
 from kvcompress.cache.layout import slots_after
 from kvcompress.cache.quantized_store import QuantizedStore
 from kvcompress.cache.ragged_packed import RaggedPacked
 from kvcompress.cache.ragged_store import RaggedStore
-from kvcompress.cache.sequence import Counts
 from kvcompress.kernels import sent
 from kvcompress.policies.context import Codes, Keys, Values
 
@@ -61,7 +61,7 @@ class RaggedQuantizedStore(QuantizedStore, RaggedStore):
         none = np.zeros_like(self.slots)
         keys, values = (
             RaggedPacked.of(codes, none).each(lambda tensor: tensor[:, :, :0] if tensor.ndim == 4 else tensor)
-            for codes in self._of_zeros(1, 1, self.quantizer.group)
+            for codes in self._group_of_zeros(1)
         )
         return keys, values
 

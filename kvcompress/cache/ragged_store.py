@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from kvcompress.cache.counts import Counts
 from kvcompress.cache.layout import owners, slots_after, sources, starts
-from kvcompress.cache.sequence import Counts
 from kvcompress.cache.store import DenseStore, fixed
 from kvcompress.kernels import decode_attention, sent, write_slots
 from kvcompress.policies.context import Keys, Queries, Values

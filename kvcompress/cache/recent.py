@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvcompress.cache.sequence import Counts
-from kvcompress.cache.store import fixed
+from kvcompress.cache.store import fixed, with_rows
+from kvcompress.kernels import Softmax
 from kvcompress.policies.context import Queries
 
 
@@ -35,9 +35,7 @@ class Recent:
         before: Recent | None,
         query: Queries,
         window: int,
-        scaling: float,
-        softcap: float | None,
-        sinks: Tensor | None,
+        softmax: Softmax,
     ) -> Recent:
         """Room for the queries to come, which are like those given; the room that was there before if it fits."""
         shape = (*query.shape[:2], window, query.shape[3])
@@ -45,7 +43,8 @@ class Recent:
             ring = before.query
         else:
             ring = fixed(query.new_zeros(shape))
-        return cls(ring, scaling, softcap, None if sinks is None else sinks.detach().clone())
+        sinks = None if softmax.sinks is None else softmax.sinks.detach().clone()
+        return cls(ring, softmax.scaling, softmax.softcap, sinks)
 
     def write(self, query: Queries, place: Int[Tensor, " one"]) -> None:
         """Takes the query of a decode step."""
@@ -55,10 +54,9 @@ class Recent:
         """The queries of the last positions seen, the oldest first; of so many positions."""
         return self.query.roll(-(positions % self.query.shape[2]), 2)
 
-    def select_rows(self, index: Int[Tensor, " rows"], rows: Counts) -> None:
+    def select_rows(self, index: Int[Tensor, " rows"]) -> None:
         """Reorders, repeats or drops rows; in place where their number stays."""
-        picked = self.query.index_select(0, index.to(self.query.device))
-        self.query = self.query.copy_(picked) if len(rows) == len(self.query) else fixed(picked)
+        self.query = with_rows(self.query, index)
 
     def tensors(self) -> list[Tensor]:
         """All of its tensors."""

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcompress.cache import decoding, undoing
+from kvcompress.cache import tables, undoing
+from kvcompress.cache.scoring import score_part
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Phase
 from kvcompress.errors import CacheStateError, ConfigError, UnsupportedModeError, shown
@@ -138,9 +139,9 @@ def _answer(tokenizer: Any) -> str:
 def _scores(state: CacheState, part: slice) -> list[Tensor]:
     """Scores of a part's slots in every layer by the step just run."""
     with state.changing() as step:
-        decoding.tidy(state)
+        tables.tidy(state)
         step.row_seen = state.sequence.row_seen
-        found = [layer.score_part(step, part) for layer in state.layers]
+        found = [score_part(layer, step, part) for layer in state.layers]
         step.problems.refuse()
     return found
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvcompress.kernels import attend_blocks, attention_with_mask, merge_attention, with_sinks
+from kvcompress.kernels import Softmax, attend_blocks, attention_with_mask, merge_attention, with_sinks
 
 _FIRST = 4  # tokens of the prompt that count whatever part is repeated
 
@@ -59,11 +59,9 @@ class Near:
         query: Tensor,
         keys: Tensor,
         values: Tensor,
-        scaling: float,
+        softmax: Softmax,
         valid: Tensor | None,
-        softcap: float | None,
         last_seen: Tensor | None,
-        sinks: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Attention over all slots, and the log-sum-exp of each query's logits over those that are near.
 
@@ -71,13 +69,12 @@ class Near:
             query: `[batch, heads, queries, head_dim]`.
             keys: `[batch, kv_heads, slots, head_dim]`, those of the queries' own tokens last.
             values: likewise.
-            scaling: factor on the logits.
+            softmax: what the model makes of their products.
             valid: which slots hold a token, `[batch, sets, slots]`; None if all do.
-            softcap: what logits stay below.
             last_seen: number of the last of the queries' own tokens that each query sees; None if it is its own.
-            sinks: a logit of each head that the softmax runs over too.
         """
         own, past = None if valid is None else self.taken(valid), self.first + self.stop - self.start
+        scaling, softcap = softmax.scaling, softmax.softcap
         blocks = [(self.taken(keys), self.taken(values))]
         output, near = attend_blocks(query, blocks, past, scaling, own, True, softcap, last_seen)
         assert near is not None
@@ -88,4 +85,4 @@ class Near:
                 query, self.left(keys), self.left(values), scaling, others, causal=False, softcap=softcap
             )
             output, lse = merge_attention(output, near, *far)
-        return with_sinks(output, lse, sinks)[0], near
+        return with_sinks(output, lse, softmax.sinks)[0], near

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from kvcompress.cache import decoding
+from kvcompress.cache import tables
+from kvcompress.cache.counts import Counts, stacked
 from kvcompress.cache.layer import CompressedLayer
-from kvcompress.cache.sequence import Counts, stacked
 from kvcompress.cache.sizes import explained
 from kvcompress.cache.state import CacheState
 from kvcompress.integrations.shape import ranges
@@ -146,7 +146,7 @@ class CacheReport:
 
 def report_on(state: CacheState) -> CacheReport:
     """What the cache holds now, in tokens and bytes; waits for the device."""
-    decoding.catch_up_if_needed(state)
+    tables.catch_up_if_needed(state)
     sequence, table, numbers = state.sequence, state.table, range(len(state.layers))
     held = stacked([layer.held for layer in state.layers])
     if table is not None and table.steps:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvcompress.cache import decoding, undoing
+from kvcompress.cache import tables, undoing
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Phase
 from kvcompress.errors import CacheStateError
@@ -15,7 +15,7 @@ def select(state: CacheState, operation: str, index: Tensor) -> None:
     """Lets every layer hold other rows, by the numbers of those that it holds; `operation` is what errors call it."""
     batch = before = state.sequence.batch
     state.check_ready()
-    decoding.catch_up_if_needed(state)
+    tables.catch_up_if_needed(state)
     if not batch:
         return
     numbers = index.ndim == 1 and not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)

@@ -12,13 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcompress.cache.allocation import Allocation, protection
-from kvcompress.cache.sequence import Sequence, stacked
+from kvcompress.cache.counts import stacked
+from kvcompress.cache.sequence import Sequence
 from kvcompress.cache.step import Prefill
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import PolicyError
 from kvcompress.kernels import sent
-from kvcompress.policies.base import Evictor, Merger, Scorer
-from kvcompress.policies.context import AllocationContext, MergeContext, Merged, SelectionContext
+from kvcompress.policies.base import Evictor, Scorer
+from kvcompress.policies.context import AllocationContext, SelectionContext
 from kvcompress.policies.faults import policy_errors
 
 if TYPE_CHECKING:
@@ -268,21 +269,3 @@ def order_of(mask: Tensor, index: Tensor, kept: int, ordered: bool) -> Tensor:
     slots = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
     order = torch.zeros((*mask.shape[:2], kept + 1), dtype=torch.int64, device=mask.device)
     return order.scatter_(-1, place, slots)[..., 1:]
-
-
-def merged(merger: Merger, layer: int, context: MergeContext) -> Merged:
-    """What a merger makes of a layer.
-
-    Raises:
-        PolicyError: if keys or values come back in another shape or dtype.
-    """
-    with policy_errors(merger, layer):
-        result = merger.merge(context)
-        pairs = (("keys", context.keys, result.keys), ("values", context.values, result.values))
-    for name, before, after in pairs:
-        if after.shape != before.shape or after.dtype != before.dtype:
-            raise PolicyError(
-                f"merger {merger.name}: layer {layer}: must return {name} as {before.dtype} {tuple(before.shape)}, got "
-                f"{after.dtype} {tuple(after.shape)}"
-            )
-    return result

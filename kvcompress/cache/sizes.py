@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from kvcompress.cache.allocation import protection
-from kvcompress.cache.sequence import Counts, stacked
+from kvcompress.cache.counts import Counts, stacked
 from kvcompress.cache.state import CacheState
 from kvcompress.markup import size
 

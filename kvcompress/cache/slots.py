@@ -10,14 +10,15 @@ from jaxtyping import Int
 from torch import Tensor
 
 from kvcompress.cache.allocation import Allocation, Rule
-from kvcompress.cache.sequence import Counts, Sequence
+from kvcompress.cache.counts import Counts
+from kvcompress.cache.slot_counts import SlotCounts
 from kvcompress.kernels import sent
 
 _LATEST = 2**31 - 1  # as a token index: never the oldest
 _DERIVED = ("_allocation", "_rule", "_cut", "_age", "_none", "_slots")  # from what else is known of the cache
 
 
-class SlotTable:
+class SlotTable(SlotCounts):
     """Which slot each layer, row and head set writes next, how many are in use, and which leaves next.
 
     Slots `[0, length)` are in use. A layer over its limit after a step has one slot to `free`: its token is attended in
@@ -25,8 +26,8 @@ class SlotTable:
     first `pinned` slots never leave by age.
 
     All of this is tensors on the device, which the table advances once a step for all layers; no decode step reads
-    them back. The host counts along as long as it runs every step itself (`exact`), and else knows bounds from what was
-    seen. Once a table is made, its tensors keep their addresses until a buffer grows or rows change in number.
+    them back. The host counts along (`SlotCounts`). Once a table is made, its tensors keep their addresses until a
+    buffer grows or rows change in number.
 
     Attributes:
         length: slots in use, `[layers, batch, sets]`.
@@ -38,10 +39,6 @@ class SlotTable:
         seen: tokens of each row.
         positions_seen: padding included.
         scored_end: tokens of each row that have a score, `[batch, 1, 1]`.
-        extent: `length` as far as the host knows, `[layers, batch, sets]`; one set where all heads hold as many.
-        hole: whether a slot is free, as far as the host knows, likewise.
-        exact: whether what the host knows is exact; if not, `extent` is an upper bound.
-        steps: steps that the table has advanced, or at least so many where the host does not run them.
     """
 
     def __init__(
@@ -55,11 +52,11 @@ class SlotTable:
         allocation: Allocation | None,
         rule: Rule,
         by_age: bool,
-        packed: np.ndarray | None = None,
-        scored_end: Counts | None = None,
-        sets: int = 1,
-        ranks: list[Tensor] | None = None,
-        cut: tuple[Allocation, int] | None = None,
+        packed: np.ndarray | None,
+        scored_end: Counts,
+        sets: int,
+        ranks: list[Tensor] | None,
+        cut: tuple[Allocation, int] | None,
     ) -> None:
         """Starts after a prefill step, whose tokens lie in order in the first slots.
 
@@ -73,13 +70,14 @@ class SlotTable:
             allocation: the budgets of this process's heads; None if nothing is ever evicted.
             rule: how budgets grow with the tokens seen.
             by_age: whether a layer over its limit loses its oldest loose token.
+            packed: tokens per layer, row and set, `[layers, batch, sets]`, held elsewhere; None if there are none.
             scored_end: tokens of each row that have a score.
             sets: at least so many sets of heads, which may hold different tokens from now on.
             ranks: importance of each layer's slots, `[batch, kv_heads, slots]`; None unless an evictor chooses by it.
-            packed: tokens per layer, row and set, `[layers, batch, sets]`, held elsewhere; None if there are none.
             cut: the budgets of this process's heads, and the steps after which the host cuts layers to them; None if
                 it never does.
         """
+        super().__init__(lengths, pinned, packed, row_seen, positions, allocation, rule, by_age, cut)
         device, sets = index[0].device, max(sets, lengths.shape[2], *(held.shape[1] for held in index))
         shape = (*lengths.shape[:2], sets)
         self.index = torch.full((*shape, max(capacities)), -1, dtype=torch.int32, device=device)
@@ -96,18 +94,10 @@ class SlotTable:
         self.free = torch.full_like(self.length, -1)
         self.write = torch.zeros_like(self.length)
         self.seen = sent(row_seen, device, torch.int32).clone()
-        ends = row_seen if scored_end is None else scored_end
-        self.scored_end = sent(ends, device, torch.int32)[:, None, None]
+        self.scored_end = sent(scored_end, device, torch.int32)[:, None, None]
         self.positions_seen = sent(positions, device, torch.int64)
-        self.extent, self.hole = lengths.copy(), np.zeros(lengths.shape, dtype=bool)
         self._none = torch.full((), -1, dtype=torch.int64, device=device)
-        self.exact, self.steps = True, 0
-        self._start, self._first_seen = (lengths, row_seen), positions
-        self._allocation, self._rule, self._cut = allocation, rule, cut
         self._pinned = sent(pinned, device).expand(shape).clone()
-        self._pinned_rows = pinned
-        self._by_age = by_age
-        self._packed_rows = np.zeros_like(lengths) if packed is None else packed
         self._packed = None if packed is None else sent(packed, device)
         self._age: Tensor | None = None
         if allocation is not None:
@@ -131,11 +121,6 @@ class SlotTable:
                 if isinstance(tensor, Tensor):
                     torch._dynamo.mark_static_address(tensor)
 
-    @property
-    def evicts(self) -> bool:
-        """Whether layers over their budget lose tokens."""
-        return self._allocation is not None
-
     def saved(self) -> dict[str, Any]:
         """What has to be kept to go on elsewhere, beside the allocation and the rule."""
         return {name: value for name, value in vars(self).items() if name not in _DERIVED}
@@ -150,11 +135,6 @@ class SlotTable:
         table._none = torch.full((), -1, dtype=torch.int64, device=table.index.device)
         table._derive()
         return table
-
-    @property
-    def positions_at_most(self) -> int:
-        """Positions seen, or more where the host does not run the steps."""
-        return self._first_seen + self.steps
 
     @property
     def capacity(self) -> int:
@@ -188,13 +168,10 @@ class SlotTable:
             self._age.scatter_(-1, at, torch.where(pinned, _LATEST, token))
         self.seen.add_(1)
         self.positions_seen.add_(1)
-        if not evicts or self._allocation is None:
-            self.free.fill_(-1)
-        elif self._age is not None:
-            over = self.over() & (self.length > self._pinned)
-            torch.where(over, self._age.argmin(-1), self._none, out=self.free)
+        if evicts and self._age is not None:
+            self.free_oldest()
         else:
-            self.free.fill_(-1)  # until the layers have chosen
+            self.free.fill_(-1)  # until the evictor has chosen, if it does
 
     def over(self) -> Tensor:
         """Which layers, rows and head sets hold more than their limit, bool `[layers, batch, sets]`."""
@@ -218,11 +195,11 @@ class SlotTable:
         """`ranks`, NaN in slots whose tokens came after the last step that scored."""
         return None if self.ranks is None else torch.where(self.index < self.scored_end, self.ranks, torch.nan)
 
-    def free_now(self) -> None:
-        """Frees the oldest loose slot of every layer over its limit, as a step would have."""
+    def free_oldest(self) -> None:
+        """Frees the oldest loose slot of every layer over its limit; nothing where slots do not leave by age."""
         if self._age is not None:
             over = self.over() & (self.length > self._pinned)
-            self.free = torch.where(over, self._age.argmin(-1), -1)
+            torch.where(over, self._age.argmin(-1), self._none, out=self.free)
 
     def learn_holes(self) -> None:
         """Reads which layers and rows have a free slot; waits for the device."""
@@ -233,49 +210,9 @@ class SlotTable:
         """Frees the slots that an evictor names, in layers and rows that are over their limit."""
         torch.where(self.over(), victims, self._none, out=self.free)
 
-    # -- a step, as the host knows it ----------------------------------------------------------------------------------
-
-    def count(self, row_seen: Counts, evicts: bool) -> None:
-        """Advances what the host knows; `row_seen` counts this step's tokens."""
-        self.steps += 1
-        self.extent = np.where(self.hole, self.extent, self.extent + 1)
-        if evicts and self._allocation is not None:
-            over = self.extent + self._packed_rows > self._allocation.limits(self._rule, row_seen)
-            self.hole = over & (self.extent > self._pinned_rows) if self._by_age else over
-        else:
-            self.hole = np.zeros_like(self.hole)
-
-    def bound(self, steps: int) -> np.ndarray:
-        """At most the slots in use while layers attend in so many steps more, `[layers, batch, sets]`."""
-        held = self.held(steps - 1) + 1 if self._cut is None else self.held(steps)
-        most: np.ndarray = np.maximum(held, self.extent)
-        return most
-
-    def decode_steps(self, sequence: Sequence) -> int:
-        """Decode steps since the last forward of another kind, or at most so many where the host does not run them."""
-        return sequence.last_decoded + self._first_seen + self.steps - sequence.seen
-
     def newest(self, places: int) -> Tensor:
         """Where in a ring of so many places the last position seen belongs, int64 `[1]`."""
         return (self.positions_seen - 1).remainder(places).unsqueeze(0)
-
-    def held(self, steps: int = 0) -> np.ndarray:
-        """At most the tokens that layers and rows hold after so many steps more than now, `[layers, batch, sets]`."""
-        if self.exact and not steps:
-            held: np.ndarray = self.extent - self.hole
-            return held
-        lengths, row_seen = self._start
-        taken = self.steps + steps
-        held = lengths + taken
-        if self._allocation is not None:  # what is freed after a step is no more than what came in it
-            limits = self._allocation.limits(self._rule, row_seen + taken) - self._packed_rows
-            limits = np.maximum(limits, self._pinned_rows) if self._by_age else limits
-            held = np.minimum(held, np.maximum(lengths, limits))
-        elif self._cut is not None:
-            allocation, period = self._cut
-            limits = allocation.limits(self._rule, row_seen + taken) + period - self._packed_rows
-            held = np.minimum(held, np.maximum(lengths, limits))
-        return held
 
     # -- between steps -------------------------------------------------------------------------------------------------
 
@@ -316,12 +253,7 @@ class SlotTable:
             rows: the same on the host.
             allocation: the budgets of these rows.
         """
-        self._allocation = allocation if self.evicts else None
-        self._cut = None if self._cut is None or allocation is None else (allocation, self._cut[1])
-        lengths, row_seen = self._start
-        self._start = (lengths[:, rows], row_seen[rows])
-        self.extent, self.hole, self._pinned_rows = self.extent[:, rows], self.hole[:, rows], self._pinned_rows[:, rows]
-        self._packed_rows = self._packed_rows[:, rows]
+        self.select_counts(rows, allocation)
         index, alike = index.to(self.index.device), len(rows) == self.seen.shape[0]
         for name, axis in (
             ("seen", 0),

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from kvcompress.cache.allocation import Allocation, Rule
 from kvcompress.cache.calls import Calls
+from kvcompress.cache.counts import Counts
 from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.own import OwnLayers
 from kvcompress.cache.reduction import Reduction
-from kvcompress.cache.sequence import Counts, Sequence
+from kvcompress.cache.sequence import Sequence
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.step import Phase, Prefill, Step
 from kvcompress.config import CompressionConfig

@@ -13,8 +13,8 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from kvcompress.cache.allocation import Allocation
+from kvcompress.cache.counts import Counts
 from kvcompress.cache.reduction import Reduction
-from kvcompress.cache.sequence import Counts
 from kvcompress.cache.store import InUse
 from kvcompress.kernels import sent
 from kvcompress.policies.problems import Problems

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvcompress.cache.sequence import Counts
+from kvcompress.cache.counts import Counts
 from kvcompress.kernels import attention_with_slots, decode_attention, write_slots
 from kvcompress.policies.context import Keys, Queries, Values
 
@@ -33,112 +33,17 @@ class InUse:
     device_only: bool = False
 
 
-class KVStore(Protocol):
-    """What a layer asks of the place where its keys and values are.
-
-    Slots are numbered from 0; a store may hold the first of them in another form, `packed` in the row and head that has
-    most, and only those after them can be written to. What lies beyond a row's tokens means nothing.
-    """
-
-    packed: int
-    packed_rows: Counts | None  # per row and set, where these may differ; None if nothing is packed
-
-    @property
-    def capacity(self) -> int:
-        """Slots that can be written to, room for more tokens among them, in the row and head that has most."""
-
-    @property
-    def kv_heads(self) -> int:
-        """Key/value heads; 0 before the first token."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes allocated for keys and values."""
-
-    @property
-    def slot_nbytes(self) -> int:
-        """Bytes of one row's slot in full precision over all heads; 0 before the first token."""
-
-    def slots_within(self, nbytes: float) -> float:
-        """Slots of one row whose keys and values fit into so many bytes."""
-
-    def buffers(self) -> list[Tensor]:
-        """Every tensor that it holds."""
-
-    def places(self) -> list[Tensor]:
-        """What says where slots are, beside keys and values."""
-
-    def append(self, keys: Keys, values: Values, used: int) -> None:
-        """Adds tokens after the first `used` slots that can be written to."""
-
-    def write(self, key: Keys, value: Values, slot: Int[Tensor, "batch sets"]) -> None:
-        """Puts one token of each row into a slot that can be written to."""
-
-    def dense(self) -> tuple[Keys, Values]:
-        """Keys and values of the slots that can be written to."""
-
-    def blocks(self, used: int) -> Iterator[tuple[Keys, Values]]:
-        """Keys and values of all packed slots, block by block, and of the first `used` others."""
-
-    def attend(self, query: Queries, scaling: float, used: InUse) -> Tensor:
-        """Attention of one query per row over all packed slots and those others that are in use."""
-
-    def attend_with_lse(
-        self, query: Queries, scaling: float, used: InUse, softcap: float | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The same, with logits below a cap, and the log-sum-exp of each query's logits, `[batch, heads, 1]`."""
-
-    def take(
-        self,
-        rest: Int[Tensor, "batch sets slots"],
-        capacity: Counts,
-        first: Int[Tensor, "batch sets packed"] | None,
-        packed_rows: Counts | None,
-        surplus: bool,
-    ) -> None:
-        """Keeps slots in a new order and gives the others back.
-
-        Args:
-            rest: slots that can be written to from now on.
-            capacity: how many slots each row and set gets that can be written to, `[batch, sets]`.
-            first: slots that stay packed; None if all do, where they are.
-            packed_rows: how many of these mean something per row and set.
-            surplus: whether some of the rest were packed before.
-        """
-
-    def overwrite(self, keys: Keys, values: Values) -> None:
-        """Replaces keys and values, `[.., packed + used, ..]`; packed slots stay what they are."""
-
-    def replace(self, keys: Keys, values: Values) -> None:
-        """The same in new buffers, with no room for more."""
-
-    def room(self, slots: Counts) -> Counts:
-        """Slots that can be written to which are enough for so many tokens, `[batch, sets]`."""
-
-    def has_room(self, slots: Counts) -> bool:
-        """Whether rows and sets have so many slots that can be written to, `[batch, sets]`."""
-
-    def grow(self, capacity: Counts) -> None:
-        """Makes room for so many slots that can be written to, `[batch, sets]`."""
-
-    def make_room(self, dense: Counts, later: Counts | None) -> None:
-        """Makes room for what will be packed of so many tokens; for that of `later` where buffers grow."""
-
-    def select_rows(self, index: Int[Tensor, " rows"], rows: Counts) -> None:
-        """Reorders, repeats or drops rows; in place where their number stays."""
-
-    def to(self, device: torch.device) -> None:
-        """Moves every buffer to a device, without waiting for the copy."""
-
-    def saved(self, used: int) -> dict[str, Any]:
-        """What has to be kept of all packed slots and the first `used` others to go on elsewhere."""
-
-    def restore(self, saved: Any) -> None:
-        """Takes over what `saved` gave."""
-
-
 class DenseStore:
-    """Keys and values in the precision they came in, with room to grow."""
+    """Keys and values in the precision they came in, with room to grow.
+
+    Slots are numbered from 0. A store of another kind may hold the first of them in another form; only those after them
+    can be written to, and they alone are meant where nothing is said of packed ones. What lies beyond a row's tokens
+    means nothing.
+
+    Attributes:
+        packed: slots in another form, in the row and head that has most.
+        packed_rows: the same per row and set of heads, where these may differ; None if there are none.
+    """
 
     packed = 0
     packed_rows: Counts | None = None
@@ -150,7 +55,7 @@ class DenseStore:
 
     @property
     def capacity(self) -> int:
-        """Slots that are allocated."""
+        """Slots that are allocated, room for more tokens among them, in the row and head that has most."""
         return 0 if self.keys is None else self.keys.shape[2]
 
     @property
@@ -172,7 +77,7 @@ class DenseStore:
 
     @property
     def slot_nbytes(self) -> int:
-        """Bytes of one row's slot over all heads; 0 before the first token."""
+        """Bytes of one row's slot in full precision over all heads; 0 before the first token."""
         if self.keys is None or self.values is None:
             return 0
         return self.keys.shape[1] * (self.keys.shape[3] + self.values.shape[3]) * self.keys.element_size()
@@ -247,25 +152,33 @@ class DenseStore:
         packed_rows: Counts | None = None,
         surplus: bool = False,
     ) -> None:
-        """Keeps slots in a new order and gives the others back."""
+        """Keeps slots in a new order and gives the others back.
+
+        Args:
+            rest: slots that can be written to from now on.
+            capacity: how many slots each row and set gets that can be written to, `[batch, sets]`.
+            first: slots that stay packed; None if all do, where they are.
+            packed_rows: how many of these mean something per row and set.
+            surplus: whether some of the rest were packed before.
+        """
         (keys, values), rest = self.dense(), with_slots(rest, capacity)
         self._hold(rows_at(keys, rest), rows_at(values, rest))
 
     def overwrite(self, keys: Keys, values: Values) -> None:
-        """Replaces keys and values of the first slots."""
+        """Replaces keys and values, `[.., packed + used, ..]`; packed slots stay what they are."""
         for buffer, new in zip(self.dense(), (keys, values), strict=True):
             buffer[:, :, : new.shape[2]] = new
 
     def replace(self, keys: Keys, values: Values) -> None:
-        """Holds other keys and values of the slots in use instead, those given."""
+        """The same in new buffers, those given, with no room for more."""
         self._hold(keys, values)
 
     def room(self, slots: Counts) -> Counts:
-        """As many."""
+        """Slots that can be written to which are enough for so many tokens, `[batch, sets]`: as many."""
         return slots
 
     def has_room(self, slots: Counts) -> bool:
-        """Whether there are as many slots as the row and set needs that needs most."""
+        """Whether rows and sets have so many slots that can be written to, `[batch, sets]`."""
         return bool(slots.max(initial=0) <= self.capacity)
 
     def grow(self, capacity: Counts) -> None:
@@ -278,12 +191,7 @@ class DenseStore:
     def select_rows(self, index: Int[Tensor, " rows"], rows: Counts) -> None:
         """Reorders, repeats or drops rows; in place where their number stays."""
         if self.keys is not None and self.values is not None:
-            keys, values = (buffer.index_select(0, index.to(buffer.device)) for buffer in self.dense())
-            if len(keys) == len(self.keys):
-                self.keys.copy_(keys)
-                self.values.copy_(values)
-            else:
-                self._hold(keys, values)
+            self.keys, self.values = with_rows(self.keys, index), with_rows(self.values, index)
 
     def to(self, device: torch.device) -> None:
         """Moves every buffer to a device, without waiting for the copy."""
@@ -291,7 +199,7 @@ class DenseStore:
             self._hold(*(buffer.to(device, non_blocking=True) for buffer in self.dense()))
 
     def saved(self, used: int) -> dict[str, Any]:
-        """The first `used` slots, and how many there are."""
+        """What has to be kept of the first `used` slots, and of packed ones, to go on elsewhere."""
         keys, values = self.dense()
         return {"keys": keys[:, :, :used], "values": values[:, :, :used], "capacity": self.capacity}
 
@@ -300,7 +208,7 @@ class DenseStore:
         self._hold(grown(saved["keys"], saved["capacity"]), grown(saved["values"], saved["capacity"]))
 
     def make_room(self, dense: Counts, later: Counts | None = None) -> None:
-        """Nothing to do: all stays in full precision."""
+        """Makes room for what will be packed of so many tokens, or of `later` ones; nothing is, here."""
 
     def move_into(self, before: DenseStore) -> None:
         """Puts what it holds into the buffers that it had before, where compiled steps look for it."""
@@ -322,6 +230,12 @@ def fixed(buffer: Tensor) -> Tensor:
     if not (buffer.is_inference() or torch.compiler.is_compiling()):
         torch._dynamo.mark_static_address(buffer)
     return buffer
+
+
+def with_rows(buffer: Tensor, index: Int[Tensor, " rows"]) -> Tensor:
+    """A buffer with other rows of its own, in place where their number stays, so that compiled steps find them."""
+    picked = buffer.index_select(0, index.to(buffer.device))
+    return buffer.copy_(picked) if len(picked) == len(buffer) else fixed(picked)
 
 
 def rows_at(tensor: Tensor, order: Int[Tensor, "batch sets slots"]) -> Tensor:

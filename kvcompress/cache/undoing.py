@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from kvcompress.cache import decoding, periods, prefill
+from kvcompress.cache import decoding, periods, prefill, scoring, tables
+from kvcompress.cache.counts import Counts
 from kvcompress.cache.layer import CompressedLayer
-from kvcompress.cache.sequence import Counts
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Phase, Prefill
 from kvcompress.errors import CacheStateError
@@ -18,7 +18,7 @@ def crop(state: CacheState, tokens_to_remove: int) -> None:
             f"crop: takes minus the number of tokens to remove, as transformers does; got {tokens_to_remove}"
         )
     state.check_ready()
-    decoding.catch_up_if_needed(state)
+    tables.catch_up_if_needed(state)
     sequence, positions = state.sequence, -tokens_to_remove
     if positions > sequence.seen:
         raise CacheStateError(f"crop: cannot remove {positions} tokens, only {sequence.seen} were seen")
@@ -29,7 +29,7 @@ def crop(state: CacheState, tokens_to_remove: int) -> None:
     elif positions or state.waiting is not None:
         recorded = _recorded_positions(state)
         with state.changing() as step:
-            decoding.tidy(state)
+            tables.tidy(state)
             state.own.crop(positions)
             if positions:
                 if positions < recorded:
@@ -56,7 +56,7 @@ def settle(state: CacheState, step: Prefill, gone: int) -> None:
     of_rows = sequence.tokens_after(sequence.seen - gone)
     step.row_seen = sequence.row_seen - of_rows
     for layer in state.layers:
-        layer.settle(step, of_rows)
+        scoring.settle(layer, step, of_rows)
 
 
 def _drop_unscored(state: CacheState) -> None:
@@ -115,7 +115,7 @@ def compress(state: CacheState, entered: bool = False) -> None:
     state.check_ready(entered)
     if state.waiting is not None:
         with state.changing() as step:
-            decoding.tidy(state)
+            tables.tidy(state)
             state.own.crop(0)
             _let_go(state, step)
 
@@ -138,5 +138,5 @@ def _let_go(state: CacheState, step: Prefill) -> None:
         for layer in state.layers:
             layer.pack()
     step.problems.refuse()
-    decoding.make_table(state)
+    tables.make_table(state)
     state.waiting = None

@@ -26,7 +26,8 @@ from kvcompress.cli.generate import load_with_spinner
 from kvcompress.cli.options import AsJson, Debug, Device, Dtype, DtypeName, ModelName, Modules, PlotFolder, Settings
 from kvcompress.config import CompressionConfig
 from kvcompress.evaluation import LoadedModel
-from kvcompress.evaluation.benchmark import BASE, REFERENCES, benchmark, rounds_of, weight_bytes
+from kvcompress.evaluation.benchmark import benchmark, rounds_of, weight_bytes
+from kvcompress.evaluation.contestants import BASE, REFERENCES
 from kvcompress.evaluation.measurement import Measurement, Spread
 from kvcompress.evaluation.plots import check_pictures, save_all, speed
 from kvcompress.evaluation.plots.retention import budget_label

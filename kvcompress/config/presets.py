@@ -201,14 +201,14 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "prefixkv-text": (
-        "PrefixKV's threshold (arXiv 2412.03409) over half of the slots, the other half given evenly, on the scores and "
-        "with the runs of `text`: a combination of ours.",
+        "PrefixKV's threshold (arXiv 2412.03409) over half of the slots, the other half given evenly, on the scores "
+        "and with the runs of `text`: a combination of ours.",
         {"budget": _TEXT, "scorer": _LAST_16, "allocator": {**_PREFIX, "even": 0.5}, "evictor": _RUNS},
     ),
     "text": (
         "Made for plain text: SnapKV's scores (arXiv 2404.14469) from the last 16 queries in place of 32, and for each "
-        "head the best runs of 12 neighbouring tokens (ChunkKV, arXiv 2502.00299), so that what follows a token that is "
-        "looked at stays with it; best on long text in our own measurement (see Layers, heads and questions).",
+        "head the best runs of 12 neighbouring tokens (ChunkKV, arXiv 2502.00299), so that what follows a token which "
+        "is looked at stays with it; best on long text in our own measurement (see Layers, heads and questions).",
         {"budget": _TEXT, "scorer": _LAST_16, "evictor": _RUNS},
     ),
     "image": (

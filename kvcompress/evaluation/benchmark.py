@@ -4,62 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, QuantizedCache
+from transformers import PreTrainedModel
 
-from kvcompress.cache import CompressedCache
-from kvcompress.cache.argument import cache_argument
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError
+from kvcompress.evaluation.contestants import BASE, QUANTIZED, REFERENCES, Contestant, contestants_of
 from kvcompress.evaluation.extension import prepare_extension, shown
 from kvcompress.evaluation.measurement import Measurement, Spread
-from kvcompress.evaluation.memory import held_bytes, peak_of
+from kvcompress.evaluation.memory import peak_of
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.evaluation.perplexity import english_text
 from kvcompress.evaluation.repetition import check_read_once
-from kvcompress.evaluation.timing import Stopwatch, in_turns, ratios, short_collections
+from kvcompress.evaluation.timing import in_turns, ratios, short_collections
 from kvcompress.progress import progress_bar
 
-BASE = "DynamicCache"
-QUANTIZED = "QuantizedCache"
-FLOOR = "floor"
-REFERENCES = (BASE, QUANTIZED, FLOOR)
 _LETTERS = 12  # of text for each token that is wanted, enough for any tokenizer of words
-
-
-@dataclass
-class _Contestant:
-    """A cache that takes part.
-
-    Attributes:
-        policy: its name.
-        budget: the bare amount and its unit, if it has one.
-        play: a round with it: yields the seconds to the first token, then those of each later one.
-        held: bytes that the cache held at the end of a round; None for the floor.
-        peak: most memory that a round took.
-        first: seconds to the first token of each round.
-        later: seconds of each later token of all rounds.
-        note: why it has no figures, if it has none.
-        optional: whether the others run on if it fails in whatever way.
-    """
-
-    policy: str
-    budget: tuple[float | None, str | None]
-    play: Callable[[_Contestant, Tensor], Iterator[float]]
-    held: int | None = None
-    peak: int | None = None
-    first: list[float] = field(default_factory=list)
-    later: list[float] = field(default_factory=list)
-    note: str | None = None
-    optional: bool = False
 
 
 def benchmark(
@@ -134,7 +99,7 @@ def benchmark(
         for tokens in prompt_tokens:
             for batch in batches:
                 ids = text_rows(loaded, batch, tokens)
-                contestants = _contestants(model, configs, references, new_tokens, missing)
+                contestants = contestants_of(model, configs, references, new_tokens, missing)
                 with short_collections():
                     _compete(model, contestants, ids, rounds, new_tokens, told)
                 yield from _measurements(contestants, ids, model, memory_limit)
@@ -160,7 +125,7 @@ def weight_bytes(model: PreTrainedModel) -> int:
 
 def _compete(
     model: PreTrainedModel,
-    contestants: list[_Contestant],
+    contestants: list[Contestant],
     ids: Tensor,
     rounds: int,
     new_tokens: int,
@@ -194,7 +159,7 @@ def _compete(
 
 
 def _measurements(
-    contestants: Sequence[_Contestant], ids: Tensor, model: PreTrainedModel, memory_limit: int | None
+    contestants: Sequence[Contestant], ids: Tensor, model: PreTrainedModel, memory_limit: int | None
 ) -> Iterator[Measurement]:
     batch, tokens = ids.shape
     base = next((one for one in contestants if one.policy == BASE and one.note is None), None)
@@ -220,81 +185,10 @@ def _measurements(
         )
 
 
-def _row_bytes(contestant: _Contestant, model: PreTrainedModel, batch: int) -> int | None:
+def _row_bytes(contestant: Contestant, model: PreTrainedModel, batch: int) -> int | None:
     """Bytes that a row takes: peak on a GPU, where it is exact, else held; None for the floor, which holds nothing."""
     taken = contestant.peak if model.device.type == "cuda" and contestant.held is not None else contestant.held
     return None if taken is None else -(-taken // batch)
-
-
-def _contestants(
-    model: PreTrainedModel,
-    configs: Sequence[tuple[str, CompressionConfig]],
-    references: Sequence[str],
-    new_tokens: int,
-    missing: str | None,
-) -> list[_Contestant]:
-    """References and configurations; `missing` tells why there is no QuantizedCache."""
-    text = model.config.get_text_config(decoder=True)
-    dynamic = partial(DynamicCache, config=text)
-    plays: dict[str, Callable[[_Contestant, Tensor], Iterator[float]]] = {
-        BASE: partial(_play, model, dynamic, new_tokens),
-        QUANTIZED: partial(_play, model, partial(_quantized, text), new_tokens),
-        FLOOR: partial(_play_floor, model, dynamic, new_tokens),
-    }
-    found = [_Contestant(name, (None, None), plays[name]) for name in REFERENCES if name in references]
-    for contestant in found:
-        if contestant.policy == QUANTIZED:
-            contestant.note, contestant.optional = missing, True
-    for name, config in configs:
-        amounts = ((getattr(config.budget, unit), unit) for unit in ("fraction", "tokens", "bytes"))
-        budget = next(amount for amount in amounts if amount[0] is not None)
-        make = partial(CompressedCache, model, config)
-        found.append(_Contestant(name, budget, partial(_play, model, make, new_tokens)))
-    return found
-
-
-def _quantized(text: Any) -> Cache:
-    heads, dim = text.num_key_value_heads, getattr(text, "head_dim", None)
-    width = heads * (dim or text.hidden_size // text.num_attention_heads)
-    return QuantizedCache("quanto", text, nbits=4, q_group_size=math.gcd(64, width), residual_length=128)
-
-
-def _play(
-    model: PreTrainedModel, make: Callable[[], Cache], new_tokens: int, contestant: _Contestant, ids: Tensor
-) -> Iterator[float]:
-    """A round with a cache, which is gone when the last token has come."""
-    cache = make()
-    for _ in range(new_tokens):
-        seconds, ids = _forward(model, ids, **cache_argument(cache))
-        yield seconds
-    seconds, _ = _forward(model, ids, **cache_argument(cache))
-    with torch.inference_mode():
-        contestant.held = held_bytes(cache)
-    del cache
-    yield seconds
-
-
-def _play_floor(
-    model: PreTrainedModel, make: Callable[[], Cache], new_tokens: int, contestant: _Contestant, ids: Tensor
-) -> Iterator[float]:
-    """The same without a cache for the prompt, and with a cache of one token for each step."""
-    seconds, token = _forward(model, ids, use_cache=False)
-    yield seconds
-    for _ in range(new_tokens):
-        cache = make()
-        _forward(model, token, **cache_argument(cache))
-        seconds, token = _forward(model, token, **cache_argument(cache))
-        yield seconds
-
-
-@torch.inference_mode()
-def _forward(model: PreTrainedModel, ids: Tensor, **given: Any) -> tuple[float, Tensor]:
-    """Seconds of a forward and the choice of the next tokens, as in greedy `generate`, and these tokens."""
-    watch = Stopwatch(model.device)
-    watch.mark()
-    token = model(ids, logits_to_keep=1, **given).logits[:, -1:].argmax(-1)
-    watch.mark()
-    return watch.laps()[0], token
 
 
 def _check(

@@ -8,13 +8,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvcompress.kernels.dense import (
-    attention,
-    attention_with_mask,
-    merge_attention,
-    rows_of_heads,
-    visible_attention_with_lse,
-)
+from kvcompress.kernels.dense import attention, attention_with_mask, rows_of_heads
+from kvcompress.kernels.softmax import merge_attention
+from kvcompress.kernels.written_out import written_out_attention
 
 _BLOCK_QUERIES = 128  # queries whose logits ahead of themselves are written out at a time
 
@@ -96,8 +92,8 @@ def _ahead_too(
         visible = (own[seen] > own[block, None]) & (own[seen] <= last_seen[:, block, None])
         if valid is not None:
             visible = visible & valid[:, None, seen]
-        ahead = visible_attention_with_lse(
-            query[:, :, block], keys[:, :, seen], values[:, :, seen], scaling, visible, softcap
+        ahead = written_out_attention(
+            query[:, :, block], keys[:, :, seen], values[:, :, seen], scaling, visible.unsqueeze(1), softcap
         )
         output[:, :, block], lse[:, :, block] = merge_attention(output[:, :, block], lse[:, :, block], *ahead)
     return output, lse

@@ -22,9 +22,11 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from kvcompress.kernels.dense import attention_with_slots, in_one_dtype, merge_attention
+from kvcompress.kernels.dense import attention_with_slots
 from kvcompress.kernels.device import runs_triton
+from kvcompress.kernels.precision import in_one_dtype
 from kvcompress.kernels.ragged import padded
+from kvcompress.kernels.softmax import merge_attention
 
 _WIDENED = {torch.bfloat16: (4, 2.0**120), torch.float16: (7, 2.0**8)}  # dtype -> places to shift, factor
 _BLOCK = 4096  # slots decoded at a time without a kernel of our own
@@ -229,7 +231,7 @@ def _in_torch(
         block_keys = _block(key_codes, key_scale, key_shift, key_rows, first, end, head_dim, code_start)
         block_values = _block(value_codes, value_scale, value_shift, value_rows, first, end, head_dim, code_start)
         used = in_use(coded, end - first, first)
-        part = attention_with_slots(grouped, block_keys.to(query.dtype), block_values.to(query.dtype), scaling, used)
+        part = attention_with_slots(grouped, block_keys, block_values, scaling, used)
         parts = part if parts is None else merge_attention(*parts, *part)
     assert parts is not None
     return parts[0].reshape(batch, heads, 1, head_dim)

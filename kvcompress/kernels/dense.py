@@ -6,36 +6,17 @@ Flash kernels compute the log-sum-exp and throw the probabilities away. With it,
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
-_BLOCK_QUERIES = 128  # queries whose logits are written out at a time
+from kvcompress.kernels.precision import in_one_dtype
+from kvcompress.kernels.softmax import merge_attention
+from kvcompress.kernels.written_out import attention_in_blocks, written_out_attention
+
 _BIAS_ALIGNMENT = 16  # elements; what the memory-efficient kernel wants of a bias, and more
-
-_Arguments = ParamSpec("_Arguments")
-_Result = TypeVar("_Result")
-
-
-def without_autocast(
-    function: Callable[Concatenate[Tensor, _Arguments], _Result],
-) -> Callable[Concatenate[Tensor, _Arguments], _Result]:
-    """Lets a function of a tensor, and whatever else, compute in the dtypes that it asks for, also under autocast."""
-
-    @wraps(function)
-    def exact(tensor: Tensor, /, *args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        if not torch.is_autocast_enabled(tensor.device.type):
-            return function(tensor, *args, **kwargs)
-        with torch.autocast(tensor.device.type, enabled=False):
-            return function(tensor, *args, **kwargs)
-
-    return exact
 
 
 def attention(
@@ -59,17 +40,6 @@ def attention(
     """
     grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scaling, enable_gqa=grouped)
-
-
-def attention_with_lse(
-    query: Float[Tensor, "batch heads queries head_dim"],
-    key: Float[Tensor, "batch kv_heads tokens head_dim"],
-    value: Float[Tensor, "batch kv_heads tokens value_dim"],
-    scaling: float,
-    causal: bool,
-) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
-    """Attention as in `attention_with_mask`, over rows without padding."""
-    return attention_with_mask(query, key, value, scaling, None, causal=causal)
 
 
 def attention_with_mask(
@@ -105,7 +75,7 @@ def attention_with_mask(
     query, keys, values = in_one_dtype(query, keys, values)
     causal = causal and query.shape[2] > 1  # one query sees every token in either case
     if softcap is not None:
-        return _blockwise(query, keys, values, scaling, valid, causal, softcap)
+        return attention_in_blocks(query, keys, values, scaling, valid, causal, softcap)
     device, same_dim = query.device.type, keys.shape[3] == values.shape[3]
     if device == "cpu" and same_dim:
         past = keys.shape[2] - query.shape[2] if causal else 0
@@ -127,65 +97,7 @@ def attention_with_mask(
             return output, lse[:, :, : query.shape[2]]
         if half or query.dtype == torch.float32:
             return _memory_efficient(query, keys, values, scaling, valid, causal)
-    return _blockwise(query, keys, values, scaling, valid, causal)
-
-
-def merge_attention(
-    output: Float[Tensor, "batch heads queries value_dim"],
-    lse: Float[Tensor, "batch heads queries"],
-    other_output: Float[Tensor, "batch heads queries value_dim"],
-    other_lse: Float[Tensor, "batch heads queries"],
-) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
-    """Joins the attention of the same queries over two disjoint sets of keys (Online softmax, arXiv 1805.02867).
-
-    Returns:
-        Output and log-sum-exp as if one softmax had run over both sets; 0 and minus infinity if both are empty.
-    """
-    total = torch.logaddexp(lse, other_lse)
-    finite = total.clamp(min=torch.finfo(total.dtype).min)  # minus infinity from itself is no number
-    weight, other_weight = (lse - finite).exp().unsqueeze(-1), (other_lse - finite).exp().unsqueeze(-1)
-    return (output * weight + other_output * other_weight).to(output.dtype), total
-
-
-def masked_attention_with_lse(
-    query: Float[Tensor, "batch heads queries head_dim"],
-    key: Float[Tensor, "batch heads tokens head_dim"],
-    value: Float[Tensor, "batch heads tokens value_dim"],
-    scaling: float,
-    mask: Bool[Tensor, "batch sets tokens"],
-    softcap: float | None = None,
-) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
-    """Attention over the slots that a mask marks, for a few queries; written out in float32.
-
-    Returns:
-        The output in the dtype of `query`, and the log-sum-exp, as from `attention_with_mask`.
-    """
-    logits = capped(query.float() @ key.float().transpose(2, 3) * scaling, softcap)
-    logits = logits.masked_fill_(~mask.unsqueeze(2), -torch.inf)
-    probabilities, lse = _softmax(logits)
-    return (probabilities @ value.float()).to(query.dtype), lse
-
-
-def visible_attention_with_lse(
-    query: Float[Tensor, "batch heads queries head_dim"],
-    keys: Float[Tensor, "batch kv_heads tokens head_dim"],
-    values: Float[Tensor, "batch kv_heads tokens value_dim"],
-    scaling: float,
-    visible: Bool[Tensor, "batch queries tokens"],
-    softcap: float | None = None,
-) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
-    """Attention of a few queries, each over tokens of its own; written out in float32 or wider.
-
-    Returns:
-        The output in the dtype of `query`, and the log-sum-exp, as from `attention_with_mask`.
-    """
-    (batch, heads, queries, head_dim), (kv_heads, tokens) = query.shape, keys.shape[1:3]
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    grouped = query.reshape(batch, kv_heads, -1, head_dim).to(wide)
-    logits = capped(grouped @ keys.to(wide).transpose(2, 3) * scaling, softcap).view(batch, heads, queries, tokens)
-    probabilities, lse = _softmax(logits.masked_fill_(~visible.unsqueeze(1), -torch.inf))
-    output = probabilities.view(batch, kv_heads, -1, tokens) @ values.to(wide)
-    return output.view(batch, heads, queries, -1).to(query.dtype), lse
+    return attention_in_blocks(query, keys, values, scaling, valid, causal)
 
 
 def attention_with_slots(
@@ -201,51 +113,20 @@ def attention_with_slots(
     Returns:
         The output in the dtype of `query`, and the log-sum-exp, as from `attention_with_mask`.
     """
+    keys, values = keys.to(query.dtype), values.to(query.dtype)
     if used is None:
         return attention_with_mask(query, keys, values, scaling, None, causal=False, softcap=softcap)
     if query.device.type != "cpu" or keys.shape[3] != values.shape[3] or softcap is not None:
-        return masked_attention_with_lse(query, keys, values, scaling, used, softcap)
+        return written_out_attention(query, keys, values, scaling, used.unsqueeze(2), softcap)
     bias = torch.zeros(used.shape, dtype=query.dtype, device=query.device).masked_fill_(~used, -torch.inf).unsqueeze(2)
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     output, lse = kernel(query, keys, values, 0.0, False, attn_mask=bias, scale=scaling)
     return output, lse.masked_fill(~used.any(-1, keepdim=True), -torch.inf)
 
 
-def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    """Logits that stay between minus and plus a cap (Gemma 2, arXiv 2408.00118, section 2); as they are without one."""
-    return logits if softcap is None else (logits / softcap).tanh_().mul_(softcap)
-
-
-def with_sinks(
-    output: Float[Tensor, "batch heads queries value_dim"],
-    lse: Float[Tensor, "batch heads queries"],
-    sinks: Float[Tensor, " heads"] | None,
-) -> tuple[Float[Tensor, "batch heads queries value_dim"], Float[Tensor, "batch heads queries"]]:
-    """Attention of which a learned logit of each head takes its share and gives nothing (GPT-OSS's attention sinks).
-
-    Returns:
-        Output and log-sum-exp with the sinks among the logits; as they are without sinks.
-    """
-    if sinks is None:
-        return output, lse
-    logit = sinks.to(lse)[:, None]
-    output = (output * (lse - logit).sigmoid().unsqueeze(-1)).to(output.dtype)
-    return output, torch.where(lse == -torch.inf, lse, torch.logaddexp(lse, logit))  # what sees nothing still does not
-
-
 def rows_of_heads(tensor: Tensor, kv_heads: int) -> Tensor:
     """Heads of which each sees other slots as rows of their own: `[batch, heads, ...]` to `[batch * kv_heads, ...]`."""
     return tensor.reshape(len(tensor) * kv_heads, -1, *tensor.shape[2:])
-
-
-def in_one_dtype(query: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values in autocast's dtype, or else in that of the queries: fused kernels take no other."""
-    dtype, device = query.dtype, query.device.type
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    if query.dtype == keys.dtype == values.dtype == dtype:
-        return query, keys, values
-    return query.to(dtype), keys.to(dtype), values.to(dtype)
 
 
 def _on_cpu(
@@ -302,42 +183,6 @@ def _memory_efficient(
         return output, lse
     blind = _blind(valid, queries, causal)
     return output.masked_fill(blind.unsqueeze(-1), 0.0), lse.masked_fill(blind, -torch.inf)
-
-
-def _blockwise(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scaling: float,
-    valid: Tensor | None,
-    causal: bool,
-    softcap: float | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Attention and log-sum-exp in blocks of queries, for devices and shapes without a kernel that returns both."""
-    (batch, heads, queries, head_dim), (kv_heads, tokens) = query.shape, keys.shape[1:3]
-    wide = torch.float64 if query.dtype == torch.float64 else torch.float32
-    grouped = query.reshape(batch, kv_heads, heads // kv_heads, queries, head_dim)
-    keys, values = keys.to(wide).transpose(2, 3), values.to(wide)
-    places = torch.arange(tokens, device=query.device)
-    outputs, sums = [], []
-    for first in range(0, queries, _BLOCK_QUERIES):
-        block = grouped[:, :, :, first : first + _BLOCK_QUERIES].to(wide)
-        logits = capped(block.flatten(2, 3) @ keys * scaling, softcap).view(*block.shape[:4], tokens)
-        if causal:
-            last_key = places[tokens - queries + first :][: block.shape[3], None]
-            logits.masked_fill_(places > last_key, -torch.inf)
-        if valid is not None:
-            logits.masked_fill_(~valid[:, None, None, None], -torch.inf)
-        probabilities, lse = _softmax(logits)
-        outputs.append((probabilities.flatten(2, 3) @ values).view(batch, heads, block.shape[3], -1))
-        sums.append(lse.view(batch, heads, -1))
-    return torch.cat(outputs, 2).to(query.dtype), torch.cat(sums, 2)
-
-
-def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Probabilities, in place of the logits, and their log-sum-exp; 0 and minus infinity where every logit is that."""
-    lse = logits.logsumexp(-1)
-    return logits.sub_(lse.clamp(min=torch.finfo(lse.dtype).min).unsqueeze(-1)).exp_(), lse
 
 
 def _blind(valid: Tensor, queries: int, causal: bool) -> Tensor:

@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvcompress.kernels.dense import capped, without_autocast
+from kvcompress.kernels.precision import without_autocast
+from kvcompress.kernels.softmax import capped
 
 _TILE_LOGITS_CPU = 256 * 1024  # stays in the caches of a core
 _TILE_LOGITS_GPU = 64 * 1024 * 1024  # large enough to hide the launch of a kernel

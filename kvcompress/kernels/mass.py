@@ -10,8 +10,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvcompress.kernels.dense import capped, rows_of_heads, without_autocast
+from kvcompress.kernels.dense import rows_of_heads
 from kvcompress.kernels.device import runs_triton
+from kvcompress.kernels.precision import without_autocast
+from kvcompress.kernels.softmax import capped
 
 _TILE_KEYS = 512
 _TILE_LOGITS_CPU = 64 * 9 * _TILE_KEYS  # about what the second-level cache holds

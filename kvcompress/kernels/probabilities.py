@@ -6,7 +6,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from kvcompress.kernels.dense import capped, rows_of_heads, without_autocast
+from kvcompress.kernels.dense import rows_of_heads
+from kvcompress.kernels.precision import without_autocast
+from kvcompress.kernels.softmax import capped
 
 _BLOCK_LOGITS = 256 * 9 * 512  # stays in the last-level cache
 

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvcompress.kernels.dense import in_one_dtype
 from kvcompress.kernels.device import runs_triton
+from kvcompress.kernels.precision import in_one_dtype
 
 
 def decode_attention(

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from kvcompress.kernels.dense import without_autocast
+from kvcompress.kernels.precision import without_autocast
 
 _LOGITS_CPU = 256 * 9 * 512  # stays in the last-level cache
 _LOGITS_GPU = 64 * 1024 * 1024  # large enough to hide the launch of a kernel

@@ -52,7 +52,6 @@ class Scorer(Policy):
     Class attributes:
         mass: whether scores are non-negative and add up over tokens, so that a share of their sum means something.
         reads_attention: whether `LayerContext.attention_mass` is called; costs nothing where it is False.
-        accumulates: whether scores of a later forward add to those a slot has (else they replace them).
         reconstructs: whether it is made for `CompressedCache.score_by_reconstruction`.
         one_axis: whether it takes a token's rotary position to be the number of tokens before it, so that models with
             several positions a token (M-RoPE) are refused.

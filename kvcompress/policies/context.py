@@ -27,7 +27,6 @@ LayerImportance: TypeAlias = Float[Tensor, "layers batch *heads tokens"]  # high
 TokenCounts: TypeAlias = Int[Tensor, "layers batch *heads"]
 HeadImportance: TypeAlias = Float[Tensor, "layers batch kv_heads tokens"]  # higher = keep
 HeadCounts: TypeAlias = Int[Tensor, "layers batch kv_heads"]
-TokenIndex: TypeAlias = Int[Tensor, "batch sets slots"]  # number of tokens before; -1 marks an empty slot
 
 
 @dataclass(frozen=True)

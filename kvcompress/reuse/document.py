@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from kvcompress.cache import CompressedCache, saving
+from kvcompress.cache import CompressedCache, loading
 from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.report import CacheReport
 from kvcompress.config import CompressionConfig
@@ -202,7 +202,7 @@ class Document:
             ConfigError: if the folder holds no document, a damaged one, or one of another model or tokenizer.
         """
         folder = Path(folder)
-        saved = saving.Saved.read(folder)
+        saved = loading.Saved.read(folder)
         cache, about = CompressedCache.from_saved(model, saved), saved.extra().get("document")
         if about is None:
             raise ConfigError(f"document {folder}: is a cache without a document; read it with CompressedCache.load")

@@ -71,16 +71,15 @@ MASSES = {
 any_mass = st.sampled_from(sorted(MASSES))
 
 
-def dyadic_masses(shape: tuple[int, ...], g: torch.Generator, bits: int = 10, empty: bool = True) -> Tensor:
-    """Integers that add up to 2**bits over the tokens of a layer, so that shares are exact; some layers hold none."""
+def dyadic_masses(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    """Integers that add up to 1,024 over the tokens of a layer, so that shares are exact; some layers hold none."""
     layers, batch, tokens = shape
-    picked = torch.randint(0, tokens, (layers, batch, 2**bits), generator=g)
+    picked = torch.randint(0, tokens, (layers, batch, 1024), generator=g)
     # Some layers concentrate: a token is picked again and again with the probability of a drawn power.
     sharp = torch.randint(1, 4, (layers, batch, 1), generator=g)
     picked = (tokens * (picked / tokens) ** sharp).long()
     mass = torch.zeros(shape).scatter_add_(2, picked, torch.ones(picked.shape))
-    if empty:
-        mass *= torch.randint(0, 4, (layers, batch, 1), generator=g) > 0
+    mass *= torch.randint(0, 4, (layers, batch, 1), generator=g) > 0
     return mass
 
 

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 
 from kvcompress.cache import CompressedCache
 from kvcompress.cache.argument import cache_argument
-from kvcompress.cache.attention import padding_in
+from kvcompress.cache.mask_function import padding_in
 
 _NAME = "attention_to_visible_positions"
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from kvcompress.cache import CompressedCache
 from kvcompress.cache.argument import cache_argument
-from kvcompress.cache.attention import padding_in
+from kvcompress.cache.mask_function import padding_in
 from kvcompress.config import CompressionConfig
 from kvcompress.config.budget import Budget
 from kvcompress.testing.importance import generator

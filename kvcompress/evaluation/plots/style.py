@@ -96,11 +96,11 @@ def ruled(axes: Axes) -> None:
     axes.grid(axis="y", color="0.88", linewidth=0.5)
 
 
-def integer_ticks(axes: Axes, most: int = 12) -> None:
-    """Whole numbers along the x axis, for layers."""
+def integer_ticks(axes: Axes) -> None:
+    """Whole numbers along the x axis, a dozen at most, for layers."""
     from matplotlib.ticker import MaxNLocator
 
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=most, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
 
 
 def save(figure: Figure, path: str | Path) -> tuple[Path, Path]:
