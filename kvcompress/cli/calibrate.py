@@ -60,7 +60,7 @@ def calibrate_command(
         str,
         typer.Option(
             metavar="SOURCE",
-            help="A file (.json of LLaVA dialogues or MM-Vet, .jsonl of questions, .txt), or text, needle, shapes, pages.",
+            help="A file (.json of LLaVA dialogues or MM-Vet, .jsonl, .txt), or text, needle, shapes, pages.",
         ),
     ] = "text",
     images: ImagesFolder = None,
