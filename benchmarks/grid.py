@@ -356,6 +356,8 @@ def many_methods() -> Methods:
     mended = {**OF_LAYERS, **EVEN}
     return {
         "kvzip": ways(TEXT, "kvzip", {**some, "scores": "scores"}, (0.3,)),
+        "kvzip in runs": ways(TEXT, "kvzip", {"uniform": "uniform", "scores": "scores"}, (0.3,), RUNS),
+        "snapkv 16 in runs": ways(TEXT, WINDOW, {"uniform": "uniform"}, (0.3,), RUNS),
         "snapkv": ways(TEXT, "snapkv", some, (0.3,)),
         "expected": ways(TEXT, "expected_attention", some, (0.3,)),
         "tova": ways(TEXT, "tova", mended, (0.3,), evictor=LAYER),
