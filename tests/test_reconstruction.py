@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,6 +18,8 @@ from kvcompress.evaluation.captions import caption_images
 from kvcompress.evaluation.data import Sample
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.evaluation.tuning import Bound, tune
+from kvcompress.policies.base import Scorer
+from kvcompress.policies.scorers.kvzip import KVzip
 from tests import tiny
 from tests.reference import Reference, held
 
@@ -94,6 +96,23 @@ def test_each_head_keeps_what_repeating_the_prompt_looks_at(name: str, chunk: in
     dense = Reference(name)
     dense.run(inputs, [])
     dense.check_stored(cache)
+
+
+class Whole(KVzip):
+    """Scores all that it is shown, whatever part is asked about."""
+
+    name: ClassVar[str] = "whole"
+    score_part = Scorer.score_part
+
+
+def test_a_scorer_need_not_know_of_parts() -> None:
+    """One that only says how it scores slots is shown a layer that holds what is near the part, and keeps the same."""
+    inputs, kept = tiny.inputs("llama", 50, seed=4), []
+    for scorer in (KVzip(), Whole()):
+        cache = CompressedCache(tiny.model("llama"), CONFIG, scorer=scorer)
+        cache.score_by_reconstruction(Tokenizer(), inputs, chunk=17)
+        kept.append(held(cache))
+    assert kept[0] == kept[1]
 
 
 def test_an_image_is_repeated_with_its_pixels() -> None:
