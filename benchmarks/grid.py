@@ -181,6 +181,8 @@ def measured(loaded: LoadedModel, prompt: Prompt, methods: Methods) -> Iterator[
     yield row(compressed(reading.scored(full), full), "full", "", 1.0)
     for method, ways in methods.items():
         one = next(iter(ways.values())).config
+        if any(way.config.scorer != one.scorer for way in ways.values()):
+            raise ValueError(f"methods: the ways of {method!r} have different scorers; scores are taken once for all")
         repeats = one.scorer is not None and one.scorer.reconstructs
         start = time.process_time()
         scored = reconstructed(loaded, prompt.inputs) if repeats else reading.scored(one)
@@ -344,7 +346,7 @@ def scene_methods() -> Methods:
         "snapkv": ways(IMAGE, {"name": "snapkv", "window": 8}, every),
         "attention": ways(IMAGE, "attention", every) | presets("prefixkv", "prefixkv+merge"),
         "expected": ways(IMAGE, "expected_attention", SHARED),
-        "tova": presets("text"),
+        "text": presets("text"),
         "none": presets("streaming"),
         "merged": presets("image"),
     }
@@ -356,7 +358,6 @@ def many_methods() -> Methods:
     mended = {**OF_LAYERS, **EVEN}
     return {
         "kvzip": ways(TEXT, "kvzip", {**some, "scores": "scores"}, (0.3,)),
-        "kvzip in runs": ways(TEXT, "kvzip", {"uniform": "uniform", "scores": "scores"}, (0.3,), RUNS),
         "snapkv 16 in runs": ways(TEXT, WINDOW, {"uniform": "uniform"}, (0.3,), RUNS),
         "snapkv": ways(TEXT, "snapkv", some, (0.3,)),
         "expected": ways(TEXT, "expected_attention", some, (0.3,)),

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.grid import BUDGETS, EVEN, IMAGE, LAYER, OF_LAYERS, SHARED, Follow, Methods, Prompt, Way, ways
-from kvcompress import CompressionConfig
+from benchmarks.grid import EVEN, IMAGE, LARGER, RUNS, SHARED, WINDOW, Follow, Methods, Prompt, presets, ways
 from kvcompress.evaluation.data import Sample, answer_ids, encode_sample
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.evaluation.pages import KINDS, draw_page, page_seed, question, sample_page
@@ -38,17 +37,13 @@ def _first(inputs: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
 
 
 def page_methods() -> Methods:
-    """For images of text: every scorer with every way to share, and the presets for images and for text."""
+    """For images of text: scorers with every way to share, and the presets for images and for text."""
     every: dict[str, Any] = {**SHARED, **EVEN}
     return {
-        "snapkv": ways(IMAGE, {"name": "snapkv", "window": 8}, every),
-        "attention": ways(IMAGE, "attention", every) | _presets("prefixkv", "prefixkv+merge"),
-        "expected": ways(IMAGE, "expected_attention", every),
-        "tova": ways(IMAGE, "tova", {**OF_LAYERS, **EVEN}, evictor=LAYER) | _presets("text"),
-        "none": _presets("streaming"),
-        "merged": _presets("image"),
+        "snapkv": ways(IMAGE, {"name": "snapkv", "window": 8}, every, LARGER),
+        "attention": ways(IMAGE, "attention", every, LARGER) | presets("prefixkv", "prefixkv+merge"),
+        "snapkv 16 in runs": ways(IMAGE, WINDOW, every, LARGER, RUNS),
+        "text": presets("text"),
+        "none": presets("streaming"),
+        "merged": presets("image"),
     }
-
-
-def _presets(*names: str) -> dict[str, Way]:
-    return {name: Way(CompressionConfig.preset(name), BUDGETS) for name in names}
