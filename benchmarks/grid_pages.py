@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.grid import EVEN, IMAGE, LARGER, RUNS, SHARED, WINDOW, Follow, Methods, Prompt, presets, ways
+from benchmarks.grid_readings import Follow, Methods, Prompt
+from benchmarks.grid_ways import EVEN, IMAGE, LARGER, RUNS, SHARED, WINDOW, presets, ways
 from kvcompress.evaluation.data import Sample, answer_ids, encode_sample
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.evaluation.pages import KINDS, draw_page, page_seed, question, sample_page

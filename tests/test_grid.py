@@ -7,19 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.grid import (
-    BUDGETS,
-    Follow,
-    Way,
-    compressed,
-    followed,
-    many_methods,
-    needle_methods,
-    page_methods,
-    scene_methods,
-)
-from benchmarks.grid import Reading as Reads
-from kvcompress import CompressedCache
+from benchmarks.grid_pages import page_methods
+from benchmarks.grid_readings import BUDGETS, Follow, Prompt, Way, compressed, followed, measured
+from benchmarks.grid_readings import Reading as Reads
+from benchmarks.grid_scenes import scene_methods
+from benchmarks.grid_text import many_methods, needle_methods
+from kvcompress import CompressedCache, CompressionConfig
 from tests import tiny
 
 WAYS = {
@@ -48,3 +41,12 @@ def test_a_prompt_read_once_is_compressed_as_if_it_were_read_anew(way: Way) -> N
             assert cache.report().kv_bytes == alone.report().kv_bytes
             own, theirs = (followed(model, one, reading.logits, follow) for one in (cache, alone))
             assert own == theirs
+
+
+def test_ways_that_share_scores_share_their_scorer() -> None:
+    """Scores are taken once for a method, by its first way; another way's would be cut by scores of a stranger."""
+    loaded, inputs = SimpleNamespace(model=tiny.model("llama")), tiny.inputs("llama", 20, seed=3)
+    prompt = Prompt("0", "seen", inputs, {"answer": Follow(tiny.token_ids(1, 2, seed=5))})
+    mixed = {name: Way(CompressionConfig.preset(name), (0.5,)) for name in ("tova", "snapkv")}
+    with torch.inference_mode(), pytest.raises(ValueError, match="the ways of 'mixed' have different scorers"):
+        list(measured(loaded, prompt, {"mixed": mixed}))
