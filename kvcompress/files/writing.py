@@ -82,12 +82,13 @@ def make_folder(folder: Path, what: str = "output") -> None:
         raise unwritable(folder, error, what) from None
 
 
-def append_line(path: Path, line: bytes) -> None:
+def append_line(path: Path, line: bytes, what: str = "output") -> None:
     """Appends a line, whole or not at all: what a full disk took of it is cut off again.
 
     Args:
         path: the file; made where it is missing.
         line: its bytes, the line feed at the end included.
+        what: what an error calls the file.
 
     Raises:
         ConfigError: if it cannot be written; the file is then what it was.
@@ -104,7 +105,7 @@ def append_line(path: Path, line: bytes) -> None:
                 os.ftruncate(file.fileno(), before)
                 raise
     except OSError as error:
-        raise unwritable(path, error, "output") from None
+        raise unwritable(path, error, what) from None
 
 
 def check_output(path: Path, what: str = "output", *, overwrite: bool = False) -> None:

@@ -78,7 +78,9 @@ def merged(text: Any, trained: dict[str, Tensor], dtype: torch.dtype) -> LlavaFo
     if not config.tie_word_embeddings:
         head = text.lm_head.weight
         state["lm_head.weight"] = torch.cat([head, head.new_zeros(1, head.shape[1])])
-    model: Any = LlavaForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    model: Any = LlavaForConditionalGeneration.from_pretrained(
+        None, config=config, state_dict=state, dtype=dtype, trust_remote_code=False
+    )
     model.generation_config = copy.deepcopy(text.generation_config)
     model.eval()
     return model  # type: ignore[no-any-return]
