@@ -72,6 +72,16 @@ def step(tokens: int, seed: int, batch: int = 2) -> Action:
     return run
 
 
+def repeat(cache: CompressedCache) -> None:
+    """Scores by reconstruction, in parts of 8 tokens."""
+
+    def letters(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        assert not add_special_tokens
+        return {"input_ids": [2 + ord(letter) % 90 for letter in text[:6]]}
+
+    cache.score_by_reconstruction(letters, {"input_ids": tiny.token_ids(2, 20, 1)}, chunk=8)
+
+
 @dataclass(frozen=True)
 class Scenario:
     """An action on a cache that has seen something, and how to go on after it.
@@ -130,6 +140,7 @@ def scenarios() -> Iterator[Scenario]:
     for name, fields in configs.items():
         for kind, (before, action, batch) in (steps | waiting).items():
             yield Scenario(f"{name}: {kind}", fields, before, action, batch)
+    yield Scenario("repeated: reconstruction", {"config": "kvzip", "budget": small}, (), repeat)
 
 
 # -- the law -----------------------------------------------------------------------------------------------------------

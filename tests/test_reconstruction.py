@@ -185,7 +185,7 @@ def test_wrong_uses_are_refused_before_anything_is_read(
     assert not cache.is_initialized
 
 
-def test_a_cache_that_has_seen_tokens_is_refused_and_one_that_failed_is_empty() -> None:
+def test_a_cache_that_has_seen_tokens_is_refused_and_one_that_failed_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = tiny.model("llama"), tiny.inputs("llama", 20, seed=1)
     cache = CompressedCache(model, CONFIG)
 
@@ -194,6 +194,10 @@ def test_a_cache_that_has_seen_tokens_is_refused_and_one_that_failed_is_empty() 
 
     with pytest.raises(OSError, match="no such tokenizer"):
         cache.score_by_reconstruction(broken, inputs)
+    assert not cache.is_initialized
+    with monkeypatch.context() as late, pytest.raises(OSError, match="no such tokenizer"):
+        late.setattr("kvcompress.cache.undoing.compress", broken)  # the last thing that is done
+        cache.score_by_reconstruction(Tokenizer(), inputs)
     assert not cache.is_initialized
     cache.score_by_reconstruction(Tokenizer(), inputs)
     with pytest.raises(KVCompressError, match=r"reads the prompt itself, into an empty cache; this one has seen 20"):

@@ -21,7 +21,7 @@ from kvcompress.cache.cache_contract import CacheContract
 from kvcompress.cache.calls import Calls
 from kvcompress.cache.forwards import Forwards
 from kvcompress.cache.own import OwnLayers
-from kvcompress.cache.reconstruction import reconstruct
+from kvcompress.cache.reconstruction import check_reconstruction, reconstruct
 from kvcompress.cache.report import CacheReport, report_on
 from kvcompress.cache.selection import Ranked
 from kvcompress.cache.state import CacheState
@@ -239,13 +239,13 @@ class CompressedCache(Forwards, CacheContract):
             CacheStateError: if the cache has seen tokens already. What fails later leaves an empty cache.
         """
         model = self.model()
+        check_reconstruction(self._state, inputs, chunk)
         try:
             with torch.no_grad():
                 forward = partial(model, **cache_argument(self))
                 reconstruct(self._state, model, forward, tokenizer, inputs, chunk)
         except BaseException:
-            if self._state.recording:
-                self.reset()
+            self.reset()
             raise
 
     def reset(self) -> None:

@@ -32,7 +32,6 @@ def reconstruct(
     chunk: int,
 ) -> None:
     """Reads a prompt, scores it by its repetition, and compresses; see `CompressedCache.score_by_reconstruction`."""
-    _check(state, inputs, chunk)
     read = dict(inputs)
     ids: Tensor = read["input_ids"]
     given = read.get("attention_mask")
@@ -67,7 +66,8 @@ def reconstruct(
     state.repeated = True
 
 
-def _check(state: CacheState, inputs: Mapping[str, Any], chunk: int) -> None:
+def check_reconstruction(state: CacheState, inputs: Mapping[str, Any], chunk: int) -> None:
+    """Refuses what cannot be reconstructed before anything is read."""
     scorer, allocator = state.config.scorer, state.config.allocator
     if scorer is None or not scorer.reconstructs:
         came = "scorer: none" if scorer is None else f"scorer {scorer.name}"

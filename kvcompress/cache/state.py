@@ -299,10 +299,11 @@ class CacheState:
 
 
 def _go_back_to(parts: list[tuple[Any, dict[str, Any]]]) -> None:
-    """Makes things refer to what they referred to."""
+    """Makes things refer to what they referred to; at no moment is an attribute missing."""
     for thing, attributes in parts:
-        thing.__dict__.clear()
         thing.__dict__.update(attributes)
+        for name in vars(thing).keys() - attributes.keys():
+            del thing.__dict__[name]
 
 
 def _apart(value: Any) -> Any:
