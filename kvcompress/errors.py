@@ -15,6 +15,8 @@ KVCompressError
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 _LONGEST = 4000  # characters of a message
 
@@ -92,6 +94,12 @@ class KVCompressWarning(UserWarning):
 
 class BudgetWarning(KVCompressWarning):
     """The protected tokens alone are more than the budget allows."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The nearest known name as the end of a sentence about an unknown one; empty where none is near."""
+    near = get_close_matches(name, list(known), n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""
 
 
 def _cut(text: str) -> str:

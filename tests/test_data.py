@@ -193,7 +193,8 @@ def test_a_wrong_file_is_refused_with_its_place(tmp_path: Path, name: str, conte
         ("needle:length=many", "length must be a number"),
         ("needle:depth=2", "depth: must be from 0 to 1"),
         ("needle:length=9999999", "length: must be from 1 to"),
-        ("shapes:kind=round", "unknown 'round'; known: description, cell"),
+        ("shapes:kind=xyz", "unknown 'xyz'; known: description, cell"),
+        ("shapes:kind=color", "unknown 'color'; did you mean 'colour'"),
         ("needel:length=100", "did you mean 'needle'?"),
     ],
 )

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +22,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from kvcompress.errors import ConfigError, KVCompressError, MissingDependencyError, UnsupportedModelError
+from kvcompress.errors import (
+    ConfigError,
+    KVCompressError,
+    MissingDependencyError,
+    UnsupportedModelError,
+    did_you_mean,
+)
 from kvcompress.evaluation import smollm2
 from kvcompress.evaluation.pages import model as pages
 from kvcompress.evaluation.shapes import pretrained as shapes
@@ -105,8 +110,7 @@ def _load(name: str, dtype: torch.dtype | str) -> LoadedModel:
     if is_local(name):
         source = str(Path(name).expanduser())
     elif not _HUB_ID.fullmatch(name) or Path(name).is_file():
-        near = get_close_matches(name.lower(), BUILT_IN, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else f"; built in are {', '.join(BUILT_IN)}"
+        hint = did_you_mean(name.lower(), BUILT_IN) or f"; built in are {', '.join(BUILT_IN)}"
         raise UnsupportedModelError(
             f"model '{name}': is no folder, and no model's id on the hub (owner/name) either{hint}"
         )

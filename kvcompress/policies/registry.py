@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import threading
 import warnings
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Generic, TypeVar
 
 from pydantic import BeforeValidator, PlainSerializer
 
-from kvcompress.errors import ConfigError, KVCompressWarning, UnknownPolicyError, shown
+from kvcompress.errors import ConfigError, KVCompressWarning, UnknownPolicyError, did_you_mean, shown
 from kvcompress.policies.base import Allocator, Evictor, Merger, Policy, Quantizer, Reducer, Scorer
 
 # What policies of former names are now: (stage, name) -> how to ask for them.
@@ -139,8 +138,7 @@ class Registry(Generic[PolicyT]):
 def unknown_name(subject: str, kind: str, name: str, known: Iterable[str]) -> UnknownPolicyError:
     """The error for a misspelt name, with the nearest known one."""
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"; did you mean '{near[0]}'?" if near else ";"
+    hint = did_you_mean(name, names) or ";"
     return UnknownPolicyError(f"{subject}: unknown {kind} '{name}'{hint} known: {', '.join(names) or '(none)'}")
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-from difflib import get_close_matches
+from collections.abc import Collection
 
-from kvcompress.errors import ConfigError
+from kvcompress.errors import ConfigError, did_you_mean
 from kvcompress.evaluation.data.sample import TEXT, Sample
 from kvcompress.evaluation.pages import ASKED, draw_page, page_seed, question, sample_page
 from kvcompress.evaluation.pages import KINDS as PAGES
@@ -39,8 +39,7 @@ def shapes(*, count: int = 100, seed: int = 0, kind: str | None = None) -> list[
         ConfigError: if there is no such kind.
     """
     kinds = [_DESCRIPTION, *KINDS]
-    if kind is not None and kind not in kinds:
-        raise ConfigError(f"kind: unknown '{kind}'; known: {', '.join(kinds)}")
+    _check_kind(kind, kinds)
     samples: list[Sample] = []
     index = 0
     while len(samples) < count:
@@ -64,10 +63,7 @@ def pages(*, count: int = 40, seed: int = 0, kind: str | None = None) -> list[Sa
     Raises:
         ConfigError: if there is no such kind.
     """
-    if kind is not None and kind not in ASKED:
-        near = get_close_matches(kind, ASKED, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise ConfigError(f"kind: unknown '{kind}'{hint}; known: {', '.join(ASKED)}")
+    _check_kind(kind, ASKED)
     samples = []
     for index in range(count):
         asked_as = kind or ASKED[index % len(ASKED)]
@@ -162,6 +158,11 @@ def split_text(text: str, length: int, answer: int) -> list[tuple[str, str]]:
         pieces.append((text[start:middle].lstrip(), text[middle:end]))
         start = end
     return pieces
+
+
+def _check_kind(kind: str | None, known: Collection[str]) -> None:
+    if kind is not None and kind not in known:
+        raise ConfigError(f"kind: unknown '{kind}'{did_you_mean(kind, known)}; known: {', '.join(known)}")
 
 
 def _ends_word(text: str, position: int) -> bool:

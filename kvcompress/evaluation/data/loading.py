@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kvcompress.errors import ConfigError
+from kvcompress.errors import ConfigError, did_you_mean
 from kvcompress.evaluation.data.built_in import needle, pages, shapes, text
 from kvcompress.evaluation.data.files import FORMATS, read_file
 from kvcompress.evaluation.data.sample import Sample, with_unique_names
@@ -49,10 +48,9 @@ def load_samples(source: str, *, images: Path | None = None, limit: int | None =
         return with_unique_names(BUILT_IN[name](**given, seed=seed))
     path = Path(source).expanduser()
     if not path.is_file():
-        near = difflib.get_close_matches(name, BUILT_IN, n=1)
         raise ConfigError(
             f"data: '{source}' is neither a file ({', '.join(FORMATS)}) nor a built-in name ({', '.join(BUILT_IN)})"
-            + (f"; did you mean '{near[0]}'?" if near else "")
+            + did_you_mean(name, BUILT_IN)
         )
     if images is not None and not images.is_dir():
         raise ConfigError(f"images: '{images}' is no folder")

@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation.pages.vocabulary import NEWLINE, TOKENS, pieces, sentences
+from kvcompress.evaluation.splits import split_seed
 
 SIDE = 24  # patches, each way
 CELLS = SIDE**2
 _WIDTH = 6  # patches of a row of a table, a chart or a scene; four of them go on a line
-_SPLITS = {"test": 0, "validation": 10_000_000, "train": 20_000_000}
 COLOURS = {
     "red": (214, 40, 40),
     "blue": (40, 70, 220),
@@ -95,20 +95,8 @@ class Page:
 
 
 def page_seed(split: str, index: int) -> int:
-    """The seed of a page of a split; no two splits share one.
-
-    Args:
-        split: "train", "validation" (looked at while training) or "test" (held out).
-        index: of the page, from 0, below ten million.
-
-    Raises:
-        ConfigError: if there is no such split or page.
-    """
-    if split not in _SPLITS:
-        raise ConfigError(f"split: unknown '{split}'; known: {', '.join(_SPLITS)}")
-    if (split != "train" and not 0 <= index < 10_000_000) or index < 0:
-        raise ConfigError(f"index: must be from 0 to 9,999,999; got {index}")
-    return _SPLITS[split] + index
+    """The seed of a page of a split, as `split_seed` has them: "train", "validation" or "test"."""
+    return split_seed(split, index)
 
 
 def sample_page(kind: str, seed: int) -> Page:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kvcompress.errors import ConfigError, MissingDependencyError
+from kvcompress.errors import MissingDependencyError
+from kvcompress.evaluation.splits import split_seed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -32,7 +33,6 @@ SIZES = ("small", "large")
 _RADIUS = {"small": 12, "large": 20}  # pixels, before variation
 _SMOOTHING = 2  # drawn this many times larger, then scaled down
 # Seeds of the scenes of each split; a split never reaches into the next.
-_SPLITS = {"test": 0, "validation": 10_000_000, "train": 20_000_000}
 
 
 @dataclass(frozen=True, order=True)
@@ -75,20 +75,8 @@ class Scene:
 
 
 def scene_seed(split: str, index: int) -> int:
-    """The seed of a scene of a split; no two splits share one.
-
-    Args:
-        split: "train", "validation" (looked at while training) or "test" (held out).
-        index: of the scene, from 0, below ten million.
-
-    Raises:
-        ConfigError: if there is no such split or scene.
-    """
-    if split not in _SPLITS:
-        raise ConfigError(f"split: unknown '{split}'; known: {', '.join(_SPLITS)}")
-    if (split != "train" and not 0 <= index < 10_000_000) or index < 0:
-        raise ConfigError(f"index: must be from 0 to 9,999,999; got {index}")
-    return _SPLITS[split] + index
+    """The seed of a scene of a split, as `split_seed` has them: "train", "validation" or "test"."""
+    return split_seed(split, index)
 
 
 def sample_scene(seed: int) -> Scene:
