@@ -15,6 +15,7 @@ from kvcompress.kernels.triton_decode import blocks as dense_blocks
 from kvcompress.kernels.triton_parts import excess_of_part, logits_of_part, weighted_of_part
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
+_LEAST_COLUMNS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4) else 16  # of a product in Triton
 
 
 @triton.jit(do_not_specialize=["slots", "splits"])
@@ -179,7 +180,7 @@ def codes_kernel(  # noqa: C901  (most branches are of the compiler: constants d
 
 def columns(group: int) -> int:
     """Columns of a product that are queries, for the query heads of a group."""
-    return max(8, 1 << (group - 1).bit_length())
+    return max(_LEAST_COLUMNS, 1 << (group - 1).bit_length())
 
 
 def word_of(head_dim: int, bits: int, dtype: torch.dtype) -> int:
