@@ -146,12 +146,11 @@ def _attend(
 
 
 def install(decoder: PreTrainedModel, attention_modules: list[nn.Module]) -> None:
-    """Makes "kvcompress" the attention of a decoder and remembers what it had before."""
-    if not is_installed(decoder):
-        register()
-        for module in attention_modules:
-            setattr(module, _PREVIOUS, decoder.config._attn_implementation)
-        decoder.set_attn_implementation(NAME)
+    """Makes "kvcompress" the attention of a decoder, of which it is not yet, and remembers what it had before."""
+    register()
+    for module in attention_modules:
+        setattr(module, _PREVIOUS, decoder.config._attn_implementation)
+    decoder.set_attn_implementation(NAME)
 
 
 def register() -> None:
