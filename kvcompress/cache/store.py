@@ -118,7 +118,7 @@ class DenseStore:
     def padded(self, width: int) -> tuple[Keys, Values]:
         """Keys and values of so many first slots of every row and head."""
         keys, values = self.dense()
-        return keys[:, :, :width], values[:, :, :width]
+        return (keys, values) if width == keys.shape[2] else (keys[:, :, :width], values[:, :, :width])
 
     def _attend_in_place(self, query: Queries, scaling: float, length: Int[Tensor, "batch sets"]) -> Tensor:
         """Attention by a kernel that reads the slots in use where they are."""

@@ -24,7 +24,7 @@ def make_table(state: CacheState) -> SlotTable:
     chooses = frees == "chosen" and layers[0].unscored is None
     ranks = [ranks for layer in layers if (ranks := layer.ranks()) is not None] if chooses else []
     state.table = SlotTable(
-        [layer.index[..., layer.store.packed :] for layer in layers],  # type: ignore[index]
+        [layer.index[..., layer.store.packed :] if layer.store.packed else layer.index for layer in layers],  # type: ignore
         held - packed,
         np.maximum(0, np.maximum(pinned, packed) - packed),
         [layer.store.capacity for layer in layers],
