@@ -118,12 +118,12 @@ def _windows(layer: ReductionContext, across: list[int]) -> Int[Tensor, "batch t
     The sum of what its grid and its row say, and of what its column says, both known before on the host.
     """
     known = _known(layer.grids, across)
-    width, (bands, least) = known.width, sent(known.table, layer.grid.device).split([known.places, known.grids], 1)
-    grid = layer.grid + 1
-    place = torch.add(layer.cell, grid.unsqueeze(-1), alpha=width).clamp(min=0, max=known.places - 1)
-    window = bands.gather(1, place).sum(-1)
-    tokens = torch.zeros_like(least[..., 0]).scatter_add_(1, grid, torch.ones_like(grid))
-    return window.masked_fill((tokens < least[..., 0]).gather(1, grid), -1)
+    table, grid = sent(known.table, layer.grid.device), layer.grid + 1
+    bands, least = table[:, : known.places], table[:, known.places :, 0]
+    place = torch.add(layer.cell, grid.unsqueeze(-1), alpha=known.width).clamp(min=0, max=known.places - 1)
+    tokens = torch.zeros_like(least).scatter_add_(1, grid, torch.ones_like(grid))
+    window: Tensor = bands.gather(1, place).sum(-1)
+    return window.masked_fill((tokens < least).gather(1, grid), -1)
 
 
 class _Known(NamedTuple):
@@ -134,13 +134,11 @@ class _Known(NamedTuple):
             token say of its window; then for each grid the fewest tokens with which it is not left alone, twice.
         width: places of a grid.
         places: places of all grids.
-        grids: most grids of any row, and text.
     """
 
     table: np.ndarray
     width: int
     places: int
-    grids: int
 
 
 def _known(grids: list[list[ImageGrid]], across: list[int]) -> _Known:
@@ -154,7 +152,7 @@ def _known(grids: list[list[ImageGrid]], across: list[int]) -> _Known:
             bands[row, number + 1, : grid.height, 0] = number * sides**2 + _bands(grid.height, sides) * sides
             bands[row, number + 1, : grid.width, 1] = _bands(grid.width, sides)
         least[row, 1:] = _LEAST * sides**2
-    return _Known(table, width, most * width, most)
+    return _Known(table, width, most * width)
 
 
 def _bands(length: int, bands: int) -> np.ndarray:
