@@ -106,9 +106,13 @@ def codes_case(dtype: torch.dtype, head_dim: int, group: int, bits: int) -> Case
     pointers = {"K": "*u8", "V": "*u8", "K_ROWS": "*i32", "V_ROWS": "*i32", "LENGTH": "*i64", "OUT": "*fp32"}
     pointers |= {"START": "*i64"}
     pointers |= dict.fromkeys(("Q", "K_SCALE", "K_SHIFT", "V_SCALE", "V_SHIFT"), f"*{name}") | {"LSE": "*fp32"}
-    constants = {"HEADS": 2, "GROUP": group, "GROUP_BLOCK": powers(group), "D": head_dim, "WIDTH": width}
+    word = triton_codes.word_of(head_dim, bits, dtype)
+    pointers |= dict.fromkeys(("K", "V"), "*i16" if word == 2 else "*u8")
+    constants = {"HEADS": 2, "GROUP": group, "GROUP_BLOCK": triton_codes.columns(group), "D": head_dim, "WIDTH": width}
     constants |= {
-        "DIMS": powers(width),
+        "STEP": word,
+        "PLACES": powers(width // word),
+        "ASSEMBLY": word == 2,
         "BITS": bits,
         "FLOAT8": False,
         "BASE": triton_codes.base(bits, dtype),
@@ -123,7 +127,7 @@ def codes_case(dtype: torch.dtype, head_dim: int, group: int, bits: int) -> Case
         triton_codes.codes_kernel,
         {**pointers, "scale": "fp32"},
         constants,
-        triton_codes.blocks(width, dtype.itemsize, head_dim),
+        triton_codes.blocks(head_dim, triton_codes.columns(group), bits, dtype)[0],
     )
 
 

@@ -30,7 +30,7 @@ def probabilities(query: Tensor, key: Tensor, causal: bool, valid: Tensor | None
     logits = query.double() @ key.transpose(2, 3) * query.shape[3] ** -0.5
     if causal:
         past = key.shape[2] - query.shape[2]
-        hidden = torch.ones(logits.shape[2:], dtype=torch.bool).triu(past + 1)
+        hidden = torch.ones(logits.shape[2:], dtype=torch.bool, device=logits.device).triu(past + 1)
         logits = logits.masked_fill(hidden, -torch.inf)
     if valid is not None:
         logits = logits.masked_fill(~valid[:, None, None], -torch.inf)

@@ -47,12 +47,12 @@ def sent(numbers: ArrayLike, device: torch.device, dtype: torch.dtype | None = N
     """Numbers of the host on a device, without waiting for it: a plain copy waits for all that was asked of it before.
 
     Args:
-        numbers: an array, or lists of numbers.
+        numbers: an array, or lists of numbers; a tensor may be there already.
         device: where they go.
         dtype: as what; None for what they are.
     """
     tensor = torch.as_tensor(numbers, dtype=dtype)
-    if device.type != "cuda":
+    if device.type != "cuda" or tensor.device.type != "cpu":  # only memory of the host is pinned
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, no_type_check
+from typing import no_type_check
 
 import torch
 import triton
@@ -12,109 +12,10 @@ from torch import Tensor
 from kvcompress.kernels.device import launching, powers
 from kvcompress.kernels.triton_decode import attend_splits, merge_splits, splits_of, strides_over_heads
 from kvcompress.kernels.triton_decode import blocks as dense_blocks
+from kvcompress.kernels.triton_parts import excess_of_part, logits_of_part, weighted_of_part
 
-
-@triton.jit
-@no_type_check
-def _numbers(data, PART: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr):
-    """The codes of one part of a slot's dimensions as float32."""
-    bits = data.to(tl.int32)
-    if FLOAT8:  # sign, exponent and mantissa at their place in float32, and a factor for the other bias
-        moved = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
-        return moved.to(tl.float32, bitcast=True) * 1.329227995784916e36
-    code = (bits >> (PART * BITS)) & ((1 << BITS) - 1)
-    return (code | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0  # cheaper than converting
-
-
-@triton.jit
-@no_type_check
-def _plain(data, PART: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, BASE: tl.constexpr, DTYPE: tl.constexpr):
-    """The codes of one part of a slot's dimensions, `BASE` more than they are, in a dtype that holds them exactly.
-
-    Half precision has room for four bits in the mantissa of `BASE`, so that nothing has to be converted.
-    """
-    if BASE == 0:
-        return _numbers(data, PART, BITS, FLOAT8).to(DTYPE)
-    else:
-        code = (data.to(tl.int16) >> (PART * BITS)) & ((1 << BITS) - 1)
-        return (code | (0x4300 if BASE == 128 else 0x6400)).to(DTYPE, bitcast=True)
-
-
-@triton.jit
-@no_type_check
-def _decoded(
-    data, SCALE, SHIFT, row, row_stride, dim, PART: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr,
-    BITS: tl.constexpr, FLOAT8: tl.constexpr, HAS_SHIFT: tl.constexpr,
-):  # fmt: skip
-    """Keys or values of one part of the dimensions; `SHARED` neighbouring dimensions have one scale."""
-    number = _numbers(data, PART, BITS, FLOAT8)
-    if SHARED % WIDTH == 0:
-        at = row * row_stride + (PART * WIDTH) // SHARED
-    else:
-        at = row * row_stride + (PART * WIDTH + dim) // SHARED
-    number = number * tl.load(SCALE + at).to(tl.float32)
-    if HAS_SHIFT:
-        number = number - tl.load(SHIFT + at).to(tl.float32)
-    return number.to(SCALE.dtype.element_ty)
-
-
-@triton.jit
-@no_type_check
-def _logits(
-    q, data, SCALE, SHIFT, row, row_stride, dim, PART: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr,
-    SHARED: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, HAS_SHIFT: tl.constexpr, BASE: tl.constexpr,
-    ONE_ROW: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Products of queries and the keys of one part of the dimensions.
-
-    A scale that all slots of the tile share for a dimension goes into the query, one that the dimensions of a slot
-    share into the products: then the codes are multiplied as they are. In float32 registers have no room for that.
-    """
-    HALF: tl.constexpr = q.dtype.primitive_bitwidth == 16
-    if HALF and ONE_ROW and SHARED == 1:
-        at = row * row_stride + tl.minimum(PART * WIDTH + dim, D - 1)
-        wide = q.to(tl.float32)
-        scaled = (wide * tl.load(SCALE + at).to(tl.float32)[None, :]).to(q.dtype)
-        shift = tl.sum(scaled.to(tl.float32), 1) * BASE
-        if HAS_SHIFT:
-            shift += tl.sum(wide * tl.load(SHIFT + at).to(tl.float32)[None, :], 1)
-        codes = _plain(data, PART, BITS, FLOAT8, BASE, q.dtype)
-        return tl.dot(scaled, codes, input_precision=PRECISION) - shift[:, None]
-    elif HALF and SHARED % WIDTH == 0:
-        at = row * row_stride + (PART * WIDTH) // SHARED
-        total = tl.sum(q.to(tl.float32), 1)[:, None]
-        codes = _plain(data, PART, BITS, FLOAT8, BASE, q.dtype)
-        products = tl.dot(q, codes, input_precision=PRECISION) - total * BASE
-        products = products * tl.load(SCALE + at).to(tl.float32)
-        if HAS_SHIFT:
-            products -= total * tl.load(SHIFT + at).to(tl.float32)
-        return products
-    else:
-        k = _decoded(data, SCALE, SHIFT, row, row_stride, dim[:, None], PART, WIDTH, SHARED, BITS, FLOAT8, HAS_SHIFT)
-        return tl.dot(q, k.to(q.dtype), input_precision=PRECISION)
-
-
-@triton.jit
-@no_type_check
-def _weighted(
-    p, data, SCALE, SHIFT, row, row_stride, dim, PART: tl.constexpr, WIDTH: tl.constexpr, SHARED: tl.constexpr,
-    BITS: tl.constexpr, FLOAT8: tl.constexpr, HAS_SHIFT: tl.constexpr, BASE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Sums of the values of one part of the dimensions, weighted; a scale of a whole slot goes into the weights."""
-    DTYPE: tl.constexpr = SCALE.dtype.element_ty
-    if DTYPE.primitive_bitwidth == 16 and SHARED % WIDTH == 0:
-        at = row * row_stride + (PART * WIDTH) // SHARED
-        scaled = (p * tl.load(SCALE + at).to(tl.float32)[None, :]).to(DTYPE)
-        shift = tl.sum(scaled.to(tl.float32), 1) * BASE
-        if HAS_SHIFT:
-            shift += tl.sum(p * tl.load(SHIFT + at).to(tl.float32)[None, :], 1)
-        codes = _plain(data, PART, BITS, FLOAT8, BASE, DTYPE)
-        return tl.dot(scaled, codes, input_precision=PRECISION) - shift[:, None]
-    else:
-        v = _decoded(
-            data, SCALE, SHIFT, row[:, None], row_stride, dim[None, :], PART, WIDTH, SHARED, BITS, FLOAT8, HAS_SHIFT
-        )
-        return tl.dot(p.to(DTYPE), v, input_precision=PRECISION)
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LEAST_COLUMNS = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 4) else 16  # of a product in Triton
 
 
 @triton.jit(do_not_specialize=["slots", "splits"])
@@ -124,40 +25,47 @@ def codes_kernel(  # noqa: C901  (most branches are of the compiler: constants d
     k_row, k_head, k_slot, ks_row, ks_head, ks_slot, kr_row, kr_head, v_row, v_head, v_slot, vs_row, vs_head, vs_slot,
     vr_row, vr_head, length_row, length_head, splits,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
-    DIMS: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, HAS_SHIFT: tl.constexpr, K_HAS_ROWS: tl.constexpr,
-    V_HAS_ROWS: tl.constexpr, K_SLOTS: tl.constexpr, V_SLOTS: tl.constexpr, K_SHARED: tl.constexpr,
-    V_SHARED: tl.constexpr, HAS_LENGTH: tl.constexpr, HAS_START: tl.constexpr, BLOCK: tl.constexpr,
-    BASE: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr, PLACES: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    K_HAS_ROWS: tl.constexpr, V_HAS_ROWS: tl.constexpr, K_SLOTS: tl.constexpr, V_SLOTS: tl.constexpr,
+    K_SHARED: tl.constexpr, V_SHARED: tl.constexpr, HAS_LENGTH: tl.constexpr, HAS_START: tl.constexpr,
+    BLOCK: tl.constexpr, BASE: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """One program: one key/value head of one row (`HEADS` of them), one share of its coded slots in use.
 
-    A byte holds a number of each of `D / WIDTH` parts of a slot's dimensions; `DIMS` covers `WIDTH`. Without rows of
-    their own, `K_SLOTS` and `V_SLOTS` neighbouring slots have one row of scales. Reads outside of a share or a slot are
-    moved inside, where they are finite, and their results are left out. Where rows and heads have different numbers of
-    slots, `START` says where in the one row of all of them each begins.
+    Codes of a slot are `WIDTH` bytes, read as words of `STEP` bytes, which `PLACES` cover; `triton_parts` says which
+    numbers a word holds.
+
+    Slots and dimensions are the rows of every product, queries its columns, so that a group of a few heads costs a few
+    columns. Without rows of their own, `K_SLOTS` and `V_SLOTS` neighbouring slots have one row of scales. Reads outside
+    of a share or a slot are moved inside, where they are finite, and their results are left out. Where rows and heads
+    have different numbers of slots, `START` says where in the one row of all of them each begins.
     """
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, head = pair // HEADS, pair % HEADS
     ONE_ROW: tl.constexpr = not K_HAS_ROWS and K_SLOTS % BLOCK == 0  # of scales, for the keys of a tile
+    PARTS: tl.constexpr = STEP * 8 // BITS
+    FOLDED: tl.constexpr = V_SCALE.dtype.element_ty.primitive_bitwidth == 16 and V_SHARED % WIDTH == 0
     used = slots
     if HAS_LENGTH:
         used = tl.minimum(tl.load(LENGTH + row * length_row + head * length_head).to(tl.int32), slots)
     share = tl.cdiv(tl.cdiv(used, splits), BLOCK) * BLOCK
     start = split * share
     end = tl.minimum(start + share, used)
-    member, place = tl.arange(0, GROUP_BLOCK), tl.arange(0, DIMS)
-    if WIDTH == DIMS and Q.dtype.element_ty.primitive_bitwidth == 16:  # bytes are read 16 at a time
-        dim = place
-    else:  # float32 has no registers for that
-        dim = tl.minimum(place, WIDTH - 1)
-    q_at = Q + row * q_row + (head * GROUP + member[:, None]) * q_head + place[None, :]
-    q_mask = (member < GROUP)[:, None] & (place < WIDTH)[None, :]
+    member, place = tl.arange(0, GROUP_BLOCK), tl.arange(0, PLACES)
+    dim, is_place, is_member = STEP * place, STEP * place < WIDTH, member < GROUP
+    if STEP * PLACES != WIDTH:
+        place = tl.minimum(place, WIDTH // STEP - 1)
+    q_at = Q + row * q_row + (head * GROUP + member[None, :]) * q_head + dim[:, None]
+    q_mask = is_place[:, None] & is_member[None, :]
+    SECOND: tl.constexpr = WIDTH if STEP == 1 else 1  # where the dimensions of parts begin
+    THIRD: tl.constexpr = 2 * WIDTH if STEP == 1 else WIDTH
+    FOURTH: tl.constexpr = 3 * WIDTH if STEP == 1 else WIDTH + 1
     q_0 = tl.load(q_at, mask=q_mask, other=0.0)
-    if BITS <= 4:
-        q_1 = tl.load(q_at + WIDTH, mask=q_mask & (place + WIDTH < D)[None, :], other=0.0)
-    if BITS <= 2:
-        q_2 = tl.load(q_at + 2 * WIDTH, mask=q_mask & (place + 2 * WIDTH < D)[None, :], other=0.0)
-        q_3 = tl.load(q_at + 3 * WIDTH, mask=q_mask & (place + 3 * WIDTH < D)[None, :], other=0.0)
+    if PARTS > 1:
+        q_1 = tl.load(q_at + SECOND, mask=q_mask & (dim + SECOND < D)[:, None], other=0.0)
+    if PARTS > 2:
+        q_2 = tl.load(q_at + THIRD, mask=q_mask & (dim + THIRD < D)[:, None], other=0.0)
+        q_3 = tl.load(q_at + FOURTH, mask=q_mask & (dim + FOURTH < D)[:, None], other=0.0)
     keys, values = K + row * k_row + head * k_head, V + row * v_row + head * v_head
     k_scale, k_shift = K_SCALE + row * ks_row + head * ks_head, K_SHIFT + row * ks_row + head * ks_head
     v_scale, v_shift = V_SCALE + row * vs_row + head * vs_head, V_SHIFT + row * vs_row + head * vs_head
@@ -175,82 +83,123 @@ def codes_kernel(  # noqa: C901  (most branches are of the compiler: constants d
             v_scale, v_shift = v_scale + begin // V_SLOTS * vs_slot, v_shift + begin // V_SLOTS * vs_slot
     top = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_BLOCK], tl.float32)
-    sum_0 = tl.zeros([GROUP_BLOCK, DIMS], tl.float32)
-    sum_1 = tl.zeros([GROUP_BLOCK, DIMS], tl.float32)
-    sum_2 = tl.zeros([GROUP_BLOCK, DIMS], tl.float32)
-    sum_3 = tl.zeros([GROUP_BLOCK, DIMS], tl.float32)
+    sum_0 = tl.zeros([PLACES, GROUP_BLOCK], tl.float32)
+    sum_1, sum_2, sum_3 = sum_0, sum_0, sum_0
+    excess_0 = tl.zeros([16, GROUP_BLOCK], tl.float32)
+    excess_1, excess_2, excess_3 = excess_0, excess_0, excess_0
     for first in range(start, end, BLOCK):
         slot = first + tl.arange(0, BLOCK)
         inside = slot < end
         slot = tl.minimum(slot, end - 1).to(tl.int64)
         if K_HAS_ROWS:
-            k_at = tl.load(k_rows + slot).to(tl.int64)[None, :]
+            k_at = tl.load(k_rows + slot).to(tl.int64)[:, None]
         elif ONE_ROW:
             k_at = first // K_SLOTS
         else:
-            k_at = (slot // K_SLOTS)[None, :]
+            k_at = (slot // K_SLOTS)[:, None]
         v_at = tl.load(v_rows + slot).to(tl.int64) if V_HAS_ROWS else slot // V_SLOTS
-        data = tl.load(keys + slot[None, :] * k_slot + dim[:, None])
-        logits = _logits(
-            q_0, data, k_scale, k_shift, k_at, ks_slot, dim, 0, WIDTH, D, K_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE,
-            ONE_ROW, PRECISION,
+        words = tl.load(keys + slot[:, None] * k_slot + place[None, :])
+        logits = tl.zeros([BLOCK, GROUP_BLOCK], tl.float32)
+        offset = tl.zeros([16, GROUP_BLOCK], tl.float32)
+        logits, offset = logits_of_part(
+            logits, offset, q_0, words, k_scale, k_shift, k_at, ks_slot, place, 0, STEP, WIDTH, D, K_SHARED, BITS,
+            FLOAT8, HAS_SHIFT, BASE, ONE_ROW, PRECISION, ASSEMBLY,
         )  # fmt: skip
-        if BITS <= 4:
-            logits += _logits(
-                q_1, data, k_scale, k_shift, k_at, ks_slot, dim, 1, WIDTH, D, K_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE,
-                ONE_ROW, PRECISION,
+        if PARTS > 1:
+            logits, offset = logits_of_part(
+                logits, offset, q_1, words, k_scale, k_shift, k_at, ks_slot, place, 1, STEP, WIDTH, D, K_SHARED, BITS,
+                FLOAT8, HAS_SHIFT, BASE, ONE_ROW, PRECISION, ASSEMBLY,
             )  # fmt: skip
-        if BITS <= 2:
-            logits += _logits(
-                q_2, data, k_scale, k_shift, k_at, ks_slot, dim, 2, WIDTH, D, K_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE,
-                ONE_ROW, PRECISION,
+        if PARTS > 2:
+            logits, offset = logits_of_part(
+                logits, offset, q_2, words, k_scale, k_shift, k_at, ks_slot, place, 2, STEP, WIDTH, D, K_SHARED, BITS,
+                FLOAT8, HAS_SHIFT, BASE, ONE_ROW, PRECISION, ASSEMBLY,
             )  # fmt: skip
-            logits += _logits(
-                q_3, data, k_scale, k_shift, k_at, ks_slot, dim, 3, WIDTH, D, K_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE,
-                ONE_ROW, PRECISION,
+            logits, offset = logits_of_part(
+                logits, offset, q_3, words, k_scale, k_shift, k_at, ks_slot, place, 3, STEP, WIDTH, D, K_SHARED, BITS,
+                FLOAT8, HAS_SHIFT, BASE, ONE_ROW, PRECISION, ASSEMBLY,
             )  # fmt: skip
-        logits = tl.where(inside[None, :], logits * scale, float("-inf"))
-        new = tl.maximum(top, tl.max(logits, 1))
-        p, keep = tl.exp(logits - new[:, None]), tl.exp(top - new)
-        total, top = total * keep + tl.sum(p, 1), new
-        data = tl.load(values + slot[:, None] * v_slot + dim[None, :])
-        sum_0 = sum_0 * keep[:, None] + _weighted(
-            p, data, v_scale, v_shift, v_at, vs_slot, dim, 0, WIDTH, V_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE, PRECISION
-        )
-        if BITS <= 4:
-            sum_1 = sum_1 * keep[:, None] + _weighted(
-                p, data, v_scale, v_shift, v_at, vs_slot, dim, 1, WIDTH, V_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE,
-                PRECISION,
+        logits = (logits - tl.max(offset, 0)[None, :]) * (scale * _LOG2_E)
+        logits = tl.where(inside[:, None], logits, float("-inf"))
+        new = tl.maximum(top, tl.max(logits, 0))
+        p, keep = tl.exp2(logits - new[None, :]), tl.exp2(top - new)
+        total, top = total * keep + tl.sum(p, 0), new
+        words = tl.load(values + slot[None, :] * v_slot + place[:, None])
+        scales, shifts = p, p
+        if FOLDED:
+            column = v_at[:, None] * vs_slot + tl.arange(0, D // V_SHARED)[None, :]
+            scales = tl.load(v_scale + column)
+            shifts = tl.load(v_shift + column)
+        sum_0 = weighted_of_part(
+            sum_0 * keep[None, :], p, words, v_scale, v_shift, scales, v_at, vs_slot, place, 0, STEP, WIDTH,
+            V_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE, FOLDED, PRECISION, ASSEMBLY,
+        )  # fmt: skip
+        excess_0 = excess_of_part(excess_0 * keep[None, :], p, scales, shifts, 0, HAS_SHIFT, BASE, FOLDED)
+        if PARTS > 1:
+            sum_1 = weighted_of_part(
+                sum_1 * keep[None, :], p, words, v_scale, v_shift, scales, v_at, vs_slot, place, 1, STEP, WIDTH,
+                V_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE, FOLDED, PRECISION, ASSEMBLY,
             )  # fmt: skip
-        if BITS <= 2:
-            sum_2 = sum_2 * keep[:, None] + _weighted(
-                p, data, v_scale, v_shift, v_at, vs_slot, dim, 2, WIDTH, V_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE,
-                PRECISION,
+            excess_1 = excess_of_part(
+                excess_1 * keep[None, :], p, scales, shifts, WIDTH // V_SHARED, HAS_SHIFT, BASE, FOLDED
+            )
+        if PARTS > 2:
+            sum_2 = weighted_of_part(
+                sum_2 * keep[None, :], p, words, v_scale, v_shift, scales, v_at, vs_slot, place, 2, STEP, WIDTH,
+                V_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE, FOLDED, PRECISION, ASSEMBLY,
             )  # fmt: skip
-            sum_3 = sum_3 * keep[:, None] + _weighted(
-                p, data, v_scale, v_shift, v_at, vs_slot, dim, 3, WIDTH, V_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE,
-                PRECISION,
+            sum_3 = weighted_of_part(
+                sum_3 * keep[None, :], p, words, v_scale, v_shift, scales, v_at, vs_slot, place, 3, STEP, WIDTH,
+                V_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE, FOLDED, PRECISION, ASSEMBLY,
             )  # fmt: skip
+            if STEP == 1:
+                excess_2 = excess_of_part(
+                    excess_2 * keep[None, :], p, scales, shifts, 2 * WIDTH // V_SHARED, HAS_SHIFT, BASE, FOLDED
+                )
+                excess_3 = excess_of_part(
+                    excess_3 * keep[None, :], p, scales, shifts, 3 * WIDTH // V_SHARED, HAS_SHIFT, BASE, FOLDED
+                )
     seen = total > 0
     total = tl.where(seen, total, 1.0)
     at = (split * tl.num_programs(0) + pair) * GROUP + member
-    out = OUT + at[:, None] * D + place[None, :]
-    tl.store(out, sum_0 / total[:, None], mask=q_mask)
-    if BITS <= 4:
-        tl.store(out + WIDTH, sum_1 / total[:, None], mask=q_mask & (place + WIDTH < D)[None, :])
-    if BITS <= 2:
-        tl.store(out + 2 * WIDTH, sum_2 / total[:, None], mask=q_mask & (place + 2 * WIDTH < D)[None, :])
-        tl.store(out + 3 * WIDTH, sum_3 / total[:, None], mask=q_mask & (place + 3 * WIDTH < D)[None, :])
-    tl.store(LSE + at, tl.where(seen, top + tl.log(total), float("-inf")), mask=member < GROUP)
+    out = OUT + at[None, :] * D + dim[:, None]
+    if STEP == 2:  # two parts share each scale
+        excess_3, excess_2, excess_1 = excess_1, excess_1, excess_0
+    tl.store(out, (sum_0 - tl.max(excess_0, 0)[None, :]) / total[None, :], mask=q_mask)
+    if PARTS > 1:
+        mask = q_mask & (dim + SECOND < D)[:, None]
+        tl.store(out + SECOND, (sum_1 - tl.max(excess_1, 0)[None, :]) / total[None, :], mask=mask)
+    if PARTS > 2:
+        mask = q_mask & (dim + THIRD < D)[:, None]
+        tl.store(out + THIRD, (sum_2 - tl.max(excess_2, 0)[None, :]) / total[None, :], mask=mask)
+        mask = q_mask & (dim + FOURTH < D)[:, None]
+        tl.store(out + FOURTH, (sum_3 - tl.max(excess_3, 0)[None, :]) / total[None, :], mask=mask)
+    lse = (top + tl.log2(total)) / _LOG2_E
+    tl.store(LSE + at, tl.where(seen, lse, float("-inf")), mask=is_member)
 
 
-def blocks(width: int, itemsize: int, head_dim: int) -> dict[str, int]:
-    """Slots of a tile, warps and stages, for slots of `width` bytes that are numbers of `itemsize` bytes in kernels.
+def columns(group: int) -> int:
+    """Columns of a product that are queries, for the query heads of a group."""
+    return max(_LEAST_COLUMNS, 1 << (group - 1).bit_length())
 
-    A thread holds so few codes of a tile, and sums of values, that all of them stay in registers.
+
+def word_of(head_dim: int, bits: int, dtype: torch.dtype) -> int:
+    """Bytes of the words that codes are read as: two where codes are of four bits and kernels raise them."""
+    return 2 if bits == 4 and base(bits, dtype) and head_dim % 4 == 0 else 1
+
+
+def blocks(head_dim: int, columns: int, bits: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
+    """Slots of a tile, warps and stages, and how many such programs a processor of the device has registers for.
+
+    Where the registers of one warp have room for all sums, it works alone: then warps exchange nothing.
     """
-    block = min(64, max(16, 8192 // (powers(width) * itemsize)))
-    return {"BLOCK": block, "num_warps": 4 if powers(width) <= 64 and head_dim <= 128 else 8, "num_stages": 2}
+    if dtype.itemsize == 4:
+        return {"BLOCK": min(64, max(16, 4096 // powers(head_dim))), "num_warps": 4, "num_stages": 2}, 2
+    if powers(head_dim) * columns > 1024:
+        return {"BLOCK": 32, "num_warps": 4, "num_stages": 2}, 2
+    if bits == 8:
+        return {"BLOCK": 64, "num_warps": 2, "num_stages": 2}, 6
+    return {"BLOCK": 64, "num_warps": 1, "num_stages": 3}, 8
 
 
 def base(bits: int, dtype: torch.dtype) -> int:
@@ -301,14 +250,16 @@ def decode_codes(
         kv_heads = code_start.shape[1]
     most = keys.shape[2] if start is None else slots
     query, device, group = launching(query), keys.device, heads // kv_heads
-    tile: dict[str, Any] = blocks(width, query.element_size(), head_dim)
+    float8, bits = key_codes.dtype == torch.float8_e4m3fn, 8 // -(-head_dim // width)
+    word, queries = word_of(head_dim, bits, query.dtype), columns(group)
+    tile, programs = blocks(head_dim, queries, bits, query.dtype)
     dense_tile = dense_blocks(head_dim, head_dim, query.element_size())["BLOCK"]
-    of_codes = splits_of(batch * kv_heads, code_slots, tile["BLOCK"], device)
+    of_codes = splits_of(batch * kv_heads, code_slots, tile["BLOCK"], device, programs)
     of_dense = splits_of(batch * kv_heads, most, dense_tile, device) if most else 0
     parts = torch.empty(of_codes + of_dense, batch * heads, head_dim, dtype=torch.float32, device=device)
     lse = torch.empty(of_codes + of_dense, batch * heads, dtype=torch.float32, device=device)
-    float8, bits = key_codes.dtype == torch.float8_e4m3fn, 8 // -(-head_dim // width)
-    key_data, value_data = (launching(codes.view(torch.uint8)) for codes in (key_codes, value_codes))
+    read_as = torch.int16 if word == 2 else torch.uint8
+    key_data, value_data = (launching(codes).view(read_as) for codes in (key_codes, value_codes))
     (key_scale, key_shift), (value_scale, value_shift) = _alike(key_scale, key_shift), _alike(value_scale, value_shift)
     codes_kernel[(batch * kv_heads, of_codes)](
         query,
@@ -337,10 +288,11 @@ def decode_codes(
         of_codes,
         HEADS=kv_heads,
         GROUP=group,
-        GROUP_BLOCK=powers(group),
+        GROUP_BLOCK=queries,
         D=head_dim,
         WIDTH=width,
-        DIMS=powers(width),
+        STEP=word,
+        PLACES=powers(width // word),
         BITS=bits,
         FLOAT8=float8,
         BASE=0 if float8 else base(bits, query.dtype),
@@ -354,6 +306,7 @@ def decode_codes(
         HAS_LENGTH=coded is not None,
         HAS_START=code_start is not None,
         PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee",
+        ASSEMBLY=word == 2 and device.type == "cuda",
         **tile,
     )
     if of_dense:

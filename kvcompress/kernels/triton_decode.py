@@ -98,9 +98,20 @@ def blocks(head_dim: int, value_dim: int, itemsize: int) -> dict[str, int]:
     return {"BLOCK": 16, "CHUNK": min(dims, 64), "num_warps": 8, "num_stages": 2}
 
 
-def splits_of(rows: int, slots: int, block: int, device: torch.device) -> int:
-    """Shares of a head's slots: enough programs for the device, at least two tiles each; from shapes alone."""
-    return max(1, min(-(-4 * multiprocessors(device) // rows), slots // (2 * block), _MOST_SPLITS))
+def splits_of(rows: int, slots: int, block: int, device: torch.device, programs: int | None = None) -> int:
+    """Shares of a head's slots, from shapes alone: enough for the device, at least two tiles each.
+
+    Args:
+        rows: rows times key/value heads.
+        slots: slots of the head that has most.
+        block: slots of a tile.
+        device: which one.
+        programs: how many run side by side on a processor, all of which then begin at once; None where it matters
+            little, as memory is what they wait for.
+    """
+    processors = multiprocessors(device)
+    shares = -(-4 * processors // rows) if programs is None else programs * processors // rows
+    return max(1, min(shares, slots // (2 * block), _MOST_SPLITS))
 
 
 def merge_splits(parts: Tensor, lse: Tensor, out: Tensor) -> Tensor:
