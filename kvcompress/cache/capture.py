@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 from kvcompress.cache import decoding, periods
@@ -75,9 +75,19 @@ def plan(
 
 @dataclass
 class _Captured:
+    """A step that can be replayed: its graph, the tensors that it reads, and what the model returned, taken apart."""
+
     graph: Graph
     inputs: dict[str, Tensor]
-    output: Any
+    returned: list[Any]
+    form: TreeSpec
+
+    def replay(self, tensors: Mapping[str, Tensor]) -> Any:
+        """What the model returns for these inputs, in tensors of its own."""
+        for name, value in tensors.items():
+            self.inputs[name].copy_(value, non_blocking=True)
+        self.graph.replay()
+        return tree_unflatten(map(_apart, self.returned), self.form)
 
 
 class CapturedDecoding:
@@ -130,11 +140,8 @@ class CapturedDecoding:
             if step is None:
                 return self.model(**inputs)
             self._captured[key] = step
-        for name, value in tensors.items():
-            step.inputs[name].copy_(value, non_blocking=True)
-        step.graph.replay()
         self.state.ran = "captured"
-        return tree_map(_apart, step.output)
+        return step.replay(tensors)
 
     def _capture(self, inputs: dict[str, Any], tensors: Mapping[str, Tensor]) -> _Captured | None:
         device = next(iter(self.state.devices))
@@ -153,7 +160,7 @@ class CapturedDecoding:
                 stacklevel=2,
             )
             return None
-        return _Captured(graph, fixed, output)
+        return _Captured(graph, fixed, *tree_flatten(output))
 
 
 def _key(tensors: Mapping[str, Tensor], others: Mapping[str, Any], state: CacheState) -> Any:

@@ -110,7 +110,9 @@ class Positions:
 
         Positions that it does not reach, and places beyond a row's tokens, are filled.
         """
-        of_positions = F.pad(of_positions, (0, max(0, self.seen - of_positions.shape[1])), value=fill)[:, : self.seen]
+        of_positions = of_positions[:, : self.seen]
+        if of_positions.shape[1] < self.seen:
+            of_positions = F.pad(of_positions, (0, self.seen - of_positions.shape[1]), value=fill)
         if self.valid is None:
             return of_positions
         valid = self.known_valid(of_positions.device)
@@ -171,8 +173,8 @@ class Positions:
         """Which slots hold image tokens, from the indices of their tokens."""
         if self.is_image is None:
             return None
-        images = self.by_index(self.is_image.to(index.device))
-        return taken(images.repeat(index.shape[0] // images.shape[0], 1), index)
+        images, times = self.by_index(self.is_image.to(index.device)), index.shape[0] // self.batch
+        return taken(images if times == 1 else images.repeat(times, 1), index)
 
     def protected(self, index: Int[Tensor, "batch sets slots"], sinks: int, recents: int) -> Tensor:
         """Which slots hold one of a row's first `sinks` or last `recents` tokens."""

@@ -127,8 +127,8 @@ class RaggedStore(DenseStore):
         self._hold(*(new.contiguous().view(-1, new.shape[3]) for new in (keys, values)))
         self._count(np.full(keys.shape[:2], keys.shape[2]))
 
-    def has_room(self, slots: Counts) -> bool:
-        """Whether every row and head has so many slots."""
+    def has_room(self, slots: Counts, most: int | None = None) -> bool:
+        """Whether every row and head has so many slots, each its own."""
         return bool((slots <= self.slots).all())
 
     def grow(self, capacity: Counts) -> None:
