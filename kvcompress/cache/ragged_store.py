@@ -59,6 +59,10 @@ class RaggedStore(DenseStore):
         """Every tensor that it holds, keys and values first."""
         return [*super().buffers(), *self.places()]
 
+    def holders(self) -> tuple[object, ...]:
+        """As of a dense store, and what says where slots are."""
+        return (*super().holders(), self.start, self._at)
+
     def places(self) -> list[Tensor]:
         """Where each head's slots begin and, where no kernel reads them as they lie, where each of them is."""
         return [one for one in (self.start, self._at) if one is not None]

@@ -90,6 +90,10 @@ class DenseStore:
         """Every tensor that it holds, keys and values in full precision first."""
         return [buffer for buffer in (self.keys, self.values) if buffer is not None]
 
+    def holders(self) -> tuple[object, ...]:
+        """The objects that its tensors are in: while they are the same, so are addresses and shapes."""
+        return (self.keys, self.values)
+
     def places(self) -> list[Tensor]:
         """What says where slots are, beside keys and values."""
         return []
