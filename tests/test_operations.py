@@ -117,6 +117,18 @@ def test_compressing_a_prompt_takes_few_operations(name: str, rows: str) -> None
     assert syncs <= full_syncs + 3  # of the budgets, of the checks, and of padding
 
 
+@torch.no_grad()
+def test_compressing_after_a_reducer_waits_as_often_as_without() -> None:
+    """For budgets, checks and what sinks were given, whatever the number of layers that got fewer tokens."""
+    model, inputs, syncs = tiny.model("llava"), tiny.inputs("llava", 24, 0), []
+    reducer = {"name": "random", "after": [1], "keep_shares": [0.5]}
+    for name, budget in {"full": {}, "prefixkv": {"budget": 0.4}}.items():
+        with Operations() as counted:
+            model(**inputs, **tiny.with_cache(CompressedCache(model, name, reducer=reducer, **budget)))
+        syncs.append(counted.syncs)
+    assert syncs[1] <= syncs[0] + 3, syncs
+
+
 @pytest.mark.parametrize("name", [*BY_AGE, *BY_SCORE, *BY_HEAD])
 def test_rows_cost_no_operations(name: str) -> None:
     """16 rows take as many operations as one, and within a tenth as many if they are padded."""
