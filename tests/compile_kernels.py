@@ -102,32 +102,29 @@ def cases(dtype: torch.dtype, head_dim: int, group: int, target: int) -> dict[st
 
 def codes_case(dtype: torch.dtype, head_dim: int, group: int, bits: int) -> Case:
     """The kernel over codes, with keys in groups of 64 tokens and values in runs of 64 dimensions."""
-    name, width = _TYPES[dtype], head_dim * bits // 8
+    name = _TYPES[dtype]
     pointers = {"K": "*u8", "V": "*u8", "K_ROWS": "*i32", "V_ROWS": "*i32", "LENGTH": "*i64", "OUT": "*fp32"}
     pointers |= {"START": "*i64"}
     pointers |= dict.fromkeys(("Q", "K_SCALE", "K_SHIFT", "V_SCALE", "V_SHIFT"), f"*{name}") | {"LSE": "*fp32"}
-    word = triton_codes.word_of(head_dim, bits, dtype)
-    pointers |= dict.fromkeys(("K", "V"), "*i16" if word == 2 else "*u8")
-    constants = {"HEADS": 2, "GROUP": group, "GROUP_BLOCK": triton_codes.columns(group), "D": head_dim, "WIDTH": width}
+    words = triton_codes.words_of(head_dim, bits, False, dtype)
+    pointers |= dict.fromkeys(("K", "V"), "*i16" if words["STEP"] == 2 else "*u8")
+    constants = {"HEADS": 2, "GROUP": group, "GROUP_BLOCK": triton_codes.columns(group), "D": head_dim}
     constants |= {
-        "STEP": word,
-        "PLACES": powers(width // word),
-        "ASSEMBLY": word == 2,
+        **words,
+        "ASSEMBLY": words["STEP"] == 2,
         "BITS": bits,
         "FLOAT8": False,
-        "BASE": triton_codes.base(bits, dtype),
         "HAS_SHIFT": True,
         "K_HAS_ROWS": False,
     }
     constants |= {"V_HAS_ROWS": False, "K_SLOTS": 64, "V_SLOTS": 1, "K_SHARED": 1, "V_SHARED": min(head_dim, 64)}
     constants |= {"HAS_LENGTH": True, "HAS_START": bits == 4, "PRECISION": "ieee"}  # without gaps once is enough
-    constants |= {"BASE": triton_codes.base(bits, dtype)}
     constants |= {"PRECISION": "tf32x3"} if dtype == torch.float32 else {}
     return (
         triton_codes.codes_kernel,
         {**pointers, "scale": "fp32"},
         constants,
-        triton_codes.blocks(head_dim, triton_codes.columns(group), bits, dtype)[0],
+        triton_codes.blocks(head_dim, triton_codes.columns(group), bits, words["BASE"], dtype)[0],
     )
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 import kvcompress
 from kvcompress import CompressedCache, CompressionConfig
 from kvcompress.cache import capture
+from kvcompress.cache.state import CacheState
 from kvcompress.config.presets import PRESETS
 from kvcompress.errors import ConfigError, KVCompressWarning
 from tests import tiny
@@ -133,6 +134,32 @@ def test_captured_steps_are_those_of_python(name: str, model: PreTrainedModel, r
     """In a padded batch, over one graph."""
     check_captured(name, model)
     assert [graph.replays for graph in recorders] == [NEW - 2]  # one token comes of the prompt, one step goes first
+
+
+@pytest.mark.parametrize("name", presets())
+def test_a_step_asks_every_tensor_where_it_is_only_after_one_was_replaced(
+    name: str, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is remembered is what asking would find, also where buffers grow and groups are quantized on the way."""
+    remembered, asked = capture.CapturedDecoding._where, []
+    places = CacheState.places
+
+    def counted(state: CacheState) -> Any:
+        asked.append(1)
+        return places(state)
+
+    def checked(decoding: capture.CapturedDecoding) -> Any:
+        found = remembered(decoding)
+        assert found == places(decoding.state)
+        return found
+
+    monkeypatch.setattr(CacheState, "places", counted)
+    monkeypatch.setattr(capture.CapturedDecoding, "_where", checked)
+    budget = {} if CompressionConfig.preset(name).evictor is None else {"budget": 0.3}
+    cache = CompressedCache(model, name, reserve=0, **budget)
+    generate(model, cache, max_new_tokens=90)
+    assert cache.report().decoding == "captured"
+    assert 1 <= len(asked) <= 45
 
 
 def test_a_cut_between_captured_steps_leaves_their_addresses(model: PreTrainedModel, recorders: list[Recorder]) -> None:

@@ -168,7 +168,7 @@ def counted_mass(
     """Column sums of the counted queries' probabilities, over the heads of a group, in float64, and log-sum-exp."""
     (batch, kv_heads, tokens), queries = key.shape[:3], query.shape[2]
     weights, lse = probabilities(query, key, True, valid)
-    counted = torch.zeros(batch, queries, dtype=torch.bool)
+    counted = torch.zeros_like(valid[:, -queries:])
     for row in range(batch):
         counted[row, int(first[row]) + start :: stride] = True
     counted &= valid[:, -queries:]

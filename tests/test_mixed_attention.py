@@ -13,6 +13,7 @@ from transformers import DynamicCache
 
 from kvcompress import CompressedCache
 from kvcompress.errors import CacheStateError, UnsupportedModeError, UnsupportedModelError
+from kvcompress.integrations import base, shape
 from tests import tiny
 from tests.test_reconstruction import Tokenizer
 
@@ -257,3 +258,29 @@ def test_layers_that_attend_to_everything_are_cut_in_periods(name: str) -> None:
 def _kept(layer: Any) -> list[Tensor]:
     """What a layer of transformers remembers of what it has seen."""
     return [value for value in vars(layer).values() if isinstance(value, Tensor)]
+
+
+# -- what is found out of a model once ---------------------------------------------------------------------------------
+
+
+@every_kind
+def test_a_cache_asks_nothing_that_earlier_ones_found_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What layers remember is asked of transformers once a model; empty layers of its own, once a cache."""
+    model, made, asked = tiny.build(name), shape.own_layers, []
+    for _ in range(2):  # the first makes the attention in the configuration another one
+        CompressedCache(model, "prefixkv", budget=0.5)
+    for module in (shape, base):
+        monkeypatch.setattr(module, "own_layers", lambda decoder: asked.append(decoder) or made(decoder))
+    CompressedCache(model, "prefixkv", budget=0.5)
+    assert len(asked) == 1
+
+
+def test_a_configuration_that_changes_in_place_is_asked_anew() -> None:
+    """Of a model whose first layer slides no longer, the next cache compresses that too; and where all slide, none."""
+    model = tiny.build(SLIDES)
+    assert CompressedCache(model, "prefixkv", budget=0.5)._state.numbers == [1]
+    kinds = model.config.layer_types
+    kinds[0] = "full_attention"
+    assert CompressedCache(model, "prefixkv", budget=0.5)._state.numbers == [0, 1]
+    kinds[:] = ["sliding_attention"] * len(kinds)
+    assert CompressedCache(model, "prefixkv", budget=0.5).window == model.config.sliding_window

@@ -100,14 +100,33 @@ def test_a_decode_step_is_quiet(name: str, rows: str) -> None:
     assert operations <= counts("DynamicCache", rows)[2] + per_layer * LAYERS + 15
 
 
+@pytest.mark.parametrize("rows", ["one row", "16 rows"])
+def test_keeping_everything_costs_a_prompt_no_operation_a_layer(rows: str) -> None:
+    """What `full` asks for beyond DynamicCache is asked once: the table of all layers' slots, for decoding."""
+    operations, known = (counts(name, rows)[0] for name in ("full", "DynamicCache"))
+    assert operations <= known + 2 * LAYERS
+
+
 @pytest.mark.parametrize("rows", BATCHES)
 @pytest.mark.parametrize("name", [*BY_AGE, *BY_SCORE, *BY_HEAD])
 def test_compressing_a_prompt_takes_few_operations(name: str, rows: str) -> None:
-    """45 a layer more than keeping everything at most, the attention mass as one, and few syncs for all layers."""
+    """44 a layer more than keeping everything at most, the attention mass as one, and few syncs for all layers."""
     operations, syncs, *_ = counts(name, rows)
     full, full_syncs, *_ = counts("full", rows)
-    assert operations <= full + (50 if name in BY_HEAD else 45) * LAYERS
+    assert operations <= full + (48 if name in BY_HEAD else 44) * LAYERS
     assert syncs <= full_syncs + 3  # of the budgets, of the checks, and of padding
+
+
+@torch.no_grad()
+def test_compressing_after_a_reducer_waits_as_often_as_without() -> None:
+    """For budgets, checks and what sinks were given, whatever the number of layers that got fewer tokens."""
+    model, inputs, syncs = tiny.model("llava"), tiny.inputs("llava", 24, 0), []
+    reducer = {"name": "random", "after": [1], "keep_shares": [0.5]}
+    for name, budget in {"full": {}, "prefixkv": {"budget": 0.4}}.items():
+        with Operations() as counted:
+            model(**inputs, **tiny.with_cache(CompressedCache(model, name, reducer=reducer, **budget)))
+        syncs.append(counted.syncs)
+    assert syncs[1] <= syncs[0] + 3, syncs
 
 
 @pytest.mark.parametrize("name", [*BY_AGE, *BY_SCORE, *BY_HEAD])

@@ -241,16 +241,38 @@ def test_what_goes_on_is_what_is_part_of_itself(reducer: Reducer, drawn: Row) ->
 
 @every_reducer
 def test_operations_do_not_grow_with_the_batch_and_the_host_waits_once_a_stage(reducer: Reducer) -> None:
-    one = run(reducer, sample(1, False))
-    assert one.waits == len(reducer.acts_after(LAYERS))
-    for count in (4, 16):
-        many = run(reducer, sample(count, False))
-        assert many.counts == one.counts, many.counts - one.counts
-        assert many.waits == one.waits
+    """One row alone is spared the sums that say where each of several rows begins."""
+    one, stages = run(reducer, sample(1, False)), len(reducer.acts_after(LAYERS))
+    assert one.waits == stages
+    few, many = (run(reducer, sample(count, False)) for count in (4, 16))
+    assert few.counts == many.counts, many.counts - few.counts
+    assert few.waits == many.waits == one.waits
+    more = many.counts - one.counts
+    assert set(more) <= {"add", "arange"} and more.total() <= 5 * stages, more
     few, many = (run(reducer, sample(count, True)) for count in (2, 16))
     assert few.counts == many.counts, many.counts - few.counts
     assert few.waits == many.waits == one.waits
     assert few.counts.total() <= one.counts.total() + 60
+
+
+def test_a_stage_of_lightkv_takes_few_operations() -> None:
+    """Most of a prompt's time on a GPU is Python's, and that grows with them."""
+    assert run(REDUCERS[0], sample(1, False)).counts.total() <= 110 * len(POINTS)
+
+
+def test_what_the_layers_of_a_stage_are_given_is_taken_once() -> None:
+    """Of the same position ids or rotary embeddings; others, and those of the next stage, are taken anew."""
+    drawn = sample(2, True)
+    plain, reducer = reduction_of(drawn), RandomReducer(after=(1, 3), keep_shares=(0.5, 0.2))
+    valid, positions = plain.index >= 0, plain.index.clamp(min=0)
+    layout = layout_of(drawn)
+    reduction = Reduction(reducer, (1, 3), layout, index=plain.index, valid=valid, is_image=plain.is_image)
+    hidden = reduction.reduce(1, plain.hidden)
+    first = reduction.of_the_tokens(positions)
+    assert reduction.of_the_tokens(positions) is first
+    assert not torch.equal(reduction.of_the_tokens(positions + 1), first)
+    reduction.reduce(3, hidden)
+    assert reduction.of_the_tokens(positions).shape[1] < first.shape[1]
 
 
 # -- contracts ---------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvcompress.cache.mask_function import own_mask, padding_in, padding_mask
+from kvcompress.cache.mask_function import is_made, own_mask, padding_mask
 from kvcompress.errors import UnsupportedModeError
 from kvcompress.kernels import Softmax, in_one_dtype, without_autocast
 
@@ -117,7 +117,7 @@ def compressed_attention(
                 f"{name}: a compressed cache does not know this argument of attention and will not pass over it; leave "
                 "it out, or use another cache"
             )
-    if attention_mask is not None and padding_in(attention_mask) is attention_mask:
+    if attention_mask is not None and not is_made(attention_mask):
         raise own_mask(module, attention_mask)
     softmax = Softmax(scaling or query.shape[-1] ** -0.5, softcap, s_aux)
     query, key, value = in_one_dtype(query, key, value)
@@ -146,12 +146,11 @@ def _attend(
 
 
 def install(decoder: PreTrainedModel, attention_modules: list[nn.Module]) -> None:
-    """Makes "kvcompress" the attention of a decoder and remembers what it had before."""
-    if not is_installed(decoder):
-        register()
-        for module in attention_modules:
-            setattr(module, _PREVIOUS, decoder.config._attn_implementation)
-        decoder.set_attn_implementation(NAME)
+    """Makes "kvcompress" the attention of a decoder, of which it is not yet, and remembers what it had before."""
+    register()
+    for module in attention_modules:
+        setattr(module, _PREVIOUS, decoder.config._attn_implementation)
+    decoder.set_attn_implementation(NAME)
 
 
 def register() -> None:

@@ -101,7 +101,8 @@ class CompressedCache(Forwards, CacheContract):
         every = own.layers | dict(zip(numbers, state.layers, strict=True))
         Cache.__init__(self, layers=[every[number] for number in range(len(layers))])
         with hooks.changing:
-            attention.install(decoder, adapter.attention_modules(model))
+            if not attention.is_installed(decoder):
+                attention.install(decoder, adapter.attention_modules(model))
             hooks.observe(model, decoder, adapter)
             hooks.watch(tower)
             if reduces:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 from kvcompress.cache import decoding, periods
@@ -75,9 +76,19 @@ def plan(
 
 @dataclass
 class _Captured:
+    """A step that can be replayed: its graph, the tensors that it reads, and what the model returned, taken apart."""
+
     graph: Graph
     inputs: dict[str, Tensor]
-    output: Any
+    returned: list[Any]
+    form: TreeSpec
+
+    def replay(self, tensors: Mapping[str, Tensor]) -> Any:
+        """What the model returns for these inputs, in tensors of its own."""
+        for name, value in tensors.items():
+            self.inputs[name].copy_(value, non_blocking=True)
+        self.graph.replay()
+        return tree_unflatten(map(_apart, self.returned), self.form)
 
 
 class CapturedDecoding:
@@ -97,6 +108,8 @@ class CapturedDecoding:
         """
         self.model, self.state = model, state
         self._captured: dict[Any, _Captured | None] = {}  # None after the first step
+        self._holders: list[object] = []  # those whose places are known
+        self._places: Any = ()
         devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
         self._fails = len(devices) > 1  # a graph would hold what one of them does, and no more
 
@@ -120,7 +133,8 @@ class CapturedDecoding:
 
     def _run(self, inputs: dict[str, Any]) -> Any:
         tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-        key = _key(tensors, {name: value for name, value in inputs.items() if name not in tensors}, self.state)
+        others = {name: value for name, value in inputs.items() if name not in tensors}
+        key = (_shapes(tensors), _given(others), self._where())
         if key not in self._captured:
             self._captured = {key: None}  # what stood for other buffers does not come back
             return self.model(**inputs)
@@ -130,11 +144,15 @@ class CapturedDecoding:
             if step is None:
                 return self.model(**inputs)
             self._captured[key] = step
-        for name, value in tensors.items():
-            step.inputs[name].copy_(value, non_blocking=True)
-        step.graph.replay()
         self.state.ran = "captured"
-        return tree_map(_apart, step.output)
+        return step.replay(tensors)
+
+    def _where(self) -> Any:
+        """Where the cache's buffers are; asked of every tensor only where some object that holds them is another."""
+        holders = self.state.holders()
+        if len(holders) != len(self._holders) or not all(map(operator.is_, holders, self._holders)):
+            self._holders, self._places = holders, self.state.places()
+        return self._places
 
     def _capture(self, inputs: dict[str, Any], tensors: Mapping[str, Tensor]) -> _Captured | None:
         device = next(iter(self.state.devices))
@@ -153,15 +171,17 @@ class CapturedDecoding:
                 stacklevel=2,
             )
             return None
-        return _Captured(graph, fixed, output)
+        return _Captured(graph, fixed, *tree_flatten(output))
 
 
-def _key(tensors: Mapping[str, Tensor], others: Mapping[str, Any], state: CacheState) -> Any:
-    """What a captured step depends on: shapes, other arguments, and where the cache's buffers are."""
-    shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
+def _shapes(tensors: Mapping[str, Tensor]) -> Any:
+    return tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
+
+
+def _given(others: Mapping[str, Any]) -> Any:
+    """Other arguments of a model's forward, of which objects are the same as long as they are themselves."""
     plain = (int, float, str, type(None))
-    rest = tuple((name, value if isinstance(value, plain) else id(value)) for name, value in others.items())
-    return shapes, rest, state.places()
+    return tuple((name, value if isinstance(value, plain) else id(value)) for name, value in others.items())
 
 
 def _apart(value: Any) -> Any:

@@ -145,14 +145,15 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
 
     # -- what of it stays ----------------------------------------------------------------------------------------------
 
-    def ranked(self) -> Ranked:
+    def ranked(self, step: Prefill | None = None) -> Ranked:
         """Token index and importance of the slots over all heads of the layer, those of other processes included."""
         assert self.index is not None
         index = self._gathered(self.index, -1) if self.heads_part else self.index
         if self.config.scorer is None or self.scores is None:
             return index, None
         full = bool((self.held == self.index.shape[2]).all())
-        importance = importance_of(self.config.scorer, self.scores, self.index, self.sequence, self.number, full)
+        known = (self.config.scorer, self.scores, self.index, self.sequence)
+        importance = importance_of(*known, self.number, full, step)
         if (self.sequence.scored.end < self.sequence.row_seen).any():
             importance = without_unknown(importance)
         return index, self._gathered(importance, 0.0)

@@ -64,7 +64,7 @@ def padding_in(mask: Any) -> Any:
     `generate` makes masks before it calls the model, for some models one for each kind of layer.
     """
     mask = _of_full_layers(mask)
-    return mask[:, 0, -1] if _is_made(mask) else mask
+    return mask[:, 0, -1] if is_made(mask) else mask
 
 
 def last_seen_in(mask: Any) -> Int[Tensor, "batch queries"] | None:
@@ -74,7 +74,7 @@ def last_seen_in(mask: Any) -> Int[Tensor, "batch queries"] | None:
         UnsupportedModelError: if some query does not see all positions up to there that hold a token.
     """
     mask = _of_full_layers(mask)
-    if not _is_made(mask) or mask.shape[2] == 1:
+    if not is_made(mask) or mask.shape[2] == 1:
         return None
     visible, (queries, positions) = mask[:, 0], mask.shape[2:]
     number = torch.arange(positions, device=mask.device)
@@ -94,7 +94,8 @@ def _of_full_layers(mask: Any) -> Any:
     return mask.get("full_attention", next(iter(mask.values()), None)) if isinstance(mask, dict) else mask
 
 
-def _is_made(mask: Any) -> bool:
+def is_made(mask: Any) -> bool:
+    """Whether `padding_mask` made a mask, and not the user or the model."""
     return isinstance(mask, Tensor) and mask.ndim == 4 and mask.dtype == torch.bool and mask.shape[1] == 1
 
 

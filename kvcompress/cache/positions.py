@@ -110,7 +110,9 @@ class Positions:
 
         Positions that it does not reach, and places beyond a row's tokens, are filled.
         """
-        of_positions = F.pad(of_positions, (0, max(0, self.seen - of_positions.shape[1])), value=fill)[:, : self.seen]
+        of_positions = of_positions[:, : self.seen]
+        if of_positions.shape[1] < self.seen:
+            of_positions = F.pad(of_positions, (0, self.seen - of_positions.shape[1]), value=fill)
         if self.valid is None:
             return of_positions
         valid = self.known_valid(of_positions.device)
@@ -134,12 +136,16 @@ class Positions:
 
     # -- what layers got -----------------------------------------------------------------------------------------------
 
+    def stage_of(self, layer: int) -> int | None:
+        """Number of the last layer before which a reducer acted, as far as one layer; None if none did."""
+        return max((before for before in self.went_into if before <= layer), default=None)
+
     def missing(self, layer: int) -> Bool[Tensor, "batch positions"] | None:
         """Positions seen whose tokens a layer never got, since a reducer acted before it; None if it got all."""
-        before = [layers for layers in self.went_into if layers <= layer]
-        if not before:
+        stage = self.stage_of(layer)
+        if stage is None:
             return None
-        into = self.went_into[max(before)]
+        into = self.went_into[stage]
         gone = into != torch.arange(into.shape[1], device=into.device)
         return F.pad(gone, (0, self.seen - into.shape[1]))[:, : self.seen]
 
@@ -157,13 +163,20 @@ class Positions:
             images = images & ~missing[:, : images.shape[1]].to(images.device)
         return images.sum(1).cpu().numpy()
 
-    def first_given(self, layer: int, count: int) -> Counts:
-        """How many of the first `count` tokens of each row a layer got; waits for the device where a reducer acted."""
+    def first_given(self, layers: list[int], count: int) -> Counts:
+        """How many of the first `count` tokens of each row layers got, `[layers, batch]`.
+
+        Waits for the device once where a reducer acted.
+        """
         seen: Counts = np.minimum(self.row_seen, count)
-        missing = self.missing(layer)
-        if missing is not None and count:
-            seen = seen - self.by_index(missing)[:, :count].sum(1).cpu().numpy()
-        return seen
+        stages = [self.stage_of(layer) for layer in layers]
+        missing = {stage: self.missing(layer) for layer, stage in zip(layers, stages, strict=True) if stage is not None}
+        if not missing or not count:
+            return np.tile(seen, (len(layers), 1))
+        device = next(gone.device for gone in missing.values() if gone is not None)
+        lost = [self.by_index(gone.to(device))[:, :count].sum(1) for gone in missing.values() if gone is not None]
+        of_stages = dict(zip(missing, torch.stack(lost).cpu().numpy(), strict=True))
+        return np.stack([seen if stage is None else seen - of_stages[stage] for stage in stages])
 
     # -- what slots hold, by the index of their tokens -----------------------------------------------------------------
 
@@ -171,8 +184,8 @@ class Positions:
         """Which slots hold image tokens, from the indices of their tokens."""
         if self.is_image is None:
             return None
-        images = self.by_index(self.is_image.to(index.device))
-        return taken(images.repeat(index.shape[0] // images.shape[0], 1), index)
+        images, times = self.by_index(self.is_image.to(index.device)), index.shape[0] // self.batch
+        return taken(images if times == 1 else images.repeat(times, 1), index)
 
     def protected(self, index: Int[Tensor, "batch sets slots"], sinks: int, recents: int) -> Tensor:
         """Which slots hold one of a row's first `sinks` or last `recents` tokens."""

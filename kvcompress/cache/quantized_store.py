@@ -182,6 +182,10 @@ class QuantizedStore(DenseStore):
         coded = [] if self.coded is None else [self.coded]
         return [*super().buffers(), *coded, *(tensor for packed in self._packed or () for tensor in packed.tensors())]
 
+    def holders(self) -> tuple[object, ...]:
+        """As of a dense store; codes lie where they are for as long as their buffers' object is the same."""
+        return (*super().holders(), self.coded, *(self._packed or ()))
+
     def move_into(self, before: DenseStore) -> None:
         """Puts what it holds into the buffers that it had before; codes have not moved."""
         super().move_into(before)

@@ -59,6 +59,10 @@ class RaggedStore(DenseStore):
         """Every tensor that it holds, keys and values first."""
         return [*super().buffers(), *self.places()]
 
+    def holders(self) -> tuple[object, ...]:
+        """As of a dense store, and what says where slots are."""
+        return (*super().holders(), self.start, self._at)
+
     def places(self) -> list[Tensor]:
         """Where each head's slots begin and, where no kernel reads them as they lie, where each of them is."""
         return [one for one in (self.start, self._at) if one is not None]
@@ -127,8 +131,8 @@ class RaggedStore(DenseStore):
         self._hold(*(new.contiguous().view(-1, new.shape[3]) for new in (keys, values)))
         self._count(np.full(keys.shape[:2], keys.shape[2]))
 
-    def has_room(self, slots: Counts) -> bool:
-        """Whether every row and head has so many slots."""
+    def has_room(self, slots: Counts, most: int | None = None) -> bool:
+        """Whether every row and head has so many slots, each its own."""
         return bool((slots <= self.slots).all())
 
     def grow(self, capacity: Counts) -> None:

@@ -69,12 +69,13 @@ class Reduction:
         self._most_images = max(layout.image_tokens)
         batch, self.queries = is_image.shape
         positions = torch.arange(self.queries, device=is_image.device).repeat(batch, 1)
+        self._every = positions
         self._positions: Int[Tensor, "batch tokens"] = positions  # of the tokens that go on
         self._into = positions
-        self._order = positions if order is None else order.long()
+        self._order = None if order is None else order.long()
         self._aligned = order is None  # whether hidden states come in these positions
         self._spread = False  # whether hidden states of the tokens that go on come in all positions of the model
-        self._takes = self._order  # positions of the model whose rotary positions the tokens have
+        self._takes = self._in_model(positions)  # positions of the model whose rotary positions the tokens have
         self._first = 0 if valid is None else (~valid).sum(1, keepdim=True)  # position of each row's first token
         images = is_image.clone()
         images[:, -1] = False  # the last token stays: what comes next is read from its state
@@ -82,6 +83,7 @@ class Reduction:
         facts = torch.cat([torch.stack([self.index, images, grid], -1), layout.cell, layout.size], -1)
         self._facts: Int[Tensor, "batch tokens facts"] = _blank(facts, valid)
         self._guidance: Float[Tensor, "batch tokens"] | None = None
+        self._known: list[tuple[Tensor, Tensor]] = []  # what `of_the_tokens` was given since, and what it said
 
     def observes(self, layer: int) -> bool:
         """Whether `observe` has to be called when this layer has attended."""
@@ -119,6 +121,7 @@ class Reduction:
         """
         self._move(hidden.device)
         if not self._aligned:
+            assert self._order is not None
             hidden, self._aligned = _taken(hidden, self._order), True
         facts = self._facts
         context = ReductionContext(
@@ -151,31 +154,39 @@ class Reduction:
             seen = most - until[:, -1:] + until.gather(1, self.last_seen) - 1
             self.last_seen = seen.gather(1, last).maximum(torch.arange(most, device=seen.device))
         self._positions = self._positions.gather(1, last)
-        self._facts = _blank(_taken(facts, last), self.valid)
+        places = _places(last, stays.shape[1])
+        self._facts = _blank(_at(facts, places), self.valid)
         self.index = self._facts[..., 0]
         self._guidance = None
         self._takes = self._positions
         if self.reducer.positions != "original":  # those of the row's first tokens
             number = torch.arange(most, device=hidden.device) - (most - stays.sum(1, keepdim=True))
             self._takes = (self._first + number).clamp(min=0)
-        self._takes = self._order.gather(1, self._takes)
-        return _taken(hidden, last)
+        self._takes, self._known = self._in_model(self._takes), []
+        return _at(hidden, places)
 
     def of_the_tokens(self, tensor: Tensor) -> Tensor:
         """What a tensor over all positions of the model, `[batch or 1, positions, ...]`, says of the tokens that go on.
 
-        For position ids and rotary embeddings: with contiguous rotary positions, the first tokens' entries.
+        For position ids and rotary embeddings: with contiguous rotary positions, the first tokens' entries. All layers
+        up to the next reduction are given the same ones, which are taken once.
         """
+        for given, found in self._known:
+            if given is tensor:
+                return found
         takes = self._takes.to(tensor.device)
         if tensor.shape[0] == 1:
-            return tensor[0].index_select(0, takes.flatten()).view(*takes.shape, *tensor.shape[2:])
-        return _taken(tensor, takes)
+            taken = tensor[0].index_select(0, takes.flatten()).view(*takes.shape, *tensor.shape[2:])
+        else:
+            taken = _taken(tensor, takes)
+        self._known.append((tensor, taken))
+        return taken
 
     def spread(self, hidden: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch positions hidden"]:
         """Hidden states in the model's positions of their tokens; zero in the others."""
         self._move(hidden.device)
         batch, queries = hidden.shape[0], self.queries
-        places = self._order.gather(1, self._positions) + _starts(batch, queries, hidden.device)
+        places = _places(self._in_model(self._positions), queries)
         if self.valid is not None:
             places = places.masked_fill(~self.valid, batch * queries)  # a place that is cut off
         full = hidden.new_zeros(batch * queries + 1, hidden.shape[2])
@@ -193,15 +204,19 @@ class Reduction:
             return hidden
         self._move(hidden.device)
         self._spread = False
-        return _taken(hidden, self._order.gather(1, self._positions))
+        return _taken(hidden, self._in_model(self._positions))
 
     # -- inner ---------------------------------------------------------------------------------------------------------
 
     def _move(self, device: torch.device) -> None:
         """Puts what is known of the tokens where they are, in a model whose layers are on several devices."""
         for name, value in vars(self).items():
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and value.device != device:
                 setattr(self, name, value.to(device))
+
+    def _in_model(self, positions: Int[Tensor, "batch tokens"]) -> Int[Tensor, "batch tokens"]:
+        """Where the model has what is in these positions."""
+        return positions if self._order is None else self._order.gather(1, positions)
 
     def _check_form(self, reduced: Reduced, context: ReductionContext) -> None:
         given, came, into = context.hidden, reduced.hidden, reduced.into
@@ -217,7 +232,7 @@ class Reduction:
     ) -> tuple[Bool[Tensor, "batch tokens"], Int[Tensor, "batch tokens"]]:
         """Which tokens go on, and what each becomes part of; counts and checks them in one go."""
         into = reduced.into.to(context.hidden.device)
-        stays = into == torch.arange(into.shape[1], device=into.device)
+        stays = into == self._every[:, : into.shape[1]]
         inside = into.clamp(min=0, max=into.shape[1] - 1)
         if self.valid is not None:
             stays = stays & self.valid
@@ -225,17 +240,15 @@ class Reduction:
         astray = (into != -1) & ~(stays.gather(1, inside) & (into == inside))
         if self.valid is not None:
             lost, astray = lost & self.valid, astray & self.valid
-        counts = [stays.sum(1), (stays & context.is_image).sum(1), torch.stack([lost.any(), astray.any()])]
-        found = torch.cat(counts).tolist()
-        batch = len(stays)
-        if found[-2]:
+        counts = torch.stack([stays, stays & context.is_image, lost, astray]).sum(2)
+        self.row_tokens, images, texts, wrong = counts.tolist()
+        if any(texts):
             raise PolicyError(f"{self._label(context)}: must let all text go on; it removed a text token")
-        if found[-1]:
+        if any(wrong):
             raise PolicyError(
                 f"{self._label(context)}: a token can only become part of one that stays, or be dropped (-1)"
             )
-        self.row_tokens = found[:batch]
-        self._most_images = max(found[batch:-2]) + 1  # one that is the last token counts as text above
+        self._most_images = max(images) + 1  # one that is the last token counts as text above
         return stays, into
 
     def _note(self, layer: int, into: Int[Tensor, "batch tokens"]) -> None:
@@ -244,8 +257,7 @@ class Reduction:
         target = torch.where(into < 0, -1, self._positions.gather(1, inside))
         if self.valid is not None:
             target = torch.where(self.valid, target, self._positions)
-        own = torch.arange(self.queries, device=into.device).repeat(len(into), 1)
-        moved = own.scatter(1, self._positions, target)
+        moved = self._every.scatter(1, self._positions, target)
         self._into = torch.where(self._into < 0, -1, moved.gather(1, self._into.clamp(min=0)))
         self.into[layer] = self._into
 
@@ -254,15 +266,21 @@ class Reduction:
         return f"reducer {self.reducer.name}: {where}"
 
 
-def _starts(batch: int, positions: int, device: torch.device) -> Int[Tensor, "batch one"]:
-    """Where each row of `[batch, positions, ...]` begins once rows follow each other."""
-    return torch.arange(0, batch * positions, positions, device=device).unsqueeze(1)
-
-
 def _taken(tensor: Tensor, positions: Int[Tensor, "batch fewer"]) -> Tensor:
     """Some positions of each row of a tensor `[batch, positions, ...]`."""
-    places = positions + _starts(tensor.shape[0], tensor.shape[1], tensor.device)
-    return tensor.flatten(0, 1).index_select(0, places.flatten()).view(*positions.shape, *tensor.shape[2:])
+    return _at(tensor, _places(positions, tensor.shape[1]))
+
+
+def _places(positions: Int[Tensor, "batch fewer"], width: int) -> Int[Tensor, "batch fewer"]:
+    """Where positions of rows of some width are once rows follow each other."""
+    if len(positions) == 1:
+        return positions
+    return positions + torch.arange(0, len(positions) * width, width, device=positions.device).unsqueeze(1)
+
+
+def _at(tensor: Tensor, places: Int[Tensor, "batch fewer"]) -> Tensor:
+    """What a tensor `[batch, positions, ...]` has in some places, as `_places` numbers them."""
+    return tensor.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, *tensor.shape[2:])
 
 
 def _blank(facts: Int[Tensor, "batch tokens facts"], valid: Bool[Tensor, "batch tokens"] | None) -> Tensor:

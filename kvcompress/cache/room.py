@@ -19,16 +19,23 @@ def make_room(state: CacheState) -> None:
     """Lets the buffers grow that this step needs larger, by a block."""
     table = state.table
     assert table is not None
-    needed = table.extent
-    for layer, slots in zip(state.layers, needed.max((1, 2)).tolist(), strict=True):
+    needed, widest = table.extent, _widest(table.extent)
+    for layer, slots in zip(state.layers, widest, strict=True):
         layer.slots = slots
-    if not _have_room(state, needed):
-        grow_for(state, _block(state, int(needed.max())), needed)
+    if not _have_room(state, needed, widest):
+        grow_for(state, _block(state, max(widest)), needed)
 
 
-def _have_room(state: CacheState, needed: Counts) -> bool:
+def _widest(needed: Counts) -> list[int]:
+    """Slots of each layer in the row and set that needs most."""
+    widest: list[int] = needed.max((1, 2)).tolist()
+    return widest
+
+
+def _have_room(state: CacheState, needed: Counts, widest: list[int]) -> bool:
     """Whether every buffer has so many slots, `[layers, batch, sets]`."""
-    return all(layer.store.has_room(slots) for layer, slots in zip(state.layers, needed, strict=True))
+    every = zip(state.layers, needed, widest, strict=True)
+    return all(layer.store.has_room(slots, most) for layer, slots, most in every)
 
 
 def prepare_step(state: CacheState) -> None:
@@ -40,7 +47,7 @@ def prepare_step(state: CacheState) -> None:
         table.steps += 1  # at most: this may be asked more than once before a step
     pack_if_due(state)
     needed = table.bound(1)
-    if not _have_room(state, needed):
+    if not _have_room(state, needed, _widest(needed)):
         catch_up_if_needed(state)
         grow_for(state, state.room or _block(state, int(needed.max())))
 

@@ -29,13 +29,27 @@ Ranked: TypeAlias = tuple[Tensor, Tensor | None]  # token index and importance o
 
 
 def importance_of(
-    scorer: Scorer, scores: Tensor, index: Tensor, sequence: Sequence, layer: int, full: bool = False
+    scorer: Scorer,
+    scores: Tensor,
+    index: Tensor,
+    sequence: Sequence,
+    layer: int,
+    full: bool = False,
+    step: Prefill | None = None,
 ) -> Tensor:
-    """Importance of every slot of a layer; NaN where a token came after the last step that scored, 0 in empty slots."""
+    """Importance of every slot of a layer; NaN where a token came after the last step that scored, 0 in empty slots.
+
+    Layers that hold the same tokens share what a step in progress found for one of them.
+    """
     importance = scores
     if type(scorer).importance is not Scorer.importance:
+
+        def queries() -> Tensor:
+            return sequence.queries_on(index, last=not scorer.accumulates, layer=layer)
+
+        asked = queries() if step is None else step.once(f"queries {sequence.stage_of(layer)}", index, queries)
         with policy_errors(scorer, layer):
-            importance = scorer.importance(scores, sequence.queries_on(index, last=not scorer.accumulates, layer=layer))
+            importance = scorer.importance(scores, asked)
     if (sequence.scored.end < sequence.row_seen).any():
         importance = importance.masked_fill(sequence.unscored(index), torch.nan)
     return importance if full else importance.masked_fill(index < 0, 0.0)
@@ -102,7 +116,7 @@ def ranking_of(
         step: the step in progress, which knows what layers share.
         ranked: what `ranked` of each says, if known.
     """
-    sequence, ranked = layers[0].sequence, [layer.ranked() for layer in layers] if ranked is None else ranked
+    sequence, ranked = layers[0].sequence, [layer.ranked(step) for layer in layers] if ranked is None else ranked
     indices, scores = [index for index, _ in ranked], [score for _, score in ranked]
     index = indices[-1]
     slots, sets = max(other.shape[2] for other in indices), max(other.shape[1] for other in indices)
@@ -229,7 +243,7 @@ def pin(layers: List[CompressedLayer]) -> None:
     if evictor is None or evictor.frees != "oldest":
         return
     sequence, (sinks, recents) = layers[0].sequence, protection(layers[0].config)
-    first = np.stack([sequence.first_given(layer.number, sinks) for layer in layers])
+    first = sequence.first_given([layer.number for layer in layers], sinks)
     kept = stacked([layer.held for layer in layers])
     first = first[..., None] + 0 * kept
     with policy_errors(evictor):

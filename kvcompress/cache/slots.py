@@ -80,16 +80,10 @@ class SlotTable(SlotCounts):
         super().__init__(lengths, pinned, packed, row_seen, positions, allocation, rule, by_age, cut)
         device, sets = index[0].device, max(sets, lengths.shape[2], *(held.shape[1] for held in index))
         shape = (*lengths.shape[:2], sets)
-        self.index = torch.full((*shape, max(capacities)), -1, dtype=torch.int32, device=device)
-        for layer, held in enumerate(index):
-            self.index[layer, :, :, : held.shape[2]] = held.to(device)
+        self.index = _side_by_side(index, sets, max(capacities), torch.int32, -1)
         self.ranks: Tensor | None = None
         if ranks is not None:
-            self.ranks = torch.full(
-                (*lengths.shape[:2], ranks[0].shape[1], max(capacities)), torch.nan, device=device, dtype=torch.float32
-            )
-            for layer, known in enumerate(ranks):
-                self.ranks[layer, :, :, : known.shape[2]] = known.to(device)
+            self.ranks = _side_by_side(ranks, ranks[0].shape[1], max(capacities), torch.float32, torch.nan)
         self.length = sent(lengths, device).expand(shape).clone()
         self.free = torch.full_like(self.length, -1)
         self.write = torch.zeros_like(self.length)
@@ -278,3 +272,14 @@ class SlotTable(SlotCounts):
                     setattr(self, name, picked)
         if not alike:
             self._derive()
+
+
+def _side_by_side(of_layers: list[Tensor], sets: int, width: int, dtype: torch.dtype, fill: float) -> Tensor:
+    """Each layer's first slots, `[batch, sets or 1, slots]`, in one `[layers, batch, sets, width]`, filled up."""
+    device, batch, layers = of_layers[0].device, len(of_layers[0]), range(len(of_layers))
+    alike = [one if one.shape[1] == sets else one.expand(-1, sets, -1) for one in of_layers]
+    slots = [one.shape[2] for one in alike]
+    places = sent(np.stack([np.repeat(layers, slots), np.concatenate([*map(np.arange, slots)])]), device)
+    found = torch.full((len(layers), batch, sets, width), fill, dtype=dtype, device=device)
+    found.permute(1, 2, 0, 3)[:, :, places[0], places[1]] = torch.cat([one.to(device, dtype) for one in alike], 2)
+    return found

@@ -130,12 +130,19 @@ class CacheState:
         finally:
             self.device_only = False
 
+    def holders(self) -> list[object]:
+        """The objects that hold what a decode step reads and writes, but the weights."""
+        return [*(holder for layer in self.layers for holder in layer.store.holders()), *self._tensors_beside()]
+
     def places(self) -> tuple[tuple[int, torch.Size], ...]:
         """Address and shape of everything that a decode step reads and writes, but the weights."""
         buffers = [buffer for layer in self.layers for buffer in layer.store.buffers()]
-        buffers += [tensor for layer in self.layers if layer.recent is not None for tensor in layer.recent.tensors()]
-        buffers += [] if self.table is None else self.table.tensors()
-        return tuple((buffer.data_ptr(), buffer.shape) for buffer in buffers)
+        return tuple((buffer.data_ptr(), buffer.shape) for buffer in (*buffers, *self._tensors_beside()))
+
+    def _tensors_beside(self) -> list[Tensor]:
+        """Tensors of a decode step beside those of stores."""
+        recent = [tensor for layer in self.layers if layer.recent is not None for tensor in layer.recent.tensors()]
+        return recent + ([] if self.table is None else self.table.tensors())
 
     @property
     def room(self) -> int:

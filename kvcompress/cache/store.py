@@ -90,6 +90,10 @@ class DenseStore:
         """Every tensor that it holds, keys and values in full precision first."""
         return [buffer for buffer in (self.keys, self.values) if buffer is not None]
 
+    def holders(self) -> tuple[object, ...]:
+        """The objects that its tensors are in: while they are the same, so are addresses and shapes."""
+        return (self.keys, self.values)
+
     def places(self) -> list[Tensor]:
         """What says where slots are, beside keys and values."""
         return []
@@ -118,7 +122,7 @@ class DenseStore:
     def padded(self, width: int) -> tuple[Keys, Values]:
         """Keys and values of so many first slots of every row and head."""
         keys, values = self.dense()
-        return keys[:, :, :width], values[:, :, :width]
+        return (keys, values) if width == keys.shape[2] else (keys[:, :, :width], values[:, :, :width])
 
     def _attend_in_place(self, query: Queries, scaling: float, length: Int[Tensor, "batch sets"]) -> Tensor:
         """Attention by a kernel that reads the slots in use where they are."""
@@ -177,9 +181,13 @@ class DenseStore:
         """Slots that can be written to which are enough for so many tokens, `[batch, sets]`: as many."""
         return slots
 
-    def has_room(self, slots: Counts) -> bool:
-        """Whether rows and sets have so many slots that can be written to, `[batch, sets]`."""
-        return bool(slots.max(initial=0) <= self.capacity)
+    def has_room(self, slots: Counts, most: int | None = None) -> bool:
+        """Whether rows and sets have so many slots that can be written to, `[batch, sets]`; `most` where it is known.
+
+        Where every row and set has as many slots, the largest number decides, which asked of each layer's counts would
+        be most of what the host does in a captured step.
+        """
+        return (int(slots.max(initial=0)) if most is None else most) <= self.capacity
 
     def grow(self, capacity: Counts) -> None:
         """Makes room for more slots, as many for every row and set."""

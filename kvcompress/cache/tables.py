@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
 
 from kvcompress.cache.counts import stacked
+from kvcompress.cache.layer import CompressedLayer
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.state import CacheState
 from kvcompress.kernels import runs_triton
@@ -24,7 +26,7 @@ def make_table(state: CacheState) -> SlotTable:
     chooses = frees == "chosen" and layers[0].unscored is None
     ranks = [ranks for layer in layers if (ranks := layer.ranks()) is not None] if chooses else []
     state.table = SlotTable(
-        [layer.index[..., layer.store.packed :] for layer in layers],  # type: ignore[index]
+        [_unpacked(layer) for layer in layers],
         held - packed,
         np.maximum(0, np.maximum(pinned, packed) - packed),
         [layer.store.capacity for layer in layers],
@@ -43,6 +45,12 @@ def make_table(state: CacheState) -> SlotTable:
         layer.heads_part = layer.heads_part or state.table.sets > 1
     state.has_kernels = runs_triton(state.table.index.device)
     return state.table
+
+
+def _unpacked(layer: CompressedLayer) -> Tensor:
+    """Token index of a layer's slots in full precision."""
+    assert layer.index is not None
+    return layer.index[..., layer.store.packed :] if layer.store.packed else layer.index
 
 
 def tidy(state: CacheState) -> None:

@@ -26,7 +26,7 @@ from kvcompress.integrations.shape import (
 )
 from kvcompress.integrations.tower import unreadable
 from kvcompress.integrations.wrapped import unwrapped
-from kvcompress.parallel import HeadGroup, head_group
+from kvcompress.parallel import ALONE, HeadGroup, head_group
 from kvcompress.policies.context import LayerWeights
 from kvcompress.policies.images import ImageLayout
 
@@ -66,7 +66,10 @@ class Adapter(ABC):
 
     def own_layers(self, model: PreTrainedModel) -> dict[int, Any]:
         """Empty cache layers of transformers for the decoder layers that are not compressed, by number."""
-        made = zip(self.kinds(model), own_layers(self.decoder(model)), strict=True)
+        kinds = self.kinds(model)
+        if set(kinds) == {"full"}:
+            return {}
+        made = zip(kinds, own_layers(self.decoder(model)), strict=True)
         return {number: layer for number, (kind, layer) in enumerate(made) if kind != "full"}
 
     def layer_weights(self, decoder: nn.Module, attention: nn.Module) -> LayerWeights:
@@ -80,9 +83,12 @@ class Adapter(ABC):
         Raises:
             UnsupportedModelError: if some process holds anything but its share of whole heads.
         """
-        attentions, config = self.attention_modules(model), self.decoder(model).config
+        attentions = self.attention_modules(model)
         query = getattr(getattr(attentions[0], "q_proj", None), "weight", None)
         mesh = getattr(model, "_device_mesh", None) or getattr(query, "device_mesh", None)
+        if mesh is None:
+            return ALONE
+        config = self.decoder(model).config
         heads = config.num_attention_heads
         return head_group(attentions, heads, getattr(config, "num_key_value_heads", None) or heads, mesh)
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, unpad_image
 
 from kvcompress.errors import UnsupportedModelError
+from kvcompress.kernels import sent
 from kvcompress.policies.images import ImageGrid, ImageLayout
 
 
@@ -44,13 +46,20 @@ class Piece:
         """Tokens of all cells and of none."""
         return self.before + self.grids * self.height * (self.width + self.line_ends) + self.after
 
-    def cells(self) -> tuple[Tensor, Tensor]:
-        """Grid, row and column of each token, `[tokens, 3]`, and whether it has a cell at all."""
+    def facts(self, first: int) -> np.ndarray:
+        """Grid (-1 for tokens of no cell), row, column, height and width of each token, `[tokens, 5]`.
+
+        Args:
+            first: number of its first grid.
+        """
         sides = (self.grids, self.height, self.width + self.line_ends)
-        grid, row, column = torch.meshgrid(*map(torch.arange, sides), indexing="ij")
-        cell = torch.stack([grid, row, column], -1).view(-1, 3)
-        cell = torch.cat([torch.full((self.before, 3), -1), cell, torch.full((self.after, 3), -1)])
-        return cell, (cell[:, 2] >= 0) & (cell[:, 2] < self.width)
+        cells = np.indices(sides).reshape(3, -1).T
+        facts = np.full((self.tokens, 5), -1, dtype=np.int64)
+        facts[self.before : self.before + len(cells), :3] = cells
+        facts[:, 3:] = self.height, self.width
+        none = (facts[:, 2] < 0) | (facts[:, 2] >= self.width)
+        facts[:, 0] = np.where(none, -1, first + facts[:, 0])
+        return facts
 
 
 def tile_grid(side: int, image_size: list[int], pinpoints: list[list[int]], base_size: int) -> tuple[int, int]:
@@ -147,7 +156,7 @@ def layout_of(is_image: Bool[Tensor, "batch positions"], pieces_of: Callable[[in
         UnsupportedModelError: if a row has more or fewer image tokens than its images.
     """
     grids: list[list[ImageGrid]] = []
-    facts: list[Tensor] = [torch.empty(0, 5, dtype=torch.int64)]  # grid, cell and size of one image token after another
+    facts = [np.empty((0, 5), dtype=np.int64)]  # grid, cell and size of one image token after another
     image_tokens: list[int] = is_image.sum(1).tolist()
     for row, tokens in enumerate(image_tokens):
         images = pieces_of(tokens)
@@ -161,14 +170,11 @@ def layout_of(is_image: Bool[Tensor, "batch positions"], pieces_of: Callable[[in
         grids.append([])
         for number, pieces in enumerate(images):
             for piece in pieces:
-                cell, has_cell = piece.cells()
-                grid = torch.where(has_cell, len(grids[row]) + cell[:, 0], -1)
-                size = torch.tensor([[piece.height, piece.width]]).expand(len(cell), -1)
-                facts.append(torch.cat([grid.unsqueeze(1), cell[:, 1:], size], 1))
+                facts.append(piece.facts(first=len(grids[row])))
                 frames = [None] if piece.frames is None else range(piece.frames)
                 grids[row] += [ImageGrid(number, piece.height, piece.width, frame) for frame in frames]
     table = torch.full((*is_image.shape, 5), -1, dtype=torch.int64, device=is_image.device)
-    table = table.masked_scatter(is_image.unsqueeze(-1), torch.cat(facts).to(is_image.device))
+    table = table.masked_scatter_(is_image.unsqueeze(-1), sent(np.concatenate(facts), is_image.device))
     return ImageLayout(grids, image_tokens, table[..., 0], table[..., 1:3], table[..., 3:])
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import sys
-from typing import Any, Literal, TypeAlias
+import weakref
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,17 @@ from transformers.cache_utils import DynamicLayer
 LayerKind: TypeAlias = Literal["full", "sliding", "linear", "other"]
 _OUTPUTS = ("o_proj", "dense", "out_proj", "wo")  # what models call the projection of attention's output
 _PROBE = 5  # a position at which rotary embeddings are compared
+
+
+class _Remembered(NamedTuple):
+    """What a decoder's layers remember, and the attributes of its configuration by which they do."""
+
+    says: dict[str, Any]
+    kinds: tuple[LayerKind, ...]
+    window: int | None
+
+
+_REMEMBERED: weakref.WeakKeyDictionary[nn.Module, _Remembered] = weakref.WeakKeyDictionary()
 
 
 def decoder_of(model: PreTrainedModel) -> PreTrainedModel | None:
@@ -29,7 +42,8 @@ def decoder_of(model: PreTrainedModel) -> PreTrainedModel | None:
 
 def attention_of(layer: nn.Module) -> nn.Module | None:
     """The one part of a decoder layer that knows the layer's number and is given rotary embeddings; None if not one."""
-    found = [part for part in layer.children() if hasattr(part, "layer_idx") and "position_embeddings" in _takes(part)]
+    numbered = (part for part in layer.children() if hasattr(part, "layer_idx"))
+    found = [part for part in numbered if "position_embeddings" in _names_of(type(part).forward)]
     return found[0] if len(found) == 1 else None
 
 
@@ -41,8 +55,8 @@ def layer_kinds(decoder: PreTrainedModel) -> list[LayerKind]:
         for a state of a fixed size, "other" for anything else. Where every layer slides, all are "full", up to where
         the `window_of` the decoder ends.
     """
-    kinds = [_kind_of(layer) for layer in own_layers(decoder)]
-    return ["full"] * len(kinds) if set(kinds) == {"sliding"} else kinds
+    kinds = _remembered_by(decoder).kinds
+    return ["full"] * len(kinds) if set(kinds) == {"sliding"} else list(kinds)
 
 
 def window_of(decoder: PreTrainedModel) -> int | None:
@@ -50,9 +64,20 @@ def window_of(decoder: PreTrainedModel) -> int | None:
 
     A window or a chunk of so many tokens ends in each layer before a token that comes later.
     """
-    layers = own_layers(decoder)
-    slide = bool(layers) and all(_kind_of(layer) == "sliding" for layer in layers)
-    return min(int(layer.sliding_window) for layer in layers) if slide else None
+    return _remembered_by(decoder).window
+
+
+def _remembered_by(decoder: PreTrainedModel) -> _Remembered:
+    """What a decoder's layers remember; asked of transformers once, and again when the configuration says otherwise."""
+    says = vars(decoder.config.get_text_config(decoder=True))
+    found = _REMEMBERED.get(decoder)
+    if found is None or found.says != says:
+        layers = own_layers(decoder)
+        kinds = tuple(map(_kind_of, layers))
+        slide = set(kinds) == {"sliding"}
+        window = min(int(layer.sliding_window) for layer in layers) if slide else None
+        found = _REMEMBERED[decoder] = _Remembered(copy.deepcopy(says), kinds, window)
+    return found
 
 
 def own_layers(decoder: PreTrainedModel) -> list[Any]:
@@ -198,8 +223,10 @@ def _name_of_kind(decoder: PreTrainedModel, index: int) -> str:
     return str(kinds[index]) if kinds else type(own_layers(decoder)[index]).__name__
 
 
-def _takes(module: nn.Module) -> tuple[str, ...]:
-    return tuple(inspect.signature(type(module).forward).parameters)
+@functools.cache
+def _names_of(function: Any) -> frozenset[str]:
+    """The names of a function's arguments."""
+    return frozenset(inspect.signature(function).parameters)
 
 
 @functools.cache

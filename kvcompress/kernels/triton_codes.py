@@ -24,7 +24,7 @@ def codes_kernel(  # noqa: C901  (most branches are of the compiler: constants d
     Q, K, K_SCALE, K_SHIFT, K_ROWS, V, V_SCALE, V_SHIFT, V_ROWS, LENGTH, START, OUT, LSE, scale, slots, q_row, q_head,
     k_row, k_head, k_slot, ks_row, ks_head, ks_slot, kr_row, kr_head, v_row, v_head, v_slot, vs_row, vs_head, vs_slot,
     vr_row, vr_head, length_row, length_head, splits,
-    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, D: tl.constexpr, UNIT: tl.constexpr,
     STEP: tl.constexpr, PLACES: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, HAS_SHIFT: tl.constexpr,
     K_HAS_ROWS: tl.constexpr, V_HAS_ROWS: tl.constexpr, K_SLOTS: tl.constexpr, V_SLOTS: tl.constexpr,
     K_SHARED: tl.constexpr, V_SHARED: tl.constexpr, HAS_LENGTH: tl.constexpr, HAS_START: tl.constexpr,
@@ -32,8 +32,7 @@ def codes_kernel(  # noqa: C901  (most branches are of the compiler: constants d
 ):  # fmt: skip
     """One program: one key/value head of one row (`HEADS` of them), one share of its coded slots in use.
 
-    Codes of a slot are `WIDTH` bytes, read as words of `STEP` bytes, which `PLACES` cover; `triton_parts` says which
-    numbers a word holds.
+    `PLACES` words of `STEP` bytes cover `UNIT` bytes of a slot; `triton_parts` says which numbers a word holds.
 
     Slots and dimensions are the rows of every product, queries its columns, so that a group of a few heads costs a few
     columns. Without rows of their own, `K_SLOTS` and `V_SLOTS` neighbouring slots have one row of scales. Reads outside
@@ -43,8 +42,8 @@ def codes_kernel(  # noqa: C901  (most branches are of the compiler: constants d
     pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     row, head = pair // HEADS, pair % HEADS
     ONE_ROW: tl.constexpr = not K_HAS_ROWS and K_SLOTS % BLOCK == 0  # of scales, for the keys of a tile
-    PARTS: tl.constexpr = STEP * 8 // BITS
-    FOLDED: tl.constexpr = V_SCALE.dtype.element_ty.primitive_bitwidth == 16 and V_SHARED % WIDTH == 0
+    PARTS: tl.constexpr = STEP * 8 // BITS if BITS < 8 else STEP * ((D + UNIT - 1) // UNIT)
+    FOLDED: tl.constexpr = V_SCALE.dtype.element_ty.primitive_bitwidth == 16 and V_SHARED % UNIT == 0
     used = slots
     if HAS_LENGTH:
         used = tl.minimum(tl.load(LENGTH + row * length_row + head * length_head).to(tl.int32), slots)
@@ -52,14 +51,14 @@ def codes_kernel(  # noqa: C901  (most branches are of the compiler: constants d
     start = split * share
     end = tl.minimum(start + share, used)
     member, place = tl.arange(0, GROUP_BLOCK), tl.arange(0, PLACES)
-    dim, is_place, is_member = STEP * place, STEP * place < WIDTH, member < GROUP
-    if STEP * PLACES != WIDTH:
-        place = tl.minimum(place, WIDTH // STEP - 1)
+    dim, is_place, is_member = STEP * place, STEP * place < UNIT, member < GROUP
+    if STEP * PLACES != UNIT:
+        place = tl.minimum(place, UNIT // STEP - 1)
     q_at = Q + row * q_row + (head * GROUP + member[None, :]) * q_head + dim[:, None]
     q_mask = is_place[:, None] & is_member[None, :]
-    SECOND: tl.constexpr = WIDTH if STEP == 1 else 1  # where the dimensions of parts begin
-    THIRD: tl.constexpr = 2 * WIDTH if STEP == 1 else WIDTH
-    FOURTH: tl.constexpr = 3 * WIDTH if STEP == 1 else WIDTH + 1
+    SECOND: tl.constexpr = UNIT if STEP == 1 else 1  # where the dimensions of parts begin
+    THIRD: tl.constexpr = 2 * UNIT if STEP == 1 else UNIT
+    FOURTH: tl.constexpr = 3 * UNIT if STEP == 1 else UNIT + 1
     q_0 = tl.load(q_at, mask=q_mask, other=0.0)
     if PARTS > 1:
         q_1 = tl.load(q_at + SECOND, mask=q_mask & (dim + SECOND < D)[:, None], other=0.0)
@@ -98,25 +97,28 @@ def codes_kernel(  # noqa: C901  (most branches are of the compiler: constants d
         else:
             k_at = (slot // K_SLOTS)[:, None]
         v_at = tl.load(v_rows + slot).to(tl.int64) if V_HAS_ROWS else slot // V_SLOTS
-        words = tl.load(keys + slot[:, None] * k_slot + place[None, :])
+        words_at = keys + slot[:, None] * k_slot + place[None, :]
+        words = tl.load(words_at)
         logits = tl.zeros([BLOCK, GROUP_BLOCK], tl.float32)
         offset = tl.zeros([16, GROUP_BLOCK], tl.float32)
         logits, offset = logits_of_part(
-            logits, offset, q_0, words, k_scale, k_shift, k_at, ks_slot, place, 0, STEP, WIDTH, D, K_SHARED, BITS,
+            logits, offset, q_0, words, k_scale, k_shift, k_at, ks_slot, place, 0, STEP, UNIT, D, K_SHARED, BITS,
             FLOAT8, HAS_SHIFT, BASE, ONE_ROW, PRECISION, ASSEMBLY,
         )  # fmt: skip
         if PARTS > 1:
             logits, offset = logits_of_part(
-                logits, offset, q_1, words, k_scale, k_shift, k_at, ks_slot, place, 1, STEP, WIDTH, D, K_SHARED, BITS,
+                logits, offset, q_1, words, k_scale, k_shift, k_at, ks_slot, place, 1, STEP, UNIT, D, K_SHARED, BITS,
                 FLOAT8, HAS_SHIFT, BASE, ONE_ROW, PRECISION, ASSEMBLY,
             )  # fmt: skip
         if PARTS > 2:
+            if BITS == 8:
+                words = tl.load(words_at + PLACES)
             logits, offset = logits_of_part(
-                logits, offset, q_2, words, k_scale, k_shift, k_at, ks_slot, place, 2, STEP, WIDTH, D, K_SHARED, BITS,
+                logits, offset, q_2, words, k_scale, k_shift, k_at, ks_slot, place, 2, STEP, UNIT, D, K_SHARED, BITS,
                 FLOAT8, HAS_SHIFT, BASE, ONE_ROW, PRECISION, ASSEMBLY,
             )  # fmt: skip
             logits, offset = logits_of_part(
-                logits, offset, q_3, words, k_scale, k_shift, k_at, ks_slot, place, 3, STEP, WIDTH, D, K_SHARED, BITS,
+                logits, offset, q_3, words, k_scale, k_shift, k_at, ks_slot, place, 3, STEP, UNIT, D, K_SHARED, BITS,
                 FLOAT8, HAS_SHIFT, BASE, ONE_ROW, PRECISION, ASSEMBLY,
             )  # fmt: skip
         logits = (logits - tl.max(offset, 0)[None, :]) * (scale * _LOG2_E)
@@ -124,40 +126,43 @@ def codes_kernel(  # noqa: C901  (most branches are of the compiler: constants d
         new = tl.maximum(top, tl.max(logits, 0))
         p, keep = tl.exp2(logits - new[None, :]), tl.exp2(top - new)
         total, top = total * keep + tl.sum(p, 0), new
-        words = tl.load(values + slot[None, :] * v_slot + place[:, None])
+        words_at = values + slot[None, :] * v_slot + place[:, None]
+        words = tl.load(words_at)
         scales, shifts = p, p
         if FOLDED:
             column = v_at[:, None] * vs_slot + tl.arange(0, D // V_SHARED)[None, :]
             scales = tl.load(v_scale + column)
             shifts = tl.load(v_shift + column)
         sum_0 = weighted_of_part(
-            sum_0 * keep[None, :], p, words, v_scale, v_shift, scales, v_at, vs_slot, place, 0, STEP, WIDTH,
+            sum_0 * keep[None, :], p, words, v_scale, v_shift, scales, v_at, vs_slot, place, 0, STEP, UNIT,
             V_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE, FOLDED, PRECISION, ASSEMBLY,
         )  # fmt: skip
-        excess_0 = excess_of_part(excess_0 * keep[None, :], p, scales, shifts, 0, HAS_SHIFT, BASE, FOLDED)
+        excess_0 = excess_of_part(excess_0 * keep[None, :], p, scales, shifts, 0, BITS, HAS_SHIFT, BASE, FOLDED)
         if PARTS > 1:
             sum_1 = weighted_of_part(
-                sum_1 * keep[None, :], p, words, v_scale, v_shift, scales, v_at, vs_slot, place, 1, STEP, WIDTH,
+                sum_1 * keep[None, :], p, words, v_scale, v_shift, scales, v_at, vs_slot, place, 1, STEP, UNIT,
                 V_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE, FOLDED, PRECISION, ASSEMBLY,
             )  # fmt: skip
             excess_1 = excess_of_part(
-                excess_1 * keep[None, :], p, scales, shifts, WIDTH // V_SHARED, HAS_SHIFT, BASE, FOLDED
+                excess_1 * keep[None, :], p, scales, shifts, UNIT // V_SHARED, BITS, HAS_SHIFT, BASE, FOLDED
             )
         if PARTS > 2:
+            if BITS == 8:
+                words = tl.load(words_at + PLACES)
             sum_2 = weighted_of_part(
-                sum_2 * keep[None, :], p, words, v_scale, v_shift, scales, v_at, vs_slot, place, 2, STEP, WIDTH,
+                sum_2 * keep[None, :], p, words, v_scale, v_shift, scales, v_at, vs_slot, place, 2, STEP, UNIT,
                 V_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE, FOLDED, PRECISION, ASSEMBLY,
             )  # fmt: skip
             sum_3 = weighted_of_part(
-                sum_3 * keep[None, :], p, words, v_scale, v_shift, scales, v_at, vs_slot, place, 3, STEP, WIDTH,
+                sum_3 * keep[None, :], p, words, v_scale, v_shift, scales, v_at, vs_slot, place, 3, STEP, UNIT,
                 V_SHARED, BITS, FLOAT8, HAS_SHIFT, BASE, FOLDED, PRECISION, ASSEMBLY,
             )  # fmt: skip
             if STEP == 1:
                 excess_2 = excess_of_part(
-                    excess_2 * keep[None, :], p, scales, shifts, 2 * WIDTH // V_SHARED, HAS_SHIFT, BASE, FOLDED
+                    excess_2 * keep[None, :], p, scales, shifts, 2 * UNIT // V_SHARED, BITS, HAS_SHIFT, BASE, FOLDED
                 )
                 excess_3 = excess_of_part(
-                    excess_3 * keep[None, :], p, scales, shifts, 3 * WIDTH // V_SHARED, HAS_SHIFT, BASE, FOLDED
+                    excess_3 * keep[None, :], p, scales, shifts, 3 * UNIT // V_SHARED, BITS, HAS_SHIFT, BASE, FOLDED
                 )
     seen = total > 0
     total = tl.where(seen, total, 1.0)
@@ -183,12 +188,21 @@ def columns(group: int) -> int:
     return max(_LEAST_COLUMNS, 1 << (group - 1).bit_length())
 
 
-def word_of(head_dim: int, bits: int, dtype: torch.dtype) -> int:
-    """Bytes of the words that codes are read as: two where codes are of four bits and kernels raise them."""
-    return 2 if bits == 4 and base(bits, dtype) and head_dim % 4 == 0 else 1
+def words_of(head_dim: int, bits: int, float8: bool, dtype: torch.dtype) -> dict[str, int]:
+    """How kernels read a slot: bytes of a word, bytes that have words of their own, how many words cover those, `BASE`.
+
+    `BASE` is what codes are raised by, so that their bits are those of numbers: four bits of them, or either half of
+    eight, from words of two bytes; 0 where they are converted.
+    """
+    base = 0 if float8 else {torch.bfloat16: 128, torch.float16: 1024}.get(dtype, 0)
+    if bits == 8 and base and head_dim in (64, 128):
+        return {"STEP": 2, "UNIT": 64, "PLACES": 32, "BASE": base}
+    unit, base = -(-head_dim * bits // 8), base if bits < 8 else 0
+    step = 2 if bits == 4 and base and head_dim % 4 == 0 else 1
+    return {"STEP": step, "UNIT": unit, "PLACES": powers(unit // step), "BASE": base}
 
 
-def blocks(head_dim: int, columns: int, bits: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
+def blocks(head_dim: int, columns: int, bits: int, base: int, dtype: torch.dtype) -> tuple[dict[str, int], int]:
     """Slots of a tile, warps and stages, and how many such programs a processor of the device has registers for.
 
     Where the registers of one warp have room for all sums, it works alone: then warps exchange nothing.
@@ -197,15 +211,9 @@ def blocks(head_dim: int, columns: int, bits: int, dtype: torch.dtype) -> tuple[
         return {"BLOCK": min(64, max(16, 4096 // powers(head_dim))), "num_warps": 4, "num_stages": 2}, 2
     if powers(head_dim) * columns > 1024:
         return {"BLOCK": 32, "num_warps": 4, "num_stages": 2}, 2
-    if bits == 8:
+    if base == 0:
         return {"BLOCK": 64, "num_warps": 2, "num_stages": 2}, 6
-    return {"BLOCK": 64, "num_warps": 1, "num_stages": 3}, 8
-
-
-def base(bits: int, dtype: torch.dtype) -> int:
-    """What codes are raised by where kernels multiply them, so that their bits are those of numbers: 0 for nothing."""
-    raised = {torch.bfloat16: 128, torch.float16: 1024}
-    return raised.get(dtype, 0) if bits <= 4 else 0
+    return {"BLOCK": 64, "num_warps": 1, "num_stages": 3 if bits < 8 else 2}, 8
 
 
 def _alike(scale: Tensor, shift: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -251,14 +259,14 @@ def decode_codes(
     most = keys.shape[2] if start is None else slots
     query, device, group = launching(query), keys.device, heads // kv_heads
     float8, bits = key_codes.dtype == torch.float8_e4m3fn, 8 // -(-head_dim // width)
-    word, queries = word_of(head_dim, bits, query.dtype), columns(group)
-    tile, programs = blocks(head_dim, queries, bits, query.dtype)
+    words, queries = words_of(head_dim, bits, float8, query.dtype), columns(group)
+    tile, programs = blocks(head_dim, queries, bits, words["BASE"], query.dtype)
     dense_tile = dense_blocks(head_dim, head_dim, query.element_size())["BLOCK"]
     of_codes = splits_of(batch * kv_heads, code_slots, tile["BLOCK"], device, programs)
     of_dense = splits_of(batch * kv_heads, most, dense_tile, device) if most else 0
     parts = torch.empty(of_codes + of_dense, batch * heads, head_dim, dtype=torch.float32, device=device)
     lse = torch.empty(of_codes + of_dense, batch * heads, dtype=torch.float32, device=device)
-    read_as = torch.int16 if word == 2 else torch.uint8
+    read_as = torch.int16 if words["STEP"] == 2 else torch.uint8
     key_data, value_data = (launching(codes).view(read_as) for codes in (key_codes, value_codes))
     (key_scale, key_shift), (value_scale, value_shift) = _alike(key_scale, key_shift), _alike(value_scale, value_shift)
     codes_kernel[(batch * kv_heads, of_codes)](
@@ -290,12 +298,9 @@ def decode_codes(
         GROUP=group,
         GROUP_BLOCK=queries,
         D=head_dim,
-        WIDTH=width,
-        STEP=word,
-        PLACES=powers(width // word),
+        **words,
         BITS=bits,
         FLOAT8=float8,
-        BASE=0 if float8 else base(bits, query.dtype),
         HAS_SHIFT=key_shift is not None,
         K_HAS_ROWS=key_rows is not None,
         V_HAS_ROWS=value_rows is not None,
@@ -306,7 +311,7 @@ def decode_codes(
         HAS_LENGTH=coded is not None,
         HAS_START=code_start is not None,
         PRECISION="tf32x3" if query.dtype == torch.float32 else "ieee",
-        ASSEMBLY=word == 2 and device.type == "cuda",
+        ASSEMBLY=words["STEP"] == 2 and device.type == "cuda",
         **tile,
     )
     if of_dense:

@@ -1,8 +1,8 @@
 """What one part of the dimensions of coded slots adds to logits and to weighted sums, in Triton.
 
-Codes are read as words of one or two bytes. A word holds a number of each of several parts of a slot's dimensions: part
-n starts at byte `n % STEP` of the word and at bit `n // STEP * BITS` of that byte, and has the dimensions
-`n // STEP * WIDTH + n % STEP + STEP * place`, where `WIDTH` is the bytes of a slot and `STEP` those of a word.
+Codes are read as words of `STEP` bytes, one or two. Part n of a slot's dimensions are `n // STEP * UNIT + n % STEP +
+STEP * place`. Of codes of two or four bits a word holds a number of each part, in byte `n % STEP` from bit `n // STEP *
+BITS` on, and `UNIT` is the bytes of a slot; of codes of eight bits there are words of their own for every `UNIT` bytes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _raised(
     words, MOVE: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, BASE: tl.constexpr, DTYPE: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
-    """The same, `BASE` more than they are, in a dtype that holds them exactly.
+    """The same, or four bits of them, `BASE` more than they are, in a dtype that holds them exactly.
 
     Half precision has room for four bits in the mantissa of `BASE`, so that nothing has to be converted. `ASSEMBLY`
     takes two words of 16 bits, which lie side by side in a register, at once.
@@ -47,8 +47,22 @@ def _raised(
                 "=r,r,r,r", [words, one, move], dtype=tl.int16, is_pure=True, pack=2,
             )  # fmt: skip
         else:
-            bits = ((words.to(tl.int16) >> MOVE) & ((1 << BITS) - 1)) | ONE
+            bits = ((words.to(tl.int16) >> MOVE) & (15 if BITS >= 4 else 3)) | ONE
         return bits.to(DTYPE, bitcast=True)
+
+
+@triton.jit
+@no_type_check
+def _times(
+    words, factor, summed, MOVE: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, BASE: tl.constexpr,
+    ASSEMBLY: tl.constexpr,
+):  # fmt: skip
+    """Adds the product of raised codes and a factor; of eight bits, of either half: 17 times `BASE` too much."""
+    summed = tl.dot(_raised(words, MOVE, BITS, FLOAT8, BASE, factor.dtype, ASSEMBLY), factor, summed)
+    if BITS == 8 and BASE:
+        upper = _raised(words, MOVE + 4, BITS, FLOAT8, BASE, factor.dtype, ASSEMBLY)
+        summed = tl.dot(upper, factor * 16, summed)
+    return summed
 
 
 @triton.jit
@@ -86,7 +100,7 @@ def _each(FIRST, place, PART: tl.constexpr, STEP: tl.constexpr, MOST: tl.constex
 @no_type_check
 def logits_of_part(
     logits, offset, q, words, SCALE, SHIFT, row, row_stride, place, PART: tl.constexpr, STEP: tl.constexpr,
-    WIDTH: tl.constexpr, D: tl.constexpr, SHARED: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr,
+    UNIT: tl.constexpr, D: tl.constexpr, SHARED: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr,
     HAS_SHIFT: tl.constexpr, BASE: tl.constexpr, ONE_ROW: tl.constexpr, PRECISION: tl.constexpr,
     ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
@@ -95,21 +109,22 @@ def logits_of_part(
     A scale that all slots of the tile share for a dimension goes into the query, one that the dimensions of a slot
     share into the products: then the codes are multiplied as they are. In float32 registers have no room for that.
     """
-    MOVE: tl.constexpr = 8 * (PART % STEP) + BITS * (PART // STEP)
-    FIRST: tl.constexpr = PART % STEP + PART // STEP * WIDTH
+    MOVE: tl.constexpr = 8 * (PART % STEP) + (BITS * (PART // STEP) if BITS < 8 else 0)
+    FIRST: tl.constexpr = PART % STEP + PART // STEP * UNIT
     HALF: tl.constexpr = q.dtype.primitive_bitwidth == 16
+    RAISED: tl.constexpr = BASE * (17 if BITS == 8 else 1)
     if HALF and ONE_ROW and SHARED == 1:
-        at = row * row_stride + PART // STEP * WIDTH
-        scaled = q * _each(SCALE + at, place, PART, STEP, D - PART // STEP * WIDTH)[:, None]
+        at = row * row_stride + PART // STEP * UNIT
+        scaled = q * _each(SCALE + at, place, PART, STEP, D - PART // STEP * UNIT)[:, None]
         if BASE:
-            offset = tl.dot(tl.full([16, words.shape[1]], BASE, q.dtype), scaled, offset)
+            offset = tl.dot(tl.full([16, words.shape[1]], RAISED, q.dtype), scaled, offset)
         if HAS_SHIFT:
-            shifted = q * _each(SHIFT + at, place, PART, STEP, D - PART // STEP * WIDTH)[:, None]
+            shifted = q * _each(SHIFT + at, place, PART, STEP, D - PART // STEP * UNIT)[:, None]
             offset = tl.dot(tl.full([16, words.shape[1]], 1, q.dtype), shifted, offset)
-        logits = tl.dot(_raised(words, MOVE, BITS, FLOAT8, BASE, q.dtype, ASSEMBLY), scaled, logits)
-    elif HALF and SHARED % WIDTH == 0:
+        logits = _times(words, scaled, logits, MOVE, BITS, FLOAT8, BASE, ASSEMBLY)
+    elif HALF and SHARED % UNIT == 0:
         at, total = row * row_stride + FIRST // SHARED, tl.sum(q.to(tl.float32), 0)[None, :]
-        products = tl.dot(_raised(words, MOVE, BITS, FLOAT8, BASE, q.dtype, ASSEMBLY), q) - total * BASE
+        products = _times(words, q, tl.zeros_like(logits), MOVE, BITS, FLOAT8, BASE, ASSEMBLY) - total * RAISED
         logits += products * tl.load(SCALE + at).to(tl.float32)
         if HAS_SHIFT:
             logits -= total * tl.load(SHIFT + at).to(tl.float32)
@@ -124,17 +139,16 @@ def logits_of_part(
 @no_type_check
 def weighted_of_part(
     summed, p, words, SCALE, SHIFT, scales, row, row_stride, place, PART: tl.constexpr, STEP: tl.constexpr,
-    WIDTH: tl.constexpr, SHARED: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    UNIT: tl.constexpr, SHARED: tl.constexpr, BITS: tl.constexpr, FLOAT8: tl.constexpr, HAS_SHIFT: tl.constexpr,
     BASE: tl.constexpr, FOLDED: tl.constexpr, PRECISION: tl.constexpr, ASSEMBLY: tl.constexpr,
 ):  # fmt: skip
     """Adds the values of one part of the dimensions, weighted; `FOLDED` scales of whole slots go into the weights."""
-    MOVE: tl.constexpr = 8 * (PART % STEP) + BITS * (PART // STEP)
-    FIRST: tl.constexpr = PART % STEP + PART // STEP * WIDTH
+    MOVE: tl.constexpr = 8 * (PART % STEP) + (BITS * (PART // STEP) if BITS < 8 else 0)
+    FIRST: tl.constexpr = PART % STEP + PART // STEP * UNIT
     DTYPE: tl.constexpr = SCALE.dtype.element_ty
     if FOLDED:
         scaled = (p * _column(scales, FIRST // SHARED)[:, None]).to(DTYPE)
-        v = _raised(words, MOVE, BITS, FLOAT8, BASE, DTYPE, ASSEMBLY)
-        return tl.dot(v, scaled, summed)
+        return _times(words, scaled, summed, MOVE, BITS, FLOAT8, BASE, ASSEMBLY)
     else:
         at = row[None, :] * row_stride + (FIRST + STEP * place[:, None]) // SHARED
         v = _decoded(words, SCALE, SHIFT, at, MOVE, BITS, FLOAT8, HAS_SHIFT)
@@ -144,12 +158,14 @@ def weighted_of_part(
 @triton.jit
 @no_type_check
 def excess_of_part(
-    excess, p, scales, shifts, COLUMN: tl.constexpr, HAS_SHIFT: tl.constexpr, BASE: tl.constexpr, FOLDED: tl.constexpr
+    excess, p, scales, shifts, COLUMN: tl.constexpr, BITS: tl.constexpr, HAS_SHIFT: tl.constexpr, BASE: tl.constexpr,
+    FOLDED: tl.constexpr,
 ):  # fmt: skip
     """Adds what weighted sums with `FOLDED` scales are too large by, to each of 16 rows."""
     if FOLDED and BASE:
         scaled = (p * _column(scales, COLUMN)[:, None]).to(scales.dtype)
-        excess = tl.dot(tl.full([16, p.shape[0]], BASE, scales.dtype), scaled, excess)
+        raised = tl.full([16, p.shape[0]], BASE * (17 if BITS == 8 else 1), scales.dtype)
+        excess = tl.dot(raised, scaled, excess)
     if FOLDED and HAS_SHIFT:
         excess += tl.sum(p * _column(shifts, COLUMN)[:, None], 0)[None, :]
     return excess

@@ -77,44 +77,61 @@ def merge_in_windows(
         largest: at least the number of tokens of any window.
     """
     (batch, tokens), device = window.shape, window.device
-    table, counts = _by_window(window, windows, max(2, min(largest, tokens)))
-    exists = torch.arange(table.shape[2], device=device) < counts.unsqueeze(-1)
-    rows = torch.arange(0, batch * tokens, tokens, device=device).view(-1, 1, 1)
-    places = (table + rows).masked_fill(~exists, batch * tokens)  # among all tokens; the last place is nobody's
-    even, odd = slice(None, None, 2), slice(1, None, 2)
+    slots = torch.arange(max(2, min(largest, tokens)), device=device)
+    table, counts = _by_window(window, windows, slots)
+    missing = slots >= counts.unsqueeze(-1)
+    at = table  # among the tokens of all rows
+    if batch > 1:
+        at = table + torch.arange(0, batch * tokens, tokens, device=device).view(-1, 1, 1)
+    places = at.masked_fill(missing, batch * tokens)  # the last place is nobody's
+    (even, odd), (even_missing, odd_missing) = _halves(table), _halves(missing)
+    (even_places, odd_places), width = _halves(places), len(slots) // 2
 
-    states = hidden.flatten(0, 1).index_select(0, (table + rows).flatten()).view(*table.shape, -1).float()
+    states = hidden.flatten(0, 1).index_select(0, at.flatten()).view(*table.shape, -1).float()
     length = torch.linalg.vector_norm(states, dim=-1).clamp(min=1e-12)
-    likeness = states[:, :, even] @ states[:, :, odd].transpose(2, 3)
-    likeness = likeness / (length[:, :, even, None] * length[:, :, None, odd])
-    closest, partner = likeness.masked_fill(~exists[:, :, None, odd], -torch.inf).max(-1)
-    order = closest.masked_fill(~exists[:, :, even], -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    most = torch.minimum((counts.double() * share + 1e-6).floor().long(), counts // 2)
-    merged = torch.zeros_like(order, dtype=torch.bool)
-    merged = merged.scatter(2, order, torch.arange(order.shape[2], device=device) < most.unsqueeze(-1))
+    (even_states, odd_states), (even_length, odd_length) = _halves(states), _halves(length)
+    likeness = even_states @ odd_states.transpose(2, 3)
+    likeness = likeness / (even_length.unsqueeze(3) * odd_length.unsqueeze(2))
+    closest, partner = likeness.masked_fill(odd_missing.unsqueeze(2), -torch.inf).max(-1)
+    order = closest.masked_fill(even_missing, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    first = slots[: order.shape[2]] < _most(counts, share).unsqueeze(-1)
+    merged = torch.empty_like(first).scatter_(2, order, first)
 
-    into = torch.arange(tokens, device=device).repeat(batch + 1)[: batch * tokens + 1]
-    target = torch.where(merged, table[:, :, odd].gather(2, partner), table[:, :, even])
-    into = into.index_copy(0, places[:, :, even].flatten(), target.flatten())[:-1].view(batch, tokens)
+    into = torch.arange(batch * tokens + 1, device=device) % tokens
+    target = torch.where(merged, odd.gather(2, partner), even)
+    into = into.index_copy_(0, even_places.flatten(), target.flatten())[:-1].view(batch, tokens)
 
     weights = weight.float().clamp(min=1e-30).gather(1, table.flatten(1)).view(*table.shape, 1)
-    comes = partner.unsqueeze(2) == torch.arange(table.shape[2] // 2, device=device).unsqueeze(1)
+    comes = partner.unsqueeze(2) == slots[:width].unsqueeze(1)
     comes = (comes & merged.unsqueeze(2)).float()  # [batch, windows, odd, even]
-    added, weighted = comes @ weights[:, :, even], states * weights
-    mean = (weighted[:, :, odd] + comes @ weighted[:, :, even]) / (weights[:, :, odd] + added)
-    mean = torch.where(added > 0, mean, states[:, :, odd]).to(hidden.dtype)
+    (even_weights, odd_weights), (even_weighted, odd_weighted) = _halves(weights), _halves(states * weights)
+    added = comes @ even_weights
+    mean = (odd_weighted + comes @ even_weighted) / (odd_weights + added)
+    mean = torch.where(added > 0, mean, odd_states).to(hidden.dtype)
     changed = torch.cat([hidden.flatten(0, 1), mean[0, 0, :1]])
-    changed = changed.index_copy(0, places[:, :, odd].flatten(), mean.flatten(0, 2))
+    changed = changed.index_copy_(0, odd_places.flatten(), mean.flatten(0, 2))
     return Reduced(into, changed[:-1].view_as(hidden))
 
 
+def _halves(of_slots: Tensor) -> tuple[Tensor, Tensor]:
+    """The even and the odd ones of each window's slots, of a tensor `[batch, windows, slots, ...]`."""
+    return of_slots[:, :, ::2], of_slots[:, :, 1::2]
+
+
+def _most(counts: Int[Tensor, "batch windows"], share: float) -> Int[Tensor, "batch windows"]:
+    """How many tokens of each window are merged into others: that share of them, at most a half."""
+    if share >= 0.5:
+        return counts // 2
+    return torch.minimum((counts.double() * share + 1e-6).floor().long(), counts // 2)
+
+
 def _by_window(
-    window: Int[Tensor, "batch tokens"], windows: int, largest: int
+    window: Int[Tensor, "batch tokens"], windows: int, slots: Int[Tensor, " largest"]
 ) -> tuple[Int[Tensor, "batch windows largest"], Int[Tensor, "batch windows"]]:
     """Tokens of each window in order, and how many there are; what follows them in a window means nothing."""
-    order = window.argsort(dim=1, stable=True)
-    names = torch.arange(windows + 1, device=window.device).repeat(len(window), 1)
-    start = torch.searchsorted(window.gather(1, order), names)
-    place = start[:, :-1, None] + torch.arange(largest, device=window.device)
+    names, order = window.sort(dim=1, stable=True)
+    starts = torch.arange(windows + 1, device=window.device).repeat(len(window), 1)
+    start = torch.searchsorted(names, starts)
+    place = start[:, :-1, None] + slots
     table = order.gather(1, place.clamp(max=window.shape[1] - 1).flatten(1)).view(place.shape)
     return table, start.diff(dim=1)
