@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from kvcompress.evaluation.bootstrap import ratio_interval
+from kvcompress.evaluation.pages import KINDS
 
 Outcome = tuple[float, int, int]  # nats, tokens, 1 if all of them were the likeliest
 Key = tuple[str, str, str, float]  # what follows, method, way, budget
@@ -19,13 +20,15 @@ FULL = ("full", "", 1.0)
 def outcomes(file: Path) -> dict[Key, dict[str, list[Outcome]]]:
     """What each way gave for every prompt, by "task name" and prompt; rows of a batch are prompts of their own.
 
-    Many questions on one document belong to that document, so that bounds are over documents.
+    Many questions on one document belong to that document, so that bounds are over documents. Questions of every kind
+    about scenes, and about pages, are one task.
     """
     found: dict[Key, dict[str, list[Outcome]]] = {}
     for line in file.read_text(encoding="utf-8").splitlines():
         row: dict[str, Any] = json.loads(line)
         for name, rows in row["found"].items():
-            named = "question" if row["task"] == "image" and name != "description" else name
+            asked = name in KINDS or (row["task"] == "image" and name != "description")
+            named = "question" if asked else name
             key = (f"{row['task']} {named}", row["method"], row["way"], row["budget"])
             own = found.setdefault(key, {})
             for number, (nats, tokens, right) in enumerate(rows):

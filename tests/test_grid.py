@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +13,10 @@ from benchmarks.grid_pages import page_methods
 from benchmarks.grid_readings import BUDGETS, Follow, Prompt, Way, compressed, followed, measured
 from benchmarks.grid_readings import Reading as Reads
 from benchmarks.grid_scenes import scene_methods
+from benchmarks.grid_tables import outcomes
 from benchmarks.grid_text import many_methods, needle_methods
 from kvcompress import CompressedCache, CompressionConfig
+from kvcompress.evaluation.pages import KINDS
 from tests import tiny
 
 WAYS = {
@@ -50,3 +54,20 @@ def test_ways_that_share_scores_share_their_scorer() -> None:
     mixed = {name: Way(CompressionConfig.preset(name), (0.5,)) for name in ("tova", "snapkv")}
     with torch.inference_mode(), pytest.raises(ValueError, match="the ways of 'mixed' have different scorers"):
         list(measured(loaded, prompt, {"mixed": mixed}))
+
+
+@pytest.mark.parametrize("task", ["unseen", "seen"])
+def test_questions_of_every_kind_about_pages_are_one_task(task: str, tmp_path: Path) -> None:
+    """Pages are asked by turns for what they show, which is one figure; reading them aloud is another."""
+    known = {"task": task, "method": "full", "way": "", "budget": 1.0}
+    rows = [
+        known | {"prompt": f"{number} {kind}", "found": {kind: [[0.5, 3, 1]]}}
+        for number, shown in enumerate(KINDS)
+        for kind in (shown, "read")
+    ]
+    file = tmp_path / "pages.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert {key[0]: len(prompts) for key, prompts in outcomes(file).items()} == {
+        f"{task} question": len(KINDS),
+        f"{task} read": len(KINDS),
+    }
