@@ -690,11 +690,11 @@ def test_rows_take_what_they_lost_along() -> None:
     talk = Talk("llava_36", "fastv")
     talk.forward(rows, left=True)
     sequence, before = talk.cache._state.sequence, talk.cache.report()
-    for layer in range(3):
-        given = [talk.held(row)[layer] for row in range(3)]
-        for sinks in (0, 2, 5, 20, 100):
-            wanted = [sum(index < sinks for index in row) for row in given]
-            assert sequence.first_given(layer, sinks).tolist() == wanted
+    held = [talk.held(row) for row in range(3)]
+    for sinks in (0, 2, 5, 20, 100):
+        wanted = [[sum(index < sinks for index in row[layer]) for row in held] for layer in range(3)]
+        assert sequence.first_given([0, 1, 2], sinks).tolist() == wanted
+        assert sequence.first_given([2, 0], sinks).tolist() == [wanted[2], wanted[0]]
     order = [2, 0, 0, 1]
     talk.cache.batch_select_indices(torch.tensor(order))
     after = talk.cache.report()

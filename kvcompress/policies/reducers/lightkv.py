@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, ClassVar, Literal, NamedTuple
+from typing import Annotated, ClassVar, Literal
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from kvcompress.errors import ConfigError
-from kvcompress.kernels import attention_share, sent
+from kvcompress.kernels import attention_share
 from kvcompress.policies.context import LayerContext, Reduced, ReductionContext
 from kvcompress.policies.images import ImageGrid
 from kvcompress.policies.reducers.bipartite import Bipartite, merge_in_windows
 from kvcompress.policies.reducers.staged import Depth
+from kvcompress.policies.reducers.windows import windows_of
 from kvcompress.policies.registry import REDUCERS
 
 _WINDOWS = (4, 2, 1)
 _WINDOWS_TILED = (6, 4, 2)  # for images of several grids (LLaVA-NeXT)
-_LEAST = 8  # tokens per window; a grid with fewer is left alone
-_NEVER = 2**62  # more tokens than there are
 
 
 @REDUCERS.register("lightkv")
@@ -103,59 +101,10 @@ class LightKV(Bipartite):
             for grid in grids
         ]
         count = max(len(grids) * sides**2 for grids, sides in zip(layer.grids, across, strict=True))
-        return merge_in_windows(layer.hidden, _windows(layer, across), layer.guidance, self.rho, count, max(cells))
+        return merge_in_windows(layer.hidden, windows_of(layer, across), layer.guidance, self.rho, count, max(cells))
 
     def _across(self, grids: list[ImageGrid], stage: int) -> int:
         """Windows along each side of a row's grids."""
         tiled = len({grid.image for grid in grids if grid.frame is None}) < sum(grid.frame is None for grid in grids)
         windows = self.windows or (_WINDOWS_TILED if tiled else _WINDOWS)
         return windows[min(stage, len(windows) - 1)]
-
-
-def _windows(layer: ReductionContext, across: list[int]) -> Int[Tensor, "batch tokens"]:
-    """Number of each token's window in its row; -1 for text and in grids that are left alone.
-
-    The sum of what its grid and its row say, and of what its column says, both known before on the host.
-    """
-    known = _known(layer.grids, across)
-    table, grid = sent(known.table, layer.grid.device), layer.grid + 1
-    bands, least = table[:, : known.places], table[:, known.places :, 0]
-    place = torch.add(layer.cell, grid.unsqueeze(-1), alpha=known.width).clamp(min=0, max=known.places - 1)
-    tokens = torch.zeros_like(least).scatter_add_(1, grid, torch.ones_like(grid))
-    window: Tensor = bands.gather(1, place).sum(-1)
-    return window.masked_fill((tokens < least).gather(1, grid), -1)
-
-
-class _Known(NamedTuple):
-    """What the grids of all rows say of windows, text before them as a grid that is left alone.
-
-    Attributes:
-        table: `[batch, places + grids, 2]`: for each grid and number along a side, what the row and the column of a
-            token say of its window; then for each grid the fewest tokens with which it is not left alone, twice.
-        width: places of a grid.
-        places: places of all grids.
-    """
-
-    table: np.ndarray
-    width: int
-    places: int
-
-
-def _known(grids: list[list[ImageGrid]], across: list[int]) -> _Known:
-    most = 1 + max(map(len, grids))
-    width = 1 + max(max(grid.height, grid.width) for row in grids for grid in row)
-    table = np.zeros((len(grids), most * (width + 1), 2), dtype=np.int64)
-    bands, least = table[:, : most * width].reshape(len(grids), most, width, 2), table[:, most * width :]
-    least[:, 0] = _NEVER
-    for row, (own, sides) in enumerate(zip(grids, across, strict=True)):
-        for number, grid in enumerate(own):
-            bands[row, number + 1, : grid.height, 0] = number * sides**2 + _bands(grid.height, sides) * sides
-            bands[row, number + 1, : grid.width, 1] = _bands(grid.width, sides)
-        least[row, 1:] = _LEAST * sides**2
-    return _Known(table, width, most * width)
-
-
-def _bands(length: int, bands: int) -> np.ndarray:
-    """Which of so many bands each place along a side lies in; the first ones are wider by a remainder."""
-    width, wider = divmod(length, bands)
-    return np.repeat(np.arange(bands), [width + 1] * wider + [width] * (bands - wider))
