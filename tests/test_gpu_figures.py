@@ -29,7 +29,7 @@ CACHES = {
     "prefill": {"DynamicCache", "full", "snapkv", "uniform, key_norm", "the kernel alone"}
     | {f"prefixkv, {queries}" for queries in ("exact", "stride:4", "window:32")},
     "llava": {"DynamicCache", "full", "lightkv", "prefixkv+lightkv"},
-    "quantized": {"bfloat16", "4 bits"},
+    "quantized": {"bfloat16", "4 bits", "8 bits"},
     "compiled": {"prefixkv", "StaticCache, compiled", "prefixkv, captured", "prefixkv, compiled"},
 }
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
@@ -155,6 +155,7 @@ def cells(sizes: list[tuple[int, int]]) -> list[list[int]]:
 
 @examples(25)
 @given(sizes=st.lists(st.tuples(st.integers(2, 9), st.integers(1, 9)), min_size=1, max_size=3))
+@example(sizes=[(2, 1)] * 3)  # as many tokens as two of them with a class token, which this tower does not have
 def test_images_of_any_shape_have_their_own_grids(sizes: list[tuple[int, int]]) -> None:
     """From the images' sizes, and from the tokens between their rows where only the features are known."""
     model, ids = tiny.model("llava_pixtral"), written(sizes)

@@ -15,6 +15,7 @@ from kvcompress.integrations.grids import Piece, grids_between_breaks, layout_of
 from kvcompress.integrations.tower import attentions_of, unreadable
 from kvcompress.policies.images import ImageLayout
 
+_WITHOUT_CLASS_TOKEN = ("pixtral", "siglip_vision_model", "siglip2_vision_model")  # types of towers
 _ONE_SIZE = ("clip_vision_model", "siglip_vision_model")  # towers that refuse images of any other size
 
 
@@ -38,15 +39,16 @@ class LlavaAdapter(Adapter):
     ) -> ImageLayout | None:
         """One grid an image.
 
-        Where all features of the vision tower are taken ("full"), a class token gives one more, before the others.
+        Where all features of the vision tower are taken ("full"), its class token, if any, comes before the others.
         """
         config, is_image, used = model.config, input_ids == model.config.image_token_id, 0
-        strategy = self.strategy(model, inputs)
+        full = self.strategy(model, inputs) == "full"
+        class_token = full and config.vision_config.model_type not in _WITHOUT_CLASS_TOKEN
         grids = _image_grids(config, input_ids, is_image, inputs)
 
         def images(tokens: int) -> list[list[Piece]]:
             nonlocal used
-            pieces = pieces_within(tokens, grids[used:], class_token=strategy == "full")
+            pieces = pieces_within(tokens, grids[used:], class_token)
             used += len(pieces)
             return [[piece] for piece in pieces]
 
