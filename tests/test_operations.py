@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import copy
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,6 +46,12 @@ def model() -> Any:
     made = transformers.LlamaForCausalLM(config).eval()
     made(tiny.token_ids(1, 9, seed=0), **tiny.with_cache(CompressedCache(made, "uniform")))  # what is found out once
     return made
+
+
+@cache
+def half() -> Any:
+    """The same in half precision."""
+    return copy.deepcopy(model()).to(torch.bfloat16)
 
 
 @contextmanager
@@ -115,6 +123,28 @@ def test_compressing_a_prompt_takes_few_operations(name: str, rows: str) -> None
     full, full_syncs, *_ = counts("full", rows)
     assert operations <= full + (48 if name in BY_HEAD else 44) * LAYERS
     assert syncs <= full_syncs + 3  # of the budgets, of the checks, and of padding
+
+
+@pytest.mark.parametrize("rows", BATCHES)
+@pytest.mark.parametrize("name", [*BY_AGE, *BY_SCORE, "full"])
+@torch.no_grad()
+def test_a_decode_step_copies_no_buffer(name: str, rows: str) -> None:
+    """What layers hold stays where it is, inside of operations too: `scatter_` copies all of it in half precision."""
+    (batch, padded), model = BATCHES[rows], half()
+    ids = tiny.token_ids(batch, TOKENS, seed=1)
+    mask = torch.ones_like(ids)
+    mask[1:, : 20 * padded] = 0
+    cache = CompressedCache(model, name, **({} if name == "full" else {"budget": 0.3}))
+    for _ in range(2):
+        model(ids, attention_mask=mask, **tiny.with_cache(cache))
+        ids, mask = ids[:, :1], torch.cat([mask, mask.new_ones(batch, 1)], 1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], record_shapes=True) as profiled:
+        model(ids, attention_mask=mask, **tiny.with_cache(cache))
+    buffers = [layer.store.dense()[0] for layer in cache._state.layers]
+    copies = [event for event in profiled.events() if event.name in ("aten::copy_", "aten::cat", "aten::clone")]
+    slots = [shape for event in copies for shape in event.input_shapes if shape[-1:] == [buffers[0].shape[3]]]
+    assert copies
+    assert max(map(math.prod, slots), default=0) < min(buffer.numel() for buffer in buffers)
 
 
 @torch.no_grad()

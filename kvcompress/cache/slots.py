@@ -15,7 +15,7 @@ from kvcompress.cache.slot_counts import SlotCounts
 from kvcompress.kernels import sent
 
 _LATEST = 2**31 - 1  # as a token index: never the oldest
-_DERIVED = ("_allocation", "_rule", "_cut", "_age", "_none", "_slots")  # from what else is known of the cache
+_DERIVED = ("_allocation", "_rule", "_cut", "_age", "_none")  # from what else is known of the cache
 
 
 class SlotTable(SlotCounts):
@@ -109,7 +109,6 @@ class SlotTable(SlotCounts):
         if self._by_age and self._allocation is not None:
             loose = (self.index >= 0) & (slots >= self._pinned.unsqueeze(-1))
             self._age = self.index.masked_fill(~loose, _LATEST)
-        self._slots = slots
         if not torch.is_inference_mode_enabled():
             for tensor in vars(self).values():
                 if isinstance(tensor, Tensor):

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from kvcompress.cache.counts import Counts
-from kvcompress.kernels import attention_with_slots, decode_attention, write_slots
+from kvcompress.kernels import attention, attention_with_slots, decode_attention, write_slots
 from kvcompress.policies.context import Keys, Queries, Values
 
 
@@ -133,6 +133,8 @@ class DenseStore:
         if used.length is not None:
             return self._attend_in_place(query, scaling, used.length)
         keys, values = self.padded(self.capacity if used.width is None else used.width)
+        if used.bias is None and query.element_size() < 4:  # half precision: more work to share among threads
+            return attention(query, keys, values, scaling, causal=False)
         grouped = by_key_head(query, keys.shape[1])
         bias = None if used.bias is None else used.bias[..., : keys.shape[2]].expand(-1, keys.shape[1], -1, -1)
         output = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=scaling)

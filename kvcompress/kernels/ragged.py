@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -84,9 +86,18 @@ def write_slots(
         keys.index_copy_(0, at, key.reshape(-1, key.shape[3]))
         values.index_copy_(0, at, value.reshape(-1, value.shape[3]))
         return
-    at = slot[:, :, None, None]
-    keys.scatter_(2, at.expand(key.shape), key)
-    values.scatter_(2, at.expand(value.shape), value)
+    batch, kv_heads = key.shape[:2]
+    numbers = _rows_and_heads.__wrapped__ if torch.compiler.is_compiling() else _rows_and_heads
+    rows, heads = numbers(batch, kv_heads, key.device)
+    keys.index_put_((rows, heads, slot), key[:, :, 0])  # in half precision on a CPU, scatter_ copies whole buffers
+    values.index_put_((rows, heads, slot), value[:, :, 0])
+
+
+@functools.lru_cache(maxsize=64)
+def _rows_and_heads(batch: int, kv_heads: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Numbers of rows, `[batch, 1]`, and of heads, `[1, kv_heads]`, the same in every layer and step."""
+    with torch.inference_mode(False):
+        return torch.arange(batch, device=device)[:, None], torch.arange(kv_heads, device=device)[None]
 
 
 def _on_cuda(

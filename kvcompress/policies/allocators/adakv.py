@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvcompress.errors import ConfigError
 from kvcompress.policies.allocators.apportionment import apportion
-from kvcompress.policies.allocators.ranks import cut
+from kvcompress.policies.allocators.ranks import cut, in_order
 from kvcompress.policies.base import Allocator
 from kvcompress.policies.context import AllocationContext, HeadCounts, HeadImportance, TokenCounts
 from kvcompress.policies.registry import ALLOCATORS, AllocatorField
@@ -76,7 +76,7 @@ class AdaKV(Allocator):
         of_layer = self._layers(importance, total, floor, capacity, context)
         if context.protected is not None:
             importance = importance.masked_fill(context.protected, torch.inf)
-        ranked = importance.sort(dim=-1, descending=True).values.neg()
+        ranked = in_order(importance, descending=True).neg()
         # A layer of a row as a row, its heads as layers: [heads, layers * batch].
         by_head = (t.permute(2, 0, 1, *range(3, t.ndim)).flatten(1, 2) for t in (ranked, floor, capacity))
         order, least, most = by_head
@@ -91,7 +91,7 @@ class AdaKV(Allocator):
     ) -> TokenCounts:
         """Slots of each layer and row over its heads."""
         heads, least, most = importance.shape[2], floor.sum(2), capacity.sum(2)
-        ranks = importance.masked_fill(importance == -torch.inf, 0.0).sort(dim=-1, descending=True).values
+        ranks = in_order(importance.masked_fill(importance == -torch.inf, 0.0), descending=True)
         low, high = -(-least // heads), most // heads
         own = replace(context, valid=None, protected=None, notes={})
         of_one = self.layers.allocate(ranks.mean(2), total // heads, torch.minimum(low, high), high, own)

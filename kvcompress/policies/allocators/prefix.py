@@ -9,7 +9,7 @@ from jaxtyping import Int
 from pydantic import Field
 from torch import Tensor
 
-from kvcompress.policies.allocators.ranks import cut
+from kvcompress.policies.allocators.ranks import cut, in_order
 from kvcompress.policies.allocators.uniform import Uniform
 from kvcompress.policies.base import Allocator
 from kvcompress.policies.context import AllocationContext, LayerImportance, TokenCounts
@@ -84,7 +84,7 @@ class Prefix(Allocator):
 
 def _mass_before(importance: Tensor, capacity: Tensor) -> Tensor:
     """Normalised mass ranked before each rank, float64, non-decreasing along tokens."""
-    ranked = importance.sort(dim=-1, descending=True).values.double()
+    ranked = in_order(importance, descending=True).double()
     sums = ranked.sum(-1, keepdim=True)
     share = torch.where(sums > 0, ranked / sums.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
     before = torch.zeros_like(share)

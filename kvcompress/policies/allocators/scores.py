@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kvcompress.policies.allocators.heads import as_heads, as_layers
-from kvcompress.policies.allocators.ranks import cut
+from kvcompress.policies.allocators.ranks import cut, in_order
 from kvcompress.policies.base import Allocator
 from kvcompress.policies.context import AllocationContext, HeadCounts, HeadImportance
 from kvcompress.policies.registry import ALLOCATORS
@@ -53,7 +53,7 @@ class Scores(Allocator):
         if context.protected is not None:
             importance = importance.masked_fill(context.protected, torch.inf)
         least, most = as_layers(floor).long(), as_layers(capacity).long()
-        ranked = as_layers(importance).sort(dim=-1, descending=True).values.double().neg()
+        ranked = in_order(as_layers(importance), descending=True).double().neg()
         even = (self.safeguard * total.double() / len(least)).floor().long()
         safe = torch.maximum(least, torch.minimum(most, even))
         safe = torch.where(safe.sum(0) <= total, safe, least)
