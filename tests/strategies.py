@@ -72,7 +72,9 @@ VARIANTS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("evictor", "every"): [{"period": 3}, {"granularity": "head", "period": 2, "window": 1}],
     ("evictor", "critical"): [{"first": 0.25, "epsilon": 0.1}],
     ("merger", "cam"): [{"reach": 3, "seed": 1}],
-    ("merger", "lookm"): [{"rule": rule, "within_modality": False} for rule in ("average", "pivotal", "weighted")],
+    ("merger", "lookm"): [
+        {"rule": rule, "within_modality": False} for rule in ("average", "pivotal", "weighted", "mass")
+    ],
     ("merger", "threshold"): [{"beta": 0.25, "decoding": False}],
 }
 

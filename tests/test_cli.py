@@ -332,7 +332,7 @@ def test_a_parameter_comes_with_type_default_and_meaning() -> None:
     assert distance["type"] == "int | none >= 1" and distance["default"] is None and not distance["required"]
     assert "fixed point" in distance["meaning"]
     (lookm,) = [e for e in json.loads(run("policies", "merger", "--json").stdout)["merger"] if e["name"] == "lookm"]
-    assert [p["type"] for p in lookm["parameters"]] == ["average | pivotal | weighted", "bool"]
+    assert [p["type"] for p in lookm["parameters"]] == ["average | pivotal | weighted | mass", "bool"]
 
 
 def test_policies_are_listed_by_name_and_what_they_do() -> None:

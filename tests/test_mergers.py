@@ -85,7 +85,7 @@ def test_averages_stay_inside_the_hull(merger: Merger, layer: MergeContext) -> N
 
 # -- against plain loops -----------------------------------------------------------------------------------------------
 
-Formula = Callable[[Tensor, list[tuple[Tensor, float]]], Tensor]  # of a kept row and (evicted row, similarity)
+Formula = Callable[[Tensor, list[tuple[Tensor, float]]], Tensor]  # of a kept row and (evicted row, similarity or share)
 
 
 def mean(k: Tensor, evicted: list[tuple[Tensor, float]]) -> Tensor:
@@ -105,11 +105,16 @@ def exponential_weights(k: Tensor, evicted: list[tuple[Tensor, float]]) -> Tenso
     return (math.e * k + sum(math.exp(s) * e for e, s in evicted)) / total
 
 
+def mean_by_share(k: Tensor, evicted: list[tuple[Tensor, float]]) -> Tensor:
+    return (k + sum(share * e for e, share in evicted)) / (1 + sum(share for _, share in evicted))
+
+
 FORMULAS: dict[str, Formula] = {
     "nearest": mean,
     "average": mean,
     "pivotal": mean_of_midpoints,
     "weighted": mean_by_similarity,
+    "mass": mean_by_share,
     "threshold": exponential_weights,
 }
 published = [merger for merger in strategies.mergers() if kind(merger) in FORMULAS]
@@ -146,6 +151,17 @@ def moved(merger: Any, tau: float, similarities: list[float], decoding: bool) ->
     return merger.beta * average + (1 - merger.beta) * tau if decoding and not math.isnan(tau) else average
 
 
+def shares(layer: MergeContext, row: int, head: int, pairs: list[tuple[int, int, float]]) -> list[Any]:
+    """The same pairs with the mass of the evicted in parts of the kept one's, which is at least the largest."""
+    assert layer.importance is not None
+    mass = layer.importance[row, head].double().nan_to_num(nan=0.0).tolist()
+    pairs = [pair for pair in pairs if mass[pair[0]] > 0]
+    most = {
+        pivot: max(mass[pivot], *(mass[slot] for slot, other, _ in pairs if other == pivot)) for _, pivot, _ in pairs
+    }
+    return [(slot, pivot, mass[slot] / most[pivot]) for slot, pivot, _ in pairs]
+
+
 def plain(merger: Any, layer: MergeContext, row: int, head: int) -> tuple[Tensor, Tensor, set[int], float]:
     """Keys and values of one head by the published formulas, slots that take up something, and tau (or NaN)."""
     pairs = pivots(merger, layer, row, head)
@@ -155,6 +171,8 @@ def plain(merger: Any, layer: MergeContext, row: int, head: int) -> tuple[Tensor
         tau = moved(merger, tau, rounded, layer.decoding)
         assume(all(s == tau or abs(s - tau) > 1e-4 for s in rounded))
         pairs = [pair for pair, s in zip(pairs, rounded, strict=True) if s >= tau]
+    if kind(merger) == "mass":
+        pairs = shares(layer, row, head, pairs)
     keys, values = layer.keys[row, head].double(), layer.values[row, head].double()
     new_keys, new_values, takers = keys.clone(), values.clone(), {pivot for _, pivot, _ in pairs}
     for pivot in takers:
@@ -241,7 +259,7 @@ def test_pivotal_with_one_evicted_token_is_three_to_one() -> None:
     torch.testing.assert_close(merged.values[:, :, 0], 0.75 * layer.values[:, :, 0] + 0.25 * layer.values[:, :, 1])
 
 
-@pytest.mark.parametrize("rule", ["average", "pivotal", "weighted"])
+@pytest.mark.parametrize("rule", ["average", "pivotal", "weighted", "mass"])
 def test_an_image_token_never_merges_into_text(rule: str) -> None:
     """However similar; with no image token kept it is dropped, and across modalities only on request."""
     layer = line(4, [1], is_image=torch.tensor([False, True, False, True]).expand(1, 1, 4))
@@ -253,6 +271,31 @@ def test_an_image_token_never_merges_into_text(rule: str) -> None:
         merged = MERGERS.create("lookm", rule=rule, within_modality=within).merge(layer_)
         changed = (merged.values != layer.values).any(-1)[0, 0]
         assert [slot for slot in (0, 2, 3) if changed[slot]] == ([] if taker is None else [taker])
+
+
+def test_by_mass_what_nobody_looked_at_changes_nothing() -> None:
+    """And a kept token that nobody looked at, which was protected, counts as much as the most that it takes up."""
+    layer = line(4, [1, 3])
+    layer.keys[:, :, [1, 3]] = layer.keys[:, :, [0, 2]]
+    importance = torch.tensor([3.0, 1.0, 0.0, 0.5]).view(1, 1, 4)
+    merged = MERGERS.create("lookm", rule="mass").merge(replace(layer, importance=importance))
+    v = layer.values[0, 0]
+    torch.testing.assert_close(merged.values[0, 0, 0], 0.75 * v[0] + 0.25 * v[1])
+    torch.testing.assert_close(merged.values[0, 0, 2], (v[2] + v[3]) / 2)
+    for nothing in (0.0, torch.nan):
+        none = importance.masked_fill(importance == 1.0, nothing)
+        merged = MERGERS.create("lookm", rule="mass").merge(replace(layer, importance=none))
+        assert torch.equal(merged.values[0, 0, 0], v[0])
+
+
+@pytest.mark.parametrize("scorer", [None, "key_norm"])
+def test_a_rule_by_mass_wants_a_scorer_of_mass(scorer: str | None) -> None:
+    """Without one it is refused by name, and what gives mass is said; by the other rules nothing is read of scores."""
+    evictor = {"evictor": "streaming"} if scorer is None else {}
+    fields = {"budget": 0.2, "scorer": scorer, "allocator": "uniform", **evictor}
+    CompressionConfig.model_validate({**fields, "merger": "lookm"})
+    with pytest.raises(ValueError, match=r"merger lookm: reads shares of mass.*choose a scorer of mass.*attention"):
+        CompressionConfig.model_validate({**fields, "merger": {"name": "lookm", "rule": "mass"}})
 
 
 def test_nearest_prefers_the_earlier_of_two() -> None:

@@ -213,13 +213,13 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "image": (
         "Made for images: SnapKV's scores (arXiv 2404.14469) from the last 8 queries in place of 32, next to nothing "
-        "else protected, and evicted tokens averaged into the most similar kept ones (LOOK-M, arXiv 2406.18139); best "
-        "on drawn scenes in our own measurement (see Layers, heads and questions).",
+        "else protected, and evicted tokens merged into the most similar kept ones (LOOK-M, arXiv 2406.18139), each by "
+        "its mass, so that drawn scenes gain and text in images loses little (see Layers, heads and questions).",
         {
             "budget": {"fraction": 0.2, "sink": 1, "recent": 1},
             "scorer": {"name": "snapkv", "window": 8},
             "evictor": {"name": "topk", "granularity": "head", "decode": "oldest"},
-            "merger": "lookm",
+            "merger": {"name": "lookm", "rule": "mass"},
         },
     ),
 }
