@@ -18,15 +18,16 @@ _MOST_REDUNDANT = 0.999  # so that importance always counts
 class MixKV(SnapKV):
     """Attention of the last queries and norms of values, mixed with how a key differs, by how alike a head's keys are.
 
-    Source: MixKV (arXiv 2510.20707). Made for images, whose keys are alike in many heads.
+    Source: MixKV (arXiv 2510.20707; its released code, "headwisemixkv", for the scales). Made for images, whose keys are
+    alike in many heads.
 
-    With u the keys of a head at unit length and r the mean cosine of all pairs of them, no less than 0, a slot scores
+    With u the keys of a head at unit length and r the mean cosine of all pairs of them, a slot scores
     (1 - r) (votes + norms) + r (diversity): votes as in `snapkv`, norms those of the values, diversity minus the cosine
     between u and the mean of all u. Norms and diversity go from 0 to 1 within the head, times a factor that brings
     their mean to that of the votes.
 
-    *Deviates:* the released code could not be compared, so that the scales of the three are ours, as is the bound of
-    0.999 on r.
+    *Deviates:* ranges and means are those of all slots of the head, where the code leaves out the window, which it
+    keeps; r stays between 0 and 0.999.
 
     Args:
         window: number of last queries (tokens) that vote, and of last tokens that are protected.
