@@ -18,8 +18,8 @@ _MOST_REDUNDANT = 0.999  # so that importance always counts
 class MixKV(SnapKV):
     """Attention of the last queries and norms of values, mixed with how a key differs, by how alike a head's keys are.
 
-    Source: MixKV (arXiv 2510.20707; its released code, "headwisemixkv", for the scales). Made for images, whose keys are
-    alike in many heads.
+    Source: MixKV (arXiv 2510.20707; its released code, "headwisemixkv", for the scales). Made for images, whose keys
+    are alike in many heads.
 
     With u the keys of a head at unit length and r the mean cosine of all pairs of them, a slot scores
     (1 - r) (votes + norms) + r (diversity): votes as in `snapkv`, norms those of the values, diversity minus the cosine
