@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.grid_readings import Follow, Methods, Prompt
-from benchmarks.grid_ways import EVEN, IMAGE, LARGER, RUNS, SHARED, WINDOW, presets, ways
+from benchmarks.grid_ways import EVEN, IMAGE, LARGER, RUNS, SHARED, WINDOW, merged, presets, ways
 from kvcompress.evaluation.data import Sample, answer_ids, encode_sample
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.evaluation.pages import KINDS, draw_page, page_seed, question, sample_page
@@ -46,5 +46,5 @@ def page_methods() -> Methods:
         "snapkv 16 in runs": ways(IMAGE, WINDOW, every, LARGER, RUNS),
         "text": presets("text"),
         "none": presets("streaming"),
-        "merged": presets("image"),
+        "merged": merged(),
     }

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from benchmarks.grid_readings import Follow, Methods, Prompt
-from benchmarks.grid_ways import EVEN, IMAGE, SHARED, presets, ways
+from benchmarks.grid_ways import EVEN, IMAGE, SHARED, merged, presets, ways
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.evaluation.shapes.measure import encode, held_out_scenes
 from kvcompress.evaluation.shapes.questions import KINDS, ask, describe_question
@@ -44,5 +44,5 @@ def scene_methods() -> Methods:
         "expected": ways(IMAGE, "expected_attention", SHARED),
         "text": presets("text"),
         "none": presets("streaming"),
-        "merged": presets("image"),
+        "merged": merged(),
     }

@@ -47,3 +47,9 @@ def ways(
 def presets(*names: str) -> dict[str, Way]:
     """Presets as they are."""
     return {name: Way(CompressionConfig.preset(name), LARGER) for name in names}
+
+
+def merged() -> dict[str, Way]:
+    """The preset for images, which merges by mass, and the same with plain averages."""
+    average = CompressionConfig.preset("image", merger="lookm")
+    return {**presets("image"), "image, averages": Way(average, LARGER)}
