@@ -22,12 +22,13 @@ import typer
 from benchmarks.grid_pages import page_methods, pages
 from benchmarks.grid_readings import Methods, Prompt, measured
 from benchmarks.grid_scenes import scene_methods, scenes
-from benchmarks.grid_text import many, many_methods, needle_methods, needles
+from benchmarks.grid_text import many, many_methods, needle_methods, needles, short, short_methods
 from benchmarks.machine import about_line
 from kvcompress.evaluation.models import LoadedModel, load_model
 
 SUITES: dict[str, tuple[str, str, Callable[[LoadedModel, int], Iterator[Prompt]], Callable[[], Methods]]] = {
     "needle": ("smollm2", "float32", needles, needle_methods),
+    "short": ("smollm2", "float32", short, short_methods),
     "scenes": ("shapes", "float32", scenes, scene_methods),
     "many": ("smollm2", "float32", many, many_methods),
     "pages": ("pages", "float32", pages, page_methods),

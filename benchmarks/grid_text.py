@@ -104,6 +104,24 @@ def needle_methods() -> Methods:
     }
 
 
+def short(loaded: LoadedModel, count: int) -> Iterator[Prompt]:
+    """The same in documents of 500 tokens."""
+    yield from needles(loaded, count, 500)
+
+
+def short_methods() -> Methods:
+    """For short text: how long runs should be."""
+    runs = {}
+    for length in (4, 6, 8, 12):
+        runs[f"runs of {length}"] = ways(TEXT, WINDOW, {"": "uniform"}, evictor={**RUNS, "length": length})[""]
+    return {
+        "snapkv 16": {**runs, "token by token": ways(TEXT, WINDOW, {"": "uniform"})[""]},
+        "attention": presets("h2o"),
+        "tova": ways(TEXT, "tova", {"uniform": "uniform"}, evictor=LAYER),
+        "none": presets("streaming"),
+    }
+
+
 def many_methods() -> Methods:
     """For many questions on one document."""
     some = {name: SHARED[name] for name in ("uniform", "headprefix", "adakv")}
