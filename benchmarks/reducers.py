@@ -121,22 +121,19 @@ def _clocked(owner: type, names: tuple[str, ...]) -> Iterator[list[float]]:
             setattr(owner, name, method)
 
 
-def main(rounds: Annotated[int, typer.Option(help="Paired rounds; medians are printed.")] = 7) -> None:
-    """Prints bytes, operations and time of prefill with every reducer, against none."""
-    console = Console()
-    console.print(about_line())
-    prefill = Prefill(build_model())
+def measured(prefill: Prefill, rounds: int) -> Table:
+    """Bytes, operations and time of prefill with every reducer that needs no vision tower, against none."""
+    names = [name for name in REDUCERS.names() if not REDUCERS.get(name).reads_tower]  # features are made beforehand
     whole = prefill.read(None).report()
     text_bytes = whole.kv_bytes * TEXT_TOKENS // (IMAGE_TOKENS + TEXT_TOKENS)
-    names = (None, *REDUCERS.names())
-    times = ratios(in_turns({str(name): partial(prefill.seconds, name) for name in names}, rounds), "None")
-    flops = prefill.flops(None)
+    times = ratios(in_turns({str(name): partial(prefill.seconds, name) for name in (None, *names)}, rounds), "None")
+    flops, layers = prefill.flops(None), len(whole.layer_lengths)
     found = Table(
         *("reducer", "image tokens in layers", "KV bytes of the image", "FLOPs", "time", "of it the reducer's own"),
-        title=f"Prefill of {IMAGE_TOKENS} image and {TEXT_TOKENS} text tokens, 24 layers, against no reducer",
+        title=f"Prefill of {IMAGE_TOKENS} image and {TEXT_TOKENS} text tokens, {layers} layers, against no reducer",
         title_justify="left",
     )
-    for name in REDUCERS.names():
+    for name in names:
         report = prefill.read(name).report()
         steps = dict.fromkeys(rows[0] for rows in report.image_tokens)
         image_bytes = (report.kv_bytes - text_bytes) / (whole.kv_bytes - text_bytes)
@@ -149,7 +146,14 @@ def main(rounds: Annotated[int, typer.Option(help="Paired rounds; medians are pr
             f"{times[name]:.2f}x",
             f"{own:.1%}",
         )
-    console.print(found)
+    return found
+
+
+def main(rounds: Annotated[int, typer.Option(help="Paired rounds; medians are printed.")] = 7) -> None:
+    """Prints bytes, operations and time of prefill with every reducer, against none."""
+    console = Console()
+    console.print(about_line())
+    console.print(measured(Prefill(build_model()), rounds))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from transformers import DynamicCache
 from transformers.cache_utils import QuantizedCache
 from typer.testing import CliRunner, Result
 
-from kvcompress import CompressedCache, CompressionConfig
+from benchmarks import reducers
+from kvcompress import REDUCERS, CompressedCache, CompressionConfig
 from kvcompress.cli import app
 from kvcompress.errors import ConfigError
 from kvcompress.evaluation import LoadedModel, benchmark, contestants, timing
@@ -382,3 +383,11 @@ def test_a_prompt_longer_than_the_model_was_trained_for_is_warned_about(text: Pa
 def test_what_cannot_be_is_refused_before_a_model_is_loaded(arguments: list[str], code: int, says: str) -> None:
     result = run("bench", "--model", "./missing", *arguments)
     assert result.exit_code == code and result.stdout == "" and says in result.stderr
+
+
+def test_the_benchmark_of_reducers_has_a_row_for_each_that_needs_no_vision_tower() -> None:
+    """With how much of the image is left, in bytes and operations, and what the reducer itself takes."""
+    table = reducers.measured(reducers.Prefill(reducers.build_model(layers=4, hidden=64)), 1)
+    names, _, kept, operations, *_ = ([*column.cells] for column in table.columns)
+    assert names == [name for name in REDUCERS.names() if name != "visionzip"]
+    assert all(0 < float(str(share)[:-1]) < 1 for share in [*kept, *operations])
