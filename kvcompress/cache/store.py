@@ -133,7 +133,7 @@ class DenseStore:
         if used.length is not None:
             return self._attend_in_place(query, scaling, used.length)
         keys, values = self.padded(self.capacity if used.width is None else used.width)
-        if used.bias is None and query.element_size() < 4:  # half precision: more work to share among threads
+        if used.bias is None and query.element_size() < 4:  # threads of a CPU share query heads better than key heads
             return attention(query, keys, values, scaling, causal=False)
         grouped = by_key_head(query, keys.shape[1])
         bias = None if used.bias is None else used.bias[..., : keys.shape[2]].expand(-1, keys.shape[1], -1, -1)
