@@ -67,7 +67,12 @@ CASES: dict[str, dict[str, Any]] = {
         "lengths": LENGTHS,
     },
     "k8v4, which turns back what it reads": {"config": "full", "quantizer": {**_FOUR_BITS, "name": "k8v4"}},
-    "a quantizer of one's own": {"config": "full", "quantizer": Halves(group=4, residual=12), "lengths": LENGTHS},
+    "a quantizer of one's own": {
+        "config": "full",
+        "quantizer": Halves(group=4, residual=12),
+        "lengths": LENGTHS,
+        "tolerance": 2e-3,
+    },
     "prefixkv, as kernels are called": {"config": "prefixkv", "budget": 0.5, "lengths": LENGTHS, "kernels": True},
 }
 
@@ -87,9 +92,17 @@ def main() -> None:
 
 
 def check(
-    model: PreTrainedModel, name: str, lengths: list[int] | None = None, kernels: bool = False, **fields: Any
+    model: PreTrainedModel,
+    name: str,
+    lengths: list[int] | None = None,
+    kernels: bool = False,
+    tolerance: float = 1e-4,
+    **fields: Any,
 ) -> None:
-    """Eager and compiled generation agree, and the second compiled cache needs no graph of its own."""
+    """Eager and compiled generation agree, and the second compiled cache needs no graph of its own.
+
+    Where numbers are stored in half precision, one may round to the next, which the tolerance allows.
+    """
     ids, mask = tiny.token_ids(2, TOKENS, seed=1), torch.ones(2, TOKENS, dtype=torch.long)
     for row, length in enumerate(lengths or []):
         mask[row, : TOKENS - length] = 0
@@ -106,7 +119,7 @@ def check(
         assert not counters["graph_break"], f"{name}: {counters['graph_break']}"
         for one, other in zip(cache.layers, plain.layers, strict=True):
             for found, wanted in zip((one.keys, one.values), (other.keys, other.values), strict=True):
-                torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(found, wanted, atol=tolerance, rtol=1e-4)
 
 
 @torch.no_grad()

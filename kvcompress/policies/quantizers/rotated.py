@@ -18,16 +18,17 @@ class Turned(Affine):
     """Base of quantizers that encode the product of keys and values with a Hadamard matrix."""
 
     def turned(self, tensor: Tensor) -> Tensor:
-        """Each slot times H, in float32."""
-        dim = tensor.shape[-1]
-        size = dim & -dim
-        blocks = tensor.float().reshape(*tensor.shape[:-1], dim // size, size)
-        return (blocks @ _hadamard(size, tensor.device)).reshape(tensor.shape)
+        """Each slot times H, in float32, summed in float64: so a slot is what it would be alone, to the last bit.
+
+        A product in float32 adds up in another order, by the number of slots, and a group's scales must not depend on
+        what lies beside it.
+        """
+        return _times_hadamard(tensor.double()).float()
 
     def decode(self, codes: Codes) -> Keys:
         """Rescales in float32 and turns back."""
         shift = None if codes.shift is None else codes.shift.float()
-        return self.turned(decoded(codes.data, codes.scale.float(), shift, codes.dim)).to(codes.scale.dtype)
+        return _times_hadamard(decoded(codes.data, codes.scale.float(), shift, codes.dim)).to(codes.scale.dtype)
 
 
 @QUANTIZERS.register("rotated")
@@ -59,13 +60,20 @@ class Rotated(Turned):
         return self.bits
 
 
+def _times_hadamard(tensor: Tensor) -> Tensor:
+    """Each slot times H, in the dtype given."""
+    dim = tensor.shape[-1]
+    size = dim & -dim
+    blocks = tensor.reshape(*tensor.shape[:-1], dim // size, size)
+    return (blocks @ _hadamard(size, tensor.device, tensor.dtype)).reshape(tensor.shape).mul_(size**-0.5)
+
+
 @functools.cache
-def _hadamard(size: int, device: torch.device) -> Tensor:
-    """The Walsh-Hadamard matrix of unit rows, `[size, size]`, float32."""
+def _hadamard(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """The Walsh-Hadamard matrix of ones and minus ones, `[size, size]`."""
     with torch.inference_mode(False):
         number = torch.arange(size, device=device)
         both, parity = number & number[:, None], torch.zeros(size, size, dtype=torch.long, device=device)
         for bit in range(size.bit_length()):
             parity ^= both >> bit & 1
-        signs: Tensor = (1 - 2 * parity).float()
-        return signs.mul_(size**-0.5)
+        return (1 - 2 * parity).to(dtype)
