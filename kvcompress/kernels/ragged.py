@@ -86,9 +86,12 @@ def write_slots(
         keys.index_copy_(0, at, key.reshape(-1, key.shape[3]))
         values.index_copy_(0, at, value.reshape(-1, value.shape[3]))
         return
-    batch, kv_heads = key.shape[:2]
-    numbers = _rows_and_heads.__wrapped__ if torch.compiler.is_compiling() else _rows_and_heads
-    rows, heads = numbers(batch, kv_heads, key.device)
+    if torch.compiler.is_compiling():
+        at = slot[:, :, None, None]
+        keys.scatter_(2, at.expand(key.shape), key)
+        values.scatter_(2, at.expand(value.shape), value)
+        return
+    rows, heads = _rows_and_heads(*key.shape[:2], key.device)
     keys.index_put_((rows, heads, slot), key[:, :, 0])  # in half precision on a CPU, scatter_ copies whole buffers
     values.index_put_((rows, heads, slot), value[:, :, 0])
 

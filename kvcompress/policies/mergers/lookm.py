@@ -56,14 +56,16 @@ class LookM(Merger):
         """Each rule is a weighted sum; values have the weights of their keys."""
         pairs = most_similar(layer, self.within_modality)
         own = torch.ones(1, 1, 1, dtype=torch.float32, device=layer.keys.device)
-        weights, divisor = (own, own), pairs.count + 1
-        if self.rule == "pivotal":
-            weights = own + pairs.count / 2, own / 2
-        elif self.rule == "weighted":
-            weights = own, pairs.similarity
-        elif self.rule == "mass":
+        if self.rule == "mass":
             pairs, share = _by_mass(layer, pairs)
             weights, divisor = (own, share), pairs.total(share) + 1
+        else:
+            count = pairs.count
+            weights, divisor = (own, own), count + 1
+            if self.rule == "pivotal":
+                weights = own + count / 2, own / 2
+            elif self.rule == "weighted":
+                weights = own, pairs.similarity
         keys, values = (pairs.fold(tensor, *weights, divisor) for tensor in (layer.keys, layer.values))
         return Merged(keys, values)
 
