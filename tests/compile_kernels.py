@@ -104,7 +104,8 @@ def codes_case(dtype: torch.dtype, head_dim: int, group: int, bits: int) -> Case
     """The kernel over codes, with keys in groups of 64 tokens and values in runs of 64 dimensions."""
     name = _TYPES[dtype]
     pointers = {"K": "*u8", "V": "*u8", "K_ROWS": "*i32", "V_ROWS": "*i32", "LENGTH": "*i64", "OUT": "*fp32"}
-    pointers |= {"START": "*i64"}
+    pointers |= {"START": "*i64", "DENSE_LENGTH": "*i64", "DENSE_START": "*i64"}
+    pointers |= dict.fromkeys(("DENSE_K", "DENSE_V"), f"*{name}")
     pointers |= dict.fromkeys(("Q", "K_SCALE", "K_SHIFT", "V_SCALE", "V_SHIFT"), f"*{name}") | {"LSE": "*fp32"}
     words = triton_codes.words_of(head_dim, bits, False, dtype)
     pointers |= dict.fromkeys(("K", "V"), "*i16" if words["STEP"] == 2 else "*u8")
@@ -119,6 +120,8 @@ def codes_case(dtype: torch.dtype, head_dim: int, group: int, bits: int) -> Case
     }
     constants |= {"V_HAS_ROWS": False, "K_SLOTS": 64, "V_SLOTS": 1, "K_SHARED": 1, "V_SHARED": min(head_dim, 64)}
     constants |= {"HAS_LENGTH": True, "HAS_START": bits == 4, "PRECISION": "ieee"}  # without gaps once is enough
+    constants |= {"HAS_DENSE": True, "HAS_DENSE_LENGTH": True}
+    constants |= triton_codes.dense_tile(head_dim, group, dtype.itemsize)
     constants |= {"PRECISION": "tf32x3"} if dtype == torch.float32 else {}
     return (
         triton_codes.codes_kernel,

@@ -14,17 +14,16 @@ from kvcompress.kernels.device import launching, multiprocessors, powers
 _MOST_SPLITS = 128
 
 
-@triton.jit(do_not_specialize=["slots", "splits"])
+@triton.jit
 @no_type_check
-def decode_kernel(
+def dense_share(
     Q, K, V, LENGTH, START, OUT, LSE, scale, slots, q_row, q_head, k_row, k_head, k_slot, v_row, v_head, v_slot,
-    length_row, length_head, splits,
+    length_row, length_head, pair, split, splits, part,
     HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr,
     CHUNK: tl.constexpr, VALUE_D: tl.constexpr, VALUE_DIMS: tl.constexpr, HAS_LENGTH: tl.constexpr,
     HAS_START: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One program: one key/value head of one row (`HEADS` of them), one share of its slots in use."""
-    pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Attention over share `split` of the slots in use of one key/value head of one row, written as `part`."""
     row, head = pair // HEADS, pair % HEADS
     used = slots
     if HAS_LENGTH:
@@ -63,10 +62,28 @@ def decode_kernel(
         total, top = total * keep + tl.sum(p, 1), new
     seen = total > 0
     total = tl.where(seen, total, 1.0)
-    at = (split * tl.num_programs(0) + pair) * GROUP + member
+    at = (part * tl.num_programs(0) + pair) * GROUP + member
     out_mask = (member < GROUP)[:, None] & (value_dim < VALUE_D)[None, :]
     tl.store(OUT + at[:, None] * VALUE_D + value_dim[None, :], summed / total[:, None], mask=out_mask)
     tl.store(LSE + at, tl.where(seen, top + tl.log(total), float("-inf")), mask=member < GROUP)
+
+
+@triton.jit(do_not_specialize=["slots", "splits"])
+@no_type_check
+def decode_kernel(
+    Q, K, V, LENGTH, START, OUT, LSE, scale, slots, q_row, q_head, k_row, k_head, k_slot, v_row, v_head, v_slot,
+    length_row, length_head, splits,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, D: tl.constexpr, DIMS: tl.constexpr,
+    CHUNK: tl.constexpr, VALUE_D: tl.constexpr, VALUE_DIMS: tl.constexpr, HAS_LENGTH: tl.constexpr,
+    HAS_START: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program: one key/value head of one row (`HEADS` of them), one share of its slots in use."""
+    pair, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    dense_share(
+        Q, K, V, LENGTH, START, OUT, LSE, scale, slots, q_row, q_head, k_row, k_head, k_slot, v_row, v_head, v_slot,
+        length_row, length_head, pair, split, splits, split, HEADS, GROUP, GROUP_BLOCK, D, DIMS, CHUNK, VALUE_D,
+        VALUE_DIMS, HAS_LENGTH, HAS_START, BLOCK, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["heads", "splits"])
@@ -129,67 +146,11 @@ def merge_splits(parts: Tensor, lse: Tensor, out: Tensor) -> Tensor:
     return out
 
 
-def attend_splits(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scaling: float,
-    length: Tensor | None,
-    splits: int,
-    parts: Tensor,
-    lse: Tensor,
-    start: Tensor | None = None,
-    most: int = 0,
-) -> None:
-    """Attention of one query of each head over the slots in use, a share at a time.
-
-    Args:
-        query: `[batch, heads, head_dim]` in the dtype of keys and values.
-        keys: `[batch, kv_heads, slots, head_dim]`, or, with `start`, `[all slots, head_dim]`.
-        values: `[batch, kv_heads, slots, value_dim]`, or `[all slots, value_dim]`.
-        scaling: factor on the logits.
-        length: slots in use, `[batch, 1 or kv_heads]`; None if all are.
-        splits: shares.
-        parts: where the output of each share goes, float32 `[splits, batch * heads, value_dim]`.
-        lse: where its log-sum-exp goes, `[splits, batch * heads]`; minus infinity where a share is empty.
-        start: where the slots of each row and key/value head begin, `[batch, kv_heads]`, contiguous.
-        most: with `start`, slots of the row and head that has most.
-    """
-    (batch, kv_heads, slots), (heads, head_dim), value_dim = (
-        shape_of(keys, start, most),
-        query.shape[1:],
-        values.shape[-1],
-    )
-    group = heads // kv_heads
-    query, keys, values = launching(query), launching(keys), launching(values)
-    tile: dict[str, Any] = blocks(head_dim, value_dim, keys.element_size())
-    decode_kernel[(batch * kv_heads, splits)](
-        query,
-        keys,
-        values,
-        lse if length is None else length,
-        lse if start is None else start,
-        parts,
-        lse,
-        scaling,
-        slots,
-        *query.stride()[:2],
-        *(keys.stride()[:3] if start is None else (0, 0, keys.stride(0))),
-        *(values.stride()[:3] if start is None else (0, 0, values.stride(0))),
-        *strides_over_heads(length),
-        splits,
-        HEADS=kv_heads,
-        GROUP=group,
-        GROUP_BLOCK=powers(group),
-        D=head_dim,
-        DIMS=powers(head_dim),
-        VALUE_D=value_dim,
-        VALUE_DIMS=powers(value_dim),
-        HAS_LENGTH=length is not None,
-        HAS_START=start is not None,
-        PRECISION="tf32x3" if keys.dtype == torch.float32 else "ieee",
-        **tile,
-    )
+def strides_of(buffer: Tensor | None, start: Tensor | None) -> tuple[int, ...]:
+    """Steps from one row, key/value head and slot to the next; one row and head holds all where `start` is given."""
+    if buffer is None:
+        return (0, 0, 0)
+    return buffer.stride()[:3] if start is None else (0, 0, buffer.stride(-2))
 
 
 def strides_over_heads(length: Tensor | None) -> tuple[int, int]:
@@ -215,11 +176,39 @@ def decode(
     """Attention as in `decode_attention`, over keys and values in the query's dtype."""
     batch, heads, _, head_dim = query.shape
     value_dim = values.shape[-1]
-    tile, (_, kv_heads, most) = blocks(head_dim, value_dim, keys.element_size())["BLOCK"], shape_of(keys, start, slots)
-    splits = splits_of(batch * kv_heads, most, tile, keys.device)
+    tile: dict[str, Any] = blocks(head_dim, value_dim, keys.element_size())
+    _, kv_heads, most = shape_of(keys, start, slots)
+    splits = splits_of(batch * kv_heads, most, tile["BLOCK"], keys.device)
     parts = torch.empty(splits, batch * heads, value_dim, dtype=torch.float32, device=keys.device)
     lse = torch.empty(splits, batch * heads, dtype=torch.float32, device=keys.device)
-    attend_splits(query.squeeze(2), keys, values, scaling, length, splits, parts, lse, start, slots)
+    query, keys, values = launching(query.squeeze(2)), launching(keys), launching(values)
+    decode_kernel[(batch * kv_heads, splits)](
+        query,
+        keys,
+        values,
+        lse if length is None else length,
+        lse if start is None else start,
+        parts,
+        lse,
+        scaling,
+        most,
+        *query.stride()[:2],
+        *strides_of(keys, start),
+        *strides_of(values, start),
+        *strides_over_heads(length),
+        splits,
+        HEADS=kv_heads,
+        GROUP=heads // kv_heads,
+        GROUP_BLOCK=powers(heads // kv_heads),
+        D=head_dim,
+        DIMS=powers(head_dim),
+        VALUE_D=value_dim,
+        VALUE_DIMS=powers(value_dim),
+        HAS_LENGTH=length is not None,
+        HAS_START=start is not None,
+        PRECISION="tf32x3" if keys.dtype == torch.float32 else "ieee",
+        **tile,
+    )
     out = torch.empty(batch, heads, 1, value_dim, dtype=query.dtype, device=keys.device)
     merge_splits(parts, lse, out.view(batch * heads, -1))
     return out
