@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvcompress import Budget, CompressedCache, CompressionConfig, KVCompressError
+from kvcompress.cache.argument import cache_argument
 from kvcompress.evaluation import evaluate
 from kvcompress.evaluation.benchmark import benchmark
 from kvcompress.evaluation.calibration import calibrate
@@ -96,6 +97,30 @@ def test_each_head_keeps_what_repeating_the_prompt_looks_at(name: str, chunk: in
     dense = Reference(name)
     dense.run(inputs, [])
     dense.check_stored(cache)
+
+
+def test_a_question_does_not_outdo_what_the_repetition_looked_at() -> None:
+    """Of a second turn too a slot has the highest probability that any query gave it, by dense attention."""
+    inputs, tokenizer = tiny.inputs("llama", 50, seed=4), Tokenizer()
+    question = {"input_ids": tiny.inputs("llama", 7, seed=5)["input_ids"]}
+    cache = CompressedCache(tiny.model("llama"), CONFIG)
+    cache.score_by_reconstruction(tokenizer, inputs)
+    best = highest("llama", inputs, fed(tokenizer, inputs["input_ids"][0].tolist(), 2048), 2048)
+    before, dense = held(cache), Reference("llama")
+    dense.run(inputs, [])
+    dense.run(question, before)
+    tiny.model("llama")(**question, **cache_argument(cache))
+    lost = 0
+    for layer, module in enumerate(dense.layers):
+        weights = module.weights[0].unflatten(0, (dense.kv_heads, -1)).flatten(1, 2).amax(1)
+        for head, asked in enumerate(weights.tolist()):
+            scores = [max(one, other) for one, other in zip(asked, best[layer][head].tolist() + [0.0] * 7, strict=True)]
+            there = {*before[layer][0][head], *range(50, 57)}
+            loose = sorted(there - {0, 55, 56}, key=lambda column: -scores[column])
+            assert sorted(held(cache)[layer][0][head]) == sorted([0, 55, 56, *loose[:9]])
+            by_question = sorted(there - {0, 55, 56}, key=lambda column: -asked[column])
+            lost += set(loose[:9]) != set(by_question[:9])
+    assert lost  # so that the question alone would have chosen otherwise
 
 
 class Whole(KVzip):

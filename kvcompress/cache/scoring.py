@@ -170,11 +170,13 @@ def scores_by(scorer: Scorer, step: Prefill, context: LayerContext, part: slice 
 
 
 def learn(layer: CompressedLayer, scorer: Scorer, scores: Tensor) -> None:
-    """Gives all slots of a layer their scores, on top of those that they have if the scorer accumulates."""
-    if scorer.accumulates and layer.scores is not None:
+    """Gives all slots of a layer their scores, with those that they have where earlier forwards count too."""
+    over = scorer.over_forwards
+    if over != "last" and layer.scores is not None:
         assert layer.index is not None
-        known = layer.scores
+        known, none = layer.scores, 0.0 if over == "sum" else -torch.inf
         unscored = layer.sequence.unscored_before(layer.index[..., : known.shape[2]])
-        known = known if unscored is None else known.masked_fill(unscored, 0.0)
-        scores = scores + F.pad(known, (0, scores.shape[2] - known.shape[2]))
+        known = known if unscored is None else known.masked_fill(unscored, none)
+        known = F.pad(known, (0, scores.shape[2] - known.shape[2]), value=none)
+        scores = scores + known if over == "sum" else scores.maximum(known)
     layer.scores = scores

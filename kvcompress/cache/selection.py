@@ -45,7 +45,7 @@ def importance_of(
     if type(scorer).importance is not Scorer.importance:
 
         def queries() -> Tensor:
-            return sequence.queries_on(index, last=not scorer.accumulates, layer=layer)
+            return sequence.queries_on(index, last=scorer.over_forwards == "last", layer=layer)
 
         asked = queries() if step is None else step.once(f"queries {sequence.stage_of(layer)}", index, queries)
         with policy_errors(scorer, layer):

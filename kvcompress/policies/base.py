@@ -67,9 +67,9 @@ class Scorer(Policy):
     independent: ClassVar[bool] = False
 
     @property
-    def accumulates(self) -> bool:
-        """Whether scores of a later forward add to the ones a slot has; if not, they replace them."""
-        return False
+    def over_forwards(self) -> Literal["last", "sum", "highest"]:
+        """What counts of the scores that one forward after the other gives a slot."""
+        return "last"
 
     @property
     def protects(self) -> int:
@@ -102,12 +102,12 @@ class Scorer(Policy):
         return self.score(layer)[..., part]
 
     def importance(self, score: Importance, queries: Int[Tensor, "batch sets tokens"]) -> Importance:
-        """Turns accumulated scores into the importance that allocators and evictors rank.
+        """Turns scores into the importance that allocators and evictors rank.
 
         Args:
-            score: what `score` returned, added up over forwards if the scorer accumulates.
+            score: what `score` returned, in the last forward or over all of them, as `over_forwards` says.
             queries: number of queries that saw each slot's token, its own included, in the forwards that scored it (the
-                last one alone unless the scorer accumulates); at least 1.
+                last one alone where `over_forwards` is "last"); at least 1.
 
         Returns:
             Importance of the same shape; by default the scores themselves.

@@ -64,9 +64,9 @@ class Attention(Scorer):
         return fields
 
     @property
-    def accumulates(self) -> bool:
+    def over_forwards(self) -> Literal["last", "sum", "highest"]:
         """Scores of the last queries replace earlier ones, sums go on."""
-        return not self.queries.startswith(("window", "post_vision"))
+        return "last" if self.queries.startswith(("window", "post_vision")) else "sum"
 
     @property
     def reads_modality(self) -> bool:

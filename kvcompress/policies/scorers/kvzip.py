@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from kvcompress.kernels import highest_probability
 from kvcompress.policies.base import Scorer
@@ -18,7 +18,8 @@ class KVzip(Scorer):
     `CompressedCache.score_by_reconstruction`, which reads a prompt, asks the model to repeat it part by part, and
     scores each part by the queries of its own repetition: so what is kept depends on no question. Probabilities are
     those of a softmax over the first tokens, the part, and the repetition, as published. In other forwards their own
-    queries are taken, and probabilities are those over everything held.
+    queries are taken, and probabilities are those over everything held; a slot keeps the highest that any forward gave
+    it, so that a question does not outdo what the repetition found.
 
     *Deviates:* the first tokens are four, and a system prompt is repeated like the rest; in the released code they are
     the system prompt, which is kept whole. Parts have 512 tokens, not 2,000. The code then compares heads and layers,
@@ -30,6 +31,11 @@ class KVzip(Scorer):
     reads_attention: ClassVar[bool] = True
     reconstructs: ClassVar[bool] = True
     one_axis: ClassVar[bool] = True  # the repetition is read at the positions that follow
+
+    @property
+    def over_forwards(self) -> Literal["last", "sum", "highest"]:
+        """The highest attention is that of any query so far."""
+        return "highest"
 
     def score(self, layer: LayerContext) -> Importance:
         """Costs queries x tokens x head_dim, a tile of queries at a time."""
