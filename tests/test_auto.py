@@ -22,6 +22,7 @@ from kvcompress.config.auto import SHORT, Prompt
 from kvcompress.evaluation import evaluate
 from kvcompress.reuse.chat import Chat
 from tests import checkpoints, tiny
+from tests.vision import FAMILIES
 
 pytestmark = pytest.mark.quick
 HOW: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False}
@@ -292,3 +293,49 @@ def test_it_is_the_default_everywhere() -> None:
     with compressing(tiny.model("llama")) as session:
         tiny.model("llama").generate(**tiny.inputs("llama", 20, seed=1), **HOW)
     assert session.config.auto and session.reports[0].preset == TEXT
+
+
+# -- documents ---------------------------------------------------------------------------------------------------------
+
+STORY = "The red key is under the green mat. The dog sleeps in the garden, and the cat is out. " * 2
+
+
+def document(**fields: Any) -> Document:
+    return Document(checkpoints.text_model(), checkpoints.text_tokenizer(), STORY, budget=0.4, **fields)
+
+
+def test_a_document_of_text_is_repeated() -> None:
+    """Nobody knows yet what will be asked; it is then what the preset makes of it."""
+    chosen, named = document(), document(config="kvzip")
+    note = chosen.report().notes[0]
+    assert chosen.report().preset == "kvzip"
+    assert note.startswith("auto chose kvzip: ") and "nobody knows yet what will be asked" in note
+    assert told_apart(chosen.report()) == told_apart(named.report())
+    assert chosen.ask("where is the key?", max_new_tokens=5) == named.ask("where is the key?", max_new_tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "preset"),
+    [
+        ({"quantizer": "quanto4"}, "kvzip"),
+        ({"scorer": "kvzip"}, "kvzip"),
+        ({"scorer": "snapkv"}, TEXT),
+        ({"allocator": "prefix"}, TEXT),
+    ],
+)
+def test_a_document_is_repeated_where_nothing_else_was_set(fields: dict[str, Any], preset: str) -> None:
+    assert document(**fields).report().preset == preset
+
+
+@pytest.mark.parametrize("name", ["llama", "lfm2", *(name for name, family in FAMILIES.items() if family.axes > 1)])
+def test_models_that_cannot_repeat_are_not_asked_to(name: str) -> None:
+    cache = CompressedCache(tiny.model(name), "auto", budget=0.4)
+    cache.choose_for_questions(tiny.inputs("llama", LONG, seed=1))
+    assert cache.config.scorer.reconstructs == (name == "llama")  # type: ignore[union-attr]
+
+
+def test_short_documents_and_images_are_not_repeated() -> None:
+    for name, tokens in (("llama", SHORT), ("llava_36", LONG)):
+        cache = CompressedCache(tiny.model(name), "auto", budget=0.4)
+        cache.choose_for_questions(tiny.inputs(name, tokens, seed=1))
+        assert not cache.config.scorer.reconstructs  # type: ignore[union-attr]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 
-from kvcompress.cache import attention, hooks, loading, prefill, saving, tables, undoing
+from kvcompress.cache import attention, choosing, hooks, loading, prefill, saving, tables, undoing
 from kvcompress.cache.allocation import Allocation
 from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.axes import check_axes
@@ -219,6 +219,17 @@ class CompressedCache(Forwards, CacheContract):
         To be called in every process where several share the heads.
         """
         undoing.compress(self._state)
+
+    def choose_for_questions(self, inputs: Mapping[str, Any]) -> None:
+        """Lets `auto` choose for a prompt that is about to be read, and asked about only later, as a `Document` is.
+
+        For text that is the scorer `kvzip`, with which `score_by_reconstruction` then reads the prompt, wherever nothing
+        else was set and the model can repeat it. Changes nothing for another configuration.
+
+        Args:
+            inputs: what the model is about to be called with.
+        """
+        choosing.for_document(self._state, self.model(), self._adapter, dict(inputs))
 
     def score_by_reconstruction(self, tokenizer: Any, inputs: Mapping[str, Any], *, chunk: int = 512) -> None:
         """Reads a prompt, asks the model to repeat it, and keeps what that looks at: compression without a question.

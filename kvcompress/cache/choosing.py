@@ -14,7 +14,9 @@ from kvcompress.config.auto import Prompt
 from kvcompress.integrations import Adapter
 
 
-def for_turn(state: CacheState, model: PreTrainedModel, adapter: Adapter, inputs: dict[str, Any]) -> None:
+def for_turn(
+    state: CacheState, model: PreTrainedModel, adapter: Adapter, inputs: dict[str, Any], repeats: bool = False
+) -> None:
     """Chooses for the prompt that `generate` was given, which it may read in chunks.
 
     Args:
@@ -22,6 +24,7 @@ def for_turn(state: CacheState, model: PreTrainedModel, adapter: Adapter, inputs
         model: the model that generates.
         adapter: its own.
         inputs: what `generate` was given.
+        repeats: as in `Prompt`.
     """
     shape, ids, mask = shape_of(inputs), inputs.get("input_ids"), inputs.get("attention_mask")
     if not state.asked.auto or state.sequence.seen or shape is None:
@@ -30,8 +33,21 @@ def for_turn(state: CacheState, model: PreTrainedModel, adapter: Adapter, inputs
     if isinstance(mask, Tensor) and mask.ndim == 2:
         tokens = int((mask != 0).sum(1).max())
     is_image = adapter.image_tokens(model, ids) if isinstance(ids, Tensor) else None
-    state.whole_prompt = Prompt(tokens, is_image is not None and bool(is_image.any()))
+    state.whole_prompt = Prompt(tokens, is_image is not None and bool(is_image.any()), repeats)
     state.choose(state.whole_prompt)
+
+
+def for_document(state: CacheState, model: PreTrainedModel, adapter: Adapter, inputs: dict[str, Any]) -> None:
+    """Chooses for a prompt that is about to be read by itself, before anyone knows what will be asked about it.
+
+    Scores by repetition are chosen where nothing else was asked for and the model can do it.
+    """
+    given, scorer = state.asked.given.keys(), state.asked.scorer
+    free = not given & {"allocator", "reducer"} and (
+        "scorer" not in given or (scorer is not None and scorer.reconstructs)
+    )
+    able = state.own.goes_back and adapter.position_axes == 1 and inputs.get("token_type_ids") is None
+    for_turn(state, model, adapter, inputs, repeats=free and able)
 
 
 def for_forward(state: CacheState, positions: int, mask: Mask | None) -> None:

@@ -16,10 +16,12 @@ class Prompt:
     Attributes:
         tokens: of its longest row, padding left out.
         has_image: whether any row has an image token.
+        repeats: whether questions come later, and the model can be asked to repeat the prompt before.
     """
 
     tokens: int
     has_image: bool
+    repeats: bool = False
 
     @property
     def is_short(self) -> bool:
@@ -28,7 +30,8 @@ class Prompt:
 
     def __str__(self) -> str:
         """The facts in words."""
-        return f"the first prompt has {self.tokens:,} tokens, {'some' if self.has_image else 'none'} of an image"
+        asked = ", and nobody knows yet what will be asked" if self.repeats else ""
+        return f"the first prompt has {self.tokens:,} tokens, {'some' if self.has_image else 'none'} of an image{asked}"
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ TEXT = (
     ),
     Candidate("streaming"),
 )
+DOCUMENT = (
+    Candidate("kvzip"),
+    Candidate("kvzip", {"evictor": {"name": "topk", "granularity": "head", "decode": "fixed_point"}}, _QUANTIZED),
+    *TEXT,
+)
 _UNMERGED = "nothing is merged, since what is set leaves nothing to merge, or no scores to do it by"
 IMAGE = (
     Candidate("image"),
@@ -67,7 +75,9 @@ IMAGE = (
 
 def candidates(prompt: Prompt) -> tuple[Candidate, ...]:
     """What suits a prompt, best first."""
-    return IMAGE if prompt.has_image else TEXT
+    if prompt.has_image:
+        return IMAGE
+    return DOCUMENT if prompt.repeats and not prompt.is_short else TEXT
 
 
 KINDS = (Prompt(2 * SHORT, False), Prompt(2 * SHORT, True))  # one prompt of each kind that there is

@@ -25,9 +25,10 @@ class Document:
     """Text, images or both, in a compressed cache; questions are answered on copies of it.
 
     The document is compressed by itself, before any question is known, so that what is kept serves every question
-    alike. Policies that look at the last tokens of a prompt (`snapkv`, `tova`, `text`) see the document's end there;
-    `scorer="kvzip"`, made for questions that nobody knows yet, lets the model repeat the document and keeps what that
-    looks at, which takes two to three times as long.
+    alike. So text is compressed by `kvzip` unless something else is asked for: the model repeats the document, and what
+    that looks at is kept; reading takes two to three times as long. Policies that look at the last tokens of a prompt
+    (`snapkv`, `tova`, `text`) see the document's end there. Documents with images, short ones, and models that cannot
+    repeat are compressed as `auto` compresses any prompt.
 
     Args:
         model: a model that a `CompressedCache` can serve.
@@ -66,6 +67,7 @@ class Document:
         inputs, self._after = self._prompter.document(text, images)
         self.cache = CompressedCache(model, config, **overrides)
         self._ids = inputs["input_ids"]
+        self.cache.choose_for_questions(inputs)
         scorer = self.config.scorer
         if scorer is not None and scorer.reconstructs:
             self.cache.score_by_reconstruction(self._prompter.tokenizer, inputs)
