@@ -123,7 +123,7 @@ class Forwards(Observes, hooks.ReducesTokens):
                 "another batch, or batch_repeat_interleave / batch_select_indices to change the rows"
             )
         if state.waiting is not None:
-            self._stop_recording()  # nobody cropped after the last forward, so nobody is rolling back
+            undoing.stop_recording(state, entered=True)  # nobody cropped, so nobody is rolling back
         (says, self._mask), (layout, self._layout) = (self._mask, None), (self._layout, None)
         if queries == 1 and state.sequence.seen and says is None:
             decoding.begin(state)
@@ -131,12 +131,6 @@ class Forwards(Observes, hooks.ReducesTokens):
             says = says or Mask(None, None, np.full(batch, queries), None)
             tower = None if layout is None else self._seen_by_tower()
             prefill.begin(state, queries, device, says, layout, tower)
-
-    def _stop_recording(self) -> None:
-        """Lets what waited for `crop` happen, which nobody calls any more."""
-        self._state.recording = False
-        undoing.compress(self._state, entered=True)
-        self._state.own.record(False)
 
     def _end(self) -> None:
         """Brings every layer within its budget that is not yet, and forgets the step."""

@@ -248,16 +248,31 @@ class HeldTokens:
         """Reorders, repeats or drops rows."""
         if self.index is None:
             return
+        packed, width = self.store.packed, self.index.shape[2]
         self.store.select_rows(index, rows)
         self.held, self.pinned = self.held[rows], self.pinned[rows] if len(self.pinned) else self.pinned
         for name in ("index", "scores", "merger_state"):
             tensor = getattr(self, name)
             if tensor is not None:
                 setattr(self, name, tensor.index_select(0, index.to(tensor.device)))
+        self._drop_columns(packed, width)
         if self.recent is not None:
             self.recent.select_rows(index)
         for name, known in self.statistics.items():
             self.statistics[name] = known.index_select(0, index.to(known.device))
+
+    def _drop_columns(self, packed: int, width: int) -> None:
+        """Leaves out of `width` columns, `packed` of them packed, those that only rows had which are gone."""
+        assert self.index is not None
+        now, slots = self.store.packed, min(width - packed, self.store.capacity)
+        self.slots = min(self.slots, self.store.capacity)
+        if now + slots == width:
+            return
+        stay = torch.cat([torch.arange(now), torch.arange(packed, packed + slots)])
+        self.index = self.index.index_select(2, sent(stay, self.index.device))
+        if self.scores is not None:
+            scores = F.pad(self.scores, (0, width - self.scores.shape[2]))  # tokens that came since have none
+            self.scores = scores.index_select(2, sent(stay, scores.device))
 
     def saved(self) -> dict[str, Any]:
         """What has to be kept to go on elsewhere."""

@@ -102,13 +102,14 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         valid, last = self.valid(step), None if step.last_seen is None else step.last_seen.to(query.device)
         if step.part is not None:
             near = Near.of(step.part, past)
-            output, of_near = near.attend(query, *self.every_slot(), softmax, valid, last)
-            return output, Unscored(query, of_near, softmax.scaling, softmax.softcap, self.weights, last)
+            output, near_lse = near.attend(query, *self.every_slot(), softmax, valid, last)
+            shown = (softmax.scaling, softmax.softcap, self.weights, self.heads_part, last)
+            return output, Unscored(query, near_lse, *shown)
         wants_lse, blocks = reads_attention(self.config) or softmax.sinks is not None, self.store.blocks(self.slots)
         output, lse = attend_blocks(query, blocks, past, softmax.scaling, valid, wants_lse, softmax.softcap, last)
         if lse is not None:
             output, lse = with_sinks(output, lse, softmax.sinks)
-        return output, Unscored(query, lse, softmax.scaling, softmax.softcap, self.weights, last)
+        return output, Unscored(query, lse, softmax.scaling, softmax.softcap, self.weights, self.heads_part, last)
 
     def _remember(self, query: Tensor, softmax: Softmax, weights: Callable[[], LayerWeights]) -> None:
         """Takes note of what scores are found by between two forwards of several tokens, for evictors that ask then."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from kvcompress.cache import choosing, hooks, periods, tables, watching
+from kvcompress.cache import choosing, hooks, periods, tables, undoing, watching
 from kvcompress.cache.axes import check_positions, give_offset, take_offset
 from kvcompress.cache.capture import plan
 from kvcompress.cache.inputs import check_types, shape_of
@@ -37,6 +37,7 @@ class Observes(OfModel, hooks.ObservesInputs):
             raise ConfigError(f"decoding: must be 'captured', 'compiled' or 'eager'; got {decoding!r}")
         self._decoding, self.window, state.typed = decoding, adapter.window(model), adapter.typed
         self._in_turn = False  # of `generate`
+        self._recorded = False  # whether the past was recorded before that
         self._mask: Mask | None = None  # what the mask of the forward about to begin says, if anything
         self._layout: ImageLayout | None = None  # of the images of that forward
         self._watch: watching.Watch | None = None  # of the vision tower that makes their features
@@ -52,14 +53,18 @@ class Observes(OfModel, hooks.ObservesInputs):
             inputs: what `generate` was given.
 
         Raises:
-            CacheStateError: if the ids do not begin with what the cache has seen, or the mask does not cover it.
-            UnsupportedModeError: for a row of padding alone.
+            CacheStateError: if the ids do not begin with what the cache has seen, the mask does not cover it, or the
+                cache was made for another model.
+            UnsupportedModeError: for a row of padding alone, or a model that trains or attends otherwise by now.
         """
+        if all(part is not self.decoder() for part in model.modules()):
+            raise _of_another(model)
+        self.check_decoder()
         tables.catch_up_if_needed(self._state)
         check_turn(self.window, self._adapter, model, inputs)
         self._state.calls.turn(inputs, self._state.sequence.seen)
         give_offset(self._state.sequence, self._adapter, self._model())
-        self._in_turn = True
+        self._in_turn, self._recorded = True, self._state.recording
         self._begin_watching(inputs)
         choosing.for_turn(self._state, model, self._adapter, inputs)
 
@@ -101,10 +106,7 @@ class Observes(OfModel, hooks.ObservesInputs):
             return
         watching.end()
         if self.decoder() is not decoder:
-            raise CacheStateError(
-                f"cache: it was made for another model than this {type(decoder).__name__}; make a CompressedCache for "
-                "each model, also for a copy of one"
-            )
+            raise _of_another(decoder)
         tables.catch_up_if_needed(self._state)
         check_forward(self.window, self._adapter, self.model(), inputs, self._state.sequence.seen)
         if self._state.calls.decoder(inputs, self._state.sequence.seen):
@@ -141,6 +143,8 @@ class Observes(OfModel, hooks.ObservesInputs):
 
     def after_turn(self) -> None:
         """Does what the last step left to do, and forgets what `generate` was about to read and to generate."""
+        if self._state.recording and self._in_turn and not self._recorded and self._state.step is None:
+            undoing.stop_recording(self._state)  # an assistant's
         periods.cut_if_due(self._state, asks=True)
         self._state.calls.due, self._state.coming, self._state.whole_prompt = None, 0, None
         self._in_turn, self._watch = False, None
@@ -195,3 +199,10 @@ class Observes(OfModel, hooks.ObservesInputs):
         (watch, self._watch), (images, self._images_to_come) = (self._watch, None), (self._images_to_come, None)
         assert watch is not None
         return watch.by_position(self._adapter, self.model(), images)
+
+
+def _of_another(model: nn.Module) -> CacheStateError:
+    return CacheStateError(
+        f"cache: it was made for another model than this {type(model).__name__}; make a CompressedCache for each "
+        "model, also for a copy of one"
+    )

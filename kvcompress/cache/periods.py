@@ -95,7 +95,7 @@ def _score(layer: CompressedLayer, step: Prefill) -> None:
         output, lse = attend_blocks(query, blocks, past, recent.scaling, valid, True, recent.softcap)
         assert lse is not None
         _, lse = with_sinks(output, lse, recent.sinks)
-    of = Unscored(query, lse, recent.scaling, recent.softcap, layer.weights)
+    of = Unscored(query, lse, recent.scaling, recent.softcap, layer.weights, layer.heads_part)
     scores = scores_by(scorer, step, context_of(layer, step, of, keys, values, index, valid))
     if order is not None:
         scores = torch.empty_like(scores).scatter_(-1, order.expand_as(scores), scores)

@@ -40,7 +40,7 @@ def select(state: CacheState, operation: str, index: Tensor) -> None:
         len(rows) != before
         and state.config.budget.bytes is not None
         and state.allocation is not None
-        and not state.recording
     ):  # bytes are shared by all rows, so each one's share has changed
-        state.waiting = Phase.PREFILL
-        undoing.compress(state)
+        may_be_undone, state.waiting = state.recording and state.waiting is not None, Phase.PREFILL
+        if not may_be_undone:
+            undoing.compress(state)

@@ -35,6 +35,7 @@ class Unscored:
         scaling: factor on the logits.
         softcap: what they stay below; None if they are let be.
         weights: gives the layer's own weights.
+        heads_part: whether heads held different tokens by then.
         last_seen: number of the last of its tokens that each query sees, `[batch, queries]`; None if it is its own.
     """
 
@@ -43,6 +44,7 @@ class Unscored:
     scaling: float
     softcap: float | None
     weights: Callable[[], LayerWeights]
+    heads_part: bool
     last_seen: Tensor | None = None
 
     def of_rows(self, index: Tensor) -> Unscored:
@@ -112,8 +114,10 @@ def score(layer: CompressedLayer, step: Prefill, of: Unscored, gone: Counts | No
             layer.statistics[name] = layer.heads.mean(STATISTICS[name](context))
     if scorer is None:
         return
-    scores = scores_by(scorer, step, context)
-    learn(layer, scorer, scores if gone is None or not gone.any() else with_last(scores, gone))
+    scores, silent = scores_by(scorer, step, context), None
+    if valid is not None and layer.scores is not None:
+        silent = ~valid[..., -of.query.shape[2] :].any(-1, keepdim=True)
+    learn(layer, scorer, scores if gone is None or not gone.any() else with_last(scores, gone), silent)
 
 
 def score_part(layer: CompressedLayer, step: Prefill, part: slice) -> Tensor:
@@ -150,7 +154,7 @@ def context_of(
         weights=of.weights() if layer.config.scorer is not None else LayerWeights(),
         heads=layer.heads,
         softcap=of.softcap,
-        heads_part=layer.heads_part,
+        heads_part=of.heads_part,
         last_seen=of.last_seen,
     )
 
@@ -169,14 +173,27 @@ def scores_by(scorer: Scorer, step: Prefill, context: LayerContext, part: slice 
     return scores
 
 
-def learn(layer: CompressedLayer, scorer: Scorer, scores: Tensor) -> None:
-    """Gives all slots of a layer their scores, with those that they have where earlier forwards count too."""
+def learn(layer: CompressedLayer, scorer: Scorer, scores: Tensor, silent: Tensor | None = None) -> None:
+    """Gives all slots of a layer their scores, with those that they have where earlier forwards count too.
+
+    Args:
+        layer: the layer.
+        scorer: what scored.
+        scores: what it said of every slot.
+        silent: rows (and heads, or one set of all) of which this forward had no token, and said nothing,
+            `[batch, sets, 1]`; None if it had some of each.
+    """
     over = scorer.over_forwards
-    if over != "last" and layer.scores is not None:
+    if layer.scores is not None and (over != "last" or silent is not None):
         assert layer.index is not None
-        known, none = layer.scores, 0.0 if over == "sum" else -torch.inf
+        known, none = layer.scores, -torch.inf if over == "highest" else 0.0
         unscored = layer.sequence.unscored_before(layer.index[..., : known.shape[2]])
         known = known if unscored is None else known.masked_fill(unscored, none)
         known = F.pad(known, (0, scores.shape[2] - known.shape[2]), value=none)
-        scores = scores + known if over == "sum" else scores.maximum(known)
+        if over == "sum":
+            scores = scores + known
+        elif over == "highest":
+            scores = scores.maximum(known)
+        elif silent is not None:
+            scores = torch.where(silent, known, scores)
     layer.scores = scores

@@ -100,7 +100,8 @@ class Ranking:
         else:
             importance = self.importance
             if self.index.shape[1] > 1:
-                importance = _rank_by_rank(importance, self.index)
+                alike = (self.index == self.index[:, :1]).flatten(1).all(1)[:, None, None]  # as rows without others are
+                importance = torch.where(alike, importance, _rank_by_rank(importance, self.index))
             mean = importance.mean(1).view(shape)
         return mean, AllocationContext(valid=valid, protected=protected)
 

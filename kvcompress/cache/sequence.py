@@ -80,7 +80,8 @@ class Sequence(Positions):
             some = row_new > 0
             queries = np.where(some, row_new, self.scored.queries)
             self._unscored_before, self._scored_before = (self.scored.end, before), self.scored
-            self.scored = Scored(self.row_seen, queries, np.where(some, before, self.scored.first))
+            end = np.where(some, self.row_seen, self.scored.end)
+            self.scored = Scored(end, queries, np.where(some, before, self.scored.first))
         elif self.decoded and (self.decoded[-1][1] == before).all():
             self.decoded[-1] = (self.decoded[-1][0], self.row_seen)
         else:

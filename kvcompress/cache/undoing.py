@@ -120,6 +120,13 @@ def compress(state: CacheState, entered: bool = False) -> None:
             _let_go(state, step)
 
 
+def stop_recording(state: CacheState, entered: bool = False) -> None:
+    """Lets what waited for `crop` happen, which nobody calls any more; `entered` as for `compress`."""
+    state.recording = False
+    compress(state, entered)
+    state.own.record(False)
+
+
 def _let_go(state: CacheState, step: Prefill) -> None:
     """Lets the eviction that waited happen, if any did, and makes the table for what is left."""
     waiting, evictor = state.waiting, state.config.evictor

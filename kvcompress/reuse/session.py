@@ -106,11 +106,11 @@ def compressing(
         if not isinstance(model.__dict__.get("generate"), _Compressing):
             model.__dict__["generate"] = _Compressing(model)
         _open.append(session)
-    before = _inner.set((*_inner.get(), session))
+    _inner.set((*_inner.get(), session))
     try:
         yield session
-    finally:
-        _inner.reset(before)
+    finally:  # maybe in another thread or task than it was opened in
+        _inner.set(tuple(other for other in _inner.get() if other is not session))
         with _changing:
             session.is_open = False
             _open.remove(session)
