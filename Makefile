@@ -4,6 +4,8 @@
 PYTHON ?= python3
 # Arguments handed on to pytest: make test PYTEST_ARGS="-k prefix -x"
 PYTEST_ARGS ?=
+# What the suite runs with: two processes, and 300 seconds a test; PYTEST_ARGS come after it and so have the last word.
+PYTEST := pytest --numprocesses=2 --dist=worksteal --timeout=300
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -52,16 +54,16 @@ demo: $(STAMP) ## Compress a real model's cache and show what it costs and saves
 	$(BIN)/kvcompress demo --image
 
 test: $(STAMP) ## Run the tests
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(BIN)/$(PYTEST) $(PYTEST_ARGS)
 
 test-oldest: $(OLDEST_VENV)/.installed ## Run the quick tests on the oldest transformers in the range
-	$(OLDEST_VENV)/bin/pytest -m quick $(PYTEST_ARGS)
+	$(OLDEST_VENV)/bin/$(PYTEST) -m quick $(PYTEST_ARGS)
 
 test-newest: ## Run the quick tests on the newest release of every dependency, its warnings being errors
 	test -x $(NEWEST_VENV)/bin/python || $(PYTHON) -m venv $(NEWEST_VENV)
 	$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade "$(NEWEST_TORCH)"
 	$(NEWEST_VENV)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager "$(NEWEST_TORCH)" --editable ".[dev]"
-	$(NEWEST_VENV)/bin/pytest -m quick -W error -W "ignore:the budget of" $(PYTEST_ARGS)
+	$(NEWEST_VENV)/bin/$(PYTEST) -m quick -W error -W "ignore:the budget of" $(PYTEST_ARGS)
 
 lock: ## Renew constraints.txt; needs python3.10 to python3.13 on the PATH
 	$(PYTHON) tools/lock.py "$(TORCH)"

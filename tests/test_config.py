@@ -113,7 +113,19 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"scorer": {"windw": 3}}, "scorer: a dict needs the key 'name'"),
     ({"scorer": 3}, "scorer: must be a name, a dict with 'name' or a Scorer; got 3"),
     ({"scorer": Uniform()}, "scorer: must be a name"),
-    ({"scoorer": "attention"}, "scoorer: unknown field of CompressionConfig"),
+    (
+        {"scoorer": "attention"},
+        "scoorer: unknown field of CompressionConfig; did you mean 'scorer'? its fields: budget,",
+    ),
+    ({"colour": "red"}, "colour: unknown field of CompressionConfig; its fields: budget, scorer, allocator,"),
+    (
+        {"preset": "h2o"},
+        "preset: unknown field of CompressionConfig; a preset is the second argument, CompressedCache(",
+    ),
+    ({"preset": "h2o"}, "or CompressionConfig.preset('prefixkv'); its fields: budget,"),
+    ({"config": "h2o"}, "config: unknown field of CompressionConfig; a configuration is the second argument"),
+    ({"policy": "h2o"}, "policy: unknown field of CompressionConfig; a policy goes by its stage, as in allocator="),
+    ({"scorer": {"name": "attention", "querys": "all"}}, "unknown field of Attention; did you mean 'queries'? its"),
     ({"scorer": "none"}, "evictor topk: reads importance, but scorer is none"),
     ({"scorer": "none", "evictor": "streaming"}, "allocator prefix: reads importance, but scorer is none"),
     (
@@ -128,7 +140,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"quantizer": "quanto3"}, "quantizer quanto3: bits: Input should be 2, 4 or 8; got 3"),
     ({"quantizer": {"name": "quanto4", "bits": 8}}, "quantizer quanto4: the name says 4 bits, the field 8; give one"),
     ({"merger": "pivotal"}, "merger: 'pivotal' is now 'lookm' with rule='pivotal'"),
-    ({"quantizer": "quant4"}, "quantizer: unknown policy 'quant4'; did you mean 'quanto'?"),
+    ({"quantizer": "quant4"}, "quantizer: unknown policy 'quant4'; did you mean 'quanto4'?"),
+    ({"quantizer": "int4"}, "known: fp8, k8v4, quanto, quanto2, quanto4, quanto8, rotated, rotated2, rotated4"),
     ({"quantizer": "fp88"}, "quantizer: unknown policy 'fp88'; did you mean 'fp8'?"),
     ({"allocator": "none"}, "allocator"),
 ]

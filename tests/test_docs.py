@@ -5,9 +5,11 @@ from __future__ import annotations
 import doctest
 import functools
 import importlib
+import io
 import re
 import shlex
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +37,26 @@ SAID = {
         "' in the kitchen.": 1,
     },
 }
-# What the commands of README print, by how they begin; demos answer with all, half and less of the cache.
+# What the commands of a page print, by how they begin; demos answer with all, half and less of the cache.
 PRINTED = {
-    "kvcompress policies": {"prefix": 1, "lightkv": 1, "h2o": 1},
-    'kvcompress generate --prompt "What is the capital of France?"': {"Paris": 2, "The answers are the same.": 1},
-    "kvcompress evaluate": {"full cache": 1, "prefixkv": 1, "uniform": 1},
-    "kvcompress calibrate": {"wrote profile.json": 1},
-    "kvcompress bench": {"DynamicCache": 1, "auto": 1},
-    "kvcompress demo --text": {"is used to iterate over": 3, "sequence": 3},
-    "kvcompress demo --image": {"row 1 column 1: small green cross. row 1 column 2: large green square.": 3},
+    "README.md": {
+        "kvcompress policies": {"prefix": 1, "lightkv": 1, "h2o": 1},
+        "kvcompress generate --prompt-file": {
+            "The red box is in the garden.": 2,
+            "19.9%": 1,
+            "auto chose text": 1,
+            "The answers are the same.": 1,
+        },
+        "kvcompress evaluate": {"full cache": 1, "prefixkv": 1, "uniform": 1},
+        "kvcompress calibrate": {"wrote profile.json": 1},
+        "kvcompress bench": {"DynamicCache": 1, "auto": 1},
+        "kvcompress demo --text": {"is used to iterate over": 3, "sequence": 3},
+        "kvcompress demo --image": {"row 1 column 1: small green cross. row 1 column 2: large green square.": 3},
+    },
+    "cli.md": {
+        "kvcompress generate --prompt-file -": {"The red box is in the garden.": 1, "19.9%": 1},
+        "kvcompress generate --prompt-file story.txt": {"The red box is in the garden.": 2, "19.9%": 1},
+    },
 }
 
 
@@ -66,10 +79,10 @@ def blocks(page: Path, language: str) -> list[str]:
     return [text for kind, text in _BLOCK.findall(page.read_text(encoding="utf-8")) if kind == language]
 
 
-def command_lines(page: Path) -> list[str]:
+def command_lines(page: Path, start: str = "kvcompress") -> list[str]:
     joined = "\n".join(blocks(page, "sh") + blocks(page, "bash") + blocks(page, "console")).replace("\\\n", " ")
     lines = [line.removeprefix("$ ").split("  #")[0].strip() for line in joined.splitlines()]
-    return [line for line in lines if line.startswith("kvcompress")]
+    return [line for line in lines if line.startswith(start)]
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.name)
@@ -98,18 +111,33 @@ def test_command_lines_run(page: Path, line: str, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(demo, "_ANSWER_TOKENS", 20)
     if page.name != "README.md" and line.startswith("kvcompress demo"):
         line += " --help"  # the same line as README's
-    result = CliRunner().invoke(app, shlex.split(line)[1:])
+    for before in command_lines(page, "python -c"):  # they write what the commands after them read
+        _, _, code, _, file = shlex.split(before)
+        with redirect_stdout(io.StringIO()) as written:
+            exec(code, {})
+        Path(file).write_text(written.getvalue())
+    line, _, stdin = line.partition(" < ")
+    result = CliRunner().invoke(app, shlex.split(line)[1:], input=Path(stdin).read_text() if stdin else None)
     assert result.exit_code == 0, result.output
-    for start, expected in PRINTED.items() if page.name == "README.md" else ():
+    for start, expected in PRINTED.get(page.name, {}).items():
         if line.startswith(start):
             assert all(result.stdout.count(words) >= times for words, times in expected.items()), result.output
 
 
 def test_every_command_of_the_first_page_has_an_answer_to_be_read() -> None:
-    lines = command_lines(ROOT / "README.md")
-    for line in lines:
-        assert any(line.startswith(start) for start in PRINTED), line
-    assert all(any(line.startswith(start) for line in lines) for start in PRINTED)
+    for line in command_lines(ROOT / "README.md"):
+        assert any(line.startswith(start) for start in PRINTED["README.md"]), line
+
+
+def test_what_pages_print_is_of_their_commands() -> None:
+    for page in PAGES:
+        for start in PRINTED.get(page.name, ()):
+            assert any(line.startswith(start) for line in command_lines(page)), start
+
+
+def test_no_command_compares_a_cache_that_keeps_a_short_prompt_whole() -> None:
+    for line in [line for page in PAGES for line in command_lines(page) if "--compare" in line]:
+        assert "--prompt-file" in line, line
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,14 @@ def test_every_example_is_run_here() -> None:
     assert {*run_here, *trains} == {file.name for file in EXAMPLES.glob("*.py")}
 
 
+def test_pytest_alone_runs_a_file_of_the_clone(tmp_path: Path) -> None:
+    (tmp_path / "test_one.py").write_text("def test_one():\n    pass\n")
+    plugins = ("-p", "no:xdist", "-p", "no:timeout", "-p", "no:cacheprovider")  # what the extra `testing` lacks
+    command = [sys.executable, "-m", "pytest", *plugins, "-c", EXAMPLES.parent / "pyproject.toml", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout + done.stderr
+
+
 def test_documents_are_stored_and_asked(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,8 +110,15 @@ def test_an_own_allocator_keeps_its_laws_and_runs(
 
 
 def test_a_task_of_the_harness_runs(
-    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("lm_eval", reason="needs pip install 'kvcompress[lm-eval]'")
-    run("lm_eval_task.py", text, monkeypatch=monkeypatch)
-    assert capsys.readouterr().out.count("accuracy") == 3
+    names = run("lm_eval_task.py", text, monkeypatch=monkeypatch)
+    assert capsys.readouterr().out.count("accuracy") == 4
+    names["write_task"](tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "whereabouts.jsonl").read_text().splitlines()]
+    assert sorted(line["right"] for line in lines) == [0, 0, 1, 1, 2, 2]  # one answer to all is right in a third
+    for line in lines:
+        right = line["answers"][line["right"]].removeprefix("The ")
+        assert f"Anna put the {right.replace(' is in', ' in')}" in line["text"]
+        assert len(line["text"].split()) * 0.2 > 4 + 32, "a fifth must be more than what the preset text protects"

@@ -106,6 +106,15 @@ def test_an_entry_point_that_was_interrupted_is_tried_again(
     assert "deep_heavy" in ALLOCATORS.names()
 
 
+def test_every_spelling_that_an_error_lists_makes_a_policy() -> None:
+    for given in REGISTRIES:
+        spellings = given.spellings()
+        assert len(set(spellings)) == len(spellings) and set(given.names()) <= set(spellings)
+        for spelling in set(spellings) - set(given.names()):
+            assert spelling == f"{given.create(spelling).name}{given.create(spelling).bits}"
+    assert {"quanto2", "quanto4", "quanto8", "rotated2", "rotated4"} <= set(registry.QUANTIZERS.spellings())
+
+
 def test_a_name_belongs_to_one_class() -> None:
     with pytest.raises(KVCompressError, match="the name 'prefix' is taken by"):
 

@@ -37,9 +37,7 @@ def select(state: CacheState, operation: str, index: Tensor) -> None:
         state.own.select_rows(index)
         state.calls.select_rows(index)
     if (
-        len(rows) != before
-        and state.config.budget.bytes is not None
-        and state.allocation is not None
+        len(rows) != before and state.config.budget.bytes is not None and state.allocation is not None
     ):  # bytes are shared by all rows, so each one's share has changed
         may_be_undone, state.waiting = state.recording and state.waiting is not None, Phase.PREFILL
         if not may_be_undone:

@@ -93,7 +93,7 @@ def _show_version(wanted: bool) -> bool:
 
 kvcompress demo
 
-kvcompress generate --prompt "Why is the sky blue?" --budget 0.2 --compare
+kvcompress generate --prompt-file report.txt --prompt "Sum this up." --budget 0.2 --compare
 
 kvcompress policies
 

@@ -170,6 +170,8 @@ def _parsed(setting: str, value: str) -> Any:
 
 def _import_file(path: Path) -> None:
     path = path.expanduser().resolve()
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None or not path.is_file():
         raise ConfigError("is no Python file")

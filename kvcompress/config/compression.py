@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import yaml
 from pydantic import (
@@ -47,6 +47,15 @@ _Merger = Annotated[Merger | None, BeforeValidator(MERGERS.parse), PlainSerializ
 _Quantizer = Annotated[Quantizer | None, BeforeValidator(QUANTIZERS.parse), PlainSerializer(QUANTIZERS.dump)]
 _Reducer = Annotated[Reducer | None, BeforeValidator(REDUCERS.parse), PlainSerializer(REDUCERS.dump)]
 
+_NO_FIELDS = {
+    "preset": "a preset is the second argument, CompressedCache(model, 'prefixkv'), or "
+    "CompressionConfig.preset('prefixkv')",
+    "config": "a configuration is the second argument, CompressedCache(model, config), or "
+    "CompressionConfig.read(config)",
+    "policy": "a policy goes by its stage, as in allocator='prefix'; a preset, which names one for each stage, is the "
+    "second argument, CompressedCache(model, 'prefixkv')",
+}
+
 
 class CompressionConfig(Configured):
     """A budget and a policy per stage; every field takes a name, a dict with `name`, or an object.
@@ -73,6 +82,8 @@ class CompressionConfig(Configured):
         >>> CompressionConfig(**config.model_dump()) == config
         True
     """
+
+    no_fields: ClassVar[Mapping[str, str]] = _NO_FIELDS
 
     budget: BudgetField = Budget(fraction=0.2)
     scorer: _Scorer = None

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from kvcompress.errors import ConfigError, KVCompressError, shown
+from kvcompress.errors import ConfigError, KVCompressError, did_you_mean, shown
 from kvcompress.files.reading import DEPTH
 
 _LARGEST = 2**31
@@ -19,6 +19,7 @@ class Configured(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
     unbounded: ClassVar[frozenset[str]] = frozenset()  # fields that check their numbers themselves
+    no_fields: ClassVar[Mapping[str, str]] = {}  # what is taken for a field: where it goes instead
 
     def __init__(self, /, **fields: Any) -> None:
         for name, value in fields.items():
@@ -67,8 +68,10 @@ def readable_error(error: ValidationError, model: type[BaseModel]) -> KVCompress
                 return cause
             lines.append(str(cause))
         elif item["type"] == "extra_forbidden":
-            known = ", ".join(model.model_fields) or "none"
-            lines.append(f"{where}: unknown field of {model.__name__}; its fields: {known}")
+            fields = list(model.model_fields)
+            instead = getattr(model, "no_fields", {}).get(where)
+            hint = f"; {instead};" if instead else did_you_mean(where, fields) or ";"
+            lines.append(f"{where}: unknown field of {model.__name__}{hint} its fields: {', '.join(fields) or 'none'}")
         else:
             lines.append(f"{where or model.__name__}: {item['msg']}; got {shown(item['input'])}")
     return ConfigError("; ".join(lines))

@@ -7,7 +7,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar, get_args
 
 from pydantic import BeforeValidator, PlainSerializer
 
@@ -69,6 +69,14 @@ class Registry(Generic[PolicyT]):
         _load_entry_points()
         return sorted(self._policies)
 
+    def spellings(self) -> list[str]:
+        """Names with the short ones that say the bits (`quanto4`), in the order of `names`."""
+        return [spelling for name in self.names() for spelling in (name, *self._with_bits(name))]
+
+    def _with_bits(self, name: str) -> list[str]:
+        field = self._policies[name].model_fields.get("bits")
+        return [] if field is None else [f"{name}{bits}" for bits in get_args(field.annotation)]
+
     def get(self, name: str) -> type[PolicyT]:
         """The class registered under a name, without or with a number of bits at its end.
 
@@ -105,7 +113,7 @@ class Registry(Generic[PolicyT]):
             return short, int(name[len(short) :])
         if (self.stage, name) in _NOW:
             raise UnknownPolicyError(f"{self.stage}: '{name}' is now {_NOW[self.stage, name]}")
-        raise unknown_name(self.stage, "policy", name, self.names())
+        raise unknown_name(self.stage, "policy", name, self.spellings())
 
     def parse(self, given: object) -> PolicyT | None:
         """Reads a policy given as a name, a dict with a `name`, an object, or None / "none" for no policy."""
