@@ -168,7 +168,7 @@ def test_a_conversation_about_images_goes_on(sighted: Pair) -> None:
         images = [picture(number)] if number != 1 else []  # one at the start, one later
         pixels += [processor.image_processor(image, return_tensors="pt").pixel_values for image in images]
         answer = chat.say(question, images=images, max_new_tokens=5)
-        ids = chat._ids[:, :-5]
+        ids = chat._said.ids[:, :-5]
         assert int((ids == model.config.image_token_id).sum()) == 4 * len(pixels)
         output = plain.generate(ids, pixel_values=torch.cat(pixels), max_new_tokens=5, do_sample=False)
         assert answer == processor.tokenizer.decode(output[0, -5:], skip_special_tokens=True)

@@ -19,6 +19,7 @@ from kvcompress.cache.report import CacheReport
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError, UnsupportedModelError
 from kvcompress.evaluation.models import LoadedModel
+from kvcompress.reuse.encoded import model_inputs
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,7 @@ def encode_prompt(
         encoded = loaded.processor(images=image, text=text, return_tensors="pt")
     else:
         encoded = loaded.tokenizer(prompt, return_tensors="pt")
-    dtype, device = loaded.model.dtype, loaded.model.device
-    return {
-        name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
-        for name, tensor in encoded.items()
-        if name != "token_type_ids"
-    }
+    return model_inputs(loaded.model, encoded)
 
 
 def generate(

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -15,7 +14,9 @@ from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.report import CacheReport
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import CacheStateError
+from kvcompress.reuse.conversation import Conversation
 from kvcompress.reuse.prompts import Prompter, answering
+from kvcompress.reuse.wanted import check_generate, check_images, check_text
 
 
 class Chat:
@@ -27,6 +28,10 @@ class Chat:
         config: as for a `CompressedCache`.
         chat: whether the chat template goes around what is said; None for "if there is one".
         **overrides: fields of the configuration to replace, for instance `budget=512`.
+
+    Raises:
+        ConfigError: if the processor is none, or the configuration wrong.
+        UnsupportedModelError: if the model cannot be served.
 
     Example:
         >>> chat = Chat(model, tokenizer, "prefixkv", budget=0.5)
@@ -46,7 +51,7 @@ class Chat:
     ) -> None:
         self.model, self._prompter = model, Prompter(model, processor, chat)
         self.cache = CompressedCache(model, config, **overrides)
-        self._ids: Tensor | None = None
+        self._said = Conversation(model)
 
     def report(self) -> CacheReport:
         """What is held of the conversation."""
@@ -55,7 +60,7 @@ class Chat:
     def reset(self) -> None:
         """Begins a new conversation."""
         self.cache.reset()
-        self._ids = None
+        self._said = Conversation(self.model)
 
     def say(self, text: str, *, images: Sequence[Any] = (), max_new_tokens: int = 128, **generate: Any) -> str:
         """Says something and gives the answer.
@@ -66,28 +71,26 @@ class Chat:
             text: what the user says.
             images: PIL images, which come before the text.
             max_new_tokens: most tokens of the answer.
-            **generate: arguments of `generate`; greedy unless `do_sample` is among them.
+            **generate: arguments of `generate`; greedy unless `do_sample` is among them. One row of tokens has to come
+                of them, so beams, several answers and assistants are refused.
 
         Raises:
-            ConfigError: if the text is empty.
+            ConfigError: if the text is empty or none, or an argument of `generate` does not go with a conversation.
+            UnsupportedModeError: if the model cannot see images in this turn.
             CacheStateError: if an earlier call was interrupted or failed half-way.
         """
-        inputs = self._prompter.turn(text, images, first=self._ids is None)
-        if self.cache.get_seq_length() > (0 if self._ids is None else self._ids.shape[1]):
+        check_text("text", text)
+        check_images(images)
+        own = check_generate(self.model, generate)
+        new = self._prompter.turn(text, images, first=self._said.ids is None)
+        self._said.check_images(len(images))
+        if self.cache.get_seq_length() > self._said.tokens:
             raise CacheStateError("chat: an earlier answer was interrupted; call reset() for a new conversation")
-        if self._ids is not None:
-            inputs["input_ids"] = _joined(self._ids, inputs["input_ids"], self._prompter.tokenizer.eos_token_id)
-        ids = inputs["input_ids"]
-        inputs["attention_mask"] = torch.ones_like(ids)
-        wanted = answering(self._prompter, {"max_new_tokens": max_new_tokens, **generate})
+        inputs = self._said.joined(new, self._prompter.tokenizer.eos_token_id)
+        wanted = answering(self._prompter, {**own, "max_new_tokens": max_new_tokens, **generate})
         output: Tensor = self.model.generate(  # type: ignore[operator]
             **inputs, **cache_argument(self.cache), **wanted
         )
-        self._ids = output
-        return str(self._prompter.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
-
-
-def _joined(said: Tensor, new: Tensor, end: int | None) -> Tensor:
-    """What was said and what comes; the end of an answer is there once, whoever wrote it."""
-    twice = end is not None and int(said[0, -1]) == end and new.shape[1] > 0 and int(new[0, 0]) == end
-    return torch.cat([said.to(new.device), new[:, 1:] if twice else new], 1)
+        self._said.take(inputs, output)
+        answer = output[0, inputs["input_ids"].shape[1] :]
+        return str(self._prompter.tokenizer.decode(answer, skip_special_tokens=True))

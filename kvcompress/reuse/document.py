@@ -19,6 +19,7 @@ from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError
 from kvcompress.progress import progress_bar
 from kvcompress.reuse.prompts import Prompter, answering
+from kvcompress.reuse.wanted import check_generate, check_images, check_streamer, check_text, check_texts
 
 
 class Document:
@@ -40,7 +41,7 @@ class Document:
         **overrides: fields of the configuration to replace, for instance `budget=0.2`.
 
     Raises:
-        ConfigError: if the document is empty or the configuration wrong.
+        ConfigError: if the document is empty or no text, the processor none, or the configuration wrong.
         UnsupportedModelError: if the model cannot be served, or there are images and it sees none.
 
     Example:
@@ -64,6 +65,8 @@ class Document:
         **overrides: Any,
     ) -> None:
         self.model, self._prompter = model, Prompter(model, processor, chat)
+        check_text("text", text, optional=True)
+        check_images(images)
         inputs, self._after = self._prompter.document(text, images)
         self.cache = CompressedCache(model, config, **overrides)
         self._ids = inputs["input_ids"]
@@ -124,17 +127,20 @@ class Document:
             max_new_tokens: most tokens of an answer.
             batch_size: questions that are answered at a time, each with a copy of the cache.
             progress: whether a bar on stderr shows how many are answered.
-            **generate: arguments of `generate`; greedy unless `do_sample` is among them.
+            **generate: arguments of `generate`; greedy unless `do_sample` is among them. One row of tokens has to come
+                of them for each question, so beams, several answers and assistants are refused.
 
         Returns:
             One answer for one question, a list in their order for several.
 
         Raises:
-            ConfigError: if a question is empty.
+            ConfigError: if a question is empty or no text, or an argument of `generate` does not go with questions.
         """
-        several = [questions] if isinstance(questions, str) else list(questions)
+        generate = {**check_generate(self.model, generate), **generate}
+        several = check_texts("questions", [questions] if isinstance(questions, str) else questions)
         if batch_size < 1:
             raise ConfigError(f"batch_size: must be at least 1; got {batch_size}")
+        check_streamer(generate.get("streamer"), min(batch_size, len(several)))
         if not all(question.strip() for question in several):
             raise ConfigError("questions: one of them is empty; ask something")
         answers: list[str] = []
@@ -156,7 +162,12 @@ class Document:
         Returns:
             `input_ids` and `attention_mask` of document and questions, int64 [questions, tokens], padded between the
             two; and a copy of the cache, which has read the document and has a row for each question.
+
+        Raises:
+            ConfigError: if there is no question, or one is no text.
         """
+        if not check_texts("questions", questions):
+            raise ConfigError("questions: there is none; give at least one")
         ids, mask = self._prompter.questions(questions, self._after + answer_prefix)
         rows, read = len(questions), self._ids.to(ids.device)
         cache = copy.deepcopy(self.cache)

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 
 from kvcompress.errors import ConfigError, UnsupportedModelError
 from kvcompress.integrations import adapter_for
+from kvcompress.reuse.encoded import model_inputs
+from kvcompress.reuse.wanted import check_processor
 
 _MARK = "@@kvcompress-mark@@"  # stands for what is not known yet while a template is filled in
 
@@ -26,10 +28,11 @@ class Prompter:
         chat: whether the chat template goes around; None for "if there is one".
 
     Raises:
-        ConfigError: if a chat template is asked for where there is none.
+        ConfigError: if the processor is none, or a chat template is asked for where there is none.
     """
 
     def __init__(self, model: PreTrainedModel, processor: Any, chat: bool | None = None) -> None:
+        check_processor(processor)
         self.model, self.processor = model, processor
         self.tokenizer: Any = getattr(processor, "tokenizer", processor)
         self.sees_images = adapter_for(model).sees_images and self.tokenizer is not processor
@@ -53,10 +56,14 @@ class Prompter:
 
         Returns:
             Inputs of one row for the model, and the text after a question.
+
+        Raises:
+            ConfigError: if there is neither text nor image.
+            UnsupportedModelError: if there are images and the model sees none.
         """
+        self._check_images(images)
         if not images and not (text or "").strip():
             raise ConfigError("document: is empty; give text, images or both")
-        self._check_images(images)
         said = f"{text.strip()}\n\n{_MARK}" if text else _MARK
         if not self.chat:
             token = getattr(self.processor, "image_token", "")
@@ -74,6 +81,10 @@ class Prompter:
 
         Returns:
             Inputs of one row for the model.
+
+        Raises:
+            ConfigError: if the text is empty.
+            UnsupportedModelError: if there are images and the model sees none.
         """
         if not text.strip():
             raise ConfigError("message: is empty")
@@ -105,12 +116,7 @@ class Prompter:
             encoded = self.processor(images=list(images), text=whole, **wanted)
         else:
             encoded = self.tokenizer(whole, **wanted)
-        dtype, device = self.model.dtype, self.model.device
-        return {
-            name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
-            for name, tensor in encoded.items()
-            if name != "token_type_ids"
-        }
+        return model_inputs(self.model, encoded)
 
     def questions(self, questions: Sequence[str], after: str) -> tuple[Tensor, Tensor]:
         """Ids of questions, padded on the left, and which of them are tokens."""

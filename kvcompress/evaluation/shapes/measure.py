@@ -19,6 +19,7 @@ from kvcompress.evaluation.inequality import gini
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.evaluation.shapes.questions import KINDS, Question, ask, describe_question, right_objects
 from kvcompress.evaluation.shapes.scenes import Scene, draw_scene, sample_scene, scene_seed
+from kvcompress.reuse.encoded import model_inputs
 
 _LONGEST = {"description": 72}  # tokens of an answer
 _SHORT = 6
@@ -125,12 +126,7 @@ def encode(loaded: LoadedModel, asked: Sequence[tuple[Scene, Question]]) -> dict
         texts.append(processor.apply_chat_template(message, add_generation_prompt=True))
     images = [draw_scene(scene) for scene, _ in asked]
     encoded = processor(images=images, text=texts, padding=True, return_tensors="pt")
-    dtype, device = loaded.model.dtype, loaded.model.device
-    return {
-        name: tensor.to(device, dtype) if tensor.is_floating_point() else tensor.to(device)
-        for name, tensor in encoded.items()
-        if name != "token_type_ids"
-    }
+    return model_inputs(loaded.model, encoded)
 
 
 def _read(
