@@ -31,7 +31,7 @@ SAID = {
     "README.md": {"red box is in the garden.": 2, "auto chose text": 1, "['7', 'nothing']": 1},
     "reuse.md": {
         "The red box is in the garden": 3,
-        "in the garden is Anna.": 1,
+        "Anna put the red box in the garden.": 1,
         "The capital of Italy is Rome.": 1,
         "[' behind the house": 1,
         "' in the kitchen.": 1,

@@ -95,7 +95,7 @@ def _caption_batch(
     inputs: dict[str, torch.Tensor] = {}
     for name in rows[0]:
         values = [row[name] for row in rows]
-        if name in ("input_ids", "attention_mask"):
+        if all(row[name].shape == row["input_ids"].shape for row in rows):  # one for each token
             fill = prompter.padding if name == "input_ids" else 0
             values = [torch.nn.functional.pad(one, (longest - one.shape[1], 0), value=fill) for one in values]
         elif len({one.shape[1:] for one in values}) > 1:  # tiles of images of several sizes

@@ -35,7 +35,9 @@ def followed_by(loaded: LoadedModel, inputs: dict[str, Tensor], text: str) -> di
         return inputs
     ids = torch.tensor([loaded.tokenizer(text, add_special_tokens=False).input_ids], device=loaded.model.device)
     whole = torch.cat([inputs["input_ids"], ids], 1)
-    return {**inputs, "input_ids": whole, "attention_mask": torch.ones_like(whole)}
+    kinds = inputs.get("mm_token_type_ids")  # of an image or not
+    more = {} if kinds is None else {"mm_token_type_ids": torch.cat([kinds, torch.zeros_like(ids).to(kinds)], 1)}
+    return {**inputs, **more, "input_ids": whole, "attention_mask": torch.ones_like(whole)}
 
 
 def begun_answer(loaded: LoadedModel, sample: Sample) -> str:
