@@ -7,6 +7,7 @@ replay asks for the same ones, on the same tensors: so nothing that the host dec
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -256,6 +257,14 @@ def test_a_model_that_is_given_back_compiles_as_before(model: PreTrainedModel) -
     assert "get_compiled_call" not in model.__dict__
     with pytest.raises(ConfigError, match="decoding: must be 'captured', 'compiled' or 'eager'; got 'graph'"):
         CompressedCache(model, "prefixkv", decoding="graph")
+
+
+@pytest.mark.parametrize("reserve", [-1, 1.5, None])
+def test_room_is_reserved_for_a_number_of_tokens(model: PreTrainedModel, reserve: Any) -> None:
+    """The class itself says so, where nobody checks types."""
+    unchecked = inspect.unwrap(CompressedCache.__init__)
+    with pytest.raises(ConfigError, match=r"reserve: must be a number of tokens \(int\), 0 or more; got"):
+        unchecked(CompressedCache.__new__(CompressedCache), model, reserve=reserve)
 
 
 def test_a_model_on_several_devices_is_not_captured(model: PreTrainedModel, recorders: list[Recorder]) -> None:

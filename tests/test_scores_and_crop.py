@@ -204,3 +204,8 @@ def test_decode_steps_ask_the_scorer_what_its_scores_mean() -> None:
     for layer, (row,) in enumerate(held(cache)):
         importance = scorer.highest - scorer.table(layer, 2, 20).mean(0)
         assert row[0] == [*lowest(importance, list(range(20)), 6), *range(20, 26)]
+
+
+def test_an_empty_cache_has_nothing_to_rank() -> None:
+    with pytest.raises(CacheStateError, match="holds nothing yet that could be ranked; read a prompt first"):
+        CompressedCache(tiny.model("llama"), "prefixkv").ranked()

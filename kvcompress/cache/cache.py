@@ -28,7 +28,7 @@ from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Prefill
 from kvcompress.config import CompressionConfig
 from kvcompress.config.profile import LayerProfile, check_profiles, profile_override
-from kvcompress.errors import UnsupportedModeError, UnsupportedModelError
+from kvcompress.errors import CacheStateError, ConfigError, UnsupportedModeError, UnsupportedModelError, shown
 from kvcompress.integrations import adapter_for
 from kvcompress.integrations.shape import ranges
 from kvcompress.integrations.wrapped import unwrapped
@@ -96,6 +96,7 @@ class CompressedCache(Forwards, CacheContract):
         # A bare decoder may be part of a model that sees images, which its adapter cannot know.
         may_see_images = adapter.sees_images or decoder is model
         calls = Calls(reduces or (may_see_images and asked.reads_modality), adapter.sees_images, reduces)
+        _check_reserve(reserve)
         state = CacheState(asked, numbers, adapter.head_group(model), calls, reserve, own)
         Forwards.__init__(self, state, adapter, model, decoding)
         every = own.layers | dict(zip(numbers, state.layers, strict=True))
@@ -194,12 +195,18 @@ class CompressedCache(Forwards, CacheContract):
         return report_on(self._state)
 
     def limits(self) -> np.ndarray | None:
-        """Slots that each layer may hold now, `[layers, batch]`; None if nothing is ever evicted while decoding."""
+        """Slots that each layer, or head, may hold now, `[layers, batch, sets]`; None if decoding evicts nothing."""
         return self._state.limits()
 
     def ranked(self) -> list[Ranked]:
-        """Token index and importance of every layer's slots, over all heads."""
+        """Token index and importance of every layer's slots, over all heads.
+
+        Raises:
+            CacheStateError: if nothing was read yet.
+        """
         state = self._state
+        if not state.sequence.batch:
+            raise CacheStateError("cache: holds nothing yet that could be ranked; read a prompt first")
         tables.catch_up_if_needed(state)
         tables.tidy(state)
         with state.writable(), torch.no_grad():
@@ -264,6 +271,11 @@ class CompressedCache(Forwards, CacheContract):
         """Forgets everything, also after a forward that failed."""
         self._state.forget()
         self.forget_forward()
+
+
+def _check_reserve(reserve: object) -> None:
+    if not isinstance(reserve, int) or reserve < 0:
+        raise ConfigError(f"reserve: must be a number of tokens (int), 0 or more; got {shown(reserve)}")
 
 
 def _check_reducer(reducer: Reducer, layers: int, own: OwnLayers, model: nn.Module) -> None:
