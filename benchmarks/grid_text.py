@@ -127,7 +127,7 @@ def many_methods() -> Methods:
     some = {name: SHARED[name] for name in ("uniform", "headprefix", "adakv")}
     mended = {**OF_LAYERS, **EVEN}
     return {
-        "kvzip": ways(TEXT, "kvzip", {**some, "scores": "scores"}, (0.3,)),
+        "kvzip": ways(TEXT, "kvzip", some, (0.3,)) | ways(TEXT, "kvzip", {"scores": "scores"}),
         "snapkv 16 in runs": ways(TEXT, WINDOW, {"uniform": "uniform"}, (0.3,), RUNS),
         "snapkv": ways(TEXT, "snapkv", some, (0.3,)),
         "expected": ways(TEXT, "expected_attention", some, (0.3,)),
