@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from kvcompress import Budget, CompressionConfig, KVCompressError
 from kvcompress.config.presets import PRESETS
-from kvcompress.errors import BudgetWarning
+from kvcompress.errors import BudgetWarning, ConfigError
 from kvcompress.policies.allocators import Uniform
+from kvcompress.policies.base import Scorer
+from kvcompress.policies.context import Importance, LayerContext
 from kvcompress.policies.scorers import Attention
 from tests import strategies
 
@@ -189,3 +191,20 @@ def test_a_configuration_cannot_be_changed() -> None:
     config = CompressionConfig.preset("prefixkv")
     with pytest.raises(ValueError, match="frozen"):
         config.budget = Budget(tokens=3)
+
+
+def test_a_word_that_nobody_knows_for_scores_of_several_forwards_is_refused() -> None:
+    class Loud(Scorer):
+        name: ClassVar[str] = "loud"
+
+        @property
+        def over_forwards(self) -> Any:
+            return "max"
+
+        def score(self, layer: LayerContext) -> Importance:
+            return layer.keys.norm(dim=-1)
+
+    with pytest.raises(
+        ConfigError, match=r"scorer loud: over_forwards must be one of 'last', 'sum', 'highest'; got 'max'"
+    ):
+        CompressionConfig(scorer=Loud())

@@ -125,6 +125,22 @@ def test_generating_with_an_assistant_leaves_no_recording_behind(tmp_path: Path)
     cache.save(tmp_path / "saved")
 
 
+def test_what_stops_an_assisted_turn_is_what_is_raised() -> None:
+    """Though the cache is broken by then, and its recording cannot be ended."""
+    model = tiny.build("gemma3_text")
+    cache, layer = CompressedCache(model, "full"), model.model.layers[0]
+
+    def stop(*_: Any) -> None:
+        raise RuntimeError("stopped")
+
+    handle = layer.mlp.register_forward_hook(stop)
+    with pytest.raises(RuntimeError, match="stopped"):
+        model.generate(tokens(60, 0), max_new_tokens=4, prompt_lookup_num_tokens=3, **tiny.with_cache(cache))
+    handle.remove()
+    cache.reset()
+    model.generate(tokens(60, 0), max_new_tokens=4, **tiny.with_cache(cache))
+
+
 def test_a_recording_that_was_asked_for_goes_on_after_generating() -> None:
     model, cache = tiny.model("llama"), CompressedCache(tiny.model("llama"), "prefixkv", budget=0.5)
     cache.activate_past_recording()

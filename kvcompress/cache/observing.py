@@ -143,7 +143,7 @@ class Observes(OfModel, hooks.ObservesInputs):
 
     def after_turn(self) -> None:
         """Does what the last step left to do, and forgets what `generate` was about to read and to generate."""
-        if self._state.recording and self._in_turn and not self._recorded and self._state.step is None:
+        if self._state.recording and self._in_turn and not self._recorded and self._state.is_ready():
             undoing.stop_recording(self._state)  # an assistant's
         periods.cut_if_due(self._state, asks=True)
         self._state.calls.due, self._state.coming, self._state.whole_prompt = None, 0, None

@@ -115,7 +115,7 @@ def score(layer: CompressedLayer, step: Prefill, of: Unscored, gone: Counts | No
     if scorer is None:
         return
     scores, silent = scores_by(scorer, step, context), None
-    if valid is not None and layer.scores is not None:
+    if valid is not None and layer.scores is not None and scorer.over_forwards == "last":
         silent = ~valid[..., -of.query.shape[2] :].any(-1, keepdim=True)
     learn(layer, scorer, scores if gone is None or not gone.any() else with_last(scores, gone), silent)
 
@@ -180,8 +180,8 @@ def learn(layer: CompressedLayer, scorer: Scorer, scores: Tensor, silent: Tensor
         layer: the layer.
         scorer: what scored.
         scores: what it said of every slot.
-        silent: rows (and heads, or one set of all) of which this forward had no token, and said nothing,
-            `[batch, sets, 1]`; None if it had some of each.
+        silent: rows (and heads, or one set of all) of which this forward had no token, so that scores of the last one
+            stay, `[batch, sets, 1]`; None if it had some of each, or nobody asks.
     """
     over = scorer.over_forwards
     if layer.scores is not None and (over != "last" or silent is not None):

@@ -248,17 +248,18 @@ class CacheState:
             return False
         return step.next_layer == 0 and 0 in step.reduction.points
 
-    def check_ready(self, entered: bool = False) -> None:
-        """Refuses to go on after a step that failed.
+    def is_ready(self, entered: bool = False) -> bool:
+        """Whether every earlier step came to its end; `entered` says that the decoder is running."""
+        half_way = self.own.unfinished or self.calls.waits is not None  # which is as it should be in the decoder
+        return (self.step is None or self.device_only) and (entered or not half_way)
 
-        Args:
-            entered: whether the decoder is running.
+    def check_ready(self, entered: bool = False) -> None:
+        """Refuses to go on after a step that failed; `entered` as for `is_ready`.
 
         Raises:
             CacheStateError: naming the way out.
         """
-        half_way = self.own.unfinished or self.calls.waits is not None  # which is as it should be in the decoder
-        if (self.step is not None and not self.device_only) or (half_way and not entered):
+        if not self.is_ready(entered):
             raise self.broken()
 
     def broken(self) -> CacheStateError:

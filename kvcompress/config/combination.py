@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
 from kvcompress.config.budget import Budget
-from kvcompress.errors import ConfigError
-from kvcompress.policies.base import Allocator, Evictor, Merger, Quantizer, Scorer
+from kvcompress.errors import ConfigError, shown
+from kvcompress.policies.base import Allocator, Evictor, Merger, OverForwards, Quantizer, Scorer
 from kvcompress.policies.registry import EVICTORS, SCORERS
 from kvcompress.policies.statistics import STATISTICS
 
@@ -36,6 +37,7 @@ class Combination:
 def check_combination(chosen: Combination) -> None:
     """Raises ConfigError for the first rule that a combination breaks."""
     _statistics(chosen)
+    _over_forwards(chosen)
     if chosen.evictor is None:
         _nothing_to_evict(chosen)
         return
@@ -45,6 +47,15 @@ def check_combination(chosen: Combination) -> None:
     _window(chosen, chosen.evictor)
     if chosen.quantizer is not None:
         _residual(chosen, chosen.evictor, chosen.quantizer)
+
+
+def _over_forwards(chosen: Combination) -> None:
+    known: tuple[str, ...] = get_args(OverForwards)
+    if chosen.scorer is not None and chosen.scorer.over_forwards not in known:
+        raise ConfigError(
+            f"scorer {chosen.scorer.name}: over_forwards must be one of {', '.join(map(repr, known))}; got "
+            f"{shown(chosen.scorer.over_forwards)}"
+        )
 
 
 def _nothing_to_evict(chosen: Combination) -> None:

@@ -33,6 +33,8 @@ from kvcompress.policies.context import (
     Values,
 )
 
+OverForwards = Literal["last", "sum", "highest"]
+
 
 class Policy(Configured, ABC):
     """What all policies share: a name once registered, and hyperparameters as fields."""
@@ -67,7 +69,7 @@ class Scorer(Policy):
     independent: ClassVar[bool] = False
 
     @property
-    def over_forwards(self) -> Literal["last", "sum", "highest"]:
+    def over_forwards(self) -> OverForwards:
         """What counts of the scores that one forward after the other gives a slot."""
         return "last"
 

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from kvcompress.policies.base import Scorer
+from kvcompress.policies.base import OverForwards, Scorer
 from kvcompress.policies.context import Importance, LayerContext
 from kvcompress.policies.registry import SCORERS
 
@@ -64,7 +64,7 @@ class Attention(Scorer):
         return fields
 
     @property
-    def over_forwards(self) -> Literal["last", "sum", "highest"]:
+    def over_forwards(self) -> OverForwards:
         """Scores of the last queries replace earlier ones, sums go on."""
         return "last" if self.queries.startswith(("window", "post_vision")) else "sum"
 

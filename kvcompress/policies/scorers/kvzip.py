@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from kvcompress.kernels import highest_probability
-from kvcompress.policies.base import Scorer
+from kvcompress.policies.base import OverForwards, Scorer
 from kvcompress.policies.context import Importance, LayerContext
 from kvcompress.policies.registry import SCORERS
 
@@ -33,7 +33,7 @@ class KVzip(Scorer):
     one_axis: ClassVar[bool] = True  # the repetition is read at the positions that follow
 
     @property
-    def over_forwards(self) -> Literal["last", "sum", "highest"]:
+    def over_forwards(self) -> OverForwards:
         """The highest attention is that of any query so far."""
         return "highest"
 
