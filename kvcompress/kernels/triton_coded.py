@@ -7,6 +7,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
+from kvcompress.kernels.triton_decode import share_of
 from kvcompress.kernels.triton_parts import excess_of_part, logits_of_part, weighted_of_part
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -37,12 +38,7 @@ def coded_share(  # noqa: C901  (most branches are of the compiler: constants de
     ONE_ROW: tl.constexpr = not K_HAS_ROWS and K_SLOTS % BLOCK == 0  # of scales, for the keys of a tile
     PARTS: tl.constexpr = STEP * 8 // BITS if BITS < 8 else STEP * ((D + UNIT - 1) // UNIT)
     FOLDED: tl.constexpr = V_SCALE.dtype.element_ty.primitive_bitwidth == 16 and V_SHARED % UNIT == 0
-    used = slots
-    if HAS_LENGTH:
-        used = tl.minimum(tl.load(LENGTH + row * length_row + head * length_head).to(tl.int32), slots)
-    share = tl.cdiv(tl.cdiv(used, splits), BLOCK) * BLOCK
-    start = split * share
-    end = tl.minimum(start + share, used)
+    start, end = share_of(LENGTH, slots, length_row, length_head, row, head, split, splits, HAS_LENGTH, BLOCK)
     member, place = tl.arange(0, GROUP_BLOCK), tl.arange(0, PLACES)
     dim, is_place, is_member = STEP * place, STEP * place < UNIT, member < GROUP
     if STEP * PLACES != UNIT:

@@ -16,6 +16,19 @@ _MOST_SPLITS = 128
 
 @triton.jit
 @no_type_check
+def share_of(
+    LENGTH, slots, length_row, length_head, row, head, split, splits, HAS_LENGTH: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The first slot of share `split` of a head's slots in use, and the one after its last."""
+    used = slots
+    if HAS_LENGTH:
+        used = tl.minimum(tl.load(LENGTH + row * length_row + head * length_head).to(tl.int32), slots)
+    share = tl.cdiv(tl.cdiv(used, splits), BLOCK) * BLOCK
+    return split * share, tl.minimum(split * share + share, used)
+
+
+@triton.jit
+@no_type_check
 def dense_share(
     Q, K, V, LENGTH, START, OUT, LSE, scale, slots, q_row, q_head, k_row, k_head, k_slot, v_row, v_head, v_slot,
     length_row, length_head, pair, split, splits, part,
@@ -25,12 +38,7 @@ def dense_share(
 ):  # fmt: skip
     """Attention over share `split` of the slots in use of one key/value head of one row, written as `part`."""
     row, head = pair // HEADS, pair % HEADS
-    used = slots
-    if HAS_LENGTH:
-        used = tl.minimum(tl.load(LENGTH + row * length_row + head * length_head).to(tl.int32), slots)
-    share = tl.cdiv(tl.cdiv(used, splits), BLOCK) * BLOCK
-    start = split * share
-    end = tl.minimum(start + share, used)
+    start, end = share_of(LENGTH, slots, length_row, length_head, row, head, split, splits, HAS_LENGTH, BLOCK)
     member, dim, value_dim = tl.arange(0, GROUP_BLOCK), tl.arange(0, CHUNK), tl.arange(0, VALUE_DIMS)
     q_at = Q + row * q_row + (head * GROUP + member[:, None]) * q_head + dim[None, :]
     q = tl.load(q_at, mask=(member < GROUP)[:, None] & (dim < D)[None, :], other=0.0)
