@@ -151,34 +151,57 @@ def half_by_default() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def of_config(config: CompressionConfig, inputs: list[dict[str, Any]]) -> tuple[list[Tensor], Any]:
-    """Logits and the report of a cache through a few steps."""
-    model = tiny.model("llama" if config.reducer is None else "llava_36")
+def three_forwards(config: CompressionConfig) -> list[dict[str, Any]]:
+    """Inputs of a prompt, a decode step and a turn of several tokens; the prompt has an image for a reducer."""
+    prompt = tiny.inputs("llama" if config.reducer is None else "llava_36", 40, seed=0)
+    return [prompt, {"input_ids": tiny.token_ids(1, 1, 1)}, {"input_ids": tiny.token_ids(1, 4, 2)}]
+
+
+def of_config(
+    config: CompressionConfig, inputs: list[dict[str, Any]], dtype: torch.dtype = torch.float32
+) -> tuple[list[Tensor], Any]:
+    """Logits and the report of a cache through three forwards."""
+    model = tiny.model("llama" if config.reducer is None else "llava_36", dtype)
     cache = CompressedCache(model, config)
+    given = [{name: x.to(dtype) if x.is_floating_point() else x for name, x in each.items()} for each in inputs]
     with torch.no_grad():
-        return [model(**given, **tiny.with_cache(cache)).logits for given in inputs], cache.report()
+        return [model(**each, **tiny.with_cache(cache)).logits for each in given], cache.report()
 
 
 def test_a_default_dtype_changes_nothing() -> None:
     """Every preset and every policy, bit for bit."""
-    inputs = {
-        name: [
-            tiny.inputs(name, 40, seed=0),
-            {"input_ids": tiny.token_ids(1, 1, 1)},
-            {"input_ids": tiny.token_ids(1, 4, 2)},
-        ]
-        for name in ("llama", "llava_36")
-    }
     wrong = []
     for parameters in strategies.configs():
         config, label = parameters.values[0], parameters.id
-        given = inputs["llama" if config.reducer is None else "llava_36"]
-        wanted, expected = of_config(config, given)
+        inputs = three_forwards(config)
+        wanted, expected = of_config(config, inputs)
         try:
             with half_by_default():
-                found, report = of_config(config, given)
+                found, report = of_config(config, inputs)
             if report != expected or not all(torch.equal(*pair) for pair in zip(found, wanted, strict=True)):
                 wrong.append(f"{label}: another result")
+        except Exception as error:  # every configuration is to be heard
+            wrong.append(f"{label}: {type(error).__name__}: {error}"[:160])
+    assert not wrong
+
+
+# -- double precision --------------------------------------------------------------------------------------------------
+
+
+def test_a_model_in_float64_gives_what_it_gives_in_float32() -> None:
+    """Every preset and every policy: the same tokens stay, and logits differ by what float32 rounds away."""
+    wrong = []
+    for parameters in strategies.configs():
+        config, label = parameters.values[0], parameters.id
+        inputs = three_forwards(config)
+        wanted, expected = of_config(config, inputs)
+        try:
+            found, report = of_config(config, inputs, torch.float64)
+            if report.held_positions != expected.held_positions:
+                wrong.append(f"{label}: other tokens stay")
+            lost = max(float((one - other).abs().max()) for one, other in zip(found, wanted, strict=True))
+            if lost > 1e-3:
+                wrong.append(f"{label}: logits differ by {lost:.1e}")
         except Exception as error:  # every configuration is to be heard
             wrong.append(f"{label}: {type(error).__name__}: {error}"[:160])
     assert not wrong

@@ -23,7 +23,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from kvcompress.kernels.dense import attention_with_slots
-from kvcompress.kernels.device import runs_triton
+from kvcompress.kernels.device import takes_triton
 from kvcompress.kernels.precision import in_one_dtype
 from kvcompress.kernels.ragged import padded
 from kvcompress.kernels.softmax import merge_attention
@@ -170,7 +170,7 @@ def _on_cuda(
     codes = (key_codes, key_scale, key_shift, value_codes, value_scale, value_shift)
     layout = (code_start, code_slots, start, slots)
     arguments = (*codes, keys, values, scaling, coded, length, key_rows, value_rows, *layout)
-    if not runs_triton(query.device):
+    if not takes_triton(query):
         return _in_torch(query, *arguments).contiguous()
     from kvcompress.kernels.triton_codes import decode_codes
 

@@ -17,6 +17,11 @@ def runs_triton(device: torch.device) -> bool:
     return device.type == "cuda" and _works(device)
 
 
+def takes_triton(query: Tensor) -> bool:
+    """Whether Triton kernels attend with these queries: they sum in float32, which is no service to float64."""
+    return query.dtype != torch.float64 and runs_triton(query.device)
+
+
 @cache
 def _works(device: torch.device) -> bool:
     """Tries it once, since Triton wants a C compiler on the machine too, and says what stands in its way."""

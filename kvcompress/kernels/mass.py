@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvcompress.kernels.dense import rows_of_heads
-from kvcompress.kernels.device import runs_triton
+from kvcompress.kernels.device import takes_triton
 from kvcompress.kernels.precision import without_autocast
 from kvcompress.kernels.softmax import capped
 
@@ -77,7 +77,7 @@ def attention_mass(
             last_seen=last_seen,
         )
         return of_rows.view(shape)
-    if runs_triton(query.device) and softcap is None and last_seen is None:
+    if takes_triton(query) and softcap is None and last_seen is None:
         from kvcompress.kernels import triton_mass
 
         return triton_mass.mass(query, keys, lse, scaling, valid, first, stride, start)
@@ -106,7 +106,7 @@ def _in_tiles(
     grouped = (
         query.reshape(batch, kv_heads, group, counted, head_dim).transpose(2, 3).float().reshape(rows, -1, head_dim)
     )
-    negative = lse.reshape(batch, kv_heads, group, counted).transpose(2, 3).reshape(rows, -1, 1).neg()
+    negative = lse.float().reshape(batch, kv_heads, group, counted).transpose(2, 3).reshape(rows, -1, 1).neg()
     places = torch.arange(tokens, device=query.device)
     ones = torch.ones(rows, 1, group * min(tile_queries, counted), dtype=torch.float32, device=query.device)
     mass = torch.zeros(rows, tokens, dtype=torch.float32, device=query.device)

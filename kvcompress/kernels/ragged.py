@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from kvcompress.kernels.device import runs_triton
+from kvcompress.kernels.device import runs_triton, takes_triton
 from kvcompress.kernels.precision import in_one_dtype
 
 
@@ -106,7 +106,7 @@ def _rows_and_heads(batch: int, kv_heads: int, device: torch.device) -> tuple[Te
 def _on_cuda(
     query: Tensor, keys: Tensor, values: Tensor, scaling: float, length: Tensor | None, start: Tensor | None, slots: int
 ) -> Tensor:
-    if not runs_triton(query.device):
+    if not takes_triton(query):
         return _in_torch(query, keys, values, scaling, length, start, slots).contiguous()
     from kvcompress.kernels.triton_decode import decode
 

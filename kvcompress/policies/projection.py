@@ -11,10 +11,11 @@ from kvcompress.policies.context import Importance, LayerWeights, Values
 _TILE_TOKENS = 1024  # projected at once
 
 
-def value_norm(values: Values, order: int) -> Importance:
-    """L1 or L2 norm of each value, float32."""
-    norm: Tensor = torch.linalg.vector_norm(values, ord=order, dim=-1, dtype=torch.float32)
-    return norm
+def slot_norm(numbers: Values, order: int = 2) -> Importance:
+    """L1 or L2 norm of each slot's key or value, float32; summed in float32 or, of float64, in that."""
+    wide = torch.promote_types(numbers.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(numbers, ord=order, dim=-1, dtype=wide)
+    return norm.float()
 
 
 def projected_norm(values: Values, weights: LayerWeights, order: int, asks: str) -> Importance:
@@ -41,7 +42,7 @@ def projected_norm(values: Values, weights: LayerWeights, order: int, asks: str)
         raise UnsupportedModelError(asks.format(f"{reason}; {merge}"))
     output, kv_heads, width = weights.output, values.shape[1], values.shape[3]
     if output is None or output.is_meta or not output.is_floating_point() or output.shape[1] % (kv_heads * width):
-        return value_norm(values, order)
+        return slot_norm(values, order)
     values, heads = values.float(), output.shape[1] // width
     parts = output.to(values.device, torch.float32).view(-1, heads, width).transpose(0, 1)
     group, norm = heads // kv_heads, torch.zeros(values.shape[:3], device=values.device, dtype=torch.float32)
@@ -60,4 +61,4 @@ def _by_gram(values: Tensor, parts: Tensor) -> Importance:
 def _by_tiles(values: Tensor, parts: Tensor) -> Importance:
     """|W v| in L1, of some tokens at a time."""
     projection, tiles = parts.transpose(1, 2), torch.split(values, _TILE_TOKENS, dim=2)
-    return torch.cat([value_norm(tile @ projection, 1) for tile in tiles], dim=-1)
+    return torch.cat([slot_norm(tile @ projection, 1) for tile in tiles], dim=-1)

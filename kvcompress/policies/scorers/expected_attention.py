@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kvcompress.policies.base import Scorer
 from kvcompress.policies.context import Importance, LayerContext
+from kvcompress.policies.projection import slot_norm
 from kvcompress.policies.registry import SCORERS
 
 _LEAST = torch.finfo(torch.float32).min  # a logit that gets nothing
@@ -62,7 +63,7 @@ class ExpectedAttention(Scorer):
         for head in range(query.shape[2]):
             form = (keys @ half_covariance[:, :, head]).add_(mean[:, :, head, None] * layer.scaling)
             share = share + torch.where(counts, torch.linalg.vecdot(form, keys), _LEAST).softmax(-1)
-        norm: Tensor = torch.linalg.vector_norm(layer.values, dim=-1, dtype=torch.float32)
+        norm = slot_norm(layer.values)
         score = ((share / query.shape[2] + self.epsilon) * norm).masked_fill(~counts, 0.0)
         return layer.at_tokens(torch.where(counts, score, score.amax(-1, keepdim=True)))
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from kvcompress.policies.base import Scorer
 from kvcompress.policies.context import Importance, LayerContext
+from kvcompress.policies.projection import slot_norm
 from kvcompress.policies.registry import SCORERS
 
 
@@ -25,5 +23,4 @@ class KeyNorm(Scorer):
 
     def score(self, layer: LayerContext) -> Importance:
         """Needs no attention, and one pass over the keys."""
-        norm: Tensor = torch.linalg.vector_norm(layer.keys, dim=-1, dtype=torch.float32)
-        return layer.at_tokens(-norm)
+        return layer.at_tokens(-slot_norm(layer.keys))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from kvcompress.policies.context import Importance, LayerContext
+from kvcompress.policies.projection import slot_norm
 from kvcompress.policies.registry import SCORERS
 from kvcompress.policies.scorers.snapkv import SnapKV
 
@@ -47,7 +47,7 @@ class MixKV(SnapKV):
         pairs = total.square().sum(-1) - unit.square().sum(-1).sum(-1, keepdim=True)
         redundancy = (pairs / (count * (count - 1)).clamp(min=1)).clamp(0.0, _MOST_REDUNDANT)
         cosine = (unit @ F.normalize(total, dim=-1).transpose(2, 3)).squeeze(-1)
-        norm: Tensor = torch.linalg.vector_norm(layer.values, dim=-1, dtype=torch.float32)
+        norm = slot_norm(layer.values)
         norms, diversity = (_scaled(of, votes, layer) for of in (norm, -cosine))
         return (1 - redundancy) * (votes + norms) + redundancy * diversity
 

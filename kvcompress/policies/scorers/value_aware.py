@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from kvcompress.policies.context import Importance, LayerContext
-from kvcompress.policies.projection import projected_norm, value_norm
+from kvcompress.policies.projection import projected_norm, slot_norm
 from kvcompress.policies.registry import SCORERS
 from kvcompress.policies.scorers.attention import Attention
 
@@ -63,10 +63,10 @@ class ValueAware(Attention):
 
     def _norm(self, layer: LayerContext) -> Importance:
         if self.norm == "own_l2":
-            return value_norm(layer.values, 2)
+            return slot_norm(layer.values, 2)
         if self.norm == "largest_l1":
             kind, _, count = self.queries.partition(":")
-            lengths, tokens = layer.at_tokens(value_norm(layer.values, 1)), layer.keys.shape[2]
+            lengths, tokens = layer.at_tokens(slot_norm(layer.values, 1)), layer.keys.shape[2]
             before = tokens - min(int(count), layer.query.shape[2]) if kind == "window" else tokens
             largest = lengths.amax(-1, keepdim=True)
             if before and layer.valid is None:
