@@ -103,6 +103,21 @@ def test_a_batch_padded_on_the_left_comes_in_chunks(chunk: int, padding: int) ->
     assert squeezed.report().row_tokens_seen == [23, 23 - padding]
 
 
+@pytest.mark.parametrize(
+    "how", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": tiny.build("llama", seed=1)}], ids=["lookup", "other"]
+)
+def test_assistants_are_refused_by_name_in_later_turns_and_nothing_is_lost(how: dict[str, Any]) -> None:
+    """`generate` gives them the whole conversation again, whatever the cache holds."""
+    model, cache, said = first_turn()
+    before, more = cache.report(), torch.cat([said, tiny.token_ids(1, 5, seed=2)], 1)
+    with pytest.raises(CacheStateError, match="leave out assistant_model, prompt_lookup_num_tokens and"):
+        model.generate(more, **tiny.with_cache(cache), **HOW, **how)
+    assert cache.report() == before
+    model, other, _ = first_turn()
+    outputs = [model.generate(more, **tiny.with_cache(given), **HOW) for given in (cache, other)]
+    assert torch.equal(*outputs)
+
+
 @pytest.mark.parametrize("how", [{}, {"prefill_chunk_size": 4}], ids=str)
 def test_a_row_of_padding_alone_is_refused_as_such(how: dict[str, Any]) -> None:
     model, inputs = tiny.model("llama"), tiny.inputs("llama", 20, seed=1, batch=3)
