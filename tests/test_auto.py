@@ -334,8 +334,9 @@ def test_models_that_cannot_repeat_are_not_asked_to(name: str) -> None:
     assert cache.config.scorer.reconstructs == (name == "llama")  # type: ignore[union-attr]
 
 
-def test_short_documents_and_images_are_not_repeated() -> None:
-    for name, tokens in (("llama", SHORT), ("llava_36", LONG)):
+@pytest.mark.parametrize("name", ["llama", "llava_36"])
+def test_documents_are_repeated_unless_they_are_short(name: str) -> None:
+    for tokens, repeats in ((SHORT - tiny.image_tokens(name) * (name == "llava_36"), False), (LONG, True)):
         cache = CompressedCache(tiny.model(name), "auto", budget=0.4)
         cache.choose_for_questions(tiny.inputs(name, tokens, seed=1))
-        assert not cache.config.scorer.reconstructs  # type: ignore[union-attr]
+        assert cache.config.scorer.reconstructs == repeats  # type: ignore[union-attr]

@@ -86,6 +86,14 @@ def test_a_document_that_is_repeated_is_scored_by_that(seen: bool, sighted: Pair
     assert loaded.ask(QUESTIONS, max_new_tokens=4) == document.ask(QUESTIONS, max_new_tokens=4)
 
 
+def test_a_document_with_images_is_repeated_too(sighted: Pair) -> None:
+    how: dict[str, Any] = {"images": [picture(1), picture(2)], "budget": 0.4}
+    chosen, named = (Document(*sighted, TEXT, config=config, **how) for config in ("auto", "kvzip"))
+    assert chosen.report().preset == "kvzip" and chosen.report().retention <= 0.4
+    assert chosen.report().held_positions == named.report().held_positions
+    assert chosen.ask(QUESTIONS, max_new_tokens=4) == named.ask(QUESTIONS, max_new_tokens=4)
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_question_is_answered_as_if_it_were_the_only_one(chat: bool) -> None:
     document = Document(*text(), TEXT, config="prefixkv", budget=0.5, chat=chat)

@@ -59,11 +59,6 @@ TEXT = (
     ),
     Candidate("streaming"),
 )
-DOCUMENT = (
-    Candidate("kvzip"),
-    Candidate("kvzip", {"evictor": {"name": "topk", "granularity": "head", "decode": "fixed_point"}}, _QUANTIZED),
-    *TEXT,
-)
 _UNMERGED = "nothing is merged, since what is set leaves nothing to merge, or no scores to do it by"
 IMAGE = (
     Candidate("image"),
@@ -71,13 +66,16 @@ IMAGE = (
     Candidate("image", {"evictor": {"name": "topk", "granularity": "head", "decode": "fixed_point"}}, _QUANTIZED),
     Candidate("streaming"),
 )
+REPEATED = (
+    Candidate("kvzip"),
+    Candidate("kvzip", {"evictor": {"name": "topk", "granularity": "head", "decode": "fixed_point"}}, _QUANTIZED),
+)
 
 
 def candidates(prompt: Prompt) -> tuple[Candidate, ...]:
     """What suits a prompt, best first."""
-    if prompt.has_image:
-        return IMAGE
-    return DOCUMENT if prompt.repeats and not prompt.is_short else TEXT
+    first = REPEATED if prompt.repeats and not prompt.is_short else ()
+    return first + (IMAGE if prompt.has_image else TEXT)
 
 
 KINDS = (Prompt(2 * SHORT, False), Prompt(2 * SHORT, True))  # one prompt of each kind that there is
