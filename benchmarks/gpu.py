@@ -161,6 +161,40 @@ def _codes(lab: Lab, about: About, model: PreTrainedModel, batch: int, tokens: i
         del cache
 
 
+def heads(lab: Lab) -> None:
+    """A decode step where heads hold tokens of their own, alike or unlike many, against one choice for a layer."""
+    model = lab.model("heads", "gqa")
+    for batch, tokens in ((2, 400),) if lab.tiny else ((16, 8192), (1, 32768)):
+        if model is not None:
+            about = {"batch": batch, "tokens": tokens}
+            lab.attempt("heads", about, partial(_by_head, lab, about, model, batch, tokens), 25)
+
+
+def _by_head(lab: Lab, about: About, model: PreTrainedModel, batch: int, tokens: int) -> None:
+    base: dict[str, float] = {}
+    text = model.config.get_text_config(decoder=True)
+    shares = [share * BUDGET for share in (20 / 11, 2 / 11)] * (text.num_hidden_layers * text.num_key_value_heads // 2)
+    own = {"name": "topk", "granularity": "head", "decode": "oldest"}
+    ten_to_one = {"name": "profile", "retention": shares, "heads": text.num_key_value_heads}
+    caches: dict[str, dict[str, Any]] = {
+        "heads alike": {},
+        "tokens of their own": {"evictor": own},
+        "sizes by scores": {"evictor": own, "allocator": "adakv"},
+        "sizes 10 to 1": {"evictor": own, "allocator": ten_to_one},
+    }
+    for name, fields in caches.items():
+        cache = CompressedCache(model, "snapkv", budget=BUDGET, **fields)
+        read(model, cache, input_ids=lab.ids(batch, tokens))
+        label, said = {**about, "cache": name}, cache.report()
+        found = lab.decoding("heads", label, model, cache, batch)
+        lab.row("heads", label, bytes_ratio=said.kv_bytes / said.full_kv_bytes)
+        for mode in found.keys() & base.keys():
+            aim = "at most 1.0" if mode == "captured" else None
+            lab.row("heads", {**label, "mode": mode}, ratio=found[mode] / base[mode], aim=aim)
+        base = base or found
+        del cache
+
+
 def compiled(lab: Lab) -> None:
     """Steps for which code is generated: a decode step, and `generate` with `StaticCache` and with ours."""
     model = lab.model("compiled", "mha")
@@ -193,6 +227,7 @@ SECTIONS: dict[str, Callable[[Lab], None]] = {
     "prefill": prefill,
     "llava": llava,
     "quantized": quantized,
+    "heads": heads,
     "compiled": compiled,
 }
 Section = Enum("Section", {name: name for name in SECTIONS}, type=str)  # type: ignore[misc]

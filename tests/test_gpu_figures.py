@@ -30,6 +30,7 @@ CACHES = {
     | {f"prefixkv, {queries}" for queries in ("exact", "stride:4", "window:32")},
     "llava": {"DynamicCache", "full", "lightkv", "prefixkv+lightkv"},
     "quantized": {"bfloat16", "4 bits", "8 bits"},
+    "heads": {"heads alike", "tokens of their own", "sizes by scores", "sizes 10 to 1"},
     "compiled": {"prefixkv", "StaticCache, compiled", "prefixkv, captured", "prefixkv, compiled"},
 }
 
