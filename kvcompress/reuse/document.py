@@ -26,10 +26,10 @@ class Document:
     """Text, images or both, in a compressed cache; questions are answered on copies of it.
 
     The document is compressed by itself, before any question is known, so that what is kept serves every question
-    alike. So text is compressed by `kvzip` unless something else is asked for: the model repeats the document, and what
-    that looks at is kept; reading takes two to three times as long. Policies that look at the last tokens of a prompt
-    (`snapkv`, `tova`, `text`) see the document's end there. Documents with images, short ones, and models that cannot
-    repeat are compressed as `auto` compresses any prompt.
+    alike. So it is compressed by `kvzip` unless something else is asked for: the model repeats the document, text and
+    images, and what that looks at is kept; reading takes two to three times as long. Policies that look at the last
+    tokens of a prompt (`snapkv`, `tova`, `text`) see the document's end there. Short documents, and models that cannot
+    repeat, are compressed as `auto` compresses any prompt.
 
     Args:
         model: a model that a `CompressedCache` can serve.
