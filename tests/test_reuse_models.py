@@ -105,6 +105,19 @@ def test_with_everything_kept_a_document_with_images_is_answered_as_by_the_plain
     assert document.ask([QUESTION, "why? " * 3], max_new_tokens=6)[0] == str(wanted)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_document_with_images_is_repeated_by_models_that_can(name: str) -> None:
+    """Pixels and all; others are read once. Either way the budget holds, and the answer is of what is held."""
+    family, processor = FAMILIES[name], Processor(name)
+    images = list(family.sizes[:2])
+    document = Document(tiny.model(name), processor, TEXT * 3, images=images, budget=0.4)
+    can = family.axes == 1 and family.typed is None
+    report = document.report()
+    assert report.preset == ("kvzip" if can else "image") and report.retention <= 0.4
+    asked = document.ask([QUESTION, "why?"], max_new_tokens=3)
+    assert asked[0] == document.ask(QUESTION, max_new_tokens=3) and document.report() == report
+
+
 def test_types_are_dropped_where_the_model_reads_none() -> None:
     """Models of text refuse them; those of Gemma 3 have nothing to say of a text alone, which may then be repeated."""
     for name, processor in (("llama", Tokenizer()), ("llava_next_video", Processor("llava_next_video"))):
