@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ from transformers import DynamicCache
 from kvcompress import CompressedCache
 from kvcompress.errors import CacheStateError, UnsupportedModeError
 from tests import tiny
+from tests.test_reconstruction import Tokenizer
 
 pytestmark = pytest.mark.quick
 SEEN = 21  # of a prompt of 20, two tokens, the last of which was not read
@@ -101,6 +104,51 @@ def test_a_batch_padded_on_the_left_comes_in_chunks(chunk: int, padding: int) ->
     squeezed = CompressedCache(model, "prefixkv", budget=0.5)
     model.generate(**inputs, **tiny.with_cache(squeezed), **how)
     assert squeezed.report().row_tokens_seen == [23, 23 - padding]
+
+
+def read_plainly(cache: CompressedCache, inputs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        tiny.model("llama")(**inputs, **tiny.with_cache(cache))
+    return inputs["input_ids"]
+
+
+def recorded(cache: CompressedCache, inputs: dict[str, Any]) -> Tensor:
+    cache.activate_past_recording()
+    return read_plainly(cache, inputs)
+
+
+def repeated(cache: CompressedCache, inputs: dict[str, Any]) -> Tensor:
+    cache.score_by_reconstruction(Tokenizer(), inputs)
+    return inputs["input_ids"]
+
+
+def generated(cache: CompressedCache, inputs: dict[str, Any], **how: Any) -> Tensor:
+    output: Tensor = tiny.model("llama").generate(**inputs, **tiny.with_cache(cache), **HOW, **how)
+    return output
+
+
+READ: dict[str, Callable[[CompressedCache, dict[str, Any]], Tensor]] = {
+    "plainly": read_plainly,
+    "recorded": recorded,
+    "repeated": repeated,
+    "by generate": generated,
+    "in chunks": partial(generated, prefill_chunk_size=8),
+    "with lookup": partial(generated, prompt_lookup_num_tokens=3),
+    "with an assistant": partial(generated, assistant_model=tiny.build("llama", seed=1)),
+}
+
+
+@pytest.mark.parametrize("how", READ)
+def test_another_conversation_is_refused_however_the_first_was_read(how: str) -> None:
+    preset = "kvzip" if how == "repeated" else "prefixkv"
+    cache, inputs = CompressedCache(tiny.model("llama"), preset, budget=0.5), tiny.inputs("llama", 20, seed=1)
+    whole = torch.cat([READ[how](cache, inputs), tiny.token_ids(1, 4, seed=5)], 1)
+    other = whole.clone()
+    other[:, 3] = 3 + whole[:, 3] % 5
+    assert not torch.equal(other, whole)
+    with pytest.raises(CacheStateError, match="do not begin with them"):
+        tiny.model("llama").generate(other, **tiny.with_cache(cache), **HOW)
+    assert tiny.model("llama").generate(whole, **tiny.with_cache(cache), **HOW).shape[1] == whole.shape[1] + 2
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ class Calls:
         """
         check_inputs(inputs, seen)
         shape, ids = shape_of(inputs), inputs.get("input_ids")
+        begins = not seen or self.due is not None
         self._check_due(ids)
         if ids is None and self.needs_ids and shape is not None and shape[1] > 1:
             raise UnsupportedModeError(
@@ -73,7 +74,7 @@ class Calls:
                 "from embeddings; pass input_ids, or choose policies that do not (reducer=None, image_weight=1)"
             )
         self._announced, self._entered, self._layer = shape, False, None
-        if ids is not None and ids.shape[1] > 1 and not recording:
+        if ids is not None and ids.shape[1] > 1 and (begins or not recording):  # else candidates, taken on trust
             self._remember(ids, inputs.get("attention_mask"), seen)
 
     def decoder(self, inputs: dict[str, Any], seen: int) -> bool:
