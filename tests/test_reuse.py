@@ -22,6 +22,7 @@ from transformers import (
 
 import kvcompress
 from kvcompress import CompressedCache, restore
+from kvcompress.cache.argument import cache_argument
 from kvcompress.errors import CacheStateError, ConfigError, UnsupportedModeError, UnsupportedModelError
 from kvcompress.reuse import Chat, Document, compressing
 from kvcompress.reuse.prompts import Prompter
@@ -84,6 +85,24 @@ def test_a_document_that_is_repeated_is_scored_by_that(seen: bool, sighted: Pair
     document.save(tmp_path)
     loaded = Document.load(model, processor, tmp_path)
     assert loaded.ask(QUESTIONS, max_new_tokens=4) == document.ask(QUESTIONS, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("seen", [False, True], ids=["text", "images"])
+def test_the_first_turn_of_a_conversation_is_repeated_for_a_scorer_that_wants_it(seen: bool, sighted: Pair) -> None:
+    """All of it but its last token; the rest of the conversation is as with any scorer."""
+    model, processor = sighted if seen else text()
+    images = [picture(1)] if seen else []
+    chat, how = Chat(model, processor, "kvzip", budget=0.4), {"max_new_tokens": 4}
+    first = Prompter(model, processor).turn(TEXT, images, first=True)
+    ids, mask = (first.pop(name) for name in ("input_ids", "attention_mask"))
+    cache = CompressedCache(model, "kvzip", budget=0.4)
+    inputs = {"input_ids": ids[:, :-1], "attention_mask": mask[:, :-1], **first}
+    cache.score_by_reconstruction(getattr(processor, "tokenizer", processor), inputs)
+    output = model.generate(ids, attention_mask=mask, **cache_argument(cache), do_sample=False, **how)
+    tokenizer = getattr(processor, "tokenizer", processor)
+    assert chat.say(TEXT, images=images, **how) == tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+    assert chat.report() == cache.report() and not any("nothing was repeated" in note for note in chat.report().notes)
+    assert chat.say(QUESTIONS[0], **how) and chat.report().retention <= 0.4
 
 
 def test_a_document_with_images_is_repeated_too(sighted: Pair) -> None:

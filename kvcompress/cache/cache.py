@@ -230,8 +230,8 @@ class CompressedCache(Forwards, CacheContract):
     def choose_for_questions(self, inputs: Mapping[str, Any]) -> None:
         """Lets `auto` choose for a prompt that is about to be read, and asked about only later, as a `Document` is.
 
-        It takes `kvzip`, with which `score_by_reconstruction` then reads the prompt, unless a scorer was set, the prompt
-        is short or the model cannot repeat it. Changes nothing for another configuration.
+        It takes `kvzip`, with which `score_by_reconstruction` then reads the prompt, unless a scorer was set, the
+        prompt is short or the model cannot repeat it. Changes nothing for another configuration.
 
         Args:
             inputs: what the model is about to be called with.

@@ -208,8 +208,8 @@ class Calls:
         if not torch.equal(due, ids):
             raise CacheStateError(
                 f"input: generate of transformers {transformers.__version__} is about to read other tokens than the "
-                "new ones: it reads a conversation from its start with an assistant or prompt lookup, and some releases "
-                "before 5.24 with prefill_chunk_size; leave out assistant_model, prompt_lookup_num_tokens and "
+                "new ones: it reads a conversation from its start with an assistant or prompt lookup, and some "
+                "releases before 5.24 with prefill_chunk_size; leave out assistant_model, prompt_lookup_num_tokens and "
                 "prefill_chunk_size in later turns"
             )
 

@@ -225,8 +225,8 @@ def _not_done(state: CacheState) -> list[str]:
     if scorer is not None and scorer.reconstructs and state.config.evictor is not None and not state.repeated:
         notes.append(
             f"scorer {scorer.name}: nothing was repeated, so tokens are ranked by the attention that the prompt itself "
-            "gives them; cache.score_by_reconstruction(tokenizer, inputs) reads and repeats a prompt, and so does "
-            "Document"
+            "gives them; cache.score_by_reconstruction(tokenizer, inputs) reads and repeats a prompt, and so do "
+            "Document and Chat"
         )
     if reducer is not None and not sequence.went_into and not sequence.images_given(0).any():
         notes.append(f"reducer {reducer.name}: no image was seen, so every layer was given every token")

@@ -22,6 +22,9 @@ from kvcompress.reuse.wanted import check_generate, check_images, check_text
 class Chat:
     """A conversation whose cache stays within its budget; nothing that was said is read twice.
 
+    With a scorer that is made for it (the preset `kvzip`) the first turn is repeated once before it is answered, so
+    that what is kept of it serves later questions as well as the first.
+
     Args:
         model: a model that a `CompressedCache` can serve.
         processor: its tokenizer, or for models that see images its processor.
@@ -86,7 +89,7 @@ class Chat:
         self._said.check_images(len(images))
         if self.cache.get_seq_length() > self._said.tokens:
             raise CacheStateError("chat: an earlier answer was interrupted; call reset() for a new conversation")
-        inputs = self._said.joined(new, self._prompter.tokenizer.eos_token_id)
+        inputs = self._begun(self._said.joined(new, self._prompter.tokenizer.eos_token_id))
         wanted = answering(self._prompter, {**own, "max_new_tokens": max_new_tokens, **generate})
         output: Tensor = self.model.generate(  # type: ignore[operator]
             **inputs, **cache_argument(self.cache), **wanted
@@ -94,3 +97,14 @@ class Chat:
         self._said.take(inputs, output)
         answer = output[0, inputs["input_ids"].shape[1] :]
         return str(self._prompter.tokenizer.decode(answer, skip_special_tokens=True))
+
+    def _begun(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is left to read once the first turn but its last token was repeated, for a scorer that wants that."""
+        scorer, tokens = self.cache.config.scorer, inputs["input_ids"].shape[1]
+        if self._said.ids is not None or tokens < 2 or scorer is None or not scorer.reconstructs:
+            return inputs
+        each = ("input_ids", "attention_mask")
+        first = {name: given[:, :-1] if name in each else given for name, given in inputs.items()}
+        self.cache.choose_for_questions(first)
+        self.cache.score_by_reconstruction(self._prompter.tokenizer, first)
+        return {name: inputs[name] for name in each}
