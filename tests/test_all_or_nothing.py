@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from kvcompress import EVICTORS, MERGERS, SCORERS, Budget, CompressedCache, KVCompressError
+from kvcompress import EVICTORS, MERGERS, SCORERS, Budget, CompressedCache, CompressionConfig, KVCompressError
+from kvcompress.cache import rows
 from kvcompress.errors import CacheStateError, PolicyError
 from kvcompress.policies.base import Merger, Scorer
 from kvcompress.policies.context import MergeContext, Merged
@@ -196,7 +198,9 @@ WRONG_ROWS: dict[str, Callable[[CompressedCache], Any]] = {
     "reorder to nothing": lambda cache: cache.reorder_cache(torch.tensor([], dtype=torch.long)),
     "repeat never": lambda cache: cache.batch_repeat_interleave(0),
     "repeat less than never": lambda cache: cache.batch_repeat_interleave(-1),
+    "a list": lambda cache: rows.select(cache._state, "reorder_cache", [1, 0, 2]),
 }
+NO_NUMBERS = (-2.0, "2", True, None, [1], torch.tensor(-2.0), torch.tensor([-1, -2]))
 
 
 @pytest.mark.parametrize("budget", [0.5, "9KiB"])
@@ -210,6 +214,49 @@ def test_rows_that_do_not_exist_are_refused_and_nothing_changes(budget: Any) -> 
             action(cache)
         assert alike(kept(cache), before), name
     assert alike(goes_on(cache, 3), on)
+
+
+def test_what_is_no_whole_number_is_refused_and_nothing_changes() -> None:
+    cache = CompressedCache(tiny.model("llama"), "full")
+    step(20, 1)(cache)
+    before = kept(cache)
+    for number in NO_NUMBERS:
+        with pytest.raises(KVCompressError, match="crop: takes a whole number"):
+            rows.whole("crop", number)
+    for action in (cache.crop, cache.batch_repeat_interleave):
+        for number in (True, torch.tensor(-2.0), torch.tensor([-1, -2])):
+            with pytest.raises(KVCompressError, match=f"{action.__name__}: takes a whole number"):
+                action(number)
+    assert alike(kept(cache), before)
+
+
+@pytest.mark.parametrize("preset", ["full", "prefixkv", "h2o", "streaming", "kivi4"])
+def test_a_number_may_be_a_tensor(preset: str) -> None:
+    """As what counts positions gives it, once transformers has worked out the difference."""
+    caches = [CompressedCache(tiny.model("llama"), preset) for _ in range(2)]
+    for cache, number in zip(caches, (torch.tensor(-2), -2), strict=True):
+        record(cache)
+        step(20, 1, 1)(cache)
+        cache.crop(number)
+        cache.batch_repeat_interleave(torch.tensor(2) if isinstance(number, Tensor) else 2)
+    one, other = ([*goes_on(cache, 2), *kept(cache)] for cache in caches)
+    assert alike(one, other) and caches[0].get_seq_length() == 18 + 5
+
+
+def test_looking_at_what_is_ranked_changes_nothing() -> None:
+    """Also while the past is recorded: what may be undone has not had its say for good."""
+    caches = [CompressedCache(tiny.model("llama"), "prefixkv", budget=0.5) for _ in range(2)]
+    for cache in caches:
+        step(30, 1)(cache)
+        record(cache)
+        step(6, 2)(cache)
+    before = kept(caches[0])
+    first, again = (list(chain.from_iterable(caches[0].ranked())) for _ in range(2))
+    caches[0].allocation_at(CompressionConfig.preset("uniform"))
+    assert alike(first, again) and alike(kept(caches[0]), before)
+    for cache in caches:
+        cache.crop(-2)
+    assert alike(kept(caches[0]), kept(caches[1]))
 
 
 @torch.no_grad()
@@ -283,3 +330,38 @@ def test_protected_tokens_stay_when_rows_change_after_decoding(
                 assert protected <= set(positions)
                 assert preset != "streaming" or positions[sinks:] == list(range(seen - len(positions) + sinks, seen))
     assert cache.report().kv_bytes <= 128 * 1024
+
+
+FEW: dict[str, Action] = {
+    "more rows": lambda cache: cache.batch_repeat_interleave(2),
+    "fewer rows": lambda cache: cache.batch_select_indices(torch.tensor([1])),
+    "other rows": lambda cache: cache.reorder_cache(torch.tensor([2, 0])),
+    "ranked": lambda cache: cache.ranked(),
+    "sizes": lambda cache: cache.allocation_at(CompressionConfig.preset("prefixkv")),
+}
+
+
+@pytest.mark.parametrize("granularity", ["layer", "head"])
+@pytest.mark.parametrize("budget", [{"bytes": 1500}, {"fraction": 0.01}], ids=str)
+def test_layers_that_hold_nothing_are_looked_at_and_changed_as_any(budget: dict[str, Any], granularity: str) -> None:
+    config = {"scorer": "attention", "evictor": {"name": "topk", "granularity": granularity}}
+    for name, action in FEW.items():
+        cache = CompressedCache(tiny.model("llama"), budget=Budget(**budget, sink=0, recent=0), config=config)
+        step(30, 1, 3)(cache)
+        step(1, 2, 3)(cache)
+        action(cache)
+        assert torch.isfinite(goes_on(cache, cache.batch_size)[2]).all(), name
+
+
+def test_a_policy_that_fails_while_bytes_are_shared_anew_breaks_the_cache() -> None:
+    """Rows have moved in place by then: the cache says that it is broken, and how to go on."""
+    cache = CompressedCache(tiny.model("llama"), budget="9KiB", config=CONFIGS["evictor"])
+    step(40, 1, 2)(cache)
+    Trap.set(0)
+    with pytest.raises(PolicyError, match="trapped"):
+        cache.batch_repeat_interleave(2)
+    with pytest.raises(CacheStateError, match=r"reset\(\)"):
+        step(1, 2, 4)(cache)
+    cache.reset()
+    step(20, 1, 2)(cache)
+    assert cache.report().tokens_seen == 20

@@ -208,10 +208,10 @@ class CompressedCache(Forwards, CacheContract):
         if not state.sequence.batch:
             raise CacheStateError("cache: holds nothing yet that could be ranked; read a prompt first")
         tables.catch_up_if_needed(state)
-        tables.tidy(state)
-        with state.writable(), torch.no_grad():
+        with state.undone(), state.writable(), torch.no_grad():  # what may be undone has not had its say for good
+            tables.tidy(state)
             undoing.settle(state, Prefill(), 0)
-        return [layer.ranked() for layer in state.layers]
+            return [layer.ranked() for layer in state.layers]
 
     def allocation_at(self, config: CompressionConfig) -> Allocation:
         """What another configuration's allocator and budget would give the layers, from the scores that are there."""

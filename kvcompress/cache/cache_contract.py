@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -97,14 +98,14 @@ class CacheContract(OfModel, Cache):
         """
         rows.select(self._state, "reorder_cache", beam_idx)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
+    def batch_repeat_interleave(self, repeats: SupportsIndex) -> None:
         """Repeats every row so many times, at least once.
 
         Raises:
-            CacheStateError: if no row would be left; nothing has changed then.
+            CacheStateError: if that is no whole number, or no row would be left; nothing has changed then.
         """
-        numbers = torch.arange(self._state.sequence.batch)
-        rows.select(self._state, "batch_repeat_interleave", numbers.repeat_interleave(max(0, repeats)))
+        times, numbers = rows.whole("batch_repeat_interleave", repeats), torch.arange(self._state.sequence.batch)
+        rows.select(self._state, "batch_repeat_interleave", numbers.repeat_interleave(max(0, times)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keeps some rows.
@@ -115,20 +116,21 @@ class CacheContract(OfModel, Cache):
         Raises:
             CacheStateError: if there is no such row, or none would be left; nothing has changed then.
         """
-        if indices.dtype == torch.bool and indices.shape == (self._state.sequence.batch,):
+        if getattr(indices, "dtype", None) == torch.bool and indices.shape == (self._state.sequence.batch,):
             indices = indices.nonzero().flatten()
         rows.select(self._state, "batch_select_indices", indices)
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: SupportsIndex) -> None:
         """Takes the last tokens back, then lets the evictions that waited happen.
 
         Args:
             tokens_to_remove: zero or minus the number of tokens, as in transformers.
 
         Raises:
-            CacheStateError: if one of them was evicted already (see `is_croppable`); nothing has changed then.
+            CacheStateError: if that is no whole number, or one of them was evicted already (see `is_croppable`);
+                nothing has changed then.
         """
-        undoing.crop(self._state, tokens_to_remove)
+        undoing.crop(self._state, rows.whole("crop", tokens_to_remove))
 
     def activate_past_recording(self) -> None:
         """Lets eviction wait for `crop` after each forward, as assisted decoding needs it."""

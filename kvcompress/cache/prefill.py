@@ -173,7 +173,7 @@ def _budget_rule(state: CacheState) -> Rule:
     if budget.bytes is None:
         return Rule.of(state.config, layers)
     shares = layers * state.sequence.batch * state.heads.size
-    known = [layer.store for layer in state.layers if layer.store.capacity]
+    known = [layer.store for layer in state.layers if layer.store.slot_nbytes]
     slots = sum(store.slots_within(budget.bytes / shares) for store in known) * layers / len(known)
     return Rule.of(state.config, layers, slots)
 

@@ -57,6 +57,8 @@ def importance_of(
 
 def without_unknown(importance: Tensor) -> Tensor:
     """Importance in which slots without a score rank with the highest."""
+    if not importance.shape[-1]:
+        return importance  # of no slots none is the highest
     unknown = importance.isnan()
     highest = importance.masked_fill(unknown, -torch.inf).amax(-1, keepdim=True)
     return torch.where(unknown, highest.masked_fill(highest == -torch.inf, 0.0), importance)
@@ -119,8 +121,10 @@ def ranking_of(
     """
     sequence, ranked = layers[0].sequence, [layer.ranked(step) for layer in layers] if ranked is None else ranked
     indices, scores = [index for index, _ in ranked], [score for _, score in ranked]
-    index = indices[-1]
-    slots, sets = max(other.shape[2] for other in indices), max(other.shape[1] for other in indices)
+    index, sets = indices[-1], max(other.shape[1] for other in indices)
+    slots = max(1, *(other.shape[2] for other in indices))  # policies see an empty slot where layers hold none
+    if not index.shape[2]:
+        index = indices[-1] = _padded(index, 1, -1)
     if len(layers) > 1:
         if all(other is index for other in indices):  # as it is until layers have lost different tokens
             index = index.repeat(len(layers), 1, 1)

@@ -177,8 +177,10 @@ class CacheState:
     def undone(self) -> Iterator[None]:
         """Forwards of several tokens, which write to no tensor that is there: the cache is then as it was before."""
         before = self._parts()
-        yield
-        _go_back_to(before)
+        try:
+            yield
+        finally:
+            _go_back_to(before)
 
     def _parts(self) -> list[tuple[Any, dict[str, Any]]]:
         """What the cache and its parts refer to, so that they can be made to do so again; the cache itself last."""

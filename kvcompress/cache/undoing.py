@@ -41,7 +41,7 @@ def crop(state: CacheState, tokens_to_remove: int) -> None:
                 if recorded and recorded <= positions:
                     _drop_unscored(state)
                 state.calls.crop(sequence.seen)
-            _let_go(state, step)
+            let_go(state, step)
 
 
 def _recorded_positions(state: CacheState) -> int:
@@ -117,7 +117,7 @@ def compress(state: CacheState, entered: bool = False) -> None:
         with state.changing() as step:
             tables.tidy(state)
             state.own.crop(0)
-            _let_go(state, step)
+            let_go(state, step)
 
 
 def stop_recording(state: CacheState, entered: bool = False) -> None:
@@ -127,8 +127,8 @@ def stop_recording(state: CacheState, entered: bool = False) -> None:
     state.own.record(False)
 
 
-def _let_go(state: CacheState, step: Prefill) -> None:
-    """Lets the eviction that waited happen, if any did, and makes the table for what is left."""
+def let_go(state: CacheState, step: Prefill) -> None:
+    """Lets the eviction that waited happen, if any did, and makes the table for what is left; within a change."""
     waiting, evictor = state.waiting, state.config.evictor
     step.row_seen = state.sequence.row_seen
     settle(state, step, 0)
