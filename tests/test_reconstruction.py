@@ -191,6 +191,30 @@ def test_many_questions_are_asked_of_copies_of_one_document() -> None:
     assert held(cache) == before
 
 
+def test_rows_of_different_lengths_are_refused_where_padding_between_would_count() -> None:
+    """In windows; rows of one length are repeated as they are alone."""
+    model, inputs = tiny.model("gemma2"), tiny.inputs("gemma2", 40, seed=2, batch=2)
+    short = {**inputs, "attention_mask": (torch.arange(40) >= torch.tensor([[0], [9]])).long()}
+    cache = CompressedCache(model, CONFIG)
+    with pytest.raises(KVCompressError, match=r"attention_mask: rows of different lengths .*; repeat them one by one"):
+        cache.score_by_reconstruction(Tokenizer(), short)
+    assert not cache.is_initialized
+    cache.score_by_reconstruction(Tokenizer(), inputs)
+    for row in range(2):
+        alone = CompressedCache(model, CONFIG)
+        alone.score_by_reconstruction(Tokenizer(), {name: given[row : row + 1] for name, given in inputs.items()})
+        found, wanted = (one.report().held_positions for one in (cache, alone))
+        assert [layer[row] for layer in found if layer] == [layer[0] for layer in wanted if layer]
+
+
+def test_an_image_that_is_repeated_cannot_be_reduced() -> None:
+    cache = CompressedCache(tiny.model("llava_36"), CONFIG, reducer="fastv")
+    with pytest.raises(KVCompressError, match=r"reducer fastv: an image that is repeated .*; choose reducer=None"):
+        cache.score_by_reconstruction(Tokenizer(), tiny.inputs("llava_36", 20, seed=1))
+    assert not cache.is_initialized
+    cache.score_by_reconstruction(Tokenizer(), {"input_ids": tiny.token_ids(1, 20, seed=1)})
+
+
 @pytest.mark.parametrize(
     ("fields", "inputs", "options", "says"),
     [

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import GenerationConfig, TextStreamer
 
@@ -17,7 +18,8 @@ from kvcompress.evaluation import encode_prompt
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.evaluation.shapes import measure, questions, scenes
 from kvcompress.reuse import Chat, Document
-from tests import checkpoints, tiny, vision
+from kvcompress.testing.models import TEXT as TEXT_MODEL
+from tests import checkpoints, families, tiny, vision
 from tests.vision import FAMILIES, IMAGE
 
 TYPED = ("gemma3", "paligemma", "paligemma2")
@@ -116,6 +118,54 @@ def test_a_document_with_images_is_repeated_by_models_that_can(name: str) -> Non
     assert report.preset == ("kvzip" if can else "image") and report.retention <= 0.4
     asked = document.ask([QUESTION, "why?"], max_new_tokens=3)
     assert asked[0] == document.ask(QUESTION, max_new_tokens=3) and document.report() == report
+
+
+QUESTIONS = ["and so?", "why? " * 4, "x", "in what?", "y", QUESTION]  # some of one token, some of one length
+
+
+MIXED = [(name, "full") for name in families.EVERY if name not in (*families.FULL, *families.WINDOWED)] + [
+    ("gemma2", "auto"),
+    ("lfm2", "auto"),
+]
+
+
+@pytest.mark.parametrize(("name", "config"), [("llama", one) for one in ("full", "auto", "prefixkv", "tova")] + MIXED)
+def test_questions_that_are_answered_together_are_answered_as_alone(name: str, config: str) -> None:
+    """Also where padding between document and question would count, in windows and states."""
+    budget = {} if config == "full" else {"budget": 0.3}
+    document = Document(tiny.model(name), Tokenizer(), TEXT * 4, config=config, **budget)
+    assert document.cache.counts_padding == (name != "llama")
+    alone = [document.ask(question, max_new_tokens=5) for question in QUESTIONS]
+    assert document.ask(QUESTIONS, max_new_tokens=5) == alone
+    assert document.ask(QUESTIONS[::-1], max_new_tokens=5, batch_size=2) == alone[::-1]
+    together = QUESTIONS[:2] if name == "llama" else ["and so?", "why not"]
+    inputs, cache = unchecked(document.prepare)(iter(together))
+    assert inputs["input_ids"].dtype == torch.int64 and cache.batch_size == 2
+    for apart in (["x", "why?"], *([] if name == "llama" else [QUESTIONS[:2]])):
+        with pytest.raises(ConfigError, match="questions: 2 of different lengths would not be answered as each alone"):
+            document.prepare(apart)
+
+
+def test_what_a_generation_config_says_of_an_answer_holds() -> None:
+    model, config = tiny.model("llama"), GenerationConfig(max_new_tokens=3)
+    document, chat = Document(model, Tokenizer(), TEXT * 4, budget=0.5), Chat(model, Tokenizer(), budget=0.5)
+    for ask in (document.ask, chat.say):
+        answer = ask(QUESTION, generation_config=config)
+        assert answer.count(",") == 2 and config.do_sample is None and config.pad_token_id is None
+        assert ask(QUESTION, max_new_tokens=4, generation_config=config).count(",") == 3
+        with pytest.raises(
+            ConfigError, match=r"max_length: counts what was read .*; give max_new_tokens; got 9 \(int\)"
+        ):
+            ask(QUESTION, max_length=9)
+    hot = GenerationConfig(max_new_tokens=20, do_sample=True, temperature=50.0)
+    torch.manual_seed(0)
+    assert len({document.ask(QUESTION, generation_config=hot) for _ in range(3)}) == 3
+
+
+def test_a_model_whose_window_a_repetition_would_leave_reads_a_document_once() -> None:
+    config = transformers.MistralConfig(**TEXT_MODEL, sliding_window=300)
+    document = Document(transformers.MistralForCausalLM(config).eval(), Tokenizer(), TEXT * 4, budget=0.4)
+    assert document.report().preset == "text" and document.ask(QUESTION, max_new_tokens=3)
 
 
 def test_types_are_dropped_where_the_model_reads_none() -> None:
@@ -277,6 +327,10 @@ def test_what_is_no_text_is_named() -> None:
                 unchecked(ask)(wrong)
     with pytest.raises(ConfigError, match=r"questions: must be a sequence of texts .*; got 'why"):
         unchecked(document.prepare)("why?")
-    with pytest.raises(ConfigError, match="questions: there is none; give at least one"):
-        document.prepare([])
+    for nothing in ([], [""], ["why?", ""]):
+        with pytest.raises(ConfigError, match="questions: there is none, or one of them is empty; give at least one"):
+            document.prepare(nothing)
+    for count in (0, -1, "2", 1.5, None, True):
+        with pytest.raises(ConfigError, match=r"batch_size: must be a whole number of at least 1; got .* \(|got None"):
+            unchecked(document.ask)(QUESTION, batch_size=count)
     assert chat.say(TEXT, max_new_tokens=2) and document.ask(QUESTION, max_new_tokens=2)

@@ -198,6 +198,11 @@ class CompressedCache(Forwards, CacheContract):
         """Slots that each layer, or head, may hold now, `[layers, batch, sets]`; None if decoding evicts nothing."""
         return self._state.limits()
 
+    @property
+    def counts_padding(self) -> bool:
+        """Whether padding between tokens changes what is read: in layers that keep a window or a state of their own."""
+        return bool(self._state.own)
+
     def ranked(self) -> list[Ranked]:
         """Token index and importance of every layer's slots, over all heads.
 

@@ -47,6 +47,7 @@ def for_document(state: CacheState, model: PreTrainedModel, adapter: Adapter, in
         "scorer" not in given or (scorer is not None and scorer.reconstructs)
     )
     able = state.own.goes_back and adapter.position_axes == 1 and inputs.get("token_type_ids") is None
+    able = able and adapter.window(model) is None  # which the repetition would leave
     for_turn(state, model, adapter, inputs, repeats=free and able)
 
 

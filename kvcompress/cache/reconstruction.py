@@ -48,7 +48,7 @@ def reconstruct(
     _forget_step(state)
     for layer in state.layers:
         layer.close_ranks(room=0)
-    if any(isinstance(value, Tensor) and value.is_floating_point() for value in seen.values()):
+    if any(_is_image(value) for value in seen.values()):
         chunk = ids.shape[1]  # an image is repeated as a whole, with its pixels
     found: list[list[Tensor]] = []
     for fed, fed_mask, part in _parts(tokenizer, ids, mask, chunk):
@@ -99,8 +99,23 @@ def check_reconstruction(state: CacheState, inputs: Mapping[str, Any], chunk: in
             "token_type_ids: tokens of an image, or of a prompt, that attend to those after them cannot be repeated as "
             "they were read; choose another scorer than 'kvzip', or leave them out where there is no image"
         )
+    mask = inputs.get("attention_mask")
+    if state.own and isinstance(mask, Tensor) and len(set(mask.sum(1).tolist())) > 1:
+        raise UnsupportedModeError(
+            "attention_mask: rows of different lengths are repeated with padding between, which counts in layers that "
+            "keep a window of their own; repeat them one by one, or choose another scorer than 'kvzip'"
+        )
+    if state.config.reducer is not None and any(_is_image(value) for value in inputs.values()):
+        raise UnsupportedModeError(
+            f"reducer {state.config.reducer.name}: an image that is repeated is read twice, and cannot be reduced "
+            "meanwhile; choose reducer=None, or another scorer than 'kvzip'"
+        )
     if chunk < 1:
         raise ConfigError(f"chunk: tokens that are repeated at a time, at least 1; got {shown(chunk)}")
+
+
+def _is_image(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _positions(mask: Tensor, last: int) -> Tensor:

@@ -104,7 +104,7 @@ def _caption_batch(
             values = [torch.nn.functional.pad(one, (*padding, 0, most - one.shape[1])) for one in values]
         inputs[name] = torch.cat(values)
     cache = CompressedCache(loaded.model, config)
-    wanted = answering(prompter, {"max_new_tokens": max_new_tokens})
+    wanted = answering(prompter, max_new_tokens, {})
     output = loaded.model.generate(**inputs, **cache_argument(cache), **wanted)  # type: ignore[operator]
     texts = loaded.tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
     return [{"image": path.name, "caption": str(text).strip()} for path, text in zip(paths, texts, strict=True)]

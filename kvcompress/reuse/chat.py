@@ -65,7 +65,7 @@ class Chat:
         self.cache.reset()
         self._said = Conversation(self.model)
 
-    def say(self, text: str, *, images: Sequence[Any] = (), max_new_tokens: int = 128, **generate: Any) -> str:
+    def say(self, text: str, *, images: Sequence[Any] = (), max_new_tokens: int | None = None, **generate: Any) -> str:
         """Says something and gives the answer.
 
         After a call that was interrupted or failed on the way, the conversation has to begin anew (`reset`).
@@ -73,7 +73,7 @@ class Chat:
         Args:
             text: what the user says.
             images: PIL images, which come before the text.
-            max_new_tokens: most tokens of the answer.
+            max_new_tokens: most tokens of the answer; None for what a `generation_config` says, or else 128.
             **generate: arguments of `generate`; greedy unless `do_sample` is among them. One row of tokens has to come
                 of them, so beams, several answers and assistants are refused.
 
@@ -90,7 +90,7 @@ class Chat:
         if self.cache.get_seq_length() > self._said.tokens:
             raise CacheStateError("chat: an earlier answer was interrupted; call reset() for a new conversation")
         inputs = self._begun(self._said.joined(new, self._prompter.tokenizer.eos_token_id))
-        wanted = answering(self._prompter, {**own, "max_new_tokens": max_new_tokens, **generate})
+        wanted = answering(self._prompter, max_new_tokens, {**own, **generate})
         output: Tensor = self.model.generate(  # type: ignore[operator]
             **inputs, **cache_argument(self.cache), **wanted
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -19,7 +20,7 @@ from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError
 from kvcompress.progress import progress_bar
 from kvcompress.reuse.prompts import Prompter, answering
-from kvcompress.reuse.wanted import check_generate, check_images, check_streamer, check_text, check_texts
+from kvcompress.reuse.wanted import check_count, check_generate, check_images, check_streamer, check_text, check_texts
 
 
 class Document:
@@ -97,7 +98,13 @@ class Document:
 
     @overload
     def ask(
-        self, questions: str, *, max_new_tokens: int = ..., batch_size: int = ..., progress: bool = ..., **generate: Any
+        self,
+        questions: str,
+        *,
+        max_new_tokens: int | None = ...,
+        batch_size: int = ...,
+        progress: bool = ...,
+        **generate: Any,
     ) -> str: ...
 
     @overload
@@ -105,7 +112,7 @@ class Document:
         self,
         questions: Sequence[str],
         *,
-        max_new_tokens: int = ...,
+        max_new_tokens: int | None = ...,
         batch_size: int = ...,
         progress: bool = ...,
         **generate: Any,
@@ -115,7 +122,7 @@ class Document:
         self,
         questions: str | Sequence[str],
         *,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         batch_size: int = 8,
         progress: bool = False,
         **generate: Any,
@@ -124,8 +131,10 @@ class Document:
 
         Args:
             questions: one, or several.
-            max_new_tokens: most tokens of an answer.
-            batch_size: questions that are answered at a time, each with a copy of the cache.
+            max_new_tokens: most tokens of an answer; None for what a `generation_config` says, or else 128.
+            batch_size: questions that are answered at a time, each with a copy of the cache. Those of one token are
+                apart, and where the cache `counts_padding` those of different lengths, so that each is answered as if
+                it were the only one.
             progress: whether a bar on stderr shows how many are answered.
             **generate: arguments of `generate`; greedy unless `do_sample` is among them. One row of tokens has to come
                 of them for each question, so beams, several answers and assistants are refused.
@@ -134,21 +143,23 @@ class Document:
             One answer for one question, a list in their order for several.
 
         Raises:
-            ConfigError: if a question is empty or no text, or an argument of `generate` does not go with questions.
+            ConfigError: if a question is empty or no text, or an argument does not go with questions.
         """
         generate = {**check_generate(self.model, generate), **generate}
         several = check_texts("questions", [questions] if isinstance(questions, str) else questions)
-        if batch_size < 1:
-            raise ConfigError(f"batch_size: must be at least 1; got {batch_size}")
-        check_streamer(generate.get("streamer"), min(batch_size, len(several)))
+        check_streamer(generate.get("streamer"), min(check_count("batch_size", batch_size), len(several)))
         if not all(question.strip() for question in several):
             raise ConfigError("questions: one of them is empty; ask something")
-        answers: list[str] = []
+        wanted = answering(self._prompter, max_new_tokens, generate)
+        answers: dict[int, str] = {}
         with progress_bar(progress, "questions", len(several)) as tell:
-            for first in range(0, len(several), batch_size):
-                answers += self._answer(several[first : first + batch_size], max_new_tokens, generate)
-                tell(len(answers))
-        return answers[0] if isinstance(questions, str) else answers
+            for group in self._as_alone(several, self._after):
+                for first in range(0, len(group), batch_size):
+                    numbers = group[first : first + batch_size]
+                    answers |= zip(numbers, self._answer([several[number] for number in numbers], wanted), strict=True)
+                    tell(len(answers))
+        found = [answers[number] for number in range(len(several))]
+        return found[0] if isinstance(questions, str) else found
 
     def prepare(
         self, questions: Sequence[str], *, answer_prefix: str = ""
@@ -164,11 +175,20 @@ class Document:
             two; and a copy of the cache, which has read the document and has a row for each question.
 
         Raises:
-            ConfigError: if there is no question, or one is no text.
+            ConfigError: if there is no question, one is empty or no text, or the answer to one would depend on the
+                others: questions of one token are apart from longer ones, and where the cache `counts_padding`, all
+                have as many tokens.
         """
-        if not check_texts("questions", questions):
-            raise ConfigError("questions: there is none; give at least one")
-        ids, mask = self._prompter.questions(questions, self._after + answer_prefix)
+        questions, after = check_texts("questions", questions), self._after + answer_prefix
+        if not questions or not all(question + after for question in questions):
+            raise ConfigError("questions: there is none, or one of them is empty; give at least one, and ask something")
+        if len(self._as_alone(questions, after)) > 1:
+            raise ConfigError(
+                f"questions: {len(questions)} of different lengths would not be answered as each alone, since padding "
+                "between document and question counts in layers that keep a window or a state, and one token alone is "
+                "a decode step; prepare them one by one, or use ask, which puts together what goes together"
+            )
+        ids, mask = self._prompter.questions(questions, after)
         rows, read = len(questions), self._ids.to(ids.device)
         cache = copy.deepcopy(self.cache)
         if rows > 1:
@@ -179,9 +199,15 @@ class Document:
             "attention_mask": torch.cat([torch.ones_like(read).expand(rows, -1), mask], 1),
         }, cache
 
-    def _answer(self, questions: list[str], max_new_tokens: int, generate: dict[str, Any]) -> list[str]:
+    def _as_alone(self, questions: list[str], after: str) -> list[list[int]]:
+        """Numbers of the questions of which each is answered together with the others as it would be alone."""
+        groups: dict[int, list[int]] = defaultdict(list)
+        for number, tokens in enumerate(self._prompter.questions(questions, after)[1].sum(1).tolist()):
+            groups[tokens if self.cache.counts_padding else tokens > 1].append(number)
+        return list(groups.values())
+
+    def _answer(self, questions: list[str], wanted: dict[str, Any]) -> list[str]:
         inputs, cache = self.prepare(questions)
-        wanted = answering(self._prompter, {"max_new_tokens": max_new_tokens, **generate})
         output: Tensor = self.model.generate(  # type: ignore[operator]
             **inputs, **cache_argument(cache), **wanted
         )

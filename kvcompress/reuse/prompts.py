@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from kvcompress.integrations import adapter_for
 from kvcompress.reuse.encoded import model_inputs
 from kvcompress.reuse.wanted import check_processor
 
+_MOST = 128  # tokens of an answer
 _MARK = "@@kvcompress-mark@@"  # stands for what is not known yet while a template is filled in
 
 
@@ -122,8 +124,8 @@ class Prompter:
         """Ids of questions, padded on the left, and which of them are tokens."""
         rows = [self.tokenizer(question + after, add_special_tokens=False).input_ids for question in questions]
         longest = max(map(len, rows))
-        ids = torch.tensor([[self.padding] * (longest - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
+        ids = torch.tensor([[self.padding] * (longest - len(row)) + row for row in rows], dtype=torch.long)
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], dtype=torch.long)
         return ids.to(self.model.device), mask.to(self.model.device)
 
     def vocabulary(self) -> str:
@@ -160,7 +162,21 @@ def _starts(text: str, begin: str | None) -> bool:
     return begin is not None and text.startswith(begin)
 
 
-def answering(prompter: Prompter, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `generate` for an answer: greedy unless something else is asked for."""
-    greedy = {} if "do_sample" in wanted else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-    return {"pad_token_id": prompter.padding, "max_length": None, **greedy, **wanted}
+def answering(prompter: Prompter, max_new_tokens: int | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `generate` for an answer: greedy unless something else is asked for.
+
+    Args:
+        prompter: knows what fills up short rows.
+        max_new_tokens: most tokens of an answer; None for what a generation configuration says, or else 128.
+        given: other arguments, a `generation_config` among them or not.
+    """
+    config = given.get("generation_config")
+    most = getattr(config, "max_new_tokens", None) if max_new_tokens is None else max_new_tokens
+    wanted = {"pad_token_id": prompter.padding, "max_length": None, "max_new_tokens": _MOST if most is None else most}
+    if config is None:
+        greedy = {} if "do_sample" in given else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+        return {**wanted, **greedy, **given}
+    whole = copy.deepcopy(config)
+    others = {"do_sample": bool(config.do_sample), **given}
+    del others["generation_config"]
+    return {"generation_config": whole, **whole.update(**wanted, **others)}

@@ -61,6 +61,17 @@ def check_texts(name: str, value: object) -> list[str]:
     return texts
 
 
+def check_count(name: str, value: object) -> int:
+    """A number of at least one.
+
+    Raises:
+        ConfigError: naming the argument, what is allowed and what came.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name}: must be a whole number of at least 1; got {_named(value)}")
+    return value
+
+
 def check_images(images: object) -> None:
     """Refuses what is no sequence of images.
 
@@ -98,6 +109,11 @@ def check_generate(model: PreTrainedModel, given: dict[str, Any]) -> dict[str, A
     Raises:
         ConfigError: naming the argument, what is allowed, what came and the way out.
     """
+    if given.get("max_length") is not None:
+        raise ConfigError(
+            "max_length: counts what was read before the answer too; give max_new_tokens; got "
+            f"{_named(given['max_length'])}"
+        )
     for name in given:
         if name in _INPUTS or name.startswith(_OF_IMAGES):
             raise ConfigError(
