@@ -195,10 +195,11 @@ def test_perplexities_far_apart_are_drawn_on_a_logarithmic_axis() -> None:
     assert plots.quality(far, "perplexity").axes[0].get_yscale() == "log"
 
 
+@pytest.mark.parametrize("first", [1.0, 30.0], ids=["low", "high"])  # where the grey lines begin, among others
 @pytest.mark.parametrize("log", [False, True])
-def test_of_many_lines_some_are_shown_and_the_others_grey_with_their_names(log: bool) -> None:
+def test_of_many_lines_some_are_shown_and_the_others_grey_with_their_names(log: bool, first: float) -> None:
     many = [
-        {"policy": f"p{number}", "budget": budget, "perplexity": 3 + number / 20 - budget, "perplexity_ci_low": 1.0}
+        {"policy": f"p{number}", "budget": budget, "perplexity": first + number / 20, "perplexity_ci_low": 1.0}
         for number in range(12)
         for budget in (0.2, 0.5)
     ]
@@ -212,6 +213,8 @@ def test_of_many_lines_some_are_shown_and_the_others_grey_with_their_names(log: 
     figure.draw_without_rendering()
     boxes = sorted((Text.get_window_extent(text) for text in axes.texts), key=lambda box: box.y0)  # without its arrow
     assert all(below.y1 <= above.y0 + 1 for below, above in itertools.pairwise(boxes))
+    frame = axes.get_window_extent()
+    assert frame.y0 - 1 <= boxes[0].y0 and boxes[-1].y1 <= frame.y1 + 1  # none runs into what stands above
     with pytest.raises(ConfigError, match=r"shown: must be policies of the rows; got p99"):
         plots.quality(many, "perplexity", shown=["p99"])
 

@@ -106,8 +106,9 @@ def test_the_first_turn_of_a_conversation_is_repeated_for_a_scorer_that_wants_it
 
 
 def test_a_document_with_images_is_repeated_too(sighted: Pair) -> None:
-    how: dict[str, Any] = {"images": [picture(1), picture(2)], "budget": 0.4}
-    chosen, named = (Document(*sighted, TEXT, config=config, **how) for config in ("auto", "kvzip"))
+    free, images = {"fraction": 0.4, "sink": 1, "recent": 1}, [picture(1), picture(2)]
+    chosen = Document(*sighted, TEXT, images=images, budget=0.4)
+    named = Document(*sighted, TEXT, images=images, config="kvzip", budget=free)
     assert chosen.report().preset == "kvzip" and chosen.report().retention <= 0.4
     assert chosen.report().held_positions == named.report().held_positions
     assert chosen.ask(QUESTIONS, max_new_tokens=4) == named.ask(QUESTIONS, max_new_tokens=4)

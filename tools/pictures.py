@@ -258,8 +258,8 @@ PICTURES: dict[str, Callable[[], tuple[str, Facts, Draw]]] = {
     "quality": perplexities,
     "evaluation-shapes": lambda: measured(
         "Descriptions of drawn scenes",
-        "ShapesLLaVA, 16 scenes, prompts of 151 tokens and answers of about 60",
-        *("prefixkv", "prefixkv+merge", "snapkv", "streaming"),
+        "ShapesLLaVA, 64 scenes, prompts of 151 tokens and answers of about 60",
+        *("prefixkv", "prefixkv+merge", "image", "snapkv"),
     ),
     "evaluation-smollm2": lambda: measured(
         "Continuations of English text",

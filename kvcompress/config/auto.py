@@ -59,22 +59,26 @@ TEXT = (
     ),
     Candidate("streaming"),
 )
+_FIXED = {"evictor": {"name": "topk", "granularity": "head", "decode": "fixed_point"}}
 _UNMERGED = "nothing is merged, since what is set leaves nothing to merge, or no scores to do it by"
 IMAGE = (
     Candidate("image"),
     Candidate("image", {"merger": None}, _UNMERGED),
-    Candidate("image", {"evictor": {"name": "topk", "granularity": "head", "decode": "fixed_point"}}, _QUANTIZED),
+    Candidate("image", _FIXED, _QUANTIZED),
     Candidate("streaming"),
 )
-REPEATED = (
-    Candidate("kvzip"),
-    Candidate("kvzip", {"evictor": {"name": "topk", "granularity": "head", "decode": "fixed_point"}}, _QUANTIZED),
+REPEATED = (Candidate("kvzip"), Candidate("kvzip", _FIXED, _QUANTIZED))
+_FREE = {"budget": {"fraction": 0.3, "sink": 1, "recent": 1}}
+_PROTECTED = "one first and one last token are protected, as of any image"
+REPEATED_IMAGE = (
+    Candidate("kvzip", _FREE, _PROTECTED),
+    Candidate("kvzip", {**_FREE, **_FIXED}, f"{_PROTECTED}; {_QUANTIZED}"),
 )
 
 
 def candidates(prompt: Prompt) -> tuple[Candidate, ...]:
     """What suits a prompt, best first."""
-    first = REPEATED if prompt.repeats and not prompt.is_short else ()
+    first = () if not prompt.repeats or prompt.is_short else REPEATED_IMAGE if prompt.has_image else REPEATED
     return first + (IMAGE if prompt.has_image else TEXT)
 
 

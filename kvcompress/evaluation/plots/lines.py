@@ -90,15 +90,16 @@ def name_grey_lines(figure: Figure, axes: Axes) -> None:
     figure.draw_without_rendering()  # lays it out, so that the height of the axes is known
     place = axes.transAxes.inverted()
     high = _NAME_HIGH * figure.dpi / 72 / axes.get_window_extent().height
-    below = -high / 2
-    ends = {line: np.asarray(axes.transData.transform(np.asarray(line.get_xydata())))[0] for line in lines}
-    for line, end in sorted(ends.items(), key=lambda pair: float(pair[1][1])):
-        x, y = np.asarray(place.transform(end)).tolist()
-        below = max(y, below + high)
+    starts = [np.asarray(axes.transData.transform(np.asarray(line.get_xydata())))[0] for line in lines]
+    ends: list[tuple[float, float]] = [tuple(np.asarray(place.transform(start)).tolist()) for start in starts]
+    order = sorted(range(len(lines)), key=lambda number: ends[number][1])
+    heights = _apart([ends[number][1] for number in order], high)
+    for number, height in zip(order, heights, strict=True):
+        x, y = ends[number]
         axes.annotate(
-            str(line.get_gid()).removeprefix(_GREY),
+            str(lines[number].get_gid()).removeprefix(_GREY),
             (x, y),
-            (x - 0.03, below),
+            (x - 0.03, height),
             xycoords="axes fraction",
             textcoords="axes fraction",
             ha="right",
@@ -107,6 +108,19 @@ def name_grey_lines(figure: Figure, axes: Axes) -> None:
             color="0.35",
             arrowprops={"arrowstyle": "-", "color": "0.75", "linewidth": 0.4, "shrinkA": 0, "shrinkB": 1},
         ).set_in_layout(False)
+
+
+def _apart(wanted: Sequence[float], high: float) -> list[float]:
+    """Heights from 0 to 1, near ascending ones, that lie as far apart as letters are high, or as there is room for."""
+    found: list[float] = []
+    high = min(high, 1 / max(1, len(wanted)))
+    for number, height in enumerate(wanted):
+        found.append(max(height, found[-1] + high if number else high / 2))
+    above = 1 - high / 2
+    for number in range(len(found) - 1, -1, -1):
+        found[number] = min(found[number], above)
+        above = found[number] - high
+    return found
 
 
 def _x_label(series: Sequence[Series], x: str) -> tuple[str, float]:
