@@ -51,8 +51,12 @@ def test_labels_are_refused(model: Any) -> None:
         model(**prompt(), labels=prompt()["input_ids"], **tiny.with_cache(CompressedCache(model, "prefixkv")))
 
 
-def test_training_is_refused(model: Any) -> None:
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_is_refused(model: Any, checkpointing: bool) -> None:
+    """Also where layers are given no cache, so that their activations can be worked out again."""
     cache = CompressedCache(model, "prefixkv")
+    if checkpointing:
+        model.gradient_checkpointing_enable()
     model.train()
     with pytest.raises(UnsupportedModeError, match=r"call model.eval\(\) first"):
         model(**prompt(), **tiny.with_cache(cache))

@@ -100,13 +100,15 @@ class Observes(OfModel, hooks.ObservesInputs):
 
         Raises:
             CacheStateError: if the cache was made for another model.
-            UnsupportedModeError: if the decoder was called by itself where a policy has to know what is an image.
+            UnsupportedModeError: in training mode, and if the decoder was called by itself where a policy has to know what is an image.
         """
         if torch.compiler.is_compiling():
             return
         watching.end()
         if self.decoder() is not decoder:
             raise _of_another(decoder)
+        if decoder.training:  # with gradient checkpointing, layers are given no cache that could refuse
+            self.check_decoder()
         tables.catch_up_if_needed(self._state)
         check_forward(self.window, self._adapter, self.model(), inputs, self._state.sequence.seen)
         if self._state.calls.decoder(inputs, self._state.sequence.seen):
