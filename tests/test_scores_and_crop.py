@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from kvcompress import ALLOCATORS, Budget, CompressedCache
-from kvcompress.errors import CacheStateError
+from kvcompress import ALLOCATORS, Budget, CompressedCache, CompressionConfig
+from kvcompress.errors import CacheStateError, ConfigError
 from kvcompress.policies.allocators.prefix import Prefix
-from tests import strategies, tiny
+from tests import strategies, tiny, type_checker
 from tests.reference import Reference, held
 
 # -- crop --------------------------------------------------------------------------------------------------------------
@@ -209,3 +210,45 @@ def test_decode_steps_ask_the_scorer_what_its_scores_mean() -> None:
 def test_an_empty_cache_has_nothing_to_rank() -> None:
     with pytest.raises(CacheStateError, match="holds nothing yet that could be ranked; read a prompt first"):
         CompressedCache(tiny.model("llama"), "prefixkv").ranked()
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "says"),
+    [
+        (
+            "prefixkv",
+            CompressionConfig.preset("cake"),
+            "allocator entropy: reads the statistics attention_entropy, att",
+        ),
+        (
+            "cake",
+            CompressionConfig.preset("vlcache"),
+            "allocator sparsity: reads .* did not take for its own allocator",
+        ),
+        (
+            "prefixkv",
+            CompressionConfig.preset("snapkv", allocator={"name": "adakv", "layers": "sparsity"}),
+            "allocator adakv: reads the statistics attention_sparsity .* make the cache with the allocator adakv too",
+        ),
+        ("streaming", CompressionConfig.preset("prefixkv"), "allocator prefix: reads importance, .* has no scorer"),
+        ("prefixkv", "h2o", "config: must be a CompressionConfig, such as CompressionConfig.preset.*; got 'h2o'"),
+        ("prefixkv", None, "config: must be a CompressionConfig, .*; got None"),
+    ],
+    ids=["statistics", "others", "part", "importance", "name", "nothing"],
+)
+@torch.no_grad()
+def test_sizes_by_another_allocator_want_what_it_reads(own: str, other: Any, says: str) -> None:
+    cache = CompressedCache(tiny.model("llama"), own, budget=0.5)
+    tiny.model("llama")(**tiny.inputs("llama", 30, seed=1), **tiny.with_cache(cache))
+    with type_checker.off(), pytest.raises(ConfigError, match=says):
+        cache.allocation_at(other)
+    assert cache.allocation_at(cache.config.override(budget=1.0)).budgets.sum() == np.sum(cache.report().layer_lengths)
+
+
+@torch.no_grad()
+def test_sizes_at_a_budget_in_bytes_are_those_of_a_cache_with_it() -> None:
+    model, config = tiny.model("llama"), CompressionConfig.preset("prefixkv", budget="4KiB")
+    cache, fitting = (CompressedCache(model, "prefixkv", budget=given) for given in (1.0, config.budget))
+    for one in (cache, fitting):
+        model(**tiny.inputs("llama", 30, seed=1), **tiny.with_cache(one))
+    assert cache.allocation_at(config).budgets[..., 0].tolist() == fitting.report().layer_lengths

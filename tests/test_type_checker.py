@@ -13,7 +13,7 @@ from jaxtyping import Float, Int, TypeCheckError
 from torch import Tensor
 
 from kvcompress.kernels import dense
-from tests.type_checker import check, jaxtyped
+from tests.type_checker import check, jaxtyped, off
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -79,3 +79,11 @@ def test_what_fits_goes_through() -> None:
 def test_what_does_not_fit_raises(call: Callable[[], object]) -> None:
     with pytest.raises((BeartypeCallHintViolation, TypeCheckError)):
         call()
+
+
+def test_nothing_is_checked_while_it_is_off() -> None:
+    with off():
+        assert scaled(torch.ones(4, 3), 2).shape == (2, 3)
+        assert Later(1).name == 1  # type: ignore[arg-type, comparison-overlap]
+    with pytest.raises((BeartypeCallHintViolation, TypeCheckError)):
+        Later(1)  # type: ignore[arg-type]

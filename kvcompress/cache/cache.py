@@ -219,8 +219,17 @@ class CompressedCache(Forwards, CacheContract):
             return [layer.ranked() for layer in state.layers]
 
     def allocation_at(self, config: CompressionConfig) -> Allocation:
-        """What another configuration's allocator and budget would give the layers, from the scores that are there."""
+        """What another configuration's allocator and budget would give the layers, from the scores that are there.
+
+        Args:
+            config: its allocator and budget count, and what its scorer protects; all else is as in this cache.
+
+        Raises:
+            ConfigError: if its allocator reads statistics, or importance, that this cache did not take.
+            CacheStateError: if nothing was read yet.
+        """
         ranked = self.ranked()
+        prefill.check_allocation_at(self._state, config)
         return prefill.allocation_at(self._state, config, ranked)
 
     # -- changes -------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from kvcompress.cache.selection import Ranked, Ranking, compress, pin, ranking_o
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Phase, Prefill
 from kvcompress.config import CompressionConfig
+from kvcompress.errors import ConfigError, shown
 from kvcompress.policies.context import AllocationContext, TowerView
 from kvcompress.policies.images import ImageLayout
 
@@ -95,9 +96,35 @@ def compress_all(state: CacheState, step: Prefill) -> None:
 def allocation_at(state: CacheState, config: CompressionConfig, ranked: list[Ranked]) -> Allocation:
     """What another configuration's allocator and budget would give the layers, from the scores that are there."""
     importance, context = _allocation_inputs(state, config, ranking_of(state.layers, config, Prefill(), ranked))
-    held, rule = stacked([layer.held for layer in state.layers]), Rule.of(config, len(state.layers))
-    held = held_by_allocator(state, config, held)
+    rule = _budget_rule(state, config)
+    held = held_by_allocator(state, config, stacked([layer.held for layer in state.layers]))
     return allocate(config, rule, state.sequence.row_seen, held, importance.device, importance, context)
+
+
+def check_allocation_at(state: CacheState, config: object) -> None:
+    """Refuses what `allocation_at` cannot answer, since the cache took nothing of what the allocator reads.
+
+    Raises:
+        ConfigError: naming the allocator and the way out.
+    """
+    if not isinstance(config, CompressionConfig):
+        raise ConfigError(
+            "config: must be a CompressionConfig, such as CompressionConfig.preset('prefixkv') or cache.config with "
+            f"another budget; got {shown(config)}"
+        )
+    allocator, own = config.allocator, state.config
+    missing = [name for name in allocator.needs if any(name not in layer.statistics for layer in state.layers)]
+    if missing:
+        raise ConfigError(
+            f"allocator {allocator.name}: reads the statistics {', '.join(missing)} of a prompt's attention, which "
+            f"this cache did not take for its own allocator {own.allocator.name}; make the cache with the allocator "
+            f"{allocator.name} too, or ask for one that reads no statistics, such as 'prefix'"
+        )
+    if allocator.reads_importance and own.scorer is None:
+        raise ConfigError(
+            f"allocator {allocator.name}: reads importance, and the cache has no scorer that would give it; make the "
+            "cache with a scorer, or ask for an allocator that reads none, such as 'uniform'"
+        )
 
 
 def _allocation_inputs(
@@ -133,7 +160,7 @@ def _allocate(
     importance: Tensor | None = None,
     context: AllocationContext | None = None,
 ) -> Allocation:
-    state.rule = _budget_rule(state)
+    state.rule = _budget_rule(state, state.config)
     held = held_by_allocator(state, state.config, held)
     return allocate(state.config, state.rule, state.sequence.row_seen, held, device, importance, context)
 
@@ -167,15 +194,15 @@ def _reserved(state: CacheState) -> int:
     return state.room if state.config.quantizer is None else 0
 
 
-def _budget_rule(state: CacheState) -> Rule:
+def _budget_rule(state: CacheState, config: CompressionConfig) -> Rule:
     """What the budget says of a row; bytes are shared by all rows, layers and processes."""
-    budget, layers = state.config.budget, len(state.layers)
+    budget, layers = config.budget, len(state.layers)
     if budget.bytes is None:
-        return Rule.of(state.config, layers)
+        return Rule.of(config, layers)
     shares = layers * state.sequence.batch * state.heads.size
     known = [layer.store for layer in state.layers if layer.store.slot_nbytes]
     slots = sum(store.slots_within(budget.bytes / shares) for store in known) * layers / len(known)
-    return Rule.of(state.config, layers, slots)
+    return Rule.of(config, layers, slots)
 
 
 def _reduction(
