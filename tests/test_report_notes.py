@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from kvcompress import Budget, CompressedCache
+from kvcompress import Budget, CompressedCache, CompressionConfig
 from kvcompress.cache.report import CacheReport
 from kvcompress.config.presets import PRESETS
+from kvcompress.errors import BudgetWarning
 from kvcompress.markup import size
 from tests import tiny
 from tests.test_reconstruction import Tokenizer
@@ -19,7 +21,9 @@ from tests.test_reconstruction import Tokenizer
 SLOT = 2 * 2 * 8 * 4  # bytes: keys and values of two heads of eight dimensions
 
 
-def reported(config: str, tokens: int, new: int = 0, rows: int = 1, pad: int = 0, **fields: Any) -> CacheReport:
+def reported(
+    config: str | CompressionConfig, tokens: int, new: int = 0, rows: int = 1, pad: int = 0, **fields: Any
+) -> CacheReport:
     """After a prompt, whose first row is padded, and some steps."""
     cache = CompressedCache(tiny.model("llama"), config, **fields)
     mask = torch.ones(rows, tokens, dtype=torch.long)
@@ -50,6 +54,35 @@ def test_the_protected_beyond_a_budget_are_counted() -> None:
         "the first 4 and last 8 tokens stay in every layer whatever the budget: over all layers 18 tokens more than it "
         "says"
     )
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+@pytest.mark.parametrize(
+    ("fields", "coming", "slots"),
+    [
+        ({"scorer": "attention"}, "the token to come takes", 1),
+        ({"scorer": "attention", "allocator": "adakv"}, "the token to come takes", 1),
+        ({"scorer": "attention", "quantizer": "quanto4"}, "the token to come takes", 1),
+        ({"evictor": "streaming"}, "the token to come takes", 1),
+        ({"scorer": "attention", "evictor": {"name": "every", "period": 16}}, "the 16 tokens to come take", 16),
+    ],
+    ids=["topk", "heads", "quantized", "streaming", "every"],
+)
+def test_bytes_without_room_for_what_comes_are_told(
+    fields: dict[str, Any], coming: str, slots: int, steps: int
+) -> None:
+    """Once in a warning, and in every report; a byte less than what every slot takes is too little."""
+    least = 2 * 3 * slots * SLOT  # two rows, three layers
+    says = f"the budget of {least - 1:,} bytes is below the {least:,} that {coming} in all layers and rows, so nothing"
+    for nbytes, told in ((least - 1, 1), (least, 0)):
+        config = CompressionConfig(budget=Budget(bytes=nbytes, sink=0, recent=0), **fields)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", BudgetWarning)
+            report = reported(config, 20, new=steps, rows=2)
+        notes = [note for note in report.notes if note.startswith(says)]
+        assert len(notes) == told
+        assert [str(one.message) for one in caught if one.category is BudgetWarning] == notes
+        assert steps or held(report) == 0
 
 
 @pytest.mark.parametrize(

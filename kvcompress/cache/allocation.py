@@ -53,9 +53,8 @@ class Rule:
         fixed = 0
         if budget.tokens is not None:
             fixed = budget.tokens * layers
-        elif budget.bytes is not None:  # each layer has room for one slot more while it decodes, or for a period
-            more = 1 if config.evictor is None else config.evictor.cuts_every or 1
-            fixed = max(0, int(slots_within_bytes) - layers * more)
+        elif budget.bytes is not None:
+            fixed = max(0, int(slots_within_bytes) - layers * to_come(config))
         return cls(budget.fraction, fixed, layers, sinks, recents, budget.whole)
 
     def totals(self, row_seen: Counts) -> Counts:
@@ -156,6 +155,11 @@ def protection(config: CompressionConfig) -> tuple[int, int]:
     """Number of first and of last tokens that every layer keeps."""
     recents = max(config.budget.recent, config.scorer.protects if config.scorer is not None else 0)
     return config.budget.sink, recents
+
+
+def to_come(config: CompressionConfig) -> int:
+    """Slots that a layer has beyond its budget while it decodes: one for the token that comes, or a period's."""
+    return 1 if config.evictor is None else config.evictor.cuts_every or 1
 
 
 def _warn_if_below_floor(rule: Rule, total: Counts, floor: np.ndarray) -> None:

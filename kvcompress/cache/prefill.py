@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from functools import partial
 
@@ -16,10 +17,11 @@ from kvcompress.cache.masks import Mask
 from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.room import grow_for
 from kvcompress.cache.selection import Ranked, Ranking, compress, pin, ranking_of
+from kvcompress.cache.sizes import slots_of_row, too_few_bytes
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Phase, Prefill
 from kvcompress.config import CompressionConfig
-from kvcompress.errors import ConfigError, shown
+from kvcompress.errors import BudgetWarning, ConfigError, shown
 from kvcompress.policies.context import AllocationContext, TowerView
 from kvcompress.policies.images import ImageLayout
 
@@ -199,9 +201,9 @@ def _budget_rule(state: CacheState, config: CompressionConfig) -> Rule:
     budget, layers = config.budget, len(state.layers)
     if budget.bytes is None:
         return Rule.of(config, layers)
-    shares = layers * state.sequence.batch * state.heads.size
-    known = [layer.store for layer in state.layers if layer.store.slot_nbytes]
-    slots = sum(store.slots_within(budget.bytes / shares) for store in known) * layers / len(known)
+    slots = slots_of_row(state, budget.bytes)
+    if told := too_few_bytes(config, layers, slots):
+        warnings.warn(told, BudgetWarning, stacklevel=2)
     return Rule.of(config, layers, slots)
 
 

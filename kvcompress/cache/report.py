@@ -52,7 +52,8 @@ class CacheReport:
         preset: what `auto` chose; None where nothing was left to it, and before the first prompt.
         notes: what a reader should know, in words: what `auto` chose and why, what a policy is named after and was not
             done (no prompt was repeated, no image seen), what lets layers grow past their budget, and what takes bytes
-            beyond it (protected tokens, buffers that grow in blocks, a quantizer's residual, a merger's memory).
+            beyond it (protected tokens, the token to come, buffers that grow in blocks, a quantizer's residual, a
+            merger's memory).
     """
 
     tokens_seen: int

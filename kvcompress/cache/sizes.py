@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from kvcompress.cache.allocation import protection
+from kvcompress.cache.allocation import protection, to_come
 from kvcompress.cache.counts import Counts, stacked
 from kvcompress.cache.state import CacheState
+from kvcompress.config import CompressionConfig
 from kvcompress.markup import size
 
 
@@ -21,7 +22,35 @@ def explained(state: CacheState, held: Counts) -> list[str]:
         return []
     packed = np.broadcast_to(stacked([layer.packed_rows for layer in state.layers]), held.shape)
     full = (held - packed).sum((1, 2))  # tokens in full precision, in slots of one set
-    return [note for note in (_protected(state, held), _room(state, held, full), *_beside(state, held, full)) if note]
+    notes = (_protected(state, held), _no_room(state), _room(state, held, full), *_beside(state, held, full))
+    return [note for note in notes if note]
+
+
+def slots_of_row(state: CacheState, budget: int) -> float:
+    """Slots over all layers of one row that so many bytes have room for; rows, layers and processes share them."""
+    layers = len(state.layers)
+    shares = layers * state.sequence.batch * state.heads.size
+    known = [layer.store for layer in state.layers if layer.store.slot_nbytes]
+    return sum(store.slots_within(budget / shares) for store in known) * layers / len(known)
+
+
+def too_few_bytes(config: CompressionConfig, layers: int, slots: float) -> str:
+    """Says that a budget in bytes leaves nothing of what was read, and is exceeded; empty where it is not so.
+
+    Args:
+        config: with the budget; where it protects tokens, those that are kept in spite of it are told instead.
+        layers: that are compressed.
+        slots: of one row, over all of them, that the bytes have room for.
+    """
+    more = to_come(config)
+    if config.budget.bytes is None or slots >= layers * more or any(protection(config)):
+        return ""
+    least = round(config.budget.bytes * layers * more / slots)
+    coming = "the token to come takes" if more == 1 else f"the {more} tokens to come take"
+    return (
+        f"the budget of {int(config.budget.bytes):,} bytes is below the {least:,} that {coming} in all layers and "
+        "rows, so nothing that was read is kept; give more bytes, or fewer rows"
+    )
 
 
 def _protected(state: CacheState, held: Counts) -> str:
@@ -35,6 +64,14 @@ def _protected(state: CacheState, held: Counts) -> str:
         f"the first {sinks} and last {recents} tokens stay in every layer whatever the budget: over all layers "
         f"{over:,} tokens more than it says"
     )
+
+
+def _no_room(state: CacheState) -> str:
+    """A budget in bytes that has no room for what comes."""
+    budget = state.config.budget.bytes
+    if budget is None or state.recording:
+        return ""
+    return too_few_bytes(state.config, len(state.layers), slots_of_row(state, budget))
 
 
 def _room(state: CacheState, held: Counts, full: Counts) -> str:
