@@ -158,13 +158,6 @@ def test_a_bad_profile_is_refused_when_the_configuration_is_built(
     assert says in str(caught.value) and "profile" in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_a_profile_of_another_model_is_refused_by_its_layers() -> None:
-    model = tiny.model("llama")
-    cache = CompressedCache(model, "prefixkv", allocator={"name": "profile", "retention": [0.5] * 4})
-    with pytest.raises(PolicyError, match="the profile has 4 layers, the model has 3"), torch.no_grad():
-        model(**tiny.inputs("llama", 20, seed=0), **tiny.with_cache(cache))
-
-
 # -- the protected beside a prefix or a share -------------------------------------------------------------------------
 
 

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvcompress import ALLOCATORS, Budget, CompressedCache, CompressionConfig, KVCompressError
+from kvcompress import ALLOCATORS, Budget, CompressedCache, CompressionConfig
+from kvcompress.errors import ConfigError, PolicyError
 from kvcompress.kernels import attend_blocks
 from kvcompress.policies.base import Scorer
 from kvcompress.policies.context import AllocationContext, LayerContext, LayerWeights
@@ -324,17 +325,60 @@ def test_duo_fills_retrieval_heads_in_the_order_of_their_gates() -> None:
         assert found[:, 0].tolist() == wanted, total
 
 
+LAYERS, HEADS = "layers 4 instead of 3", "kv_heads 3 instead of 2"
+GATES = "the gates are of {} layers with {} heads, the model has 3 with 2"
+OF_ANOTHER_MODEL: list[tuple[dict[str, Any], str, str]] = [
+    ({"name": "duo", "gates": [[0.5]] * 4}, f"allocator duo: .*{LAYERS}", GATES.format(4, 1)),
+    ({"name": "duo", "gates": [[0.5] * 3] * 3}, f"allocator duo: .*{HEADS}", GATES.format(3, 3)),
+    ({"name": "duo", "gates": [[0.5] * 3] * 4}, f"allocator duo: .*{LAYERS}, {HEADS}", GATES.format(4, 3)),
+    ({"name": "profile", "retention": [0.5] * 4}, f"profile: .*{LAYERS}", "has 4 layers, the model has 3"),
+    ({"name": "profile", "retentions": [[0.5] * 4]}, f"profile: .*{LAYERS}", "has 4 layers, the model has 3"),
+    (
+        {"name": "profile", "retention": [0.5] * 9, "heads": 3},
+        f"profile: .*{HEADS}",
+        "has 3 layers of 3 heads, the model has 3 of 2",
+    ),
+    (
+        {"name": "profile", "retentions": [[0.5] * 8], "heads": 2},
+        f"profile: .*{LAYERS}",
+        "has 4 layers of 2 heads, the model has 3 of 2",
+    ),
+]
+
+
 @pytest.mark.parametrize(
-    ("allocator", "says"),
-    [
-        ({"name": "duo", "gates": [[0.5, 0.5, 0.5]] * 3}, "gates are of 3 layers with 3 heads, the model has 3 with 2"),
-        (
-            {"name": "profile", "retention": [0.5] * 9, "heads": 3},
-            "profile has 3 layers of 3 heads, the model has 3 of 2",
-        ),
-    ],
+    ("allocator", "says", "late"), OF_ANOTHER_MODEL, ids=[str(one) for one, *_ in OF_ANOTHER_MODEL]
 )
-def test_sizes_of_another_model_are_refused(allocator: dict[str, Any], says: str) -> None:
+def test_sizes_of_another_model_are_refused_when_the_cache_is_made(
+    allocator: dict[str, Any], says: str, late: str
+) -> None:
+    """And by the allocator itself, whoever calls it."""
+    model, config = tiny.build("llama"), of_heads(allocator, budget=0.5, evictor="streaming")
+    with pytest.raises(ConfigError, match=rf"{says}.*;"):
+        CompressedCache(model, config)
+    assert model.config._attn_implementation == "sdpa"  # untouched
+    capacity = torch.full((3, 1, 2) if config.allocator.by_head else (3, 1), 10)
+    with pytest.raises(PolicyError, match=late):
+        config.allocator.allocate(torch.zeros(*capacity.shape, 10), torch.tensor([15]), 0 * capacity, capacity)
+
+
+@pytest.mark.parametrize(
+    "allocator",
+    [
+        {"name": "duo", "gates": [[0.5]] * 3},
+        {"name": "duo", "gates": [[0.5, 0.1]] * 3},
+        {"name": "profile", "retention": [0.5] * 3},
+        {"name": "profile", "retentions": [[0.5] * 6], "heads": 2},
+    ],
+    ids=str,
+)
+def test_sizes_of_this_model_are_taken(allocator: dict[str, Any]) -> None:
     cache = CompressedCache(tiny.model("llama"), of_heads(allocator, budget=0.5, evictor="streaming"))
-    with pytest.raises(KVCompressError, match=says):
-        tiny.model("llama")(tiny.token_ids(1, 9, seed=1), **tiny.with_cache(cache))
+    tiny.model("llama")(tiny.token_ids(1, 9, seed=1), **tiny.with_cache(cache))
+    assert cache.report().retention <= 0.5
+
+
+def test_a_part_of_another_model_is_refused_when_the_cache_is_made() -> None:
+    layers = {"name": "profile", "retention": [0.5] * 4}
+    with pytest.raises(ConfigError, match=f"profile: .*{LAYERS}"):
+        CompressedCache(tiny.model("llama"), "prefixkv", allocator={"name": "adakv", "layers": layers})

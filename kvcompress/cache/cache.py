@@ -27,7 +27,7 @@ from kvcompress.cache.selection import Ranked
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Prefill
 from kvcompress.config import CompressionConfig
-from kvcompress.config.profile import LayerProfile, check_profiles, profile_override
+from kvcompress.config.profile import LayerProfile, check_made_for, profile_override
 from kvcompress.errors import CacheStateError, ConfigError, UnsupportedModeError, UnsupportedModelError, shown
 from kvcompress.integrations import adapter_for
 from kvcompress.integrations.shape import ranges
@@ -60,7 +60,8 @@ class CompressedCache(Forwards, CacheContract):
         window: positions up to which a model is served all of whose layers slide; None for all others.
 
     Raises:
-        ConfigError: if the configuration is wrong or a profile is another model's; the model is untouched then.
+        ConfigError: if the configuration is wrong, or an allocator, such as a profile, was made for another model; the
+            model is untouched then.
         UnsupportedModelError: if no adapter knows the model, one of its layers does not attend to all tokens, or
             several processes share it in another way than by whole heads.
 
@@ -86,7 +87,7 @@ class CompressedCache(Forwards, CacheContract):
         adapter = adapter_for(model)
         numbers, own = adapter.compressed_layers(model), OwnLayers(adapter.own_layers(model))
         decoder, layers = adapter.decoder(model), adapter.layers(model)
-        check_profiles(asked, decoder, len(numbers))
+        check_made_for(asked, decoder, len(numbers))
         check_axes(asked, adapter, model)
         reduces = asked.reducer is not None
         if asked.reducer is not None:

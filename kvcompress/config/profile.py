@@ -183,8 +183,8 @@ def profile_override(profile: LayerProfile | str | PathLike[str] | None, overrid
     return {**overrides, "allocator": profile.allocator()}
 
 
-def check_profiles(config: CompressionConfig, decoder: PreTrainedModel, layers: int | None = None) -> None:
-    """Raises ConfigError if a profile in a configuration was made for another model; the message names what differs.
+def check_made_for(config: CompressionConfig, decoder: PreTrainedModel, layers: int | None = None) -> None:
+    """Raises ConfigError if an allocator in a configuration was made for another model; the message names what differs.
 
     Args:
         config: the policies.
@@ -192,26 +192,39 @@ def check_profiles(config: CompressionConfig, decoder: PreTrainedModel, layers: 
         layers: how many of them are compressed; None if all are.
     """
     compressed = decoder.config.num_hidden_layers if layers is None else layers
-    held = _profiles(config.allocator)
-    known = [one.model for one in held if one.model is not None]
+    kv_heads = getattr(decoder.config, "num_key_value_heads", None)
+    held = _with_parts(config.allocator)
+    known = any(isinstance(one, Profile) and one.model is not None for one in held)
     mine = fingerprint_of(decoder) if known else None
     for one in held:
-        differences = [] if one.model is None or mine is None else one.model.differences(mine)
-        own = len(one.retentions[0]) // one.heads if one.retentions else compressed
-        if not differences and own != compressed:
-            differences = [f"layers {own} instead of {compressed}"]
-        if differences:
+        model = one.model if isinstance(one, Profile) else None
+        differences = [] if model is None or mine is None else model.differences(mine)
+        if not differences and one.made_for is not None:
+            differences = _other_shape(*one.made_for, compressed, kv_heads)
+        if differences and isinstance(one, Profile):
             raise ConfigError(
                 f"profile: was made for another model ({', '.join(differences)}); make one for this model with "
                 "'kvcompress calibrate', or leave the profile out"
             )
+        if differences:
+            raise ConfigError(
+                f"allocator {one.name}: was made for another model ({', '.join(differences)}); give what it says of "
+                "layers and heads for those of this one, or choose another allocator"
+            )
 
 
-def _profiles(allocator: Allocator) -> list[Profile]:
-    """Every profile in an allocator, those of its parts included."""
+def _other_shape(layers: int, heads: int, model_layers: int, model_heads: int | None) -> list[str]:
+    """What is not as in the model; a number for a whole layer goes with however many heads."""
+    found = [] if layers == model_layers else [f"layers {layers} instead of {model_layers}"]
+    if heads not in (1, model_heads) and model_heads is not None:
+        found.append(f"kv_heads {heads} instead of {model_heads}")
+    return found
+
+
+def _with_parts(allocator: Allocator) -> list[Allocator]:
+    """An allocator, and every one that it is made of."""
     parts = [value for _, value in allocator if isinstance(value, Allocator)]
-    own = [allocator] if isinstance(allocator, Profile) else []
-    return own + [profile for part in parts for profile in _profiles(part)]
+    return [allocator, *(one for part in parts for one in _with_parts(part))]
 
 
 def _ratios(folder: Path) -> dict[float, Path]:

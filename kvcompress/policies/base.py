@@ -138,6 +138,14 @@ class Allocator(Policy):
     needs: ClassVar[tuple[str, ...]] = ()
 
     @property
+    def made_for(self) -> tuple[int, int] | None:
+        """Layers, and heads of each, that its fields speak of: a cache for a model with others is refused.
+
+        Heads are 1 where fields have one number for a layer; None where they have none for single layers.
+        """
+        return None
+
+    @property
     def reads_modality(self) -> bool:
         """Those that read the attention of what follows an image do."""
         return "attention_sparsity" in self.needs

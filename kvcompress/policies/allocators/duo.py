@@ -53,6 +53,11 @@ class Duo(Allocator):
             )
         return self
 
+    @property
+    def made_for(self) -> tuple[int, int]:
+        """Layers and heads of its gates."""
+        return len(self.gates), len(self.gates[0])
+
     def allocate(
         self,
         importance: HeadImportance,

@@ -62,6 +62,12 @@ class Profile(Allocator):
         """Whether its lists tell heads apart."""
         return self.heads > 1
 
+    @property
+    def made_for(self) -> tuple[int, int]:
+        """Layers and heads of its lists."""
+        first = (self.retentions or [self.retention or []])[0]
+        return len(first) // self.heads, self.heads
+
     @model_validator(mode="before")
     @classmethod
     def _read_path(cls, fields: Any) -> Any:
