@@ -259,7 +259,7 @@ def test_a_model_that_is_given_back_compiles_as_before(model: PreTrainedModel) -
         CompressedCache(model, "prefixkv", decoding="graph")
 
 
-@pytest.mark.parametrize("reserve", [-1, 1.5, None])
+@pytest.mark.parametrize("reserve", [-1, 1.5, None, True])
 def test_room_is_reserved_for_a_number_of_tokens(model: PreTrainedModel, reserve: Any) -> None:
     """The class itself says so, where nobody checks types."""
     unchecked = inspect.unwrap(CompressedCache.__init__)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,11 +14,15 @@ from hypothesis import strategies as st
 
 from kvcompress import Budget, CompressionConfig, KVCompressError
 from kvcompress.config.presets import PRESETS
+from kvcompress.config.profile import LayerProfile
 from kvcompress.errors import BudgetWarning, ConfigError
-from kvcompress.policies.allocators import Uniform
+from kvcompress.policies.allocators import Duo, Uniform
 from kvcompress.policies.base import Scorer
+from kvcompress.policies.configured import Configured
 from kvcompress.policies.context import Importance, LayerContext
-from kvcompress.policies.scorers import Attention
+from kvcompress.policies.fingerprint import Fingerprint
+from kvcompress.policies.registry import REGISTRIES
+from kvcompress.policies.scorers import Attention, SnapKV
 from tests import strategies
 
 every_config = [entry.values[0] for entry in strategies.configs()]
@@ -208,3 +214,39 @@ def test_a_word_that_nobody_knows_for_scores_of_several_forwards_is_refused() ->
         ConfigError, match=r"scorer loud: over_forwards must be one of 'last', 'sum', 'highest'; got 'max'"
     ):
         CompressionConfig(scorer=Loud())
+
+
+def numeric(model: type[Configured]) -> Iterator[tuple[str, bool]]:
+    """Fields that pydantic's schema says are numbers, or lists of them, and whether they are lists."""
+    for name, schema in model.model_json_schema()["properties"].items():
+        words = re.findall(r"'type': '(\w+)'", str(schema))
+        if {"integer", "number"} & {*words} and "boolean" not in words:
+            yield name, "array" in words
+
+
+POLICIES = [registry.get(name) for registry in REGISTRIES for name in registry.names()]
+CONFIGURED = [Budget, LayerProfile, Fingerprint, *(one for one in POLICIES if one.__module__.startswith("kvcompress."))]
+NUMBERS = [(model, name, is_list) for model in CONFIGURED for name, is_list in numeric(model)]
+
+
+def test_most_policies_have_numbers() -> None:
+    assert {(Budget, "bytes", False), (SnapKV, "window", False), (Duo, "gates", True)} < {*NUMBERS}
+    assert len(NUMBERS) > 50
+
+
+@pytest.mark.parametrize("value", [True, False])
+@pytest.mark.parametrize(
+    ("model", "name", "is_list"), NUMBERS, ids=[f"{one.__name__}-{name}" for one, name, _ in NUMBERS]
+)
+def test_true_and_false_are_no_numbers(model: type[Configured], name: str, is_list: bool, value: bool) -> None:
+    for came in (value, [value], [[0.5, value]]) if is_list else (value,):
+        with pytest.raises(ConfigError, match=rf"^{name}: (must be a number|Input should be .*); got {value}"):
+            model(**{name: came})
+
+
+def test_a_truth_is_taken_where_one_is_meant() -> None:
+    assert CompressionConfig(auto=True).auto
+    merger = {"name": "lookm", "within_modality": False}
+    assert CompressionConfig.preset("lookm", merger=merger).model_dump()["merger"]["within_modality"] is False
+    with pytest.raises(ConfigError, match="scorer snapkv: window: must be a number; got True"):
+        CompressionConfig.preset("snapkv", scorer={"name": "snapkv", "window": True})

@@ -289,7 +289,7 @@ class CompressedCache(Forwards, CacheContract):
 
 
 def _check_reserve(reserve: object) -> None:
-    if not isinstance(reserve, int) or reserve < 0:
+    if not isinstance(reserve, int) or isinstance(reserve, bool) or reserve < 0:
         raise ConfigError(f"reserve: must be a number of tokens (int), 0 or more; got {shown(reserve)}")
 
 

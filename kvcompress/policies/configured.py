@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError
 
 from kvcompress.errors import ConfigError, KVCompressError, did_you_mean, shown
 from kvcompress.files.reading import DEPTH
@@ -25,6 +25,8 @@ class Configured(BaseModel):
         for name, value in fields.items():
             if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
                 raise ConfigError(f"{name}: the keys of a mapping must be texts; got {shown(list(value))}")
+            if name in type(self).model_fields:
+                _check_truths(value, name, type(self).model_fields[name].annotation)
             if name not in self.unbounded:
                 _check_numbers(value, name)  # as they came: some overflow in pydantic
         try:
@@ -48,12 +50,32 @@ class Configured(BaseModel):
 
 def _check_numbers(value: Any, name: str) -> None:
     """Raises ConfigError for numbers of 2^31 or more, which overflow later; what a mapping becomes checks itself."""
+    for one in _flat(value):
+        if isinstance(one, (int, float)) and abs(one) >= _LARGEST:
+            raise ConfigError(f"{name}: a number must be less than 2^31 ({_LARGEST:,}); got {shown(one)}")
+
+
+def _check_truths(value: Any, name: str, annotation: Any) -> None:
+    """Raises ConfigError for True or False in a field of numbers alone, which pydantic would take for 1 or 0."""
+    for one in _flat(value):
+        if isinstance(one, bool) and not _takes_truths(annotation):
+            raise ConfigError(f"{name}: must be a number; got {one}; write {int(one)} if that is meant")
+
+
+def _takes_truths(annotation: Any) -> bool:
+    """Whether True and False may stand where an annotation is, or nothing there would be a number."""
+    parts = [annotation]
+    for one in parts:
+        parts.extend(get_args(one))
+    return bool in parts or Any in parts or not any(kind in parts for kind in (int, float, ByteSize))
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    """A value and what lists hold, at most as deep as files may be; each object once a level."""
     level, depth = [value], 0
     while level and depth <= DEPTH:
         level = list({id(one): one for one in level}.values())  # a list may stand in many places
-        for one in level:
-            if isinstance(one, (int, float)) and abs(one) >= _LARGEST:
-                raise ConfigError(f"{name}: a number must be less than 2^31 ({_LARGEST:,}); got {shown(one)}")
+        yield from level
         level, depth = [part for one in level if isinstance(one, (list, tuple)) for part in one], depth + 1
 
 
