@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvcompress import Budget, CompressionConfig, KVCompressError
+from kvcompress import SCORERS, Budget, CompressedCache, CompressionConfig, KVCompressError
 from kvcompress.config.presets import PRESETS
 from kvcompress.config.profile import LayerProfile
 from kvcompress.errors import BudgetWarning, ConfigError
@@ -23,7 +23,7 @@ from kvcompress.policies.context import Importance, LayerContext
 from kvcompress.policies.fingerprint import Fingerprint
 from kvcompress.policies.registry import REGISTRIES
 from kvcompress.policies.scorers import Attention, SnapKV
-from tests import strategies
+from tests import strategies, tiny, type_checker
 
 every_config = [entry.values[0] for entry in strategies.configs()]
 
@@ -250,3 +250,33 @@ def test_a_truth_is_taken_where_one_is_meant() -> None:
     assert CompressionConfig.preset("lookm", merger=merger).model_dump()["merger"]["within_modality"] is False
     with pytest.raises(ConfigError, match="scorer snapkv: window: must be a number; got True"):
         CompressionConfig.preset("snapkv", scorer={"name": "snapkv", "window": True})
+
+
+PROFILE = LayerProfile(budgets=[0.5], retention=[[0.5]])
+WRONG_KINDS: list[tuple[str, Callable[[], Any], str]] = [
+    ("keys", lambda: CompressionConfig.read({1: 2}), "config: names of fields are texts; got [1]"),
+    ("cache", lambda: CompressedCache(tiny.model("llama"), {1: 2}), "config: names of fields are texts; got [1]"),
+    ("preset", lambda: CompressionConfig.preset(None), "preset: must be a name (auto, full, prefixkv,"),
+    ("presets", lambda: CompressionConfig.preset(["h2o"]), "; got ['h2o']"),
+    ("load", lambda: CompressionConfig.load(3), "config: must be a path, as text or a pathlib.Path; got 3"),
+    ("dump", lambda: CompressionConfig.preset("full").dump(None), "config: must be a path, as text or a pathlib.Path"),
+    ("profile", lambda: LayerProfile.load(3), "profile: must be a path, as text or a pathlib.Path; got 3"),
+    ("dumped profile", lambda: PROFILE.dump(None), "profile: must be a path, as text or a pathlib.Path; got None"),
+    ("at", lambda: PROFILE.at("half"), "budget: must be a fraction from 0 to 1; got 'half'"),
+    ("prefixkv", lambda: LayerProfile.from_prefixkv(None), "from_prefixkv: must be a path, as text or a pathlib.Path"),
+    (
+        "shares",
+        lambda: CompressedCache(tiny.model("llama"), "prefixkv", profile=[0.5, 0.2]),
+        "got [0.5, 0.2]. A list of shares kept goes into allocator={'name': 'profile', 'retention': ...}",
+    ),
+    ("create", lambda: SCORERS.create(3), "scorer: a policy's name is a text; got 3; known: attention,"),
+    ("get", lambda: SCORERS.get(None), "scorer: a policy's name is a text; got None; known: attention,"),
+]
+
+
+@pytest.mark.parametrize(("use", "says"), [case[1:] for case in WRONG_KINDS], ids=[case[0] for case in WRONG_KINDS])
+def test_what_is_of_another_kind_is_refused_by_its_name(use: Callable[[], Any], says: str) -> None:
+    """Where nobody checks types, as in most programs."""
+    with type_checker.off(), pytest.raises(ConfigError) as caught:
+        use()
+    assert says in str(caught.value) and "\n" not in str(caught.value)

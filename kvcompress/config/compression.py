@@ -25,7 +25,7 @@ from kvcompress.config.budget import Budget
 from kvcompress.config.combination import Combination, check_combination
 from kvcompress.config.presets import PRESETS
 from kvcompress.errors import ConfigError, shown
-from kvcompress.files import read_structure, write_text
+from kvcompress.files import path_of, read_structure, write_text
 from kvcompress.markup import size, table
 from kvcompress.policies.base import Evictor, Merger, Quantizer, Reducer, Scorer
 from kvcompress.policies.configured import Configured
@@ -188,8 +188,10 @@ class CompressionConfig(Configured):
 
         Raises:
             UnknownPolicyError: if there is no such preset.
-            ConfigError: if an override does not fit.
+            ConfigError: if the name is no text, or an override does not fit.
         """
+        if not isinstance(name, str):
+            raise ConfigError(f"preset: must be a name ({', '.join(PRESETS)}); got {shown(name)}")
         if name not in PRESETS:
             raise unknown_name("config", "preset", name, PRESETS)
         return cls(**PRESETS[name][1]).override(**overrides)
@@ -216,6 +218,8 @@ class CompressionConfig(Configured):
         if isinstance(given, cls):
             return given.override(**overrides) if overrides else given
         if isinstance(given, dict):
+            if not all(isinstance(key, str) for key in given):
+                raise ConfigError(f"config: names of fields are texts; got {shown(list(given))}")
             return cls(**given).override(**overrides)
         if isinstance(given, PathLike) or (isinstance(given, str) and Path(given).suffix in _FORMATS):
             return cls.load(given).override(**overrides)
@@ -300,7 +304,7 @@ _FORMATS = (".yaml", ".yml", ".json")
 
 
 def _format_of(path: str | PathLike[str]) -> Path:
-    path = Path(path)
+    path = path_of(path, "config")
     if path.suffix not in _FORMATS:
         raise ConfigError(f"config {path}: the file name must end in one of {', '.join(_FORMATS)}")
     return path

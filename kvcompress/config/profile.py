@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,8 +15,8 @@ from pydantic import Field, model_validator
 from transformers import PreTrainedModel
 
 from kvcompress.config.compression import CompressionConfig
-from kvcompress.errors import ConfigError
-from kvcompress.files import read_structure, write_text
+from kvcompress.errors import ConfigError, shown
+from kvcompress.files import path_of, read_structure, write_text
 from kvcompress.policies.allocators import Profile
 from kvcompress.policies.base import Allocator
 from kvcompress.policies.configured import Configured
@@ -111,8 +112,8 @@ class LayerProfile(Configured):
         Raises:
             ConfigError: if the budget is not a fraction.
         """
-        if not 0 <= budget <= 1:
-            raise ConfigError(f"budget: must be a fraction from 0 to 1; got {budget}")
+        if not isinstance(budget, Real) or isinstance(budget, bool) or not 0 <= budget <= 1:
+            raise ConfigError(f"budget: must be a fraction from 0 to 1; got {shown(budget)}")
         shares: list[float] = self.allocator().retention_at(torch.tensor([budget], dtype=torch.float64))[:, 0].tolist()
         return shares
 
@@ -162,7 +163,7 @@ class LayerProfile(Configured):
         Raises:
             ConfigError: if there are no such files, or those of several models, or one holds anything else.
         """
-        folder = Path(folder)
+        folder = path_of(folder, "from_prefixkv")
         files = {round(1 - ratio, 9): path for ratio, path in _ratios(folder).items() if ratio < 1}
         budgets = sorted(files)
         retention = [[1 - share for share in _evicted(files[budget])] for budget in budgets]
@@ -179,6 +180,11 @@ def profile_override(profile: LayerProfile | str | PathLike[str] | None, overrid
         return overrides
     if "allocator" in overrides:
         raise ConfigError("profile: takes the place of the allocator, and both were given; give one")
+    if not isinstance(profile, (LayerProfile, str, PathLike)):
+        raise ConfigError(
+            f"profile: must be a LayerProfile, or the path of one as 'kvcompress calibrate' writes it; got "
+            f"{shown(profile)}. A list of shares kept goes into allocator={{'name': 'profile', 'retention': ...}}"
+        )
     profile = profile if isinstance(profile, LayerProfile) else LayerProfile.load(profile)
     return {**overrides, "allocator": profile.allocator()}
 
@@ -260,7 +266,7 @@ def _is_share(value: Any) -> bool:
 
 
 def _format_of(path: str | PathLike[str]) -> Path:
-    path = Path(path)
+    path = path_of(path, "profile")
     if path.suffix not in _FORMATS:
         raise ConfigError(f"profile {path}: the file name must end in one of {', '.join(_FORMATS)}")
     return path

@@ -25,6 +25,22 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map")}
 
 
+def path_of(given: object, what: str) -> Path:
+    """A path that a user gave.
+
+    Args:
+        given: as text or `os.PathLike`.
+        what: what an error calls it, such as "profile".
+
+    Raises:
+        ConfigError: if it is anything else.
+    """
+    try:
+        return Path(given)  # type: ignore[arg-type]
+    except TypeError:
+        raise ConfigError(f"{what}: must be a path, as text or a pathlib.Path; got {shown(given)}") from None
+
+
 def read_bytes(path: Path, what: str, limit: int, *, pipes: bool = False) -> bytes:
     """Reads a file of at most so many bytes.
 

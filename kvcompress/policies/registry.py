@@ -104,6 +104,9 @@ class Registry(Generic[PolicyT]):
 
     def _read(self, name: str) -> tuple[str, int | None]:
         """The registered name, and the bits where they stand at the end of what was given."""
+        if not isinstance(name, str):
+            known = ", ".join(self.spellings()) or "(none)"
+            raise ConfigError(f"{self.stage}: a policy's name is a text; got {shown(name)}; known: {known}")
         if name not in self._policies:
             _load_entry_points()
         if name in self._policies:
