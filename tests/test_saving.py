@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,9 @@ from transformers import PreTrainedModel
 from kvcompress import CompressedCache, CompressionConfig
 from kvcompress.cache import manifest as manifests
 from kvcompress.cache import saving
+from kvcompress.cache.loading import Saved
 from kvcompress.errors import CacheStateError, ConfigError
-from tests import tiny
+from tests import tiny, type_checker
 from tests.strategies import Scripted
 
 PRESETS = (
@@ -340,3 +342,70 @@ def test_copies_of_a_loaded_cache_share_nothing_they_write(tmp_path: Path) -> No
     expected = goes_on(model, copy.deepcopy(loaded))
     assert same(goes_on(model, copy.deepcopy(loaded)), expected)
     assert np.array_equal(loaded.report().layer_lengths, cache.report().layer_lengths)
+
+
+def nested(levels: int) -> Any:
+    """So many mappings inside each other."""
+    value: Any = 1
+    for _ in range(levels):
+        value = {"in": value}
+    return value
+
+
+KEPT: dict[str, Any] = {
+    "text": "\u2028 \N{GRINNING FACE}",
+    "numbers": [0, -1.5, 1 - 10**399, True, None, np.float64(0.1)],
+    "keys": {1: "int", 0.5: "float", "one": (1, (2,))},
+    "tensors": [torch.arange(6).view(2, 3).T, torch.full((2,), torch.nan), torch.tensor(1.0, dtype=torch.bfloat16)],
+    "mapping": MappingProxyType({"a": 1}),
+    "deep": nested(15),
+}
+COMPLEX, SPARSE = torch.zeros(2, dtype=torch.complex64), torch.eye(2).to_sparse()
+NOT_KEPT: list[tuple[str, Any, str]] = [
+    ("object", {"a": object()}, r"extra\['a'\]: must be text, a number, a tensor, a list or a mapping to be kept"),
+    ("complex", {"a": COMPLEX}, r"extra\['a'\]: must be a dense tensor of bool, uint8, .*; got torch.complex64"),
+    (
+        "sparse",
+        {"a": [0, SPARSE]},
+        r"extra\['a'\]\[1\]: must be a dense tensor .*; got torch.float32, torch.sparse_coo",
+    ),
+    ("meta", {"a": torch.empty(1, device="meta")}, r"extra\['a'\]: must be a dense tensor .*, on meta"),
+    ("set", {"a": {1}}, r"extra\['a'\]: must be text, .*; got \{1\}"),
+    ("array", {"a": np.ones(2)}, r"extra\['a'\]: must be text, a number, a tensor,"),
+    ("bytes", {"a": b"b"}, r"extra\['a'\]: must be text, .*; got b'b'"),
+    (
+        "nan",
+        {"a": {"b": float("nan")}},
+        r"extra\['a'\]\['b'\]: must be a finite number \(tensors hold others\).*; got nan",
+    ),
+    ("digits", {"a": -(10**399)}, r"extra\['a'\]: must be a number of fewer than 400 digits"),
+    ("many digits", {"a": 10**5000}, "must be a number of fewer than 400 digits .*; got an integer of 16,610 bits"),
+    ("surrogate", {"a": "\ud800"}, r"extra\['a'\]: must be a text without half surrogate pairs"),
+    ("key", {"a": {(1, 2): 3}}, r"a key of extra\['a'\]: must be text or a number .*; got \(1, 2\)"),
+    ("deep", nested(17), "lists and mappings may be 16 inside each other"),
+    ("list", [1], "extra: must be a mapping .*; got \\[1\\]"),
+    ("number", 3, "extra: must be a mapping .*; got 3"),
+]
+
+
+def test_what_else_is_kept_comes_back_as_it_was(tmp_path: Path) -> None:
+    start("prefixkv", "llama").save(tmp_path, extra=KEPT)
+    found = Saved.read(tmp_path).extra()
+    tensors = zip(found.pop("tensors"), KEPT["tensors"], strict=True)
+    assert found == {name: value for name, value in KEPT.items() if name != "tensors"}
+    for one, other in tensors:
+        assert one.dtype == other.dtype and torch.equal(one.nan_to_num(7), other.nan_to_num(7))
+
+
+@pytest.mark.parametrize(("extra", "says"), [case[1:] for case in NOT_KEPT], ids=[case[0] for case in NOT_KEPT])
+def test_what_could_not_come_back_is_refused_before_anything_is_made(extra: Any, says: str, tmp_path: Path) -> None:
+    with type_checker.off(), pytest.raises(ConfigError, match=says):
+        start("prefixkv", "llama").save(tmp_path / "new", extra=extra)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("folder", [None, 3, b"folder"])
+def test_a_folder_is_a_path(folder: Any) -> None:
+    for use in (start("prefixkv", "llama").save, lambda one: CompressedCache.load(tiny.model("llama"), one)):
+        with type_checker.off(), pytest.raises(ConfigError, match=f"folder: must be a path, .*; got {folder}"):
+            use(folder)

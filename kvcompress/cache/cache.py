@@ -142,11 +142,12 @@ class CompressedCache(Forwards, CacheContract):
         Args:
             folder: where to; made where it is missing.
             overwrite: whether a cache that was saved there is replaced.
-            extra: what else to keep with it: text, numbers, tensors, lists and mappings (`loading.Saved.extra`).
+            extra: what else to keep with it: text, finite numbers, tensors, lists and mappings, at most 16 inside each
+                other (`loading.Saved.extra`).
 
         Raises:
             ConfigError: if the folder cannot be written, or holds a cache already, or a `cache.json` of somebody else;
-                or a policy is not registered, so that it could not be read again.
+                or a policy is not registered, or `extra` holds something else, so that it could not be read again.
             CacheStateError: if a forward failed half-way, or may still be undone.
             UnsupportedModeError: if several processes share the heads.
 

@@ -19,7 +19,7 @@ from kvcompress.cache.report import report_on
 from kvcompress.cache.state import CacheState
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError, KVCompressError
-from kvcompress.files import read_tensors
+from kvcompress.files import path_of, read_tensors
 from kvcompress.policies.fingerprint import fingerprint_of
 
 _ROOM = 1024  # slots
@@ -47,7 +47,7 @@ class Saved:
         Raises:
             ConfigError: if it holds no cache, a damaged one, or one of another release or with unknown policies.
         """
-        folder = Path(folder)
+        folder = path_of(folder, "folder")
         manifest, tensors = _read(folder)
         try:
             config = CompressionConfig.read(manifest.config)

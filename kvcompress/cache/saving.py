@@ -6,19 +6,18 @@ import secrets
 from collections.abc import Mapping
 from contextlib import suppress
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from kvcompress.cache.manifest import FORMAT, MANIFEST, TENSORS, Manifest, name_of, read_manifest
-from kvcompress.cache.plain import to_json
+from kvcompress.cache.plain import check_extra, to_json
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.tables import catch_up_if_needed
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import CacheStateError, ConfigError, KVCompressError, UnsupportedModeError
-from kvcompress.files import locked, make_folder, replacing, write_tensors, write_text
+from kvcompress.files import locked, make_folder, path_of, replacing, write_tensors, write_text
 from kvcompress.parallel import ALONE
 from kvcompress.policies.fingerprint import fingerprint_of
 
@@ -40,9 +39,10 @@ def save(
         overwrite: whether a cache that is there is replaced.
         extra: what else to keep with it: text, numbers, tensors, lists and mappings.
     """
-    folder = Path(folder)
+    folder = path_of(folder, "folder")
     manifest_path = folder / MANIFEST
-    whole = _whole(cache)  # refuses before anything is made
+    check_extra(extra)  # which refuses before anything is made, and so does the next
+    whole = _whole(cache)
     make_folder(folder, "cache")
     with locked(manifest_path, "cache"):
         before = None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from kvcompress.files.pictures import open_picture, picture_path, read_picture
-from kvcompress.files.reading import parse_json, parse_yaml, path_of, read_bytes, read_structure, read_text
-from kvcompress.files.tensors import read_tensors, write_tensors
+from kvcompress.files.reading import DIGITS, parse_json, parse_yaml, path_of, read_bytes, read_structure, read_text
+from kvcompress.files.tensors import DTYPES, read_tensors, write_tensors
 from kvcompress.files.writing import append_line, check_output, locked, make_folder, replacing, write_text
 
 __all__ = [
+    "DIGITS",
+    "DTYPES",
     "append_line",
     "check_output",
     "locked",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvcompress.errors import ConfigError
 
-_NAMES = {
+DTYPES = {  # that a file can hold, by what it calls them
     torch.bool: "BOOL",
     torch.uint8: "U8",
     torch.int8: "I8",
@@ -42,7 +42,7 @@ def write_tensors(file: BinaryIO, tensors: Mapping[str, Tensor]) -> str:
     header, end = {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     begin = len(text).to_bytes(8, "little") + text
