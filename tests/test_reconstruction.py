@@ -21,7 +21,7 @@ from kvcompress.evaluation.models import LoadedModel
 from kvcompress.evaluation.tuning import Bound, tune
 from kvcompress.policies.base import Scorer
 from kvcompress.policies.scorers.kvzip import KVzip
-from tests import tiny
+from tests import tiny, type_checker
 from tests.reference import Reference, held
 
 BUDGET = Budget(tokens=12, sink=1, recent=2)
@@ -220,17 +220,48 @@ def test_an_image_that_is_repeated_cannot_be_reduced() -> None:
     [
         ({"scorer": "snapkv"}, {}, {}, "scorer snapkv: score_by_reconstruction wants .*scorer='kvzip'"),
         ({"allocator": "sparsity"}, {}, {}, "allocator sparsity: reads statistics .*choose another"),
-        ({}, {"input_ids": None}, {}, "inputs: must hold input_ids"),
+        ({}, {"input_ids": None}, {}, "inputs: must hold input_ids.*; got None"),
+        ({}, {"input_ids": torch.ones(1, 20)}, {}, r"inputs: must hold input_ids.*; got torch.float32 of \(1, 20\)"),
+        ({}, {"input_ids": torch.ones(20).long()}, {}, r"inputs: must hold input_ids.*; got torch.int64 of \(20,\)"),
+        (
+            {},
+            {"input_ids": torch.ones(0, 20).long()},
+            {},
+            r"inputs: must hold input_ids.*; got torch.int64 of \(0, 20\)",
+        ),
+        ({}, {"attention_mask": torch.zeros(1, 20)}, {}, "attention_mask: all rows are padding alone"),
+        (
+            {},
+            {"attention_mask": torch.ones(20)},
+            {},
+            r"attention_mask: must be .*\(1, 20\).*; got torch.float32 of \(20,\)",
+        ),
+        ({}, {"attention_mask": torch.ones(1, 19).bool()}, {}, r"attention_mask: .*; got torch.bool of \(1, 19\)"),
+        (
+            {},
+            {"attention_mask": torch.ones(1, 1, 20, 20)},
+            {},
+            r"attention_mask: .*; got torch.float32 of \(1, 1, 20, 20\)",
+        ),
+        ({}, {"attention_mask": [[1] * 20]}, {}, "attention_mask: must be .*; got "),
+        ({}, {}, {"inputs": "a text"}, "inputs: must hold input_ids.*; got 'a text'"),
+        ({}, {}, {"inputs": None}, "inputs: must hold input_ids.*; got None"),
         ({}, {}, {"chunk": 0}, "chunk: .*at least 1; got 0"),
+        ({}, {}, {"chunk": "a"}, "chunk: .*at least 1; got 'a'"),
+        ({}, {}, {"chunk": 2.5}, "chunk: .*at least 1; got 2.5"),
+        ({}, {}, {"chunk": True}, "chunk: .*at least 1; got True"),
+        ({}, {}, {"chunk": None}, "chunk: .*at least 1; got None"),
+        ({}, {}, {"tokenizer": None}, "tokenizer: must be the model's, .*; got None"),
+        ({}, {}, {"tokenizer": "gpt2"}, "tokenizer: must be the model's, .*; got 'gpt2'"),
     ],
-    ids=str,
 )
 def test_wrong_uses_are_refused_before_anything_is_read(
     fields: dict[str, Any], inputs: dict[str, Any], options: dict[str, Any], says: str
 ) -> None:
     cache = CompressedCache(tiny.model("llama"), CONFIG, **fields)
-    with pytest.raises(KVCompressError, match=says):
-        cache.score_by_reconstruction(Tokenizer(), {**tiny.inputs("llama", 20, seed=1), **inputs}, **options)
+    prompt = {**tiny.inputs("llama", 20, seed=1), **inputs}
+    with type_checker.off(), pytest.raises(KVCompressError, match=says):
+        cache.score_by_reconstruction(**{"tokenizer": Tokenizer(), "inputs": prompt, **options})
     assert not cache.is_initialized
 
 

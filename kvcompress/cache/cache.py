@@ -270,11 +270,12 @@ class CompressedCache(Forwards, CacheContract):
             chunk: tokens of a part, which is repeated at a time; small ones cost less attention, and a request each.
 
         Raises:
-            ConfigError: if the scorer is not made for it, or the inputs hold no ids.
+            ConfigError: if the scorer is not made for it, the inputs hold no ids, or a mask of another shape or without
+                a token, or the tokenizer or `chunk` is none.
             CacheStateError: if the cache has seen tokens already. What fails later leaves an empty cache.
         """
         model = self.model()
-        check_reconstruction(self._state, inputs, chunk)
+        check_reconstruction(self._state, tokenizer, inputs, chunk)
         try:
             with torch.no_grad():
                 forward = partial(model, **cache_argument(self))

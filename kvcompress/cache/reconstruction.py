@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from numbers import Integral
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ def reconstruct(
     state.repeated = True
 
 
-def check_reconstruction(state: CacheState, inputs: Mapping[str, Any], chunk: int) -> None:
+def check_reconstruction(state: CacheState, tokenizer: object, inputs: object, chunk: object) -> None:
     """Refuses what cannot be reconstructed before anything is read."""
     scorer, allocator = state.config.scorer, state.config.allocator
     if scorer is None or not scorer.reconstructs:
@@ -88,19 +89,38 @@ def check_reconstruction(state: CacheState, inputs: Mapping[str, Any], chunk: in
             f"score_by_reconstruction: reads the prompt itself, into an empty cache; this one has seen "
             f"{state.sequence.seen} tokens. Make a new cache, or call reset() first"
         )
-    ids = inputs.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.shape[1]:
+    if not callable(tokenizer):
+        raise ConfigError(
+            "tokenizer: must be the model's, which makes tokens of the request to repeat the prompt, as "
+            f"AutoTokenizer.from_pretrained gives it; got {shown(tokenizer)}"
+        )
+    if isinstance(chunk, bool) or not isinstance(chunk, Integral) or chunk < 1:
+        raise ConfigError(f"chunk: tokens that are repeated at a time (int), at least 1; got {shown(chunk)}")
+    _check_inputs(state, inputs)
+
+
+def _check_inputs(state: CacheState, inputs: object) -> None:
+    """Refuses a prompt that is none, or could not be repeated."""
+    ids = inputs.get("input_ids") if isinstance(inputs, Mapping) else inputs
+    if not isinstance(inputs, Mapping) or not _are_ids(ids):
         raise ConfigError(
             "inputs: must hold input_ids, integers [batch, tokens], to be repeated, as a tokenizer or processor gives "
-            f"them; got {shown(ids if not isinstance(ids, Tensor) else tuple(ids.shape))}"
+            f"them with return_tensors='pt'; got {_described(ids)}"
         )
+    mask = inputs.get("attention_mask")
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+        raise ConfigError(
+            f"attention_mask: must be [batch, tokens] as input_ids are, {tuple(ids.shape)}, with 1 for tokens and 0 "
+            f"for padding; got {_described(mask)}"
+        )
+    if mask is not None and not mask.any():
+        raise ConfigError("attention_mask: all rows are padding alone, so there is nothing to repeat; give a prompt")
     if inputs.get("token_type_ids") is not None:
         raise UnsupportedModeError(
             "token_type_ids: tokens of an image, or of a prompt, that attend to those after them cannot be repeated as "
             "they were read; choose another scorer than 'kvzip', or leave them out where there is no image"
         )
-    mask = inputs.get("attention_mask")
-    if state.own and isinstance(mask, Tensor) and len(set(mask.sum(1).tolist())) > 1:
+    if state.own and mask is not None and len(set(mask.sum(1).tolist())) > 1:
         raise UnsupportedModeError(
             "attention_mask: rows of different lengths are repeated with padding between, which counts in layers that "
             "keep a window of their own; repeat them one by one, or choose another scorer than 'kvzip'"
@@ -110,8 +130,15 @@ def check_reconstruction(state: CacheState, inputs: Mapping[str, Any], chunk: in
             f"reducer {state.config.reducer.name}: an image that is repeated is read twice, and cannot be reduced "
             "meanwhile; choose reducer=None, or another scorer than 'kvzip'"
         )
-    if chunk < 1:
-        raise ConfigError(f"chunk: tokens that are repeated at a time, at least 1; got {shown(chunk)}")
+
+
+def _are_ids(ids: object) -> TypeGuard[Tensor]:
+    return isinstance(ids, Tensor) and ids.ndim == 2 and ids.numel() > 0 and ids.dtype in (torch.int32, torch.int64)
+
+
+def _described(given: object) -> str:
+    """What came, a tensor by its dtype and shape."""
+    return f"{given.dtype} of {tuple(given.shape)}" if isinstance(given, Tensor) else shown(given)
 
 
 def _is_image(value: object) -> bool:
