@@ -252,3 +252,19 @@ def test_sizes_at_a_budget_in_bytes_are_those_of_a_cache_with_it() -> None:
     for one in (cache, fitting):
         model(**tiny.inputs("llama", 30, seed=1), **tiny.with_cache(one))
     assert cache.allocation_at(config).budgets[..., 0].tolist() == fitting.report().layer_lengths
+
+
+@pytest.mark.parametrize("preset", ["prefixkv", "cake", "vlcache", "adakv", "streaming"])
+@torch.no_grad()
+def test_sizes_are_told_while_the_past_is_recorded(preset: str) -> None:
+    """As a cache that records nothing gives them, and statistics are read as scores are; nothing changes by it."""
+    model, config = tiny.model("llama"), CompressionConfig.preset(preset, budget=0.7)
+    recording, compressed = (CompressedCache(model, config) for _ in range(2))
+    recording.activate_past_recording()
+    for cache in (recording, compressed):
+        model(**tiny.inputs("llama", 80, seed=1), **tiny.with_cache(cache))
+    before, report = recording.report(), compressed.report()
+    sizes = recording.allocation_at(config).budgets
+    held = report.layer_lengths if report.head_lengths is None else report.head_lengths
+    assert sizes.reshape(np.shape(held)).tolist() == held
+    assert recording.report() == before

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -211,14 +212,8 @@ class CompressedCache(Forwards, CacheContract):
         Raises:
             CacheStateError: if nothing was read yet.
         """
-        state = self._state
-        if not state.sequence.batch:
-            raise CacheStateError("cache: holds nothing yet that could be ranked; read a prompt first")
-        tables.catch_up_if_needed(state)
-        with state.undone(), state.writable(), torch.no_grad():  # what may be undone has not had its say for good
-            tables.tidy(state)
-            undoing.settle(state, Prefill(), 0)
-            return [layer.ranked() for layer in state.layers]
+        with self._scored():
+            return [layer.ranked() for layer in self._state.layers]
 
     def allocation_at(self, config: CompressionConfig) -> Allocation:
         """What another configuration's allocator and budget would give the layers, from the scores that are there.
@@ -230,9 +225,21 @@ class CompressedCache(Forwards, CacheContract):
             ConfigError: if its allocator reads statistics, or importance, that this cache did not take.
             CacheStateError: if nothing was read yet.
         """
-        ranked = self.ranked()
-        prefill.check_allocation_at(self._state, config)
-        return prefill.allocation_at(self._state, config, ranked)
+        with self._scored():
+            prefill.check_allocation_at(self._state, config)
+            return prefill.allocation_at(self._state, config, [layer.ranked() for layer in self._state.layers])
+
+    @contextmanager
+    def _scored(self) -> Iterator[None]:
+        """Every forward has had its say within; what may be undone has not had it for good."""
+        state = self._state
+        if not state.sequence.batch:
+            raise CacheStateError("cache: holds nothing yet that could be ranked; read a prompt first")
+        tables.catch_up_if_needed(state)
+        with state.undone(), state.writable(), torch.no_grad():
+            tables.tidy(state)
+            undoing.settle(state, Prefill(), 0)
+            yield
 
     # -- changes -------------------------------------------------------------------------------------------------------
 
