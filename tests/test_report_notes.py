@@ -47,6 +47,15 @@ def test_a_cache_within_its_budget_says_nothing(config: str) -> None:
     assert reported(config, 400, new=3, budget=100).notes == []
 
 
+@pytest.mark.parametrize("tokens", [4, 30])
+@pytest.mark.parametrize("config", ["auto", "full", "text"])
+def test_more_than_a_cache_of_every_token_is_explained(config: str, tokens: int) -> None:
+    """Of a short prompt, which takes less than the room that is made for what comes, whatever the budget allows."""
+    report = reported(config, tokens, new=1)
+    assert report.kv_bytes > report.full_kv_bytes
+    assert any("slots without a token: buffers grow in blocks" in note for note in report.notes)
+
+
 def test_the_protected_beyond_a_budget_are_counted() -> None:
     report = reported("streaming", 60, budget=Budget(tokens=6, sink=4, recent=8))
     assert held(report) == 3 * 12

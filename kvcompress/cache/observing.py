@@ -100,7 +100,8 @@ class Observes(OfModel, hooks.ObservesInputs):
 
         Raises:
             CacheStateError: if the cache was made for another model.
-            UnsupportedModeError: in training mode, and if the decoder was called by itself where a policy has to know what is an image.
+            UnsupportedModeError: in training mode, and if the decoder was called by itself where a policy has to know
+                what is an image.
         """
         if torch.compiler.is_compiling():
             return

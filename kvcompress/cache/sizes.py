@@ -75,12 +75,13 @@ def _no_room(state: CacheState) -> str:
 
 
 def _room(state: CacheState, held: Counts, full: Counts) -> str:
-    """Slots without a token, where they take the cache over what its tokens may take."""
+    """Slots without a token, where they take the cache over what its budget allows, or over a cache of every token."""
     limits, stores = state.limits(), [layer.store for layer in state.layers]
     allowed = (held if limits is None else np.maximum(limits, held)).sum((1, 2))
     allowed = allowed + held.shape[1] * held.shape[2]  # and the token that comes
     slot = np.array([store.slot_nbytes for store in stores]) / held.shape[2]
-    if sum(store.nbytes for store in stores) <= (allowed * slot).sum():
+    every = held.shape[2] * int(state.sequence.row_seen.sum()) * slot.sum()  # what keeping every token would take
+    if sum(store.nbytes for store in stores) <= min((allowed * slot).sum(), every):
         return ""
     dense = np.array([sum(buffer.nbytes for buffer in store.buffers()[:2]) for store in stores])
     empty = int((dense - full * slot).clip(min=0).sum())
