@@ -21,6 +21,7 @@ from kvcompress.kernels import sent
 _ASK = "\n\nRepeat the previous context exactly."
 _ASK_PART = "\n\nRepeat the part of the previous context exactly, starting with "
 _LEAD = 8  # last tokens of the part before, which the next part follows
+_OF_TOKENS = ("input_ids", "attention_mask")
 _MARK = "kvcompress"  # stands for what a user says
 
 
@@ -42,14 +43,14 @@ def reconstruct(
     more = (
         {"logits_to_keep": torch.zeros(1, dtype=torch.long, device=ids.device)} if "logits_to_keep" in accepted else {}
     )
-    seen = {name: value for name, value in read.items() if name not in ("input_ids", "attention_mask")}
+    seen = {name: value for name, value in read.items() if name not in _OF_TOKENS}
     state.recording = True
     state.own.record(True)
     forward(**{**read, "attention_mask": mask, "position_ids": _positions(mask, ids.shape[1]), **more})
     _forget_step(state)
     for layer in state.layers:
         layer.close_ranks(room=0)
-    if any(_is_image(value) for value in seen.values()):
+    if _has_images(seen):
         chunk = ids.shape[1]  # an image is repeated as a whole, with its pixels
     found: list[list[Tensor]] = []
     for fed, fed_mask, part in _parts(tokenizer, ids, mask, chunk):
@@ -125,7 +126,7 @@ def _check_inputs(state: CacheState, inputs: object) -> None:
             "attention_mask: rows of different lengths are repeated with padding between, which counts in layers that "
             "keep a window of their own; repeat them one by one, or choose another scorer than 'kvzip'"
         )
-    if state.config.reducer is not None and any(_is_image(value) for value in inputs.values()):
+    if state.config.reducer is not None and _has_images(inputs):
         raise UnsupportedModeError(
             f"reducer {state.config.reducer.name}: an image that is repeated is read twice, and cannot be reduced "
             "meanwhile; choose reducer=None, or another scorer than 'kvzip'"
@@ -141,8 +142,10 @@ def _described(given: object) -> str:
     return f"{given.dtype} of {tuple(given.shape)}" if isinstance(given, Tensor) else shown(given)
 
 
-def _is_image(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _has_images(inputs: Mapping[str, Any]) -> bool:
+    """Whether the model is given numbers that are no words of tokens."""
+    numbers = (value for name, value in inputs.items() if name not in _OF_TOKENS)
+    return any(isinstance(value, Tensor) and value.is_floating_point() for value in numbers)
 
 
 def _positions(mask: Tensor, last: int) -> Tensor:

@@ -6,7 +6,6 @@ import copy
 from collections import defaultdict
 from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any, overload
 
 import torch
@@ -18,6 +17,7 @@ from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.report import CacheReport
 from kvcompress.config import CompressionConfig
 from kvcompress.errors import ConfigError
+from kvcompress.files import path_of
 from kvcompress.progress import progress_bar
 from kvcompress.reuse.prompts import Prompter, answering
 from kvcompress.reuse.wanted import check_count, check_generate, check_images, check_streamer, check_text, check_texts
@@ -202,7 +202,8 @@ class Document:
     def _as_alone(self, questions: list[str], after: str) -> list[list[int]]:
         """Numbers of the questions of which each is answered together with the others as it would be alone."""
         groups: dict[int, list[int]] = defaultdict(list)
-        for number, tokens in enumerate(self._prompter.questions(questions, after)[1].sum(1).tolist()):
+        tokens_of = self._prompter.questions(questions, after)[1].sum(1).tolist() if questions else []
+        for number, tokens in enumerate(tokens_of):
             groups[tokens if self.cache.counts_padding else tokens > 1].append(number)
         return list(groups.values())
 
@@ -240,7 +241,7 @@ class Document:
         Raises:
             ConfigError: if the folder holds no document, a damaged one, or one of another model or tokenizer.
         """
-        folder = Path(folder)
+        folder = path_of(folder, "folder")
         saved = loading.Saved.read(folder)
         cache, about = CompressedCache.from_saved(model, saved), saved.extra().get("document")
         if about is None:
