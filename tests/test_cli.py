@@ -303,7 +303,60 @@ def test_debug_shows_the_traceback(text: Path) -> None:
 )
 def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
     result = run(*arguments)
-    assert result.exit_code == 2 and result.stdout == "" and result.stderr
+    assert result.exit_code == 2 and result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    in_json = run(*arguments, "--json")
+    assert in_json.exit_code == 2 and in_json.stderr == ""
+    error = json.loads(in_json.stdout)["error"]
+    assert error["type"] == "UsageError" and f"error: {error['message']}\n" == result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (
+            ["generate", "--promt", "x"],
+            "no such option: --promt; did you mean '--prompt'? 'kvcompress generate --help'",
+        ),
+        (["generate", "--prompt", "x", "--image", "missing.png"], "--image: file 'missing.png' does not exist\n"),
+        (["generate", "--prompt-file", "missing.txt"], "--prompt-file: prompt missing.txt: cannot be read"),
+        (["compress", "-o", "x"], "missing argument 'FILE...'; 'kvcompress compress --help' shows what there is\n"),
+        (["generate"], "error: give --prompt, --prompt-file or both\n"),
+    ],
+)
+def test_a_line_about_wrong_usage_says_what_is_wrong_and_what_there_is(arguments: list[str], says: str) -> None:
+    assert says in run(*arguments).stderr
+
+
+@pytest.mark.parametrize(
+    ("row", "of_the_page", "arguments"),
+    [
+        (1, "no such configuration", ["generate", "--prompt", "x", "--preset", "prefixvk"]),
+        (1, "no such model", ["generate", "--prompt", "x", "--model", "./missing"]),
+        (1, "no such device", ["generate", "--prompt", "x", "--device", "nonsense"]),
+        (1, "`--config`", ["generate", "--prompt", "x", "--config", "missing.yaml"]),
+        (1, "`--data`", ["evaluate", "--data", "missing.jsonl"]),
+        (1, "the folder", ["caption", "missing", "-o", "captions.jsonl"]),
+        (1, "the folder", ["ask", "missing", "why?"]),
+        (1, "an empty prompt", ["generate", "--prompt", " "]),
+        (1, "`--output`", ["ruler", "--output", "records.txt"]),
+        (2, "unknown command or option", ["generate", "--promt", "x"]),
+        (2, "a missing argument", ["ask", "missing"]),
+        (2, "no prompt", ["generate"]),
+        (2, "a value that an option does not take", ["generate", "--prompt", "x", "--max-new-tokens", "0"]),
+        (2, "`--prompt-file`", ["generate", "--prompt-file", "missing.txt"]),
+        (2, "`--image`", ["generate", "--prompt", "x", "--image", "missing.png"]),
+        (2, "a `FILE`", ["compress", "missing.txt", "-o", "x"]),
+        (2, "a `FILE`", ["demo", "missing.png"]),
+    ],
+)
+def test_the_exit_code_is_that_of_the_page(
+    row: int, of_the_page: str, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "cli.md").read_text(encoding="utf-8")
+    (meaning,) = re.findall(rf"^\| {row} \| (.*) \|$", page, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    assert of_the_page in meaning and run(*arguments).exit_code == row
 
 
 def test_ctrl_c_exits_with_130(text: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib
 import sys
+from collections.abc import Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from kvcompress import __version__
+from kvcompress.cli.console import print_error
+from kvcompress.cli.usage import WRONG_USAGE, report_usage
 
 # In the order of --help: the module, its function and its epilog. Imported when they run, since most need torch.
 _COMMANDS = {
@@ -32,7 +35,35 @@ _COMMANDS = {
 }
 
 
+_UsageError: Any = typer.BadParameter.__mro__[1]  # typer hands out its subclasses alone
+
+
 class _Commands(TyperGroup):
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **options: Any,
+    ) -> Any:
+        """Runs a command; what is wrong with its words is said as other errors are."""
+
+        def run() -> Any:
+            return super(_Commands, self).main(args, prog_name, complete_var, standalone_mode=False, **options)
+
+        if not standalone_mode:
+            return run()
+        try:
+            code = run()
+        except _UsageError as error:
+            report_usage(error, as_json="--json" in (sys.argv[1:] if args is None else args))
+            code = WRONG_USAGE
+        except typer.Abort:  # the input ended where something was asked
+            print_error("aborted")
+            code = 1
+        sys.exit(code if isinstance(code, int) else 0)
+
     def list_commands(self, ctx: Any) -> list[str]:
         return list(_COMMANDS)
 

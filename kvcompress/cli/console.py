@@ -59,6 +59,11 @@ def warn(message: str) -> None:
     _line("warning: ", "yellow", message)
 
 
+def print_error(message: str) -> None:
+    """Writes a line to stderr that says what went wrong."""
+    _line("error: ", "bold red", message)
+
+
 def note(message: str) -> None:
     """Writes a line to stderr that says what is going on."""
     _line("", "", message)
@@ -83,7 +88,7 @@ def reported(*, as_json: bool = False, debug: bool = False) -> Iterator[None]:
             if as_json:
                 print_json({"error": {"type": type(error).__name__, "message": str(error)}})
             else:
-                _line("error: ", "bold red", str(error))
+                print_error(str(error))
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             raise typer.Exit(INTERRUPTED) from None
