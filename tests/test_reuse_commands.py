@@ -105,6 +105,23 @@ def test_a_conversation_is_read_from_stdin(text: Path) -> None:
     assert "tokens seen, retention" in result.stderr
 
 
+def test_a_word_with_a_slash_is_a_command_or_is_answered_with_those_that_are(text: Path) -> None:
+    result = run("chat", "--model", text, *FEW, stdin="/reprot\n/help\n/Quit\n/new now\n/zzz\n")
+    assert result.exit_code == 0 and result.stdout == ""
+    misspelt, help_, case, two_words, far = result.stderr.splitlines()
+    assert misspelt.startswith("'/reprot' is no command; did you mean '/report'? /new begins a new conversation")
+    assert all(name in help_ for name in ("/new", "/report", "/help", "/quit", "//"))
+    assert "did you mean '/quit'?" in case and two_words.startswith("'/new' stands alone on its line; /new begins")
+    assert far.startswith("'/zzz' is no command; /new begins a new conversation")
+
+
+def test_two_slashes_say_a_text_that_begins_with_one(text: Path) -> None:
+    loaded = load_model(str(text))
+    chat = Chat(loaded.model, loaded.tokenizer, "auto")
+    answer = chat.say("/etc/hosts", max_new_tokens=5)
+    assert run("chat", "--model", text, *FEW, stdin="//etc/hosts\n").stdout == f"{answer}\n"
+
+
 # -- captions ----------------------------------------------------------------------------------------------------------
 
 

@@ -39,23 +39,12 @@ _UsageError: Any = typer.BadParameter.__mro__[1]  # typer hands out its subclass
 
 
 class _Commands(TyperGroup):
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        **options: Any,
-    ) -> Any:
+    def main(self, args: Sequence[str] | None = None, *given: Any, **options: Any) -> Any:
         """Runs a command; what is wrong with its words is said as other errors are."""
-
-        def run() -> Any:
-            return super(_Commands, self).main(args, prog_name, complete_var, standalone_mode=False, **options)
-
-        if not standalone_mode:
-            return run()
+        if not options.pop("standalone_mode", True):
+            return super().main(args, *given, standalone_mode=False, **options)
         try:
-            code = run()
+            code = super().main(args, *given, standalone_mode=False, **options)
         except _UsageError as error:
             report_usage(error, as_json="--json" in (sys.argv[1:] if args is None else args))
             code = WRONG_USAGE

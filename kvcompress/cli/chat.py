@@ -24,7 +24,7 @@ from kvcompress.cli.options import (
     PresetName,
     Settings,
 )
-from kvcompress.errors import KVCompressError
+from kvcompress.errors import KVCompressError, did_you_mean
 from kvcompress.markup import size
 from kvcompress.reuse import Chat
 
@@ -37,8 +37,15 @@ kvcompress chat --preset streaming --budget 512
 
 kvcompress chat --model shapes --image scene.png
 
-/new begins a new conversation, /report tells what is held, /quit or Ctrl-D ends.
+/new begins a new conversation, /report tells what is held, /help shows this, /quit or Ctrl-D ends.
 """
+_COMMANDS = {
+    "/new": "begins a new conversation",
+    "/report": "tells what is held",
+    "/help": "shows this",
+    "/quit": "or Ctrl-D ends",
+}
+_HELP = f"{', '.join(f'{name} {what}' for name, what in _COMMANDS.items())}; a text that begins with / is said with //"
 
 
 def chat(
@@ -74,10 +81,12 @@ def chat(
                 report = conversation.report()
                 held = f"{size(report.kv_bytes)} of {size(report.full_kv_bytes)}"
                 note(f"{report.tokens_seen:,} tokens seen, retention {report.retention:.1%}, {held}")
+            elif _is_command(said):
+                note(_told(said))
             elif said:
                 streamer = _Answer(loaded.tokenizer)
                 try:
-                    conversation.say(said, images=images, max_new_tokens=max_new_tokens, streamer=streamer)
+                    conversation.say(_text(said), images=images, max_new_tokens=max_new_tokens, streamer=streamer)
                     images = []
                 except KeyboardInterrupt:
                     typer.echo()
@@ -96,6 +105,24 @@ class _Answer(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         typer.echo(text, nl=stream_end)
+
+
+def _is_command(said: str) -> bool:
+    return said.startswith("/") and not said.startswith("//")
+
+
+def _text(said: str) -> str:
+    return said[1:] if said.startswith("//") else said
+
+
+def _told(said: str) -> str:
+    """What is answered to /help, and to a line that looks like a command and is none."""
+    name = said.split()[0]
+    if said == "/help":
+        return _HELP
+    if name in _COMMANDS:
+        return f"'{name}' stands alone on its line; {_HELP}"
+    return f"'{name}' is no command{did_you_mean(name.lower(), _COMMANDS) or ';'} {_HELP}"
 
 
 def _next() -> str | None:
