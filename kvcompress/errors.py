@@ -97,9 +97,10 @@ class BudgetWarning(KVCompressWarning):
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The nearest known name as the end of a sentence about an unknown one; empty where none is near."""
-    near = get_close_matches(name, list(known), n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
+    """The nearest known name, in whatever case, as the end of a sentence about an unknown one; empty where none is."""
+    by_folded = {one.casefold(): one for one in known}
+    near = get_close_matches(name.casefold(), list(by_folded), n=1)
+    return f"; did you mean '{by_folded[near[0]]}'?" if near else ""
 
 
 def _cut(text: str) -> str:

@@ -228,6 +228,7 @@ def test_a_budget_below_what_is_protected_is_warned_about_in_one_line(text: Path
     ("arguments", "kind", "says"),
     [
         (["--preset", "prefixvk"], "UnknownPolicyError", "did you mean 'prefixkv'"),
+        (["--preset", "SnapKV"], "UnknownPolicyError", "did you mean 'snapkv'"),
         (["--budget", "1.5"], "BudgetError", "a fraction lies in"),
         (["--budget", "0"], "BudgetError", "at least 1"),
         (["--budget", "20 per cent"], "BudgetError", "in percent (20%)"),
@@ -322,6 +323,15 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
         (["generate", "--prompt-file", "missing.txt"], "--prompt-file: prompt missing.txt: cannot be read"),
         (["compress", "-o", "x"], "missing argument 'FILE...'; 'kvcompress compress --help' shows what there is\n"),
         (["generate"], "error: give --prompt, --prompt-file or both\n"),
+        (["genrate", "--prompt", "x"], "no such command 'genrate'; did you mean 'generate'? 'kvcompress --help'"),
+        (["policies", "allocatr"], "quantizer, reducer, presets; did you mean 'allocator'?\n"),
+        (["policies", "presetss"], "did you mean 'presets'?\n"),
+        (["policies", "prefixkv"], "it is the name of a preset, which 'kvcompress policies presets' shows\n"),
+        (["policies", "topk"], "it is the name of an evictor, which 'kvcompress policies evictor' shows\n"),
+        (
+            ["policies", "snapkv"],
+            "of a scorer and a preset, which 'kvcompress policies scorer' and 'kvcompress policies",
+        ),
     ],
 )
 def test_a_line_about_wrong_usage_says_what_is_wrong_and_what_there_is(arguments: list[str], says: str) -> None:
@@ -403,6 +413,10 @@ def test_policies_are_listed_by_name_and_what_they_do() -> None:
     assert all(name in short.stdout for name in PRESETS)
     assert "Source:" not in short.stdout and "--all" in short.stdout
     assert "Source:" in whole.stdout and len(whole.stdout) > 3 * len(short.stdout)
+
+
+def test_presets_are_a_section_in_the_singular_too() -> None:
+    assert run("policies", "preset", "--json").stdout == run("policies", "presets", "--json").stdout
 
 
 @pytest.mark.parametrize("stage", ["allocator", "allocators"])

@@ -101,6 +101,7 @@ def test_window_is_short_for_the_last_queries() -> None:
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"allocator": "prefx"}, "allocator: unknown policy 'prefx'; did you mean 'prefix'?"),
+    ({"scorer": "SnapKV"}, "scorer: unknown policy 'SnapKV'; did you mean 'snapkv'?"),
     ({"budget": 0}, "tokens per layer must be at least 1; got 0"),
     ({"budget": 1.5}, "a fraction lies in (0, 1]; got 1.5"),
     ({"budget": -3}, "tokens per layer must be at least 1; got -3"),
@@ -187,6 +188,8 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path: Path, name: str, t
 def test_a_missing_file_or_preset_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KVCompressError, match=r"missing.yaml: cannot be read"):
         CompressionConfig.load(tmp_path / "missing.yaml")
+    with pytest.raises(KVCompressError, match="unknown preset 'PrefixKV'; did you mean 'prefixkv'"):
+        CompressionConfig.preset("PrefixKV")
     with pytest.raises(KVCompressError, match="unknown preset 'prefxkv'; did you mean 'prefixkv'"):
         CompressionConfig.read("prefxkv")
     with pytest.raises(KVCompressError, match="must be a preset's name"):

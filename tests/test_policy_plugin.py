@@ -104,6 +104,8 @@ def test_without_names_nothing_is_added(users: pytest.Pytester) -> None:
         ("unifrom", "*policies: unknown policy 'unifrom'; did you mean 'uniform'*"),
         ("no_such:thing", "*no_such:thing: the module 'no_such' cannot be imported*"),
         ("my_policies:nothing", "*my_policies:nothing: * holds no such policy, and registers none"),
+        ("my_policies:deep_hevy", "*holds no such policy, and registers none; did you mean 'deep_heavy'?"),
+        ("my_policies:DeepHevy", "*holds no such policy, and registers none; did you mean 'DeepHeavy'?"),
         ("my_policies:Field", "*my_policies:Field: must be a policy or its class; got*"),
         ("their_policies:Needy", "*Needy: needs fields (share: *MODULE:VARIABLE"),
     ],

@@ -16,6 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 from kvcompress import __version__
 from kvcompress.cli.console import print_error
 from kvcompress.cli.usage import WRONG_USAGE, report_usage
+from kvcompress.errors import did_you_mean
 
 # In the order of --help: the module, its function and its epilog. Imported when they run, since most need torch.
 _COMMANDS = {
@@ -64,6 +65,8 @@ class _Commands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """The command that runs."""
+        if args and args[0] not in _COMMANDS and not args[0].startswith("-"):
+            ctx.fail(f"no such command '{args[0]}'{did_you_mean(args[0], _COMMANDS)}")
         given, stand_in, rest = super().resolve_command(ctx, args)
         return given, None if stand_in is None else _imported(str(stand_in.name)), rest
 

@@ -122,7 +122,7 @@ def _told(said: str) -> str:
         return _HELP
     if name in _COMMANDS:
         return f"'{name}' stands alone on its line; {_HELP}"
-    return f"'{name}' is no command{did_you_mean(name.lower(), _COMMANDS) or ';'} {_HELP}"
+    return f"'{name}' is no command{did_you_mean(name, _COMMANDS) or ';'} {_HELP}"
 
 
 def _next() -> str | None:

@@ -19,6 +19,7 @@ from kvcompress.cli.console import output, print_json, reported
 from kvcompress.cli.docstrings import documentation_of
 from kvcompress.cli.options import AsJson, Debug, Modules
 from kvcompress.config.presets import PRESETS
+from kvcompress.errors import did_you_mean
 from kvcompress.policies.base import Policy
 from kvcompress.policies.registry import REGISTRIES
 
@@ -38,6 +39,7 @@ kvcompress policies --import my_policies.py
 
 _STAGES = [registry.stage for registry in REGISTRIES]
 _MEANINGS = {registry.stage: documentation_of(registry.contract).summary for registry in REGISTRIES}
+_WITH_ARTICLE = {"allocator": "an allocator", "evictor": "an evictor"}
 _BOUNDS = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
 
 
@@ -52,8 +54,8 @@ def policies(
 ) -> None:
     """Lists the policies and presets; of one stage, or with --all, their parameters, defaults and papers too."""
     with reported(as_json=as_json, debug=debug):
-        chosen = _section(stage)
         import_modules(modules or [])
+        chosen = _section(stage)
         content: dict[str, Any] = {}
         for registry in REGISTRIES:
             if chosen in (None, registry.stage):
@@ -93,11 +95,19 @@ def describe(policy: type[Policy]) -> dict[str, Any]:
 def _section(stage: str | None) -> str | None:
     if stage is None:
         return None
-    known = [*_STAGES, "presets"]
-    for name in known:
-        if stage.rstrip("s") == name.rstrip("s"):
-            return name
-    raise typer.BadParameter(f"'{stage}' is none of {', '.join(known)}", param_hint="STAGE")
+    spellings = {spelling: name for name in [*_STAGES, "presets"] for spelling in (name, f"{name.rstrip('s')}s")}
+    spellings["preset"] = "presets"
+    if stage in spellings:
+        return spellings[stage]
+    allowed = ", ".join(dict.fromkeys(spellings.values()))
+    sections = [registry.stage for registry in REGISTRIES if stage in registry.names()]
+    sections += ["presets"] if stage in PRESETS else []
+    hint = did_you_mean(stage, spellings)
+    if sections:
+        kinds = " and ".join(_WITH_ARTICLE.get(name, f"a {name.rstrip('s')}") for name in sections)
+        told = " and ".join(f"'kvcompress policies {name}'" for name in sections)
+        hint = f"; it is the name of {kinds}, which {told} {'shows' if len(sections) == 1 else 'show'}"
+    raise typer.BadParameter(f"'{stage}' is none of {allowed}{hint}", param_hint="STAGE")
 
 
 def _parameter(name: str, field: FieldInfo, meaning: str) -> dict[str, Any]:

@@ -110,7 +110,7 @@ def _load(name: str, dtype: torch.dtype | str) -> LoadedModel:
     if is_local(name):
         source = str(Path(name).expanduser())
     elif not _HUB_ID.fullmatch(name) or Path(name).is_file():
-        hint = did_you_mean(name.lower(), BUILT_IN) or f"; built in are {', '.join(BUILT_IN)}"
+        hint = did_you_mean(name, BUILT_IN) or f"; built in are {', '.join(BUILT_IN)}"
         raise UnsupportedModelError(
             f"model '{name}': is no folder, and no model's id on the hub (owner/name) either{hint}"
         )

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib
 import inspect
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeGuard
 
 from kvcompress import policies  # noqa: F401  (registers the built-in policies)
 from kvcompress.config.composition import EXAMPLES
-from kvcompress.errors import ConfigError, UnknownPolicyError, shown
+from kvcompress.errors import ConfigError, UnknownPolicyError, did_you_mean, shown
 from kvcompress.policies.base import Policy
 from kvcompress.policies.registry import REGISTRIES, unknown_name
 from kvcompress.testing.laws import name_of
@@ -39,10 +39,10 @@ def policies_named(name: str) -> list[Policy]:
         return _all_of(module)
     own = vars(module).get(wanted)
     if own is None:
-        return _registered(wanted) or _refuse(name, module)
+        return _registered(wanted) or _refuse(name, module, wanted)
     if isinstance(own, Policy):
         return [own]
-    if isinstance(own, type) and issubclass(own, Policy) and not inspect.isabstract(own):
+    if _is_policy(own):
         return [_made(own)]
     raise ConfigError(f"{name}: must be a policy or its class; got {shown(own)}")
 
@@ -86,5 +86,12 @@ def _made(kind: type[Policy]) -> Policy:
         ) from None
 
 
-def _refuse(name: str, module: ModuleType) -> list[Policy]:
-    raise ConfigError(f"{name}: {module.__file__ or module.__name__} holds no such policy, and registers none")
+def _refuse(name: str, module: ModuleType, wanted: str = "") -> list[Policy]:
+    known = [one for one, own in vars(module).items() if isinstance(own, Policy) or _is_policy(own)]
+    known += [one for registry in REGISTRIES for one in registry.names()]
+    hint = did_you_mean(wanted, known) if wanted else ""
+    raise ConfigError(f"{name}: {module.__file__ or module.__name__} holds no such policy, and registers none{hint}")
+
+
+def _is_policy(own: object) -> TypeGuard[type[Policy]]:
+    return isinstance(own, type) and issubclass(own, Policy) and not inspect.isabstract(own)
