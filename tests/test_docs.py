@@ -18,6 +18,7 @@ import torch
 from typer.testing import CliRunner
 
 from kvcompress import CompressedCache, restore
+from kvcompress.cache.argument import cache_argument
 from kvcompress.cli import app, demo
 from kvcompress.evaluation import smollm2
 from kvcompress.integrations import base
@@ -127,6 +128,18 @@ def test_command_lines_run(page: Path, line: str, tmp_path: Path, monkeypatch: p
 def test_every_command_of_the_first_page_has_an_answer_to_be_read() -> None:
     for line in command_lines(ROOT / "README.md"):
         assert any(line.startswith(start) for start in PRINTED["README.md"]), line
+
+
+MADE = re.findall(r"`(CompressedCache\(model.*?\))`", (ROOT / "docs" / "moving.md").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("made", MADE)
+def test_a_cache_that_stands_for_another_packages_can_be_made(made: str) -> None:
+    model = tiny.model("llama")
+    cache = eval(made, {"model": model, "CompressedCache": CompressedCache})
+    model.generate(**tiny.inputs("llama", 1000, seed=0), **cache_argument(cache), max_new_tokens=3)
+    keeps_all = cache.config.evictor is None
+    assert (cache.report().retention == 1.0) if keeps_all else (0.1 < cache.report().retention < 0.21)
 
 
 def test_what_pages_print_is_of_their_commands() -> None:
