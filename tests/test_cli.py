@@ -392,6 +392,9 @@ def test_policies_lists_every_policy_with_parameters_and_paper() -> None:
             fields = registry.get(entry["name"]).model_fields
             assert [p["name"] for p in entry["parameters"] if p["type"] is not None] == list(fields)
             assert all(parameter["meaning"] for parameter in entry["parameters"]), entry["name"]
+            texts = [entry["summary"], entry["source"], *(parameter["meaning"] for parameter in entry["parameters"])]
+            assert all(text.endswith((".", "?")) and not re.search("(as|m) above", text) for text in texts), texts
+            assert "Deviates" not in entry["source"] and "Args:" not in entry["source"]
     assert {entry["name"]: entry["fields"] for entry in told["presets"]} == {
         name: fields for name, (_, fields) in PRESETS.items()
     }
@@ -417,6 +420,14 @@ def test_policies_are_listed_by_name_and_what_they_do() -> None:
 
 def test_presets_are_a_section_in_the_singular_too() -> None:
     assert run("policies", "preset", "--json").stdout == run("policies", "presets", "--json").stdout
+
+
+def test_a_source_is_told_with_its_formulas() -> None:
+    (lookm,) = [e for e in json.loads(run("policies", "merger", "--json").stdout)["merger"] if e["name"] == "lookm"]
+    first, *rules = lookm["source"].split("\n")
+    assert first.startswith("LOOK-M (arXiv 2406.18139") and first.endswith("becomes")
+    assert rules[0] == '- "average": (k + e_1 + .. + e_n) / (n + 1);' and rules[-1].endswith("Needs a scorer of mass.")
+    assert len(rules) == 4 and '- "average": (k + e_1' in run("policies", "merger").stdout
 
 
 @pytest.mark.parametrize("stage", ["allocator", "allocators"])

@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, field
 
 _ARGUMENT = re.compile(r"(?P<name>\w+)(?: \([^)]*\))?: (?P<meaning>.*)")
+_SOURCE = "Source:"
+_NEXT = re.compile(r"\*Deviates:\*|(Args|Attributes|Returns|Raises|Example):$")
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,8 @@ class Documentation:
 
     Attributes:
         summary: its first paragraph, on one line.
-        source: the paragraph that starts with "Source:", without that word; empty if there is none.
+        source: from "Source:", without that word, to the next part; a line for each paragraph and each item of a list.
+            Empty if there is none.
         arguments: meaning of each name in the section "Args:".
     """
 
@@ -29,9 +32,26 @@ def documentation_of(described: type) -> Documentation:
     text = described.__dict__.get("__doc__")
     if not text:
         return Documentation()
-    paragraphs = [" ".join(part.split()) for part in inspect.cleandoc(text).split("\n\n")]
-    source = next((part.removeprefix("Source:").strip() for part in paragraphs if part.startswith("Source:")), "")
-    return Documentation(paragraphs[0], source, _arguments(inspect.cleandoc(text).splitlines()))
+    lines = inspect.cleandoc(text).splitlines()
+    return Documentation(_paragraphs(lines)[0], _source(lines), _arguments(lines))
+
+
+def _source(lines: list[str]) -> str:
+    start = next((number for number, line in enumerate(lines) if line.startswith(_SOURCE)), None)
+    if start is None:
+        return ""
+    end = next((number for number, line in enumerate(lines) if number > start and _NEXT.match(line)), len(lines))
+    return "\n".join(_paragraphs(lines[start:end])).removeprefix(_SOURCE).strip()
+
+
+def _paragraphs(lines: list[str]) -> list[str]:
+    """Each on one line; an item of a list is one of its own."""
+    parts: list[list[str]] = [[]]
+    for line in lines:
+        if not line.strip() or line.startswith("- "):
+            parts.append([])
+        parts[-1].append(line.strip())
+    return [text for part in parts if (text := " ".join(part).strip())]
 
 
 def _arguments(lines: list[str]) -> dict[str, str]:

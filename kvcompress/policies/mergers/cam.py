@@ -31,7 +31,7 @@ class CaM(Merger):
     of seed, layer, head and the token's place in its row, so that a row's batch does not matter.
 
     Args:
-        reach: most kept tokens that take up a share, m above.
+        reach: most kept tokens that take up a share; m in the source's rule.
         seed: seed of the chance.
         decoding: whether tokens that decode steps free are merged too; if not, they are dropped.
     """

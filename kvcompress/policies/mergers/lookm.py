@@ -34,7 +34,7 @@ class LookM(Merger):
     does. As in the paper, only the prompt's tokens are merged; what decode steps free is dropped.
 
     Args:
-        rule: "average", "pivotal", "weighted" or "mass", as above.
+        rule: "average", "pivotal", "weighted" or "mass"; the source has the formula of each.
         within_modality: whether image tokens merge into kept image tokens alone and text into text; where none of the
             same modality is kept, evicted tokens are dropped.
     """

@@ -10,7 +10,8 @@ from kvcompress.policies.registry import QUANTIZERS
 class K8V4(Turned):
     """Eight bits for keys and four for values, both after a Hadamard rotation.
 
-    Source: as `rotated`; that keys need more bits than values is KIVI's finding (arXiv 2402.02750, section 3.1).
+    Source: QuaRot (arXiv 2404.00456, section 4) for the rotation, as the quantizer `rotated`; that keys need more bits
+    than values is KIVI's finding (arXiv 2402.02750, section 3.1).
 
     *Deviates:* KIVI gives keys and values the same bits and rotates neither. Here both are rotated; keys have a
     scale per channel and group of tokens, values per token. Codes are turned back as they are read, as in `rotated`.
