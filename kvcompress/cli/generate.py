@@ -42,7 +42,7 @@ kvcompress generate --prompt-file report.txt --prompt "Sum this up." --budget 0.
 
 kvcompress generate --prompt-file - --preset streaming --budget 512 < report.txt
 
-kvcompress generate --prompt "Hello" --preset snapkv --set scorer.window=16 --set allocator=uniform --json
+kvcompress generate --prompt-file report.txt --preset snapkv --set scorer.window=16 --set allocator=uniform --json
 
 kvcompress generate --model shapes --image scene.png --prompt "describe the image."
 
