@@ -48,7 +48,7 @@ PRINTED = {
             "auto chose text": 1,
             "The answers are the same.": 1,
         },
-        "kvcompress evaluate": {"full cache": 1, "prefixkv": 1, "uniform": 1},
+        "kvcompress evaluate": {"full cache": 1, "prefixkv+merge": 1, "uniform": 1, "question unseen": 1},
         "kvcompress calibrate": {"wrote profile.json": 1},
         "kvcompress bench": {"DynamicCache": 1, "auto": 1},
         "kvcompress demo --text": {"is used to iterate over": 3, "sequence": 3},
