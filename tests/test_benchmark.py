@@ -341,6 +341,12 @@ def test_people_get_a_table_for_each_length(text: Path) -> None:
     for label in ("DynamicCache", "QuantizedCache", "floor", "auto 20 %", "tokens/s", "1.00x"):
         assert label in result.stdout, label
     assert "largest" not in result.stdout
+    told = " ".join(result.stdout.split())
+    assert "x: the median of the ratios to DynamicCache's time of the same turn, not the ratio of the medians" in told
+    alone = run(
+        "bench", "--model", text, "--prompt-tokens", 30, "--rounds", 1, "--new-tokens", 1, "--reference", "none"
+    )
+    assert "ratios" not in alone.stdout
 
 
 def test_references_are_those_asked_for_and_one_that_is_missing_is_a_warning(text: Path, no_compiler: Path) -> None:

@@ -48,6 +48,7 @@ kvcompress bench --config mine.yaml --batch 1 --batch 8 --memory-limit 16GiB --j
 
 kvcompress bench --model shapes --prompt-tokens 300 --budget 0.1 --budget 0.5 --budget 0.9 --plot pictures
 """
+_RATIOS = f"x: the median of the ratios to {BASE}'s time of the same turn, not the ratio of the medians"
 
 
 def bench(
@@ -202,6 +203,8 @@ def _table(tokens: int, batch: int, found: Sequence[Measurement]) -> Table:
     has_limit = any(measurement.largest_batch is not None for measurement in found)
     title = f"Prompt of {tokens:,} tokens, batch {batch}: median, times {BASE}'s, quartiles"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    if any(measurement.per_token_ratio is not None for measurement in found):
+        table.caption, table.caption_justify = _RATIOS, "left"
     table.add_column("cache", no_wrap=True)
     heads = ["first\ntoken, ms", "per\ntoken, ms", "tokens/s", "held", "peak"]
     for head in (*heads, *(["largest\nbatch"] if has_limit else [])):
