@@ -176,6 +176,18 @@ def test_a_wrong_file_is_refused_in_one_line(
     assert says in str(caught.value) and name in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_a_profile_in_the_place_of_a_configuration_is_refused_with_its_own_place(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    LayerProfile(budgets=[0.2, 0.5], retention=[[0.1, 0.2, 0.3], [0.4, 0.5, 0.6]], data="shapes").dump(path)
+    model = tiny.model("llama")
+    with pytest.raises(ConfigError, match="is a profile, as 'kvcompress calibrate' writes it") as caught:
+        CompressedCache(model, path)
+    assert f"--set allocator=profile --set allocator.path={path}," in str(caught.value)
+    instead = f"CompressedCache(model, profile='{path}')"
+    assert instead in str(caught.value) and len(str(caught.value)) < 200 + 3 * len(str(path))
+    assert eval(instead, {"CompressedCache": CompressedCache, "model": model}).config.allocator.name == "profile"
+
+
 def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be written"):
         LayerProfile(budgets=[0.5], retention=[[0.5]]).dump(tmp_path / "no" / "profile.json")

@@ -241,6 +241,11 @@ class CompressionConfig(Configured):
         fields = read_structure(path, "config")
         if not isinstance(fields, dict):
             raise ConfigError(f"config {path}: must hold a mapping of fields ({', '.join(cls.model_fields)})")
+        if {"budgets", "retention"} <= fields.keys():
+            raise ConfigError(
+                f"config {path}: is a profile, as 'kvcompress calibrate' writes it; use it by --set allocator=profile "
+                f"--set allocator.path={path}, in Python by CompressedCache(model, profile='{path}')"
+            )
         try:
             return cls(**fields)
         except (ConfigError, TypeError) as error:
