@@ -147,7 +147,7 @@ def test_every_image_gets_a_line_and_a_stopped_run_goes_on(
     with path.open("ab") as file:
         file.write(b'{"image": "2.pn')  # as a kill leaves it
     done = run(*given, "-o", path, "--batch-size", 2, "--json")
-    assert json.loads(done.stdout) == {"output": str(path), "images": 5, "new": 3}
+    assert json.loads(done.stdout) == {"output": str(path), "images": 5, "new": 3, "skipped": []}
     assert lines(path) == lines(whole)
     before = path.read_bytes()
     assert json.loads(run(*given, "-o", path, "--json").stdout)["new"] == 0
@@ -177,6 +177,20 @@ def test_what_cannot_be_described_is_told_in_a_line(text: Path, llava: Path, tmp
     ):
         result = run("caption", *arguments)
         assert result.exit_code == 1 and says in " ".join(result.stderr.split())
-    (folder / "1.png").write_bytes(b"no picture")
+    (folder / "0.png").write_bytes(b"no picture")
     result = run("caption", folder, "-o", tmp_path / "b.jsonl", "--model", llava, *FEW)
-    assert result.exit_code == 1 and "1.png" in result.stderr
+    assert result.exit_code == 1 and "none of 1 in" in result.stderr and "0.png" in result.stderr
+
+
+def test_an_image_that_cannot_be_read_is_skipped_and_told(llava: Path, tmp_path: Path) -> None:
+    folder, path = pictures(tmp_path / "pictures", 4), tmp_path / "captions.jsonl"
+    whole = (folder / "1.png").read_bytes()
+    (folder / "1.png").write_bytes(b"no picture")
+    given = ("caption", folder, "-o", path, "--model", llava, *FEW, "--batch-size", 2, "--json")
+    done = run(*given)
+    (skipped,) = json.loads(done.stdout)["skipped"]
+    assert done.exit_code == 0 and [line["image"] for line in lines(path)] == ["0.png", "2.png", "3.png"]
+    assert skipped["image"] == "1.png" and f"image '1.png' was skipped: {skipped['reason']}" in done.stderr
+    (folder / "1.png").write_bytes(whole)
+    again = json.loads(run(*given).stdout)
+    assert again["new"] == 1 and not again["skipped"] and lines(path)[-1]["image"] == "1.png"

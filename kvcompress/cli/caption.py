@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from kvcompress.cli.configuration import import_modules, read_config
-from kvcompress.cli.console import note, print_json, reported, working
+from kvcompress.cli.console import note, print_json, reported, warn, working
 from kvcompress.cli.generate import load_with_spinner
 from kvcompress.cli.options import (
     AsJson,
@@ -25,7 +25,7 @@ from kvcompress.cli.options import (
     Settings,
 )
 from kvcompress.errors import ConfigError
-from kvcompress.evaluation.captions import CaptionsFile, caption_images, pictures_in
+from kvcompress.evaluation.captions import CaptionsFile, caption_images, pictures_in, unreadable
 
 EPILOG = """
 [bold]Examples[/bold]
@@ -71,14 +71,26 @@ def caption(
                 loaded = load_with_spinner(model, dtype.value, device)
                 if not loaded.sees_images:
                     raise ConfigError(f"model '{model}': sees no images; captions need a LLaVA model, or shapes")
+            skipped: dict[str, str] = {}
             with working(f"{len(left)} images") as spinner:
                 for first in range(0, len(left), batch_size):
                     spinner.update(f"image {first + 1} of {len(left)}")
                     part = left[first : first + batch_size]
-                    for line in caption_images(loaded, part, prompt, compression, max_new_tokens, folder):
+                    skipped |= (faults := unreadable(part, folder))
+                    part = [path for path in part if path.name not in faults]
+                    for line in (
+                        caption_images(loaded, part, prompt, compression, max_new_tokens, folder) if part else []
+                    ):
                         captions.add(line)
-        summary = {"output": str(output), "images": len(images), "new": len(left)}
+            if not captions.done:
+                raise ConfigError(
+                    f"images: none of {len(images)} in {folder} can be read; {next(iter(skipped.values()))}"
+                )
+        for name, reason in skipped.items():
+            warn(f"image '{name}' was skipped: {reason}")
+        new = len(left) - len(skipped)
         if as_json:
-            print_json(summary)
+            told = [{"image": name, "reason": reason} for name, reason in skipped.items()]
+            print_json({"output": str(output), "images": len(images), "new": new, "skipped": told})
         else:
-            note(f"{len(left)} of {len(images)} images described now, in {output}")
+            note(f"{new} of {len(images)} images described now, in {output}")

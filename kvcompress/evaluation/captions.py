@@ -39,6 +39,22 @@ def pictures_in(folder: Path) -> list[Path]:
     return found
 
 
+def unreadable(paths: Sequence[Path], folder: Path | None = None) -> dict[str, str]:
+    """Names of those images that cannot be read, and why.
+
+    Args:
+        paths: of the images.
+        folder: where images must lie once links are followed; None allows any place.
+    """
+    found: dict[str, str] = {}
+    for path in paths:
+        try:
+            open_picture(path, folder)
+        except ConfigError as error:
+            found[path.name] = " ".join(str(error).split())
+    return found
+
+
 def caption_images(
     loaded: LoadedModel,
     paths: Sequence[Path],
