@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     DynamicCache,
+    GenerationConfig,
     PreTrainedModel,
     TextIteratorStreamer,
     pipeline,
@@ -321,6 +322,21 @@ def test_a_cache_of_ones_own_is_left_alone_and_no_cache_refused() -> None:
         with pytest.raises(UnsupportedModeError, match=r"use_cache=False: .*outside of the"):
             tokens(model, use_cache=False)
     assert not session.reports
+
+
+def test_a_cache_of_transformers_by_its_name_is_refused() -> None:
+    model = tiny.build("llama")
+    with compressing(model, "streaming", budget=0.3) as session:
+        with pytest.raises(UnsupportedModeError, match=r"cache_implementation='static': .*outside of the block"):
+            tokens(model, cache_implementation="static")
+        asked = GenerationConfig(cache_implementation="offloaded", max_new_tokens=2)
+        with pytest.raises(UnsupportedModeError, match=r"cache_implementation='offloaded': "):
+            model.generate(tiny.token_ids(1, 5, 0), asked)
+        model.generation_config.cache_implementation = "quantized"
+        with pytest.raises(UnsupportedModeError, match=r"cache_implementation='quantized': .*None where the model's"):
+            tokens(model)
+        model.generation_config.cache_implementation = None
+        assert not session.reports and tokens(model) and len(session.reports) == 1
 
 
 def test_a_copy_of_the_model_is_in_no_block() -> None:

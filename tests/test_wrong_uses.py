@@ -327,6 +327,18 @@ def test_a_cache_that_may_not_be_used_is_refused_by_that_name(model: Any) -> Non
     assert not cache.is_initialized
 
 
+def test_the_class_of_a_cache_is_refused_where_a_cache_belongs(model: Any) -> None:
+    CompressedCache(model, "prefixkv")
+    for call in (
+        lambda: model(**prompt(), **tiny.with_cache(CompressedCache)),
+        lambda: model.generate(**prompt(), **tiny.with_cache(CompressedCache), max_new_tokens=2),
+    ):
+        with pytest.raises(
+            UnsupportedModeError, match=r"got the class CompressedCache itself; .*CompressedCache\(model"
+        ):
+            call()
+
+
 def test_what_a_dynamic_cache_answers_a_compressed_one_does() -> None:
     model = tiny.model("llama", torch.bfloat16)
     cache, full = CompressedCache(model, "full"), DynamicCache(config=model.config)

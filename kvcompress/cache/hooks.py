@@ -19,6 +19,7 @@ from kvcompress.cache import attention, mask_function, watching
 from kvcompress.cache.argument import cache_among, under_installed_name
 from kvcompress.cache.inputs import refuse_images
 from kvcompress.cache.reduction import Reduction
+from kvcompress.errors import UnsupportedModeError
 from kvcompress.integrations import Adapter
 from kvcompress.policies.images import ImageLayout
 
@@ -117,6 +118,13 @@ def watch(attentions: list[nn.Module]) -> None:
             ]
 
 
+def _refuse_class(cache: object) -> None:
+    if isinstance(cache, type) and issubclass(cache, ObservesInputs):
+        raise UnsupportedModeError(
+            f"cache: got the class {cache.__name__} itself; make a cache of it for the model: {cache.__name__}(model)"
+        )
+
+
 class _Hook:
     """A pre-hook that knows the names of a module's arguments; holds no reference to it, and can be pickled."""
 
@@ -131,6 +139,7 @@ class _Hook:
         if args:
             inputs = {**dict(zip(self.names, args, strict=False)), **inputs}
         cache = cache_among(inputs)
+        _refuse_class(cache)
         if isinstance(cache, ObservesInputs):
             given = inputs.get("attention_mask")
             inputs = {**inputs, "attention_mask": mask_function.padding_in(given), WHOLE_MASK: given}
@@ -206,6 +215,7 @@ class Generate(_Instead):
         """Generates, as the class of the model does."""
         model, kwargs = self.model(), under_installed_name(kwargs)
         cache = cache_among(kwargs)
+        _refuse_class(cache)
         if model is None or not isinstance(cache, ObservesInputs):
             return self.of_class(inputs, *args, **kwargs)
         given = dict(zip(("generation_config",), args, strict=False)) | kwargs

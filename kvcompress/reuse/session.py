@@ -48,7 +48,7 @@ class Session:
         """Calls `generate` with a new cache, unless it was given one.
 
         Raises:
-            UnsupportedModeError: for `use_cache=False`.
+            UnsupportedModeError: for `use_cache=False`, and for a `cache_implementation`.
         """
         if cache_among(kwargs) is not None:
             return call(*args, **kwargs)
@@ -56,6 +56,14 @@ class Session:
             raise UnsupportedModeError(
                 "use_cache=False: generates without a cache, so there is nothing to compress; leave it out, or call "
                 "generate outside of the 'with kvcompress.compressing(...)' block"
+            )
+        configured = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
+        wanted = kwargs.get("cache_implementation") or getattr(configured, "cache_implementation", None)
+        if wanted is not None:
+            raise UnsupportedModeError(
+                f"cache_implementation={wanted!r}: asks generate for a cache of transformers, and inside of a 'with "
+                "kvcompress.compressing(...)' block it has a compressed one; leave it out (None where the model's "
+                "generation_config says it), or call generate outside of the block"
             )
         cache = CompressedCache(model, self.config, **self._options)
         output = call(*args, **kwargs, **cache_argument(cache))
