@@ -30,6 +30,9 @@ _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 # What the answers on a page must hold, so that it shows no nonsense: each so often.
 SAID = {
     "README.md": {"red box is in the garden.": 2, "auto chose text": 1, "['7', 'large white triangle']": 1},
+    "testing.md": {
+        "The smallest example: AllocationInput(importance=[[[0.0]], [[0.0]]], total=[1], floor=[[0], [0]]": 1,
+    },
     "reuse.md": {
         "The red box is in the garden": 3,
         "Anna put the red box in the garden.": 1,

@@ -59,16 +59,17 @@ def _mixed_scales(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
     return torch.pow(10.0, torch.randint(-44, 38, shape, generator=g).float())
 
 
+# In the order in which a reader would have them: the smallest example is of the first kind that breaks a law.
 MASSES = {
     f.__name__.strip("_"): f
     for f in (
-        *(_random, _ties, _equal, _zeros, _some_layers_empty, _identical_layers),
-        *(_one_hot, _powers, _huge, _denormal, _mixed_scales),
+        *(_zeros, _equal, _one_hot, _ties, _random, _identical_layers, _some_layers_empty),
+        *(_powers, _huge, _mixed_scales, _denormal),
     )
 }
 
 
-any_mass = st.sampled_from(sorted(MASSES))
+any_mass = st.sampled_from(list(MASSES))
 
 
 def dyadic_masses(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
@@ -83,7 +84,7 @@ def dyadic_masses(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
     return mass
 
 
-KINDS = (*sorted(MASSES), "dyadic", "padded")
+KINDS = (*MASSES, "dyadic", "padded")
 
 
 @st.composite
