@@ -14,6 +14,7 @@ KVCompressError
 
 from __future__ import annotations
 
+import re
 import reprlib
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -94,6 +95,29 @@ class KVCompressWarning(UserWarning):
 
 class BudgetWarning(KVCompressWarning):
     """The protected tokens alone are more than the budget allows."""
+
+
+def in_plain_words(message: str) -> str:
+    """What a library says of a wrong value, as the errors here say it: "must be a whole number"."""
+    for pattern, words in _PLAINLY:
+        message = re.sub(pattern, words, message)
+    return message
+
+
+# What pydantic says -> what is said here.
+_PLAINLY = (
+    (r"^(Value error|Assertion failed), ", ""),
+    (r"^[A-Z]\w+ should ", "must "),
+    (r"a valid integer(, .*)?$", "a whole number"),
+    (r"a valid number(, .*)?$", "a number"),
+    (r"a valid boolean(, .*)?$", "true or false"),
+    (r"a valid string$", "a text"),
+    (r"a valid (list|tuple)$", "a list"),
+    (r"greater than or equal to", "at least"),
+    (r"less than or equal to", "at most"),
+    (r" after validation, not \d+", ""),
+    (r"^Field required$", "is needed, and was not given"),
+)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -92,6 +92,18 @@ def test_what_is_no_document_is_told_in_a_line(text: Path, llava: Path, tmp_path
     assert run("compress", tmp_path / "story.txt", "-o", folder, "--model", text, "--overwrite").exit_code == 1
 
 
+def test_an_image_for_a_text_model_is_refused_as_by_generate(text: Path, tmp_path: Path) -> None:
+    (picture,) = pictures(tmp_path / "pictures", 1).iterdir()
+    says = f"image: '{text}' is a text model (llama); an image needs a LLaVA model (llava, llava_next)"
+    for arguments in (
+        ("compress", picture, "-o", tmp_path / "picture.kv"),
+        ("chat", "--image", picture),
+        ("generate", "--image", picture, "--prompt", "what is it?"),
+    ):
+        result = run(*arguments, "--model", text)
+        assert result.exit_code == 1 and result.stderr == f"error: {says}\n"
+
+
 # -- conversations -----------------------------------------------------------------------------------------------------
 
 

@@ -722,10 +722,10 @@ def test_position_keeps_the_latest(seed: int, tokens: int) -> None:
 # -- wrong uses -------------------------------------------------------------------------------------------------------
 
 WRONG: list[tuple[str, dict[str, Any], str]] = [
-    ("snapkv", {"kernel": 4}, "kernel: Value error, must be odd"),
+    ("snapkv", {"kernel": 4}, "kernel: must be odd"),
     ("snapkv", {"window": 0}, "window"),
     ("lagkv", {"lag": 0}, "lag"),
-    ("defensive", {"kernel": 2}, "kernel: Value error, must be odd"),
+    ("defensive", {"kernel": 2}, "kernel: must be odd"),
     ("leverage", {"blend": -1.0}, "blend"),
     ("rkv", {"share": 1.5}, "share"),
     ("attention", {"queries": "postvision"}, "queries"),

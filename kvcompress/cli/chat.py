@@ -69,6 +69,7 @@ def chat(
         compression = read_config(preset, config, budget, settings or [])
         picture = [] if image is None else [open_image(image)]
         loaded = load_with_spinner(model, dtype.value, device)
+        loaded.check_sees(picture)
         reader = loaded.processor if loaded.processor is not None else loaded.tokenizer
         conversation, images = Chat(loaded.model, reader, compression), picture
         while (said := _next()) is not None:

@@ -79,6 +79,7 @@ def compress(
         texts = [read_prompt(None, file, "FILE...") for file in files if file.suffix.lower() not in _PICTURES]
         about_path = _prepared(output_folder, overwrite)
         loaded = load_with_spinner(model, dtype.value, device)
+        loaded.check_sees(images)
         reader = loaded.processor if loaded.processor is not None else loaded.tokenizer
         with working("reading the document"):
             document = Document(

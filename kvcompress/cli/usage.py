@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from kvcompress.cli.console import print_error, print_json
-from kvcompress.errors import did_you_mean
+from kvcompress.errors import did_you_mean, in_plain_words
 
 WRONG_USAGE = 2  # what shells expect of a program that was called wrongly
 _VALUE = re.compile(r"Invalid value(?: for (?P<quote>'?)(?P<option>.+?)(?P=quote))?: ")
@@ -38,7 +38,7 @@ def usage_message(error: Any) -> str:
     value = _VALUE.match(said)
     if value is not None:  # what is wrong with a value says by itself what is allowed
         option = "" if value["option"] is None else f"{value['option']}: "
-        return f"{option}{said[value.end() :]}"
+        return f"{option}{in_plain_words(said[value.end() :])}"
     context = getattr(error, "ctx", None)
     command = "kvcompress" if context is None else context.command_path
     return f"{said[0].lower()}{said[1:]}{'' if said.endswith('?') else ';'} '{command} --help' shows what there is"

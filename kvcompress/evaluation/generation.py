@@ -17,7 +17,7 @@ from kvcompress.cache import CompressedCache
 from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.report import CacheReport
 from kvcompress.config import CompressionConfig
-from kvcompress.errors import ConfigError, UnsupportedModelError
+from kvcompress.errors import ConfigError
 from kvcompress.evaluation.models import LoadedModel
 from kvcompress.reuse.encoded import model_inputs
 
@@ -83,11 +83,7 @@ def encode_prompt(
     """
     if not prompt.strip():
         raise ConfigError("prompt: is empty")
-    if image is not None and not loaded.sees_images:
-        kind = loaded.model.config.model_type
-        raise UnsupportedModelError(
-            f"image: '{loaded.name}' is a text model ({kind}); an image needs a LLaVA model (llava, llava_next)"
-        )
+    loaded.check_sees([] if image is None else [image])
     encoded: Any
     reader: Any = loaded.processor if loaded.processor is not None else loaded.tokenizer
     template = getattr(reader, "chat_template", None)

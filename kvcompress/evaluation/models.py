@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -59,6 +59,21 @@ class LoadedModel:
     def sees_images(self) -> bool:
         """Whether prompts may hold an image."""
         return self.processor is not None
+
+    def check_sees(self, images: Sequence[Any]) -> None:
+        """Refuses images for a model that sees none.
+
+        Args:
+            images: what a prompt is to hold; none of them is looked at.
+
+        Raises:
+            UnsupportedModelError: naming the model and what an image needs.
+        """
+        if images and not self.sees_images:
+            kind = self.model.config.model_type
+            raise UnsupportedModelError(
+                f"image: '{self.name}' is a text model ({kind}); an image needs a LLaVA model (llava, llava_next)"
+            )
 
 
 def load_model(name: str = smollm2.NAME, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
@@ -170,8 +185,14 @@ def _device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+    except RuntimeError:  # whose message lists twenty kinds
+        allowed = "cpu, cuda, cuda:1, mps and so on, or auto, a GPU if there is one"
+        raise ConfigError(f"device: '{name}' is none that torch knows; name {allowed}") from None
+    try:
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # unknown, or known but not on this machine
+    except NotImplementedError:
+        raise ConfigError(f"device: '{name}' cannot be used here: this torch is built without it") from None
+    except (RuntimeError, AssertionError) as error:  # known, but not on this machine
         raise ConfigError(f"device: '{name}' cannot be used here: {_first_line(error)}") from None
     return device
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, get_args
 
 from pydantic import BaseModel, ByteSize, ConfigDict, ValidationError
 
-from kvcompress.errors import ConfigError, KVCompressError, did_you_mean, shown
+from kvcompress.errors import ConfigError, KVCompressError, did_you_mean, in_plain_words, shown
 from kvcompress.files.reading import DEPTH
 
 _LARGEST = 2**31
@@ -81,19 +81,22 @@ def _flat(value: Any) -> Iterator[Any]:
 
 def readable_error(error: ValidationError, model: type[BaseModel]) -> KVCompressError:
     """Turns pydantic's report into one `ConfigError` that names the field, what came and what is allowed."""
-    lines = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"] if not str(part).startswith("function-"))
+    errors, lines = error.errors(), []
+    unknown = [item for item in errors if item["type"] == "extra_forbidden"]
+    for item in errors:
+        where = ".".join(str(part) for part in item["loc"] if not str(part).startswith(("function-", "constrained-")))
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, KVCompressError):
-            if len(error.errors()) == 1:
+            if len(errors) == 1:
                 return cause
             lines.append(str(cause))
         elif item["type"] == "extra_forbidden":
             fields = list(model.model_fields)
             instead = getattr(model, "no_fields", {}).get(where)
             hint = f"; {instead};" if instead else did_you_mean(where, fields) or ";"
-            lines.append(f"{where}: unknown field of {model.__name__}{hint} its fields: {', '.join(fields) or 'none'}")
+            known = f" its fields: {', '.join(fields) or 'none'}" if item is unknown[-1] else ""  # once is enough
+            lines.append(f"{where}: unknown field of {model.__name__}{hint}{known}".removesuffix(";"))
         else:
-            lines.append(f"{where or model.__name__}: {item['msg']}; got {shown(item['input'])}")
+            came = "" if item["type"] == "missing" else f"; got {shown(item['input'])}"
+            lines.append(f"{where or model.__name__}: {in_plain_words(item['msg'])}{came}")
     return ConfigError("; ".join(lines))
