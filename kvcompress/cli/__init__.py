@@ -6,6 +6,7 @@ import ast
 import importlib
 import sys
 from collections.abc import Sequence
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,12 +41,21 @@ _UsageError: Any = typer.BadParameter.__mro__[1]  # typer hands out its subclass
 
 
 class _Commands(TyperGroup):
-    def main(self, args: Sequence[str] | None = None, *given: Any, **options: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
         """Runs a command; what is wrong with its words is said as other errors are."""
-        if not options.pop("standalone_mode", True):
-            return super().main(args, *given, standalone_mode=False, **options)
+        run = partial(super().main, args, prog_name, complete_var, False, windows_expand_args, **extra)
+        if not standalone_mode:
+            return run()
         try:
-            code = super().main(args, *given, standalone_mode=False, **options)
+            code = run()
         except _UsageError as error:
             report_usage(error, as_json="--json" in (sys.argv[1:] if args is None else args))
             code = WRONG_USAGE
