@@ -329,6 +329,7 @@ def test_wrong_usage_exits_with_2(arguments: list[str]) -> None:
         ),
         (["generate", "--prompt", "x", "--max-new-tokens", "0"], "error: --max-new-tokens: must be at least 1\n"),
         (["generate", "--prompt", "x", "--max-new-tokens", "few"], "--max-new-tokens: must be a whole number\n"),
+        (["demo", "--image", "--text"], "error: give --image or --text, not both\n"),
         (["genrate", "--prompt", "x"], "no such command 'genrate'; did you mean 'generate'? 'kvcompress --help'"),
         (["policies", "allocatr"], "quantizer, reducer, presets; did you mean 'allocator'?\n"),
         (["policies", "presetss"], "did you mean 'presets'?\n"),

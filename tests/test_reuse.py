@@ -302,6 +302,12 @@ def test_each_thread_has_its_own_block() -> None:
     assert type(model.generate).__name__ == "Generate"
 
 
+def test_a_folder_without_a_document_is_refused_with_what_makes_one(tmp_path: Path) -> None:
+    model, tokenizer = text()
+    with pytest.raises(ConfigError, match=r"none.*make a new CompressedCache or Document and read the prompt again"):
+        Document.load(model, tokenizer, tmp_path / "none")
+
+
 def test_a_thread_without_a_block_follows_the_one_that_is_open() -> None:
     model, tokenizer = text()
     ids = tokenizer(TEXT, return_tensors="pt")

@@ -23,7 +23,7 @@ from kvcompress.files import path_of, read_tensors
 from kvcompress.policies.fingerprint import fingerprint_of
 
 _ROOM = 1024  # slots
-_WAY_OUT = "save the cache again, or make a new CompressedCache and run the prompt again"
+_WAY_OUT = "save the cache again, or make a new CompressedCache or Document and read the prompt again"
 
 
 @dataclass(frozen=True)

@@ -50,14 +50,16 @@ def demo(
         ),
     ] = None,
     image: Annotated[
-        bool | None,
+        bool, typer.Option("--image", help="Asks ShapesLLaVA about an image of drawn shapes.", show_default=False)
+    ] = False,
+    text: Annotated[
+        bool,
         typer.Option(
-            "--image/--text",
-            help="Asks ShapesLLaVA about an image of drawn shapes, or SmolLM2 about a text; if left out, the text "
-            "where SmolLM2 is installed.",
+            "--text",
+            help="Asks SmolLM2 about a text; without either option the text where SmolLM2 is installed.",
             show_default=False,
         ),
-    ] = None,
+    ] = False,
     question: Annotated[str | None, typer.Option(metavar="TEXT", help="Another question.", show_default=False)] = None,
     preset: Annotated[
         str | None,
@@ -70,10 +72,12 @@ def demo(
 ) -> None:
     """Lets a small model answer a question about a document or an image with all, half and less of its cache."""
     with reported(debug=debug):
+        if image and text:
+            raise typer.BadParameter("give --image or --text, not both")
         if file is not None and not image:
             raise typer.BadParameter("an image is looked at with --image: kvcompress demo --image FILE")
         preset, missing = preset or "auto", None
-        if image is None:
+        if not (image or text):
             missing = smollm2.why_missing()
             image = missing is not None
         configs = {
@@ -86,8 +90,8 @@ def demo(
             loaded, inputs, about = _text_prompt(question)
         console = output()
         about.append(("Preset", f"{preset}: {PRESETS[preset][0]}"))
-        for label, text in about:
-            console.print(Text.assemble((f"{label:<10}", "bold"), text))
+        for label, told in about:
+            console.print(Text.assemble((f"{label:<10}", "bold"), told))
         wanted = {"max_new_tokens": _DESCRIPTION_TOKENS if image else _ANSWER_TOKENS}
         results = {
             f"retention {name}": run_with_spinner(loaded, inputs, config, wanted, f"retention {name}")
