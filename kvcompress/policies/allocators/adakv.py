@@ -94,6 +94,8 @@ class AdaKV(Allocator):
         ranks = in_order(importance.masked_fill(importance == -torch.inf, 0.0), descending=True)
         low, high = -(-least // heads), most // heads
         own = replace(context, valid=None, protected=None, notes={})
-        of_one = self.layers.allocate(ranks.mean(2), total // heads, torch.minimum(low, high), high, own)
+        of_one = self.layers.allocate(
+            ranks.double().mean(2).float(), total // heads, torch.minimum(low, high), high, own
+        )
         context.notes.update(own.notes)
         return apportion(of_one.double(), total, least, most)
