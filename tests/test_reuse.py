@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -86,6 +89,36 @@ def test_a_document_that_is_repeated_is_scored_by_that(seen: bool, sighted: Pair
     document.save(tmp_path)
     loaded = Document.load(model, processor, tmp_path)
     assert loaded.ask(QUESTIONS, max_new_tokens=4) == document.ask(QUESTIONS, max_new_tokens=4)
+
+
+ASKS = """
+import json, sys
+import transformers
+from kvcompress import Document
+of_model, of_reader = (getattr(transformers, name) for name in sys.argv[2:4])
+model, reader = of_model.from_pretrained(sys.argv[1]).eval(), of_reader.from_pretrained(sys.argv[1])
+questions, names = json.loads(sys.argv[5]), sys.argv[6:]
+documents = [Document.load(model, reader, f"{sys.argv[4]}/{name}") for name in names]
+print(json.dumps([document.ask(questions, max_new_tokens=4, batch_size=5) for document in documents]))
+"""
+
+
+@pytest.mark.parametrize("seen", [False, True], ids=["text", "images"])
+def test_another_process_answers_ten_questions_as_the_one_that_read(seen: bool, sighted: Pair, tmp_path: Path) -> None:
+    folder = checkpoints.save_image(tmp_path / "model") if seen else checkpoints.save_text(tmp_path / "model")
+    classes = ("AutoModelForImageTextToText", "AutoProcessor") if seen else ("AutoModelForCausalLM", "AutoTokenizer")
+    model, processor = sighted if seen else text()
+    images = [picture(1), picture(2)] if seen else []
+    questions = [f"{question} {number}" for number in range(4) for question in QUESTIONS][:10]
+    wanted = []
+    for name in PRESETS:
+        document = Document(model, processor, TEXT, images=images, config=name, **budget(name))
+        document.save(tmp_path / "documents" / name)
+        wanted.append(document.ask(questions, max_new_tokens=4, batch_size=5))
+    given = [str(folder), *classes, str(tmp_path / "documents"), json.dumps(questions), *PRESETS]
+    done = subprocess.run([sys.executable, "-c", ASKS, *given], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == wanted
 
 
 @pytest.mark.parametrize("seen", [False, True], ids=["text", "images"])

@@ -73,9 +73,9 @@ def test_a_document_is_compressed_once_and_asked_later(kind: str, text: Path, ll
 def test_what_is_no_document_is_told_in_a_line(text: Path, llava: Path, tmp_path: Path) -> None:
     for arguments, says in (
         (["ask", tmp_path, "Why?"], "make one: kvcompress compress"),
-        (["compress", "missing.txt", "-o", tmp_path / "x", "--model", text], "for FILE...: prompt missing.txt"),
-        (["compress", "missing.png", "-o", tmp_path / "x", "--model", llava], "for FILE...: image missing.png"),
-        (["compress", pictures(tmp_path / "p", 1) / "0.png", "-o", tmp_path / "y", "--model", text], "need a LLaVA"),
+        (["compress", "missing.txt", "-o", tmp_path / "x", "--model", text], "FILE...: prompt missing.txt"),
+        (["compress", "missing.png", "-o", tmp_path / "x", "--model", llava], "FILE...: image missing.png"),
+        (["compress", pictures(tmp_path / "p", 1) / "0.png", "-o", tmp_path / "y", "--model", text], "needs a LLaVA"),
     ):
         result = run(*arguments)
         assert result.exit_code != 0 and result.stdout == "" and says in " ".join(result.stderr.split())
