@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcompress import CompressedCache, CompressionConfig
+from kvcompress.cache import tables, undoing
 from kvcompress.cache.argument import cache_argument
-from kvcompress.cache.step import Phase
+from kvcompress.cache.step import Phase, Prefill
 from kvcompress.evaluation.models import LoadedModel
 
 Row = dict[str, Any]
@@ -77,9 +78,12 @@ class Reading:
     def scored(self, config: CompressionConfig) -> CompressedCache:
         """A copy that a scorer has looked at, which still holds everything."""
         cache = beside(self.cache)
-        cache._state.adopt(config)
-        cache.ranked()
-        for layer in cache._state.layers:
+        state = cache._state
+        state.adopt(config)
+        with torch.no_grad(), state.writable():
+            tables.tidy(state)
+            undoing.settle(state, Prefill(), 0)
+        for layer in state.layers:
             layer.unscored = None
         return cache
 
