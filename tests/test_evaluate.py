@@ -686,8 +686,20 @@ def test_the_time_left_is_that_of_the_samples_left_at_the_pace_so_far() -> None:
 
 def test_intervals_stand_below_their_values_where_the_terminal_is_narrow(text_model: LoadedModel) -> None:
     rows = evaluate(text_model, QUESTIONS, [], metrics=["perplexity"])
-    wide, narrow = (next(iter(results_table(rows, wide=wide).columns[2].cells)) for wide in (True, False))
-    assert str(wide).replace(" (", "\n(") == narrow
+    tables = [results_table(rows), results_table(rows, wide=False).renderables[0]]  # type: ignore[union-attr]
+    wide, narrow = (next(iter(table.columns[3].cells)) for table in tables)  # type: ignore[union-attr]
+    assert "(" in str(wide) and str(wide).replace(" (", "\n(") == narrow
+
+
+def test_no_word_is_cut_where_the_terminal_is_narrow(text_model: LoadedModel) -> None:
+    """What caches say, and what they cost, are two tables then."""
+    metrics = ["perplexity", "rougeL", "exact"]
+    rows = evaluate(text_model, QUESTIONS[:1], ["prefixkv+int4"], budgets=[0.5], metrics=metrics, max_new_tokens=3)
+    shown = Console(width=80, record=True, file=io.StringIO())
+    shown.print(results_table(rows, wide=False))
+    words = shown.export_text().split()
+    assert {"full", "cache", "prefixkv+int4", "budget", "kept", *metrics, "retention", "held", "tokens/s"} <= {*words}
+    assert words.count("prefixkv+int4") == 2
 
 
 def test_a_dynamic_cache_is_the_reference(text_model: LoadedModel) -> None:

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Any
 
 from rich import box
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -84,33 +84,40 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def results_table(rows: Sequence[Row], *, wide: bool = True) -> Table:
+def results_table(rows: Sequence[Row], *, wide: bool = True) -> RenderableType:
     """A line for each cell: tokens kept, metrics with their intervals, retention, bytes, times and peak memory.
 
     Args:
         rows: of one run; at least one.
-        wide: whether intervals stand beside their values, rather than below.
+        wide: whether all of it stands in one table, intervals beside their values. If not, what caches say and what
+            they cost are tables of their own, and intervals stand below.
     """
     first = rows[0]
     title = f"{first['model']} ({first['dtype']}), {first['data']}, {first['samples']} samples"
     title += f", question {first.get('question', 'seen')}"
     if any(row["skipped"] for row in rows):
         title += f", {max(row['skipped'] for row in rows)} skipped"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=title, title_justify="left")
-    table.add_column("cache", overflow="fold")
-    metrics = list(first["metrics"])
-    for name in ("budget", "kept", *metrics, "retention", "held", "first token", "tokens/s", "peak"):
-        table.add_column(name, justify="right", overflow="fold")
-    for row in rows:
-        cells = [_interval(row["metrics"][name], " " if wide else "\n") for name in metrics]
-        cells += [
-            f"{row['retention']:.3f}",
-            size(round(row["kv_bytes"])),
-            f"{row['seconds_to_first_token']:.3f} s",
-            "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.1f}",
-            "" if row["peak_bytes"] is None else size(row["peak_bytes"]),
-        ]
-        table.add_row(Text(row["policy"]), _budget(row), _kept(row), *cells)
+    said = {"kept": [_kept(row) for row in rows]}
+    for name in first["metrics"]:
+        said[name] = [_interval(row["metrics"][name], " " if wide else "\n") for row in rows]
+    cost = {
+        "retention": [f"{row['retention']:.3f}" for row in rows],
+        "held": [size(round(row["kv_bytes"])) for row in rows],
+        "first token": [f"{row['seconds_to_first_token']:.3f} s" for row in rows],
+        "tokens/s": ["" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:.1f}" for row in rows],
+        "peak": ["" if row["peak_bytes"] is None else size(row["peak_bytes"]) for row in rows],
+    }
+    return _table(rows, title, said | cost) if wide else Group(_table(rows, title, said), _table(rows, None, cost))
+
+
+def _table(rows: Sequence[Row], title: str | None, cells: dict[str, list[str]]) -> Table:
+    """Caches and budgets, and beside them columns by name."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title, title_justify="left")
+    table.add_column("cache", overflow="fold", min_width=max(len(row["policy"]) for row in rows))
+    for name in ("budget", *cells):
+        table.add_column(name, justify="right", overflow="fold", min_width=0 if name == "kept" else len(name))
+    for row, *own in zip(rows, *cells.values(), strict=True):
+        table.add_row(Text(row["policy"]), _budget(row), *own)
     return table
 
 
