@@ -168,21 +168,31 @@ def of_config(
         return [model(**each, **tiny.with_cache(cache)).logits for each in given], cache.report()
 
 
-def test_a_default_dtype_changes_nothing() -> None:
-    """Every preset and every policy, bit for bit."""
-    wrong = []
+def every_config(check: Callable[[CompressionConfig, list[dict[str, Any]]], str]) -> list[str]:
+    """What a check finds wrong with any preset and any policy, so that one test hears all of them."""
+    faults = []
     for parameters in strategies.configs():
         config, label = parameters.values[0], parameters.id
-        inputs = three_forwards(config)
-        wanted, expected = of_config(config, inputs)
         try:
-            with half_by_default():
-                found, report = of_config(config, inputs)
-            if report != expected or not all(torch.equal(*pair) for pair in zip(found, wanted, strict=True)):
-                wrong.append(f"{label}: another result")
-        except Exception as error:  # every configuration is to be heard
-            wrong.append(f"{label}: {type(error).__name__}: {error}"[:160])
-    assert not wrong
+            told = check(config, three_forwards(config))
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}"[:160]
+        if told:
+            faults.append(f"{label}: {told}")
+    return faults
+
+
+def test_a_default_dtype_changes_nothing() -> None:
+    """Every preset and every policy, bit for bit."""
+
+    def check(config: CompressionConfig, inputs: list[dict[str, Any]]) -> str:
+        wanted, expected = of_config(config, inputs)
+        with half_by_default():
+            found, report = of_config(config, inputs)
+        same = report == expected and all(torch.equal(*pair) for pair in zip(found, wanted, strict=True))
+        return "" if same else "another result"
+
+    assert not every_config(check)
 
 
 # -- double precision --------------------------------------------------------------------------------------------------
@@ -190,21 +200,16 @@ def test_a_default_dtype_changes_nothing() -> None:
 
 def test_a_model_in_float64_gives_what_it_gives_in_float32() -> None:
     """Every preset and every policy: the same tokens stay, and logits differ by what float32 rounds away."""
-    wrong = []
-    for parameters in strategies.configs():
-        config, label = parameters.values[0], parameters.id
-        inputs = three_forwards(config)
+
+    def check(config: CompressionConfig, inputs: list[dict[str, Any]]) -> str:
         wanted, expected = of_config(config, inputs)
-        try:
-            found, report = of_config(config, inputs, torch.float64)
-            if report.held_positions != expected.held_positions:
-                wrong.append(f"{label}: other tokens stay")
-            lost = max(float((one - other).abs().max()) for one, other in zip(found, wanted, strict=True))
-            if lost > 1e-3:
-                wrong.append(f"{label}: logits differ by {lost:.1e}")
-        except Exception as error:  # every configuration is to be heard
-            wrong.append(f"{label}: {type(error).__name__}: {error}"[:160])
-    assert not wrong
+        found, report = of_config(config, inputs, torch.float64)
+        lost = max(float((one - other).abs().max()) for one, other in zip(found, wanted, strict=True))
+        if report.held_positions != expected.held_positions:
+            return "other tokens stay"
+        return f"logits differ by {lost:.1e}" if lost > 1e-3 else ""
+
+    assert not every_config(check)
 
 
 # -- half precision with large logits ----------------------------------------------------------------------------------

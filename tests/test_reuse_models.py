@@ -152,7 +152,8 @@ def test_what_a_generation_config_says_of_an_answer_holds() -> None:
     for ask in (document.ask, chat.say):
         answer = ask(QUESTION, generation_config=config)
         assert answer.count(",") == 2 and config.do_sample is None and config.pad_token_id is None
-        assert ask(QUESTION, max_new_tokens=4, generation_config=config).count(",") == 3
+        more: dict[str, Any] = {"pad_token_id": 0, "max_length": None, "do_sample": False}
+        assert ask(QUESTION, max_new_tokens=4, generation_config=config, **more).count(",") == 3
         with pytest.raises(
             ConfigError, match=r"max_length: counts what was read .*; give max_new_tokens; got 9 \(int\)"
         ):

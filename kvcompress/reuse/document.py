@@ -153,7 +153,7 @@ class Document:
         wanted = answering(self._prompter, max_new_tokens, generate)
         answers: dict[int, str] = {}
         with progress_bar(progress, "questions", len(several)) as tell:
-            for group in self._as_alone(several, self._after):
+            for group in self._as_alone(self._prompter.questions(several, self._after)[1]) if several else ():
                 for first in range(0, len(group), batch_size):
                     numbers = group[first : first + batch_size]
                     answers |= zip(numbers, self._answer([several[number] for number in numbers], wanted), strict=True)
@@ -182,13 +182,13 @@ class Document:
         questions, after = check_texts("questions", questions), self._after + answer_prefix
         if not questions or not all(question + after for question in questions):
             raise ConfigError("questions: there is none, or one of them is empty; give at least one, and ask something")
-        if len(self._as_alone(questions, after)) > 1:
+        ids, mask = self._prompter.questions(questions, after)
+        if len(self._as_alone(mask)) > 1:
             raise ConfigError(
                 f"questions: {len(questions)} of different lengths would not be answered as each alone, since padding "
                 "between document and question counts in layers that keep a window or a state, and one token alone is "
                 "a decode step; prepare them one by one, or use ask, which puts together what goes together"
             )
-        ids, mask = self._prompter.questions(questions, after)
         rows, read = len(questions), self._ids.to(ids.device)
         cache = copy.deepcopy(self.cache)
         if rows > 1:
@@ -199,11 +199,10 @@ class Document:
             "attention_mask": torch.cat([torch.ones_like(read).expand(rows, -1), mask], 1),
         }, cache
 
-    def _as_alone(self, questions: list[str], after: str) -> list[list[int]]:
-        """Numbers of the questions of which each is answered together with the others as it would be alone."""
+    def _as_alone(self, mask: Tensor) -> list[list[int]]:
+        """Numbers of the questions, by their mask, of which each is answered with the others as it would be alone."""
         groups: dict[int, list[int]] = defaultdict(list)
-        tokens_of = self._prompter.questions(questions, after)[1].sum(1).tolist() if questions else []
-        for number, tokens in enumerate(tokens_of):
+        for number, tokens in enumerate(mask.sum(1).tolist()):
             groups[tokens if self.cache.counts_padding else tokens > 1].append(number)
         return list(groups.values())
 

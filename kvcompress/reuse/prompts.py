@@ -177,6 +177,6 @@ def answering(prompter: Prompter, max_new_tokens: int | None, given: dict[str, A
         greedy = {} if "do_sample" in given else {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
         return {**wanted, **greedy, **given}
     whole = copy.deepcopy(config)
-    others = {"do_sample": bool(config.do_sample), **given}
-    del others["generation_config"]
-    return {"generation_config": whole, **whole.update(**wanted, **others)}
+    wanted |= {"do_sample": bool(config.do_sample), **given}
+    del wanted["generation_config"]
+    return {"generation_config": whole, **whole.update(**wanted)}

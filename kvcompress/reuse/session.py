@@ -57,9 +57,10 @@ class Session:
                 "use_cache=False: generates without a cache, so there is nothing to compress; leave it out, or call "
                 "generate outside of the 'with kvcompress.compressing(...)' block"
             )
-        configured = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
-        wanted = kwargs.get("cache_implementation") or getattr(configured, "cache_implementation", None)
-        if wanted is not None:
+        configs = (*args[1:2], kwargs.get("generation_config"), model.generation_config)
+        asked = (getattr(config, "cache_implementation", None) for config in configs)
+        wanted = kwargs.get("cache_implementation", next(filter(None, asked), None))
+        if wanted not in (None, "hybrid"):  # which transformers takes for none: the first Gemma models were saved so
             raise UnsupportedModeError(
                 f"cache_implementation={wanted!r}: asks generate for a cache of transformers, and inside of a 'with "
                 "kvcompress.compressing(...)' block it has a compressed one; leave it out (None where the model's "
