@@ -14,7 +14,7 @@ from kvcompress.cache.merging import merge_evicted
 from kvcompress.cache.recent import Recent
 from kvcompress.cache.repeating import Near
 from kvcompress.cache.scoring import Unscored, needs_of, reads_attention, score
-from kvcompress.cache.selection import Ranked, compress, importance_of, without_unknown
+from kvcompress.cache.selection import Ranked, compress_soon, importance_of, without_unknown
 from kvcompress.cache.sequence import Sequence
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.step import Decode, Prefill, Step
@@ -86,7 +86,7 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         elif self.config.scorer is not None or needs_of(self.config):
             self.unscored = shows
         if step.local is not None:  # sizes are known before the last layer ran
-            compress([self], step, step.local())
+            compress_soon(self, step)
         return step.restored(output)
 
     def _attend_slots(self, step: Decode, query: Tensor, softmax: Softmax) -> Tensor:

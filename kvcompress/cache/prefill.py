@@ -16,7 +16,7 @@ from kvcompress.cache.counts import Counts, stacked
 from kvcompress.cache.masks import Mask
 from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.room import grow_for
-from kvcompress.cache.selection import Ranked, Ranking, compress, pin, ranking_of
+from kvcompress.cache.selection import Ranked, Ranking, compress, compress_waiting, pin, ranking_of
 from kvcompress.cache.sizes import slots_of_row, too_few_bytes
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Phase, Prefill
@@ -77,6 +77,7 @@ def end(state: CacheState, step: Prefill) -> None:
     elif step.local is None:
         compress_all(state, step)
     else:
+        compress_waiting(step)
         pin(state.layers)
     step.problems.refuse()
     tables.make_table(state)
@@ -145,10 +146,10 @@ def _allocation_inputs(
 
 
 def _allocate_once(state: CacheState, held: np.ndarray, device: torch.device) -> Allocation:
-    """The budgets of a step whose allocator reads no scores; found when the first layer has its tokens."""
+    """The budgets of a step whose allocator reads no scores; found when the first layers are cut."""
     step = state.step
     assert isinstance(step, Prefill)
-    if step.next_layer == 0:
+    if not step.room:
         state.allocation = _allocate(state, held, device)
         step.room = _room_for(state, state.allocation)
     assert state.allocation is not None

@@ -25,6 +25,8 @@ from kvcompress.policies.faults import policy_errors
 if TYPE_CHECKING:
     from kvcompress.cache.layer import CompressedLayer
 
+_TOGETHER = 2**28  # bytes of keys and values up to which layers wait for each other
+
 Ranked: TypeAlias = tuple[Tensor, Tensor | None]  # token index and importance of a layer's slots, over all heads
 
 
@@ -181,6 +183,28 @@ def compress(
         else:
             layer.close_ranks(room)
         layer.pack()
+
+
+def compress_soon(layer: CompressedLayer, step: Prefill) -> None:
+    """Compresses a layer that ran, together with others where they are short: a few operations serve all of them."""
+    if step.waiting and not _alike(step.waiting[0], layer):
+        compress_waiting(step)
+    step.waiting.append(layer)
+    if sum(one.store.nbytes for one in step.waiting) >= _TOGETHER:
+        compress_waiting(step)
+
+
+def compress_waiting(step: Prefill) -> None:
+    """Compresses the layers that `compress_soon` let wait."""
+    assert step.local is not None
+    layers, step.waiting = step.waiting, []
+    if layers:
+        compress(layers, step, step.local())
+
+
+def _alike(one: CompressedLayer, other: CompressedLayer) -> bool:
+    """Whether two layers can be ranked in one tensor."""
+    return (one.device, one.kv_heads) == (other.device, other.kv_heads)
 
 
 def _value_norms(layers: List[CompressedLayer], ranking: Ranking) -> Tensor:

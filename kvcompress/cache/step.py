@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.store import InUse
 from kvcompress.kernels import sent
 from kvcompress.policies.problems import Problems
+
+if TYPE_CHECKING:
+    from kvcompress.cache.layer import CompressedLayer
 
 
 class Phase(enum.Enum):
@@ -40,7 +43,8 @@ class Prefill:
         row_new: tokens of each row.
         order: where each of these positions was in the model's; None if they are where they were.
         first_order: the same before a reducer acted.
-        local: gives the budgets, where they need no scores, so that a layer is compressed as soon as it ran.
+        local: gives the budgets, where they need no scores, so that layers are compressed while later ones are to run.
+        waiting: layers that ran and are yet to be compressed, where budgets need no scores.
         room: slots to allocate beyond each layer's budget, `[batch, sets]`.
         evicts: whether layers over their budget give tokens up in this step.
         part: slots of the prompt that this step repeats; None if it repeats nothing.
@@ -59,6 +63,7 @@ class Prefill:
     order: Int[Tensor, "batch positions"] | None = None
     first_order: Int[Tensor, "batch positions"] | None = None
     local: Callable[[], Allocation] | None = None
+    waiting: list[CompressedLayer] = field(default_factory=list)
     room: list[Counts] = field(default_factory=list)
     evicts: bool = True
     part: slice | None = None
