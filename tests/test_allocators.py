@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvcompress import ALLOCATORS, EVICTORS, CompressedCache, CompressionConfig
-from kvcompress.cache.selection import _rank_by_rank
+from kvcompress.cache.ranking import _rank_by_rank
 from kvcompress.errors import ConfigError, PolicyError
 from kvcompress.policies.allocators.apportionment import apportion
 from kvcompress.policies.base import Allocator

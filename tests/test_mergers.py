@@ -209,10 +209,10 @@ def test_tiles_of_similarities_are_one_matrix(monkeypatch: pytest.MonkeyPatch) -
     index = torch.arange(400).expand(2, 3, 400)
     kept = torch.rand(2, 1, 400, generator=g).expand(2, 3, 400) < 0.3
     most = int(kept.sum(-1).max()), int((~kept).sum(-1).max())
-    layer = MergeContext(0, keys, torch.randn(keys.shape, generator=g), kept, ~kept, index, None, None, *most)
+    layer = MergeContext((0,), keys, torch.randn(keys.shape, generator=g), kept, ~kept, index, None, None, *most)
     whole = MERGERS.create("lookm").merge(layer)
     monkeypatch.setattr("kvcompress.policies.mergers.similarity._TILE_KEYS", 7)
-    monkeypatch.setattr("kvcompress.policies.mergers.similarity._TILE_SIMILARITIES", 1)
+    monkeypatch.setattr("kvcompress.policies.mergers.similarity._TILE_SIMILARITIES_CPU", 1)
     assert torch.equal(MERGERS.create("lookm").merge(layer).keys[kept], whole.keys[kept])
 
 
@@ -237,7 +237,7 @@ def line(tokens: int, evicted: list[int], seed: int = 0, heads: int = 1, **more:
     g, slots = strategies.generator(seed), torch.arange(tokens)
     gone = torch.isin(slots, torch.tensor(evicted, dtype=torch.long)).expand(1, heads, -1)
     fields = {
-        "layer": 0,
+        "layers": (0,),
         "keys": torch.randn(1, heads, tokens, 8, generator=g),
         "values": torch.randn(1, heads, tokens, 8, generator=g),
         "kept": ~gone,
@@ -361,7 +361,8 @@ def test_cam_spreads_values_as_plain_loops_do(layer: MergeContext, reach: int, s
                     continue
                 least = sum(known) / len(known)
                 draws = torch.zeros(1, head + 1, 1, dtype=torch.long) + index[slot]
-                draw = float(merger._draws(layer.layer, draws)[0, head, 0])
+                own = layer.layers[row * len(layer.layers) // len(layer.kept)]
+                draw = float(merger._draws((own,), draws)[0, head, 0])
                 if least == 0 or draw < score[slot] / least:
                     takers.update(following)
                     for k in following:

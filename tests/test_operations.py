@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 import kvcompress
 from kvcompress import CompressedCache
+from kvcompress.cache import selection
 from kvcompress.kernels import mass
 from kvcompress.testing import models
 from tests import tiny
@@ -28,6 +29,7 @@ LAYERS, TOKENS = 8, 200
 BATCHES = {"one row": (1, False), "16 rows": (16, False), "16 padded rows": (16, True)}
 BY_AGE = ("uniform", "prefixkv", "snapkv", "streaming", "pyramidkv")
 BY_SCORE = ("h2o", "tova")
+BY_MERGING = ("image", "lookm", "prefixkv+merge")
 BY_HEAD = ("headprefix", "ada-snapkv")  # these copy what heads hold into one shape where no kernel reads it as it is
 
 
@@ -116,13 +118,53 @@ def test_keeping_everything_costs_a_prompt_no_operation_a_layer(rows: str) -> No
 
 
 @pytest.mark.parametrize("rows", BATCHES)
-@pytest.mark.parametrize("name", [*BY_AGE, *BY_SCORE, *BY_HEAD])
+@pytest.mark.parametrize("name", [*BY_AGE, *BY_SCORE, *BY_MERGING, *BY_HEAD])
 def test_compressing_a_prompt_takes_few_operations(name: str, rows: str) -> None:
-    """44 a layer more than keeping everything at most, the attention mass as one, and few syncs for all layers."""
+    """32 a layer more than keeping everything at most, the attention mass as one, and few syncs for all layers."""
     operations, syncs, *_ = counts(name, rows)
     full, full_syncs, *_ = counts("full", rows)
-    assert operations <= full + (48 if name in BY_HEAD else 44) * LAYERS
+    assert operations <= full + (48 if name in BY_HEAD else 32) * LAYERS
     assert syncs <= full_syncs + 3  # of the budgets, of the checks, and of padding
+
+
+@pytest.mark.parametrize("name", [*BY_AGE, *BY_SCORE, *BY_MERGING])
+def test_layers_cut_together_are_what_they_are_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short layers wait for each other, which nobody sees but in the number of operations."""
+    ids, found, operations = tiny.token_ids(3, TOKENS, seed=1), [], []
+    mask = torch.ones_like(ids)
+    mask[1, :20] = 0
+    for most in (2**28, 1):
+        monkeypatch.setattr("kvcompress.cache.selection.TOGETHER", most)
+        monkeypatch.setattr("kvcompress.cache.merging.TOGETHER", most)
+        cache = CompressedCache(model(), name, budget=0.5)
+        with Operations() as counted, torch.no_grad():
+            model()(ids, attention_mask=mask, **tiny.with_cache(cache))
+        operations.append(counted.number)
+        held = [layer.store.dense() for layer in cache._state.layers]
+        found.append([*(part for parts in held for part in parts), *(layer.index for layer in cache._state.layers)])
+    for together, alone in zip(*found, strict=True):
+        assert together.shape == alone.shape
+        torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+    assert operations[0] < operations[1] or name == "prefixkv"
+
+
+@pytest.mark.parametrize("most", [1, 5000, 2**13])
+def test_no_more_waits_than_may(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a long prompt each layer is cut when it ran, and of shorter ones as many at once as are told."""
+    monkeypatch.setattr("kvcompress.cache.selection.TOGETHER", most)
+    seen = []
+
+    def counting(layers: Any, *given: Any) -> None:
+        seen.append(sum(layer.store.nbytes for layer in layers))
+        compress(layers, *given)
+
+    compress = selection.compress
+    monkeypatch.setattr(selection, "compress", counting)
+    with torch.no_grad():
+        model()(tiny.token_ids(1, 8, seed=1), **tiny.with_cache(CompressedCache(model(), "uniform", budget=0.5)))
+    one = 2 * 8 * 2 * 8 * 4  # keys and values of two heads of eight dimensions, in float32
+    assert sum(seen) == one * LAYERS
+    assert max(seen) <= max(one, most)
 
 
 @pytest.mark.parametrize("rows", BATCHES)

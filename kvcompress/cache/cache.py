@@ -22,9 +22,9 @@ from kvcompress.cache.cache_contract import CacheContract
 from kvcompress.cache.calls import Calls
 from kvcompress.cache.forwards import Forwards
 from kvcompress.cache.own import OwnLayers
+from kvcompress.cache.ranking import Ranked
 from kvcompress.cache.reconstruction import check_reconstruction, reconstruct
 from kvcompress.cache.report import CacheReport, report_on
-from kvcompress.cache.selection import Ranked
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Prefill
 from kvcompress.config import CompressionConfig

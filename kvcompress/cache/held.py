@@ -14,8 +14,9 @@ from kvcompress.cache.positions import taken
 from kvcompress.cache.quantized_store import QuantizedStore
 from kvcompress.cache.ragged_quantized_store import RaggedQuantizedStore
 from kvcompress.cache.ragged_store import RaggedStore
+from kvcompress.cache.ranking import importance_of
 from kvcompress.cache.recent import Recent
-from kvcompress.cache.selection import importance_of, order_of
+from kvcompress.cache.selection import order_of
 from kvcompress.cache.sequence import Sequence
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.store import DenseStore

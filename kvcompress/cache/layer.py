@@ -10,11 +10,11 @@ from torch import Tensor
 
 from kvcompress.cache.contract import LayerContract
 from kvcompress.cache.counts import Counts
-from kvcompress.cache.merging import merge_evicted
+from kvcompress.cache.ranking import Ranked, importance_of, without_unknown
 from kvcompress.cache.recent import Recent
 from kvcompress.cache.repeating import Near
 from kvcompress.cache.scoring import Unscored, needs_of, reads_attention, score
-from kvcompress.cache.selection import Ranked, compress_soon, importance_of, without_unknown
+from kvcompress.cache.selection import compress_soon
 from kvcompress.cache.sequence import Sequence
 from kvcompress.cache.slots import SlotTable
 from kvcompress.cache.step import Decode, Prefill, Step
@@ -169,21 +169,3 @@ class CompressedLayer(LayerContract):  # type: ignore[no-untyped-call]
         assert evictor is not None
         asks = f"evictor {evictor.name}: layer {self.number}: {{}}, or choose another evictor"
         return projected_norm(self.every_slot()[1], self.weights(), 1, asks)
-
-    def let_stay(
-        self, mask: Tensor, order: Tensor, budget: Counts, importance: Tensor | None, room: Counts | int
-    ) -> None:
-        """Merges the slots that go into those that stay, if asked for, and gives them back.
-
-        Args:
-            mask: slots that stay, `[batch, sets, slots or more]`.
-            order: the same in the order of their tokens.
-            budget: how many stay in each row and set.
-            importance: importance of every slot; None without a scorer.
-            room: slots to allocate beyond them.
-        """
-        assert self.index is not None
-        kept = mask[..., : self.index.shape[2]].to(self.index.device)
-        if self.config.merger is not None:
-            merge_evicted(self, kept, budget, importance)
-        self.take(kept, order.to(kept.device), budget, room)

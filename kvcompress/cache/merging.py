@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from collections.abc import Sequence as List
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvcompress.cache.counts import Counts
-from kvcompress.cache.selection import importance_of
+from kvcompress.cache.ranking import importance_of
 from kvcompress.cache.slots import SlotTable
+from kvcompress.cache.step import TOGETHER
 from kvcompress.errors import PolicyError
 from kvcompress.policies.base import Merger
 from kvcompress.policies.context import MergeContext, Merged
@@ -20,20 +24,30 @@ if TYPE_CHECKING:
     from kvcompress.cache.layer import CompressedLayer
 
 
-def merge_evicted(layer: CompressedLayer, kept: Tensor, budget: Counts, importance: Tensor | None) -> None:
-    """Merges the slots of a layer that a selection gives up, in new buffers.
+def merge_evicted(
+    layers: List[CompressedLayer], chosen: List[int], kept: Tensor, budgets: Counts, importance: Tensor | None
+) -> None:
+    """Merges the slots that a selection gives up, in new buffers; layers that are alike and short are merged at once.
 
     Args:
-        layer: the layer.
-        kept: slots that stay, `[batch, sets, slots]`.
-        budget: how many stay in each row and set.
-        importance: importance of every slot, or of more; None without a scorer.
+        layers: the layers that were looked at.
+        chosen: numbers of those that give up slots, among them.
+        kept: slots that stay, `[layers * batch, sets, slots]`, the rows of one layer after those of the other.
+        budgets: how many stay, `[layers, batch, sets]`.
+        importance: importance of every slot, laid out as `kept`, in every head; None without a scorer.
     """
-    assert layer.index is not None
-    most = int(budget.max()), int((layer.held - budget).max())
-    importance = None if importance is None else importance[..., : kept.shape[2]].to(kept.device)
-    result = _merged(layer, kept, (layer.index >= 0) & ~kept, importance, most, decoding=False)
-    layer.store.replace(result.keys, result.values)
+    batch = budgets.shape[1]
+    for run in _runs(layers, chosen, budgets):
+        own, rows = layers[run.start : run.stop], slice(run.start * batch, run.stop * batch)
+        index = _index_of(own)
+        slots = index.shape[2]
+        stay = kept[rows, :, :slots].to(index.device)
+        score = None if importance is None else importance[rows, :, :slots].to(index.device)
+        most = int(budgets[run.start].max()), int((own[0].held - budgets[run.start]).max())
+        result = _merged(own, index, stay, (index >= 0) & ~stay, score, most, decoding=False)
+        for at, layer in enumerate(own):
+            part = slice(at * batch, (at + 1) * batch)
+            layer.store.replace(result.keys[part], result.values[part])
 
 
 def merge_freed(layer: CompressedLayer, table: SlotTable, in_place: bool) -> None:
@@ -51,7 +65,7 @@ def merge_freed(layer: CompressedLayer, table: SlotTable, in_place: bool) -> Non
         padded = F.pad(importance, (0, max(0, slots - importance.shape[2])))[..., :slots]
         importance = importance_of(layer.config.scorer, padded, layer.index, layer.sequence, number)
     kept = (layer.index >= 0) & ~freed
-    result = _merged(layer, kept, freed, importance, (slots, 1), decoding=True)
+    result = _merged([layer], layer.index, kept, freed, importance, (slots, 1), decoding=True)
     if in_place:
         layer.store.overwrite(result.keys, result.values)
     else:
@@ -59,8 +73,36 @@ def merge_freed(layer: CompressedLayer, table: SlotTable, in_place: bool) -> Non
     layer.index = own
 
 
+def _runs(layers: List[CompressedLayer], chosen: List[int], budgets: Counts) -> Iterator[range]:
+    """Layers that follow each other, hold as much and keep as much, and together no more than fits."""
+
+    def like(numbered: tuple[int, int]) -> tuple[object, ...]:
+        number, at = numbered
+        layer, budget = layers[at], budgets[at]
+        counts = layer.slots, layer.store.packed, int(budget.max()), int((layer.held - budget).max())
+        return (at - number, layer.device, layer.kv_heads, layer.merger_state is None, *counts)
+
+    for _, group in groupby(enumerate(chosen), like):
+        run = [at for _, at in group]
+        most = max(1, TOGETHER // max(1, layers[run[0]].store.nbytes))
+        for first in range(0, len(run), most):
+            part = run[first : first + most]
+            yield range(part[0], part[-1] + 1)
+
+
+def _index_of(layers: List[CompressedLayer]) -> Tensor:
+    """Token index of each slot of some layers that hold as many, the rows of one layer after those of the other."""
+    indices = [layer.index for layer in layers if layer.index is not None]
+    if all(index is indices[0] for index in indices):  # as they are until layers have lost different tokens
+        every_row = indices[0].expand(len(layers[0].held), -1, -1)
+        return every_row if len(layers) == 1 else every_row.repeat(len(layers), 1, 1)
+    sets = max(index.shape[1] for index in indices)
+    return torch.cat([index.expand(-1, sets, -1) for index in indices])
+
+
 def _merged(
-    layer: CompressedLayer,
+    layers: List[CompressedLayer],
+    index: Tensor,
     kept: Tensor,
     evicted: Tensor,
     importance: Tensor | None,
@@ -68,16 +110,18 @@ def _merged(
     decoding: bool,
 ) -> Merged:
     """What the merger makes of the kept slots and those that go, whose keys and values are still there."""
-    merger, index = layer.config.merger, layer.index
-    assert merger is not None and index is not None
-    keys, values = layer.every_slot()
+    first, every_slot = layers[0], zip(*(layer.every_slot() for layer in layers), strict=True)
+    merger = first.config.merger
+    assert merger is not None
+    keys, values = (torch.cat(parts) if len(parts) > 1 else parts[0] for parts in every_slot)
     every_head = (keys.shape[0], keys.shape[1], -1)
-    images, kept = layer.sequence.images_at(index), kept.expand(every_head)
-    if layer.store.packed:  # what is quantized takes up nothing any more
+    images, kept = first.sequence.images_at(index), kept.expand(every_head)
+    if first.store.packed:  # what is quantized takes up nothing any more
         kept = kept.clone()
-        kept[..., : layer.store.packed] = False
+        kept[..., : first.store.packed] = False
+    states = [layer.merger_state for layer in layers if layer.merger_state is not None]  # of all, or of none
     context = MergeContext(
-        layer=layer.number,
+        layers=tuple(layer.number for layer in layers),
         keys=keys,
         values=values,
         kept=kept,
@@ -88,27 +132,29 @@ def _merged(
         most_kept=most[0],
         most_evicted=most[1],
         decoding=decoding,
-        state=layer.merger_state,
-        first_head=layer.heads.first(keys.shape[1]),
+        state=torch.cat(states) if states else None,
+        first_head=first.heads.first(keys.shape[1]),
     )
     result = _answer(merger, context)
-    layer.merger_state = result.state
+    for at, layer in enumerate(layers):
+        layer.merger_state = None if result.state is None else result.state.chunk(len(layers))[at].clone()
     return result
 
 
 def _answer(merger: Merger, context: MergeContext) -> Merged:
-    """What a merger says of a layer.
+    """What a merger says of layers.
 
     Raises:
         PolicyError: if keys or values come back in another shape or dtype.
     """
-    with policy_errors(merger, context.layer):
+    layers = context.layers
+    with policy_errors(merger, layers[0] if len(layers) == 1 else None):
         result = merger.merge(context)
         pairs = (("keys", context.keys, result.keys), ("values", context.values, result.values))
     for name, before, after in pairs:
         if after.shape != before.shape or after.dtype != before.dtype:
             raise PolicyError(
-                f"merger {merger.name}: layer {context.layer}: must return {name} as {before.dtype} "
+                f"merger {merger.name}: layers {layers[0]} to {layers[-1]}: must return {name} as {before.dtype} "
                 f"{tuple(before.shape)}, got {after.dtype} {tuple(after.shape)}"
             )
     return result

@@ -14,9 +14,10 @@ from kvcompress.cache import tables
 from kvcompress.cache.allocation import Allocation, Rule, allocate
 from kvcompress.cache.counts import Counts, stacked
 from kvcompress.cache.masks import Mask
+from kvcompress.cache.ranking import Ranked, Ranking, ranking_of
 from kvcompress.cache.reduction import Reduction
 from kvcompress.cache.room import grow_for
-from kvcompress.cache.selection import Ranked, Ranking, compress, compress_waiting, pin, ranking_of
+from kvcompress.cache.selection import compress, compress_waiting, pin
 from kvcompress.cache.sizes import slots_of_row, too_few_bytes
 from kvcompress.cache.state import CacheState
 from kvcompress.cache.step import Phase, Prefill
@@ -264,6 +265,8 @@ def reduce(state: CacheState, layer: int, hidden: Tensor) -> tuple[Tensor, Reduc
 def _in_all_positions(into: Tensor, step: Prefill, seen: int) -> Tensor:
     """What became of a step's positions, in the numbers of all positions seen; older ones are their own."""
     first = seen - into.shape[1]
+    if not first and step.first_order is None:
+        return into
     every = torch.arange(seen, device=into.device).repeat(len(into), 1)
     if step.first_order is not None:  # from positions with padding first to the model's
         into = torch.where(into < 0, -1, step.first_order.gather(1, into.clamp(min=0)))

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from kvcompress.cache.layer import CompressedLayer
 
 
+TOGETHER = 2**28  # bytes of keys and values up to which layers are compressed at once
+
+
 class Phase(enum.Enum):
     """What a step does."""
 

@@ -121,8 +121,8 @@ class Allocator(Policy):
     """Splits the total budget of every row over the layers, or over the heads of all layers.
 
     Class attributes:
-        reads_importance: whether `allocate` looks at importance at all; if not, a layer is compressed as soon as it
-            ran, and the full cache never exists at once.
+        reads_importance: whether `allocate` looks at importance at all; if not, layers are compressed while later
+            ones have yet to run, and the full cache of a long prompt never exists at once.
         reads_mass: whether it treats importance as mass (shares of a sum), which not every scorer gives.
         needs: names of the statistics (see `kvcompress.policies.statistics`) that it reads from the context.
         by_head: whether it sizes every key/value head of every layer, rather than layers. Then a slot is that of one

@@ -238,10 +238,13 @@ class SelectionContext:
 
 @dataclass(frozen=True)
 class MergeContext:
-    """What a merger sees of one layer after selection, before the evicted slots are given back.
+    """What a merger sees of a layer after selection, before the evicted slots are given back.
+
+    Layers that keep as many slots are shown together, short ones: `batch` then counts the rows of all, those of one
+    layer after those of the other. So a merger treats every row by itself.
 
     Attributes:
-        layer: index of the decoder layer.
+        layers: index of the decoder layer, or of each of them.
         keys: keys of all slots.
         values: values of all slots.
         kept: slots that stay.
@@ -254,11 +257,11 @@ class MergeContext:
         most_evicted: at least the number of slots that go, likewise.
         decoding: whether this is what decode steps free (a slot a row, more after a draft was checked), not what a
             scoring forward dropped.
-        state: what the merger returned as its state for this layer last time; None at first. Its first axis is batch.
+        state: what the merger returned as its state for these rows last time; None at first. Its first axis is batch.
         first_head: number of the first of these heads in the layer; not 0 where several processes share its heads.
     """
 
-    layer: int
+    layers: tuple[int, ...]
     keys: Float[Tensor, "batch kv_heads slots head_dim"]
     values: Float[Tensor, "batch kv_heads slots value_dim"]
     kept: Bool[Tensor, "batch kv_heads slots"]

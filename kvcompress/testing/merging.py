@@ -34,9 +34,10 @@ def merge_contexts(draw: st.DrawFn, decoding: bool | None = None, dtype: torch.d
         keys = torch.randint(-1, 2, shape, generator=g).float()
     else:
         keys = torch.randn(shape, generator=g)
+    first = draw(st.integers(0, 3))
     state = torch.rand(batch, heads, generator=g).masked_fill(torch.rand(batch, heads, generator=g) < 0.2, torch.nan)
     return MergeContext(
-        layer=draw(st.integers(0, 3)),
+        layers=tuple(range(first, first + draw(st.sampled_from([n for n in range(1, batch + 1) if batch % n == 0])))),
         keys=keys.to(dtype),
         values=torch.randn(shape, generator=g).to(dtype),
         kept=kept,

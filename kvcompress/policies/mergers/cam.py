@@ -6,13 +6,14 @@ from typing import ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor
 
+from kvcompress.kernels import sent
 from kvcompress.policies.base import Merger
 from kvcompress.policies.context import MergeContext, Merged
-from kvcompress.policies.mergers.pairs import Pairs, in_order, slots_at, written
+from kvcompress.policies.mergers.pairs import Pairs, numbers, parted, slots_at
 from kvcompress.policies.registry import MERGERS
 
 _Bits = TypeVar("_Bits", int, Tensor)
@@ -51,8 +52,7 @@ class CaM(Merger):
         """Adds up shares by the first kept slot that takes one, then over the reach."""
         if layer.importance is None:
             raise ValueError("merger cam needs importance: choose a scorer")
-        kept, is_kept = in_order(layer.kept, layer.index, layer.most_kept)
-        evicted, is_evicted = in_order(layer.evicted, layer.index, layer.most_evicted)
+        (kept, is_kept), (evicted, is_evicted) = parted(layer)
         own, reach = layer.index.gather(-1, evicted), min(self.reach, kept.shape[-1])
         places = layer.index.gather(-1, kept).masked_fill(~is_kept, torch.iinfo(torch.int64).max)
         first = torch.searchsorted(places, own)
@@ -64,27 +64,42 @@ class CaM(Merger):
         )
         following = [t.gather(-1, first + followers) - t.gather(-1, first) for t in (sums, counts)]
         chance = (layer.importance.gather(-1, evicted) * following[1] / following[0]).nan_to_num(nan=0.0, posinf=1.0)
-        taken = is_evicted & (followers > 0) & (self._draws(layer.layer, own, layer.first_head) < chance)
+        taken = is_evicted & (followers > 0) & (self._draws(layer.layers, own, layer.first_head) < chance)
 
         pairs = Pairs(kept, evicted, first.clamp(max=kept.shape[-1] - 1), taken)
-        shares = slots_at(layer.values, evicted) / followers.clamp(min=1).unsqueeze(-1)
+        values = layer.values.clone(memory_format=torch.contiguous_format)
+        shares = slots_at(values, evicted).float() / followers.clamp(min=1).unsqueeze(-1)
         if layer.most_evicted == 1:  # no need to touch any slot but its followers
             within = (first - kept.shape[-1] + reach).clamp(min=0)
             offsets = torch.arange(reach, device=kept.device) - within
             followed = taken & (offsets >= 0) & (offsets < followers)
-            window = kept.gather(-1, first + offsets)
-            return Merged(layer.keys, written(layer.values, window, followed, slots_at(layer.values, window) + shares))
-        gained = slots_at(layer.values, kept) + _window_sums(pairs.summed(shares), reach)
-        changed = _window_sums(pairs.count.unsqueeze(-1), reach).squeeze(-1) > 0
-        return Merged(layer.keys, written(layer.values, kept, changed & is_kept, gained))
+            _gain(values, kept.gather(-1, first + offsets), followed, shares)
+        else:
+            came = pairs.total(torch.ones_like(shares[..., 0])).unsqueeze(-1)
+            changed = _window_sums(came, reach).squeeze(-1) > 0
+            _gain(values, kept, changed & is_kept, _window_sums(pairs.summed(shares), reach))
+        return Merged(layer.keys, values)
 
     def _draws(
-        self, layer: int, index: Int[Tensor, "batch kv_heads some"], first_head: int = 0
+        self, layers: tuple[int, ...], index: Int[Tensor, "batch kv_heads some"], first_head: int = 0
     ) -> Float[Tensor, "batch kv_heads some"]:
         """Numbers in [0, 1) that are as good as random, one per head and token."""
         heads = first_head + torch.arange(index.shape[1], device=index.device).unsqueeze(-1)
-        start = _mixed(_mixed(self.seed & 0xFFFFFFFF) + layer)
-        return _mixed(_mixed(heads + start) + index.long()) / 2.0**32
+        seed, rows = _mixed(self.seed & 0xFFFFFFFF), len(index) // len(layers)
+        starts = sent([_mixed(seed + layer) for layer in layers for _ in range(rows)], index.device).view(-1, 1, 1)
+        return _mixed(_mixed(heads + starts) + index.long()) / 2.0**32
+
+
+def _gain(
+    values: Float[Tensor, "batch kv_heads slots dim"],
+    kept: Int[Tensor, "batch kv_heads kept"],
+    changed: Bool[Tensor, "batch kv_heads kept"],
+    more: Float[Tensor, "batch kv_heads #kept dim"],
+) -> None:
+    """Adds something to the slots that are kept and gain it, in place; bit for bit as they were elsewhere."""
+    before = slots_at(values, kept)
+    new = torch.where(changed.unsqueeze(-1), (before.float() + more).to(values.dtype), before)
+    values.flatten(0, 2).index_copy_(0, numbers(kept, values.shape[2]), new.flatten(0, 2))
 
 
 def _mixed(bits: _Bits) -> _Bits:

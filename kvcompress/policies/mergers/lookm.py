@@ -54,28 +54,25 @@ class LookM(Merger):
 
     def merge(self, layer: MergeContext) -> Merged:
         """Each rule is a weighted sum; values have the weights of their keys."""
-        pairs = most_similar(layer, self.within_modality)
-        own = torch.ones(1, 1, 1, dtype=torch.float32, device=layer.keys.device)
+        pairs = most_similar(layer, self.within_modality, cosines=self.rule == "weighted")
+        own = weight = torch.ones(1, 1, 1, dtype=torch.float32, device=layer.keys.device)
         if self.rule == "mass":
-            pairs, share = _by_mass(layer, pairs)
-            weights, divisor = (own, share), pairs.total(share) + 1
-        else:
-            count = pairs.count
-            weights, divisor = (own, own), count + 1
-            if self.rule == "pivotal":
-                weights = own + count / 2, own / 2
-            elif self.rule == "weighted":
-                weights = own, pairs.similarity
-        keys, values = (pairs.fold(tensor, *weights, divisor) for tensor in (layer.keys, layer.values))
-        return Merged(keys, values)
+            pairs, weight = _by_mass(layer, pairs)
+            return Merged(*pairs.fold(layer, own, weight, pairs.total(weight) + own))
+        count = pairs.total(own)
+        divisor = count + own
+        if self.rule == "pivotal":
+            own, weight = own + count / 2, own / 2
+        elif pairs.similarity is not None:
+            weight = pairs.similarity
+        return Merged(*pairs.fold(layer, own, weight, divisor))
 
 
 def _by_mass(layer: MergeContext, pairs: SimilarPairs) -> tuple[SimilarPairs, Float[Tensor, "batch kv_heads evicted"]]:
     """Pairs without those of no mass, and the mass of each evicted slot as a share of its kept one's, at most 1."""
     if layer.importance is None:
         raise ValueError("merger lookm: rule='mass' needs importance: choose a scorer of mass")
-    kept, evicted = (layer.importance.gather(-1, one).nan_to_num(nan=0.0) for one in (pairs.kept, pairs.evicted))
-    pairs = replace(pairs, taken=pairs.taken & (evicted > 0))
-    evicted = torch.where(pairs.taken, evicted, 0.0)
-    most = kept.scatter_reduce(-1, pairs.target, evicted, "amax")
+    mass = layer.importance.nan_to_num(nan=0.0)
+    kept, evicted = mass.gather(-1, pairs.kept), torch.where(pairs.taken, mass.gather(-1, pairs.evicted), 0.0)
+    pairs, most = replace(pairs, taken=evicted > 0), kept.scatter_reduce(-1, pairs.target, evicted, "amax")
     return pairs, torch.where(pairs.taken, evicted / most.gather(-1, pairs.target), 0.0)

@@ -25,6 +25,4 @@ class Nearest(Merger):
     def merge(self, layer: MergeContext) -> Merged:
         """Takes the plain mean of each kept slot and what is nearest to it."""
         pairs, one = nearest(layer), torch.ones(1, 1, 1, dtype=torch.float32, device=layer.keys.device)
-        divisor = pairs.count + 1
-        keys, values = (pairs.fold(tensor, one, one, divisor) for tensor in (layer.keys, layer.values))
-        return Merged(keys, values)
+        return Merged(*pairs.fold(layer, one, one, pairs.total(one) + one))

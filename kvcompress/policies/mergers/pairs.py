@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -11,29 +12,40 @@ from torch import Tensor
 from kvcompress.policies.context import MergeContext
 
 
-def in_order(
-    mask: Bool[Tensor, "batch kv_heads slots"], index: Int[Tensor, "batch kv_heads slots"], most: int
-) -> tuple[Int[Tensor, "batch kv_heads marked"], Bool[Tensor, "batch kv_heads marked"]]:
-    """Positions of the marked slots, in the order of their tokens.
+class Marked(NamedTuple):
+    """Some slots of every row and head, in the order of their tokens.
 
-    Args:
-        mask: marked slots.
-        index: number of tokens of the row before each slot's token.
-        most: at least the number of marked slots of any row and head.
-
-    Returns:
-        At least one position per row and head, and which of them are marked: those come first.
+    Attributes:
+        positions: where they are; at least one per row and head.
+        valid: which of these positions are of such slots: those come first.
     """
-    latest = torch.iinfo(index.dtype).max
-    positions = index.masked_fill(~mask, latest).argsort(dim=-1, stable=True)[..., : max(1, most)]
-    return positions, mask.gather(-1, positions)
+
+    positions: Int[Tensor, "batch kv_heads marked"]
+    valid: Bool[Tensor, "batch kv_heads marked"]
+
+
+def parted(layer: MergeContext) -> tuple[Marked, Marked]:
+    """The slots that stay and those that go."""
+    masks, latest = torch.stack([layer.kept, layer.evicted]), torch.iinfo(layer.index.dtype).max
+    positions = layer.index.masked_fill(~masks, latest).argsort(dim=-1, stable=True)
+    valid, most = masks.gather(-1, positions), (max(1, layer.most_kept), max(1, layer.most_evicted))
+    kept, evicted = (Marked(positions[side, ..., :n], valid[side, ..., :n]) for side, n in enumerate(most))
+    return kept, evicted
+
+
+def numbers(positions: Int[Tensor, "batch kv_heads some"], slots: int) -> Int[Tensor, " all"]:
+    """Positions as numbers among the slots of all rows and heads, of which each has so many."""
+    batch, kv_heads, _ = positions.shape
+    first = torch.arange(0, batch * kv_heads * slots, slots, device=positions.device)
+    return (positions + first.view(batch, kv_heads, 1)).flatten()
 
 
 def slots_at(
     tensor: Float[Tensor, "batch kv_heads slots dim"], positions: Int[Tensor, "batch kv_heads some"]
 ) -> Float[Tensor, "batch kv_heads some dim"]:
-    """The slots at some positions, in float32."""
-    return tensor[_indices(positions)].float()
+    """A copy of the slots at some positions; whole slots are picked several times faster than a gather would."""
+    picked = tensor.flatten(0, 2).index_select(0, numbers(positions, tensor.shape[2]))
+    return picked.view(*positions.shape, -1)
 
 
 @dataclass(frozen=True)
@@ -57,66 +69,45 @@ class Pairs:
         weight = torch.where(self.taken, weight, 0.0)
         return weight.new_zeros(self.kept.shape).scatter_add_(-1, self.target, weight)
 
-    @property
-    def count(self) -> Float[Tensor, "batch kv_heads kept"]:
-        """Evicted slots that each kept one takes up."""
-        return self.total(torch.ones(1, 1, 1, dtype=torch.float32, device=self.kept.device))
-
     def fold(
         self,
-        tensor: Float[Tensor, "batch kv_heads slots dim"],
+        layer: MergeContext,
         own: Float[Tensor, "#batch #kv_heads #kept"],
         weight: Float[Tensor, "#batch #kv_heads #evicted"],
-        divisor: Float[Tensor, "#batch #kv_heads #kept"],
-    ) -> Float[Tensor, "batch kv_heads slots dim"]:
+        divisor: Float[Tensor, "batch kv_heads kept"],
+    ) -> tuple[Float[Tensor, "batch kv_heads slots head_dim"], Float[Tensor, "batch kv_heads slots value_dim"]]:
         """Gives every kept slot `(own * itself + the sum of weight * evicted) / divisor`, added up in float32.
 
         Args:
-            tensor: keys or values of all slots.
+            layer: keys and values of all slots.
             own: weight of a kept slot itself.
             weight: weight of an evicted slot.
-            divisor: what their sum is divided by.
+            divisor: what their sum is divided by; where it is `own`, nothing came.
 
         Returns:
-            All slots, in the dtype they came in; those that take up nothing are as they were.
+            Keys and values of all slots, in the dtype they came in; those that take up nothing are as they were.
         """
-        summed = self.summed(slots_at(tensor, self.evicted) * weight.unsqueeze(-1))
-        summed.addcmul_(slots_at(tensor, self.kept), own.unsqueeze(-1)).div_(divisor.unsqueeze(-1))
-        return written(tensor, self.kept, self.count > 0, summed)
+        both = torch.cat([layer.keys, layer.values], -1)
+        slots, at = both.flatten(0, 2), numbers(self.kept, both.shape[2])
+        before = slots.index_select(0, at).view(*self.kept.shape, -1)
+        summed = self.summed(slots_at(both, self.evicted).float().mul_(weight.unsqueeze(-1)))
+        summed.addcmul_(before.float(), own.unsqueeze(-1)).div_(divisor.unsqueeze(-1))
+        new = torch.where((divisor != own).unsqueeze(-1), summed.to(both.dtype), before)
+        slots.index_copy_(0, at, new.flatten(0, 2))
+        keys, values = both.split([layer.keys.shape[3], layer.values.shape[3]], -1)
+        return keys, values
 
     def summed(self, evicted: Float[Tensor, "batch kv_heads evicted dim"]) -> Float[Tensor, "batch kv_heads kept dim"]:
         """Rows of the evicted slots that are taken up, added up for each kept one."""
-        batch, kv_heads, kept = self.kept.shape
-        head = torch.arange(batch * kv_heads, device=evicted.device).view(batch, kv_heads, 1)
-        rows, dim = (head * kept + self.target).flatten(), evicted.shape[3]
-        evicted = evicted.masked_fill(~self.taken.unsqueeze(-1), 0.0)
-        summed = evicted.new_zeros(batch * kv_heads * kept, dim).index_add_(0, rows, evicted.view(-1, dim))
-        return summed.view(batch, kv_heads, kept, dim)
-
-
-def written(
-    tensor: Float[Tensor, "batch kv_heads slots dim"],
-    kept: Int[Tensor, "batch kv_heads kept"],
-    changed: Bool[Tensor, "batch kv_heads kept"],
-    new: Float[Tensor, "batch kv_heads kept dim"],
-) -> Float[Tensor, "batch kv_heads slots dim"]:
-    """All slots with new contents at the kept positions that changed, bit for bit as they were elsewhere."""
-    at, result = _indices(kept), tensor.clone()
-    result[at] = torch.where(changed.unsqueeze(-1), new.to(tensor.dtype), tensor[at])
-    return result
-
-
-def _indices(positions: Int[Tensor, "batch kv_heads some"]) -> tuple[Tensor, Tensor, Tensor]:
-    """What picks whole slots, which is several times faster than a gather of their numbers."""
-    batch, kv_heads, _ = positions.shape
-    rows, heads = torch.arange(batch, device=positions.device), torch.arange(kv_heads, device=positions.device)
-    return rows[:, None, None], heads[:, None], positions
+        evicted, (batch, kv_heads, kept) = evicted.masked_fill(~self.taken.unsqueeze(-1), 0.0), self.kept.shape
+        summed = evicted.new_zeros(batch * kv_heads * kept, evicted.shape[3])
+        summed.index_add_(0, numbers(self.target, kept), evicted.flatten(0, 2))
+        return summed.view(batch, kv_heads, kept, -1)
 
 
 def nearest(layer: MergeContext) -> Pairs:
     """Pairs every evicted slot with the kept one that is the fewest tokens away, the earlier of two."""
-    kept, is_kept = in_order(layer.kept, layer.index, layer.most_kept)
-    evicted, is_evicted = in_order(layer.evicted, layer.index, layer.most_evicted)
+    (kept, is_kept), (evicted, is_evicted) = parted(layer)
     far = torch.iinfo(torch.int32).max
     places = layer.index.gather(-1, kept).masked_fill(~is_kept, 2 * far)
     own = layer.index.gather(-1, evicted)

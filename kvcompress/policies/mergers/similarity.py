@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from kvcompress.policies.context import MergeContext
-from kvcompress.policies.mergers.pairs import Pairs, in_order, slots_at
+from kvcompress.policies.mergers.pairs import Pairs, parted, slots_at
 
 _GRID = 2**16  # similarities are compared in steps of 1 / 2**16
 _FORBIDDEN = 4.0  # subtracted from the similarity of keys that must not be paired, more than any two can differ
 _TILE_KEYS = 1024
-_TILE_SIMILARITIES = 2**22
+_TILE_SIMILARITIES_CPU = 2**22
+_TILE_SIMILARITIES_GPU = 2**26  # large enough to hide the launch of a kernel
 
 
 @dataclass(frozen=True)
@@ -23,15 +23,15 @@ class SimilarPairs(Pairs):
     """Pairs by similarity of their keys.
 
     Attributes:
-        similarity: cosine of the angle between the keys of each pair.
-        rounded: the same on the grid on which similarities are compared.
+        rounded: cosine of the angle between the keys of each pair, on the grid on which similarities are compared.
+        similarity: the same as it is; None unless asked for.
     """
 
-    similarity: Float[Tensor, "batch kv_heads evicted"]
     rounded: Float[Tensor, "batch kv_heads evicted"]
+    similarity: Float[Tensor, "batch kv_heads evicted"] | None = None
 
 
-def most_similar(layer: MergeContext, within_modality: bool) -> SimilarPairs:
+def most_similar(layer: MergeContext, within_modality: bool, cosines: bool = False) -> SimilarPairs:
     """Pairs every evicted slot with the kept one whose key is most similar by cosine.
 
     Similarities are compared in steps of 2**-16 and the earlier of equal ones wins: two keys of one token at the same
@@ -41,25 +41,36 @@ def most_similar(layer: MergeContext, within_modality: bool) -> SimilarPairs:
     Args:
         layer: the slots.
         within_modality: whether image tokens are paired with image tokens alone and text with text.
+        cosines: whether the pairs' similarities are needed as they are.
     """
-    kept, is_kept = in_order(layer.kept, layer.index, layer.most_kept)
-    evicted, is_evicted = in_order(layer.evicted, layer.index, layer.most_evicted)
-    kept_keys = F.normalize(slots_at(layer.keys, kept), dim=-1)
-    evicted_keys = F.normalize(slots_at(layer.keys, evicted), dim=-1)
-    # Two more dimensions, one for either modality of the evicted, bring what forbids a pair into the product.
-    forbidden, modality = [~is_kept, ~is_kept], torch.zeros_like(is_evicted)
-    if within_modality and layer.is_image is not None:
-        modality, image = layer.is_image.gather(-1, evicted), layer.is_image.gather(-1, kept)
-        forbidden = [~is_kept | image, ~is_kept | ~image]
-    allowed = torch.stack(forbidden, dim=-1) * -_FORBIDDEN
-    chosen = torch.stack([~modality, modality], dim=-1).float()
-    rounded, target = _best(torch.cat([evicted_keys, chosen], -1) * _GRID, torch.cat([kept_keys, allowed], -1))
-    similarity = (evicted_keys * slots_at(kept_keys, target)).sum(-1)
+    (kept, is_kept), (evicted, is_evicted) = parted(layer)
+    directions, marks = _directions(layer.keys), _marks(layer, within_modality)
+    described, dim = torch.cat([directions, marks], -1), directions.shape[3]
+    asks, answers = slots_at(described, evicted), slots_at(described, kept)
+    # What marks an evicted slot meets, in the product, what forbids a kept one to be paired with it.
+    answers[..., dim:].sub_(1).mul_(_FORBIDDEN).masked_fill_(~is_kept.unsqueeze(-1), -_FORBIDDEN)
+    rounded, target = _best(asks * _GRID, answers)
     taken = is_evicted & (rounded > -_FORBIDDEN / 2)
-    pairs = SimilarPairs(kept, evicted, target, taken, similarity, rounded)
+    pairs = SimilarPairs(kept, evicted, target, taken, rounded)
+    if cosines:
+        similarity = (asks[..., :dim] * slots_at(answers, target)[..., :dim]).sum(-1)
+        pairs = replace(pairs, similarity=similarity)
     if layer.most_evicted > 1:
         return pairs
     return replace(pairs, kept=kept.gather(-1, target), target=torch.zeros_like(target))  # the only one to change
+
+
+def _directions(keys: Float[Tensor, "batch kv_heads slots dim"]) -> Float[Tensor, "batch kv_heads slots dim"]:
+    """Keys of length one, in float32."""
+    keys = keys.float()
+    return keys / torch.linalg.vector_norm(keys, dim=-1, keepdim=True).clamp_(min=1e-12)
+
+
+def _marks(layer: MergeContext, within_modality: bool) -> Float[Tensor, "batch kv_heads slots kinds"]:
+    """One for the kind that a slot is of, zero for the other; a single kind where all are alike."""
+    if not within_modality or layer.is_image is None:
+        return torch.ones((), dtype=torch.float32, device=layer.keys.device).expand(*layer.kept.shape, 1)
+    return torch.stack([~layer.is_image, layer.is_image], -1).float()
 
 
 def _best(
@@ -67,17 +78,19 @@ def _best(
 ) -> tuple[Tensor, Tensor]:
     """Highest product of each evicted slot, rounded and divided by the grid, and the first kept one that has it."""
     shape, evicted, kept = evicted.shape[:3], evicted.flatten(0, 1), kept.flatten(0, 1)
-    rows, count, _ = evicted.shape
-    best = torch.full((rows, count), -torch.inf, dtype=torch.float32, device=kept.device)
-    target = torch.zeros(rows, count, dtype=torch.long, device=kept.device)
-    keys = min(_TILE_KEYS, kept.shape[1])
-    step = min(1024, max(64, _TILE_SIMILARITIES // (rows * keys)))
-    for first in range(0, count, step):
-        block = slice(first, first + step)
+    rows, keys = len(evicted), min(_TILE_KEYS, kept.shape[1])
+    most = _TILE_SIMILARITIES_CPU if kept.device.type == "cpu" else _TILE_SIMILARITIES_GPU
+    found = []
+    for block in evicted.split(min(1024, max(64, most // (rows * keys))), 1):
+        best = None
         for left in range(0, kept.shape[1], keys):
-            tile = torch.bmm(evicted[:, block], kept[:, left : left + keys].transpose(1, 2)).round_()
+            tile = torch.bmm(block, kept[:, left : left + keys].transpose(1, 2)).round_()
             highest, at = tile.max(dim=-1)
-            better = highest > best[:, block]
-            best[:, block] = torch.where(better, highest, best[:, block])
-            target[:, block] = torch.where(better, at + left, target[:, block])
+            if best is None:
+                best = highest, at
+            else:
+                better = highest > best[0]
+                best = torch.where(better, highest, best[0]), torch.where(better, at + left, best[1])
+        found.append(best)
+    best, target = (one[0] if len(found) == 1 else torch.cat(one, 1) for one in zip(*found, strict=True))
     return (best / _GRID).view(shape), target.view(shape)

@@ -44,14 +44,13 @@ class Threshold(Merger):
 
     def merge(self, layer: MergeContext) -> Merged:
         """Moves the threshold, then merges what reaches it."""
-        pairs = most_similar(layer, within_modality=False)
+        pairs = most_similar(layer, within_modality=False, cosines=True)
         tau = self._threshold(layer, pairs)
         pairs = replace(pairs, taken=pairs.taken & (pairs.rounded >= tau.unsqueeze(-1)))
+        assert pairs.similarity is not None
         weight = pairs.similarity.exp()
         own = weight.new_full((1, 1, 1), math.e)
-        divisor = pairs.total(weight) + own
-        keys, values = (pairs.fold(tensor, own, weight, divisor) for tensor in (layer.keys, layer.values))
-        return Merged(keys, values, tau)
+        return Merged(*pairs.fold(layer, own, weight, pairs.total(weight) + own), tau)
 
     def _threshold(self, layer: MergeContext, pairs: SimilarPairs) -> Float[Tensor, "batch kv_heads"]:
         """What tau becomes; NaN where nothing was ever evicted."""
