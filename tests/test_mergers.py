@@ -394,7 +394,7 @@ def test_cam_merges_as_often_as_attention_says(share: float) -> None:
     layer = line(2000, tokens[::2].tolist(), heads=4, importance=importance)
     changed = {}
     for seed, number in ((0, 0), (1, 0), (0, 1)):
-        values = CaM(reach=1, seed=seed).merge(replace(layer, layer=number)).values
+        values = CaM(reach=1, seed=seed).merge(replace(layer, layers=(number,))).values
         changed[seed, number] = (values != layer.values).any(-1)[0, :, 1::2]
         assert abs(float(changed[seed, number].float().mean()) - share) < 0.03
     draws = torch.stack([heads.float() for heads in changed.values()]).flatten(0, 1)
@@ -589,7 +589,7 @@ def test_a_merger_that_returns_other_slots_is_named_with_its_layer(part: str) ->
     config = CompressionConfig(budget=5, scorer="attention", merger=Short())
     cache = CompressedCache(tiny.model("llama"), config)
     with (
-        pytest.raises(PolicyError, match=f"merger short: layer 0: must return {part} as torch.float32"),
+        pytest.raises(PolicyError, match=f"merger short: layers 0 to 2: must return {part} as torch.float32"),
         torch.no_grad(),
     ):
         tiny.model("llama")(**tiny.inputs("llama", 20, seed=1), **tiny.with_cache(cache))

@@ -18,6 +18,7 @@ from kvcompress.evaluation.metrics import METRICS
 from kvcompress.evaluation.ruler import make_records, records, task_names
 from kvcompress.evaluation.ruler.generators import CONTEXT_END, QUESTION_END, parted
 from tests import checkpoints
+from tools.ruler import table
 
 INSTALLED = all(importlib.util.find_spec(name) for name in ("long_context_eval", "wonderwords", "scipy", "nltk"))
 TOKENIZER = checkpoints.text_tokenizer()
@@ -189,3 +190,25 @@ def test_every_generator_of_the_package_gives_a_record_within_the_length() -> No
     for record in made:
         assert 4096 < tokens(record) <= 12288
         assert record["context"] and record["question"] and record["answer_prefix"] and record["answer"]
+
+
+def test_the_table_has_tasks_all_of_them_and_what_a_cache_has_more_on_the_same_samples() -> None:
+    """Tasks that the full cache does not do are left out of both; what is beyond the bounds is in bold."""
+    score = {"full": {"a": [1.0] * 4, "b": [0.1] * 4}, "half": {"a": [0.0, 1.0, 0.0, 0.0], "b": [1.0] * 4}}
+    rows, samples = [], []
+    for cell, tasks in score.items():
+        about = {"cell": cell, "policy": cell, "budget": 0.5, "model": "m", "dtype": "float32", "question": "unseen"}
+        kinds = {}
+        for task, values in tasks.items():
+            value = {"value": sum(values) / 4, "ci_low": min(values), "ci_high": max(values)}
+            kinds[task] = {"samples": 4, "string_match": value}
+            samples += [
+                {"cell": cell, "sample": f"{task}-{n}", "kind": task, "string_match": one}
+                for n, one in enumerate(values)
+            ]
+        rows.append({**about, "seed": 0, "versions": {}, "samples": 8, "by_kind": kinds})
+    lines = table(rows, samples).splitlines()
+    assert "| `a` | 4 | 100 (100-100) | 25 (0-100) |" in lines
+    assert "| all of these | 4 | 100 (100-100) | 25 (0-75) |" in lines
+    assert "| more than the full cache | 4 | - | **-75 (-100..-25)** |" in lines
+    assert lines[-1].endswith("b (10).")

@@ -153,8 +153,9 @@ def _answer(merger: Merger, context: MergeContext) -> Merged:
         pairs = (("keys", context.keys, result.keys), ("values", context.values, result.values))
     for name, before, after in pairs:
         if after.shape != before.shape or after.dtype != before.dtype:
+            where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
             raise PolicyError(
-                f"merger {merger.name}: layers {layers[0]} to {layers[-1]}: must return {name} as {before.dtype} "
+                f"merger {merger.name}: {where}: must return {name} as {before.dtype} "
                 f"{tuple(before.shape)}, got {after.dtype} {tuple(after.shape)}"
             )
     return result

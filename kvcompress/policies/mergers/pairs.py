@@ -94,8 +94,8 @@ class Pairs:
         summed.addcmul_(before.float(), own.unsqueeze(-1)).div_(divisor.unsqueeze(-1))
         new = torch.where((divisor != own).unsqueeze(-1), summed.to(both.dtype), before)
         slots.index_copy_(0, at, new.flatten(0, 2))
-        keys, values = both.split([layer.keys.shape[3], layer.values.shape[3]], -1)
-        return keys, values
+        dim = layer.keys.shape[3]
+        return both[..., :dim], both[..., dim:]
 
     def summed(self, evicted: Float[Tensor, "batch kv_heads evicted dim"]) -> Float[Tensor, "batch kv_heads kept dim"]:
         """Rows of the evicted slots that are taken up, added up for each kept one."""

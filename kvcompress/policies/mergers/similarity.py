@@ -63,7 +63,8 @@ def most_similar(layer: MergeContext, within_modality: bool, cosines: bool = Fal
 def _directions(keys: Float[Tensor, "batch kv_heads slots dim"]) -> Float[Tensor, "batch kv_heads slots dim"]:
     """Keys of length one, in float32."""
     keys = keys.float()
-    return keys / torch.linalg.vector_norm(keys, dim=-1, keepdim=True).clamp_(min=1e-12)
+    length: Tensor = torch.linalg.vector_norm(keys, dim=-1, keepdim=True)
+    return keys / length.clamp_(min=1e-12)
 
 
 def _marks(layer: MergeContext, within_modality: bool) -> Float[Tensor, "batch kv_heads slots kinds"]:
@@ -78,19 +79,27 @@ def _best(
 ) -> tuple[Tensor, Tensor]:
     """Highest product of each evicted slot, rounded and divided by the grid, and the first kept one that has it."""
     shape, evicted, kept = evicted.shape[:3], evicted.flatten(0, 1), kept.flatten(0, 1)
-    rows, keys = len(evicted), min(_TILE_KEYS, kept.shape[1])
     most = _TILE_SIMILARITIES_CPU if kept.device.type == "cpu" else _TILE_SIMILARITIES_GPU
-    found = []
-    for block in evicted.split(min(1024, max(64, most // (rows * keys))), 1):
-        best = None
-        for left in range(0, kept.shape[1], keys):
-            tile = torch.bmm(block, kept[:, left : left + keys].transpose(1, 2)).round_()
-            highest, at = tile.max(dim=-1)
-            if best is None:
-                best = highest, at
-            else:
-                better = highest > best[0]
-                best = torch.where(better, highest, best[0]), torch.where(better, at + left, best[1])
-        found.append(best)
-    best, target = (one[0] if len(found) == 1 else torch.cat(one, 1) for one in zip(*found, strict=True))
+    step = min(1024, max(64, most // (len(evicted) * min(_TILE_KEYS, kept.shape[1]))))
+    found = [_best_of_tiles(evicted[:, first : first + step], kept) for first in range(0, evicted.shape[1], step)]
+    best, target = found[0] if len(found) == 1 else (torch.cat(parts, 1) for parts in zip(*found, strict=True))
     return (best / _GRID).view(shape), target.view(shape)
+
+
+def _best_of_tiles(
+    evicted: Float[Tensor, "rows evicted dim"], kept: Float[Tensor, "rows kept dim"]
+) -> tuple[Tensor, Tensor]:
+    """The highest rounded product of each evicted slot, and the first kept one that has it, a tile at a time."""
+    best, target = _best_of_tile(evicted, kept[:, :_TILE_KEYS])
+    for left in range(_TILE_KEYS, kept.shape[1], _TILE_KEYS):
+        highest, at = _best_of_tile(evicted, kept[:, left : left + _TILE_KEYS])
+        better = highest > best
+        best, target = torch.where(better, highest, best), torch.where(better, at + left, target)
+    return best, target
+
+
+def _best_of_tile(
+    evicted: Float[Tensor, "rows evicted dim"], kept: Float[Tensor, "rows kept dim"]
+) -> tuple[Tensor, Tensor]:
+    highest, at = torch.bmm(evicted, kept.transpose(1, 2)).round_().max(dim=-1)
+    return highest, at
