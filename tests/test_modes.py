@@ -254,6 +254,8 @@ def test_a_bytes_budget_is_never_exceeded(preset: str, batch: int) -> None:
 
 @torch.no_grad()
 def test_a_local_allocator_never_holds_two_whole_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a long prompt, whose layers do not wait for each other."""
+    monkeypatch.setattr("kvcompress.cache.selection.TOGETHER", 1)
     held: list[list[int]] = []
     attend = CompressedLayer.attend
 

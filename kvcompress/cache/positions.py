@@ -170,7 +170,7 @@ class Positions:
         """
         seen: Counts = np.minimum(self.row_seen, count)
         stages = [self.stage_of(layer) for layer in layers]
-        missing = {stage: self.missing(layer) for layer, stage in zip(layers, stages, strict=True) if stage is not None}
+        missing = {stage: self.missing(stage) for stage in dict.fromkeys(stages) if stage is not None}
         if not missing or not count:
             return np.tile(seen, (len(layers), 1))
         device = next(gone.device for gone in missing.values() if gone is not None)
