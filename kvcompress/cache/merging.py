@@ -18,7 +18,7 @@ from kvcompress.cache.step import TOGETHER
 from kvcompress.errors import PolicyError
 from kvcompress.policies.base import Merger
 from kvcompress.policies.context import MergeContext, Merged
-from kvcompress.policies.faults import policy_errors
+from kvcompress.policies.faults import layers_told, policy_errors
 
 if TYPE_CHECKING:
     from kvcompress.cache.layer import CompressedLayer
@@ -147,15 +147,13 @@ def _answer(merger: Merger, context: MergeContext) -> Merged:
     Raises:
         PolicyError: if keys or values come back in another shape or dtype.
     """
-    layers = context.layers
-    with policy_errors(merger, layers[0] if len(layers) == 1 else None):
+    with policy_errors(merger, context.layers):
         result = merger.merge(context)
         pairs = (("keys", context.keys, result.keys), ("values", context.values, result.values))
     for name, before, after in pairs:
         if after.shape != before.shape or after.dtype != before.dtype:
-            where = f"layer {layers[0]}" if len(layers) == 1 else f"layers {layers[0]} to {layers[-1]}"
             raise PolicyError(
-                f"merger {merger.name}: {where}: must return {name} as {before.dtype} "
+                f"merger {merger.name}: {layers_told(context.layers)}: must return {name} as {before.dtype} "
                 f"{tuple(before.shape)}, got {after.dtype} {tuple(after.shape)}"
             )
     return result

@@ -20,7 +20,7 @@ class policy_errors:
 
     Args:
         policy: the policy that is asked inside.
-        layer: index of the decoder layer; None for what is about all of them.
+        layer: index of the decoder layer, or of each of several; None for what is about all of them.
 
     Example:
         >>> from kvcompress import SCORERS
@@ -30,7 +30,7 @@ class policy_errors:
         kvcompress.errors.PolicyError: scorer snapkv: layer 3: IndexError: list index out of range
     """
 
-    def __init__(self, policy: Policy, layer: int | None = None) -> None:
+    def __init__(self, policy: Policy, layer: int | tuple[int, ...] | None = None) -> None:
         self.policy, self.layer = policy, layer
 
     def __enter__(self) -> None:
@@ -51,9 +51,16 @@ class policy_errors:
         if isinstance(error, KVCompressError) and (not isinstance(error, PolicyError) or told.startswith(f"{stage} ")):
             return
         label = f"{stage} {self.policy.name or type(self.policy).__name__}"
-        where = label if self.layer is None else f"{label}: layer {self.layer}"
+        where = label if self.layer is None else f"{label}: {layers_told(self.layer)}"
         reason = told if isinstance(error, PolicyError) else f"{type(error).__name__}: {told}"
         raise PolicyError(f"{where}: {reason}") from error
 
 
-__all__ = ["policy_errors"]
+def layers_told(layer: int | tuple[int, ...]) -> str:
+    """A decoder layer, or several that follow each other, in words."""
+    if isinstance(layer, int):
+        return f"layer {layer}"
+    return f"layer {layer[0]}" if len(layer) == 1 else f"layers {layer[0]} to {layer[-1]}"
+
+
+__all__ = ["layers_told", "policy_errors"]
