@@ -127,8 +127,11 @@ def test_compressing_a_prompt_takes_few_operations(name: str, rows: str) -> None
     assert syncs <= full_syncs + 3  # of the budgets, of the checks, and of padding
 
 
+@pytest.mark.parametrize("more", [{}, {"allocator": "pyramid", "merger": "lookm"}], ids=["", "sizes differ"])
 @pytest.mark.parametrize("name", [*BY_AGE, *BY_SCORE, *BY_MERGING])
-def test_layers_cut_together_are_what_they_are_one_by_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_cut_together_are_what_they_are_one_by_one(
+    name: str, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Short layers wait for each other, which nobody sees but in the number of operations."""
     ids, found, operations = tiny.token_ids(3, TOKENS, seed=1), [], []
     mask = torch.ones_like(ids)
@@ -136,7 +139,7 @@ def test_layers_cut_together_are_what_they_are_one_by_one(name: str, monkeypatch
     for most in (2**28, 1):
         monkeypatch.setattr("kvcompress.cache.selection.TOGETHER", most)
         monkeypatch.setattr("kvcompress.cache.merging.TOGETHER", most)
-        cache = CompressedCache(model(), name, budget=0.5)
+        cache = CompressedCache(model(), name, budget=0.5, **more)
         with Operations() as counted, torch.no_grad():
             model()(ids, attention_mask=mask, **tiny.with_cache(cache))
         operations.append(counted.number)
