@@ -40,7 +40,7 @@ def table(rows: list[dict]) -> str:
         f"|---|{'---|' * len(budgets)}",
     ]
     for policy in policies:
-        figures = " | ".join(figure(cells[policy, budget]) for budget in budgets)
+        figures = " | ".join(figure(cells.get((policy, budget))) for budget in budgets)
         lines.append(f"| `{policy}` | {figures} |")
     whole = {policy: metric for (policy, budget), metric in cells.items() if budget == 1}
     named = [
@@ -71,14 +71,14 @@ def paired(samples: Samples, others: dict[float, tuple[str, float]]) -> str:
     named = " | ".join(f"{budget:g}, `{others[budget][0]}`" for budget in budgets)
     lines = ["", f"| nats a token more than | {named} |", f"|---|{'---|' * len(budgets)}"]
     for policy in policies:
-        cells = [difference(samples[policy, budget], samples[others[budget]]) for budget in budgets]
+        cells = [difference(samples.get((policy, budget)), samples[others[budget]]) for budget in budgets]
         lines.append(f"| `{policy}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def difference(own: dict[str, tuple[float, int]], other: dict[str, tuple[float, int]]) -> str:
+def difference(own: dict[str, tuple[float, int]] | None, other: dict[str, tuple[float, int]]) -> str:
     """How many nats a token more, with bounds over samples; in bold where they leave out zero."""
-    if own is other:
+    if own is None or own is other:
         return "-"
     both = sorted(own.keys() & other.keys())
     more, tokens = [own[name][0] - other[name][0] for name in both], [own[name][1] for name in both]
@@ -87,9 +87,9 @@ def difference(own: dict[str, tuple[float, int]], other: dict[str, tuple[float, 
     return f"**{text}**" if low > 0 or high < 0 else text
 
 
-def figure(metric: dict) -> str:
-    """A value and its bounds."""
-    return f"{metric['value']:.2f} ({metric['ci_low']:.2f}-{metric['ci_high']:.2f})"
+def figure(metric: dict | None) -> str:
+    """A value and its bounds; a line where nobody measured."""
+    return "-" if metric is None else f"{metric['value']:.2f} ({metric['ci_low']:.2f}-{metric['ci_high']:.2f})"
 
 
 if __name__ == "__main__":
