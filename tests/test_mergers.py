@@ -593,3 +593,19 @@ def test_a_merger_that_returns_other_slots_is_named_with_its_layer(part: str) ->
         torch.no_grad(),
     ):
         tiny.model("llama")(**tiny.inputs("llama", 20, seed=1), **tiny.with_cache(cache))
+
+
+@pytest.mark.parametrize("shape", [(), (5,), (12,)])
+def test_a_state_that_is_not_of_the_rows_is_refused(shape: tuple[int, ...]) -> None:
+    """Layers that were merged together each get their own rows of it back, so that nothing else can be divided."""
+
+    class Odd(Pour):
+        name: ClassVar[str] = "odd"
+
+        def merge(self, layer: MergeContext) -> Merged:
+            return Merged(layer.keys, layer.values, torch.zeros(shape))
+
+    cache = CompressedCache(tiny.model("llama"), CompressionConfig(budget=5, scorer="attention", merger=Odd()))
+    says = r"merger odd: layers 0 to 2: must return a state whose first axis is of the 3 rows"
+    with pytest.raises(PolicyError, match=says), torch.no_grad():
+        tiny.model("llama")(**tiny.inputs("llama", 20, seed=1), **tiny.with_cache(cache))

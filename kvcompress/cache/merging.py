@@ -136,8 +136,12 @@ def _merged(
         first_head=first.heads.first(keys.shape[1]),
     )
     result = _answer(merger, context)
-    for at, layer in enumerate(layers):
-        layer.merger_state = None if result.state is None else result.state.chunk(len(layers))[at].clone()
+    if result.state is None or len(layers) == 1:
+        parts = [result.state] * len(layers)
+    else:
+        parts = [part.clone() for part in result.state.chunk(len(layers))]
+    for layer, part in zip(layers, parts, strict=True):
+        layer.merger_state = part
     return result
 
 
@@ -145,7 +149,7 @@ def _answer(merger: Merger, context: MergeContext) -> Merged:
     """What a merger says of layers.
 
     Raises:
-        PolicyError: if keys or values come back in another shape or dtype.
+        PolicyError: if keys or values come back in another shape or dtype, or a state that is not of the rows.
     """
     with policy_errors(merger, context.layers):
         result = merger.merge(context)
@@ -156,4 +160,10 @@ def _answer(merger: Merger, context: MergeContext) -> Merged:
                 f"merger {merger.name}: {layers_told(context.layers)}: must return {name} as {before.dtype} "
                 f"{tuple(before.shape)}, got {after.dtype} {tuple(after.shape)}"
             )
+    rows, state = len(context.keys), result.state
+    if state is not None and state.shape[:1] != (rows,):
+        raise PolicyError(
+            f"merger {merger.name}: {layers_told(context.layers)}: must return a state whose first axis is of the "
+            f"{rows} rows that it was shown, got {tuple(state.shape)}"
+        )
     return result

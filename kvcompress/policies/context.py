@@ -283,7 +283,7 @@ class Merged:
     Attributes:
         keys: keys of all slots, like `MergeContext.keys`; those of slots that are not kept mean nothing.
         values: values of all slots, likewise.
-        state: what the merger wants to see next time; None if nothing.
+        state: what the merger wants to see of each row next time, its first axis batch; None if nothing.
     """
 
     keys: Float[Tensor, "batch kv_heads slots head_dim"]
