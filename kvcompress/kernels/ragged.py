@@ -91,6 +91,10 @@ def write_slots(
         keys.scatter_(2, at.expand(key.shape), key)
         values.scatter_(2, at.expand(value.shape), value)
         return
+    if slot.shape == (1, 1):  # the same place in every head
+        keys.index_copy_(2, slot[0], key)
+        values.index_copy_(2, slot[0], value)
+        return
     rows, heads = _rows_and_heads(*key.shape[:2], key.device)
     keys.index_put_((rows, heads, slot), key[:, :, 0])  # in half precision on a CPU, scatter_ copies whole buffers
     values.index_put_((rows, heads, slot), value[:, :, 0])
