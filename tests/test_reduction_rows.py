@@ -241,9 +241,9 @@ def test_what_goes_on_is_what_is_part_of_itself(reducer: Reducer, drawn: Row) ->
 
 @every_reducer
 def test_operations_do_not_grow_with_the_batch_and_the_host_waits_once_a_stage(reducer: Reducer) -> None:
-    """One row alone is spared the sums that say where each of several rows begins."""
+    """And once before; one row alone is spared the sums that say where each of several rows begins."""
     one, stages = run(reducer, sample(1, False)), len(reducer.acts_after(LAYERS))
-    assert one.waits == stages
+    assert one.waits == stages + 1
     few, many = (run(reducer, sample(count, False)) for count in (4, 16))
     assert few.counts == many.counts, many.counts - few.counts
     assert few.waits == many.waits == one.waits
@@ -257,7 +257,7 @@ def test_operations_do_not_grow_with_the_batch_and_the_host_waits_once_a_stage(r
 
 def test_a_stage_of_lightkv_takes_few_operations() -> None:
     """Most of a prompt's time on a GPU is Python's, and that grows with them."""
-    assert run(REDUCERS[0], sample(1, False)).counts.total() <= 110 * len(POINTS)
+    assert run(REDUCERS[0], sample(1, False)).counts.total() <= 50 * len(POINTS)
 
 
 def test_what_the_layers_of_a_stage_are_given_is_taken_once() -> None:

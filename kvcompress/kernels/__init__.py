@@ -3,7 +3,7 @@
 from kvcompress.kernels.blocks import attend_blocks, decode_bias
 from kvcompress.kernels.codes import decode_attention_codes
 from kvcompress.kernels.dense import attention, attention_with_mask, attention_with_slots
-from kvcompress.kernels.device import runs_triton, sent
+from kvcompress.kernels.device import runs_triton, sent, sent_together
 from kvcompress.kernels.highest import highest_probability
 from kvcompress.kernels.mass import attention_mass
 from kvcompress.kernels.precision import in_one_dtype, without_autocast
@@ -29,6 +29,7 @@ __all__ = [
     "merge_attention",
     "runs_triton",
     "sent",
+    "sent_together",
     "visible_keys",
     "with_sinks",
     "without_autocast",

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -60,6 +63,13 @@ def sent(numbers: ArrayLike, device: torch.device, dtype: torch.dtype | None = N
     if device.type != "cuda" or tensor.device.type != "cpu":  # only memory of the host is pinned
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def sent_together(arrays: Sequence[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Arrays of whole numbers on a device, int64, in one copy that nobody waits for."""
+    ends = np.cumsum([0, *(array.size for array in arrays)]).tolist()
+    flat = sent(np.concatenate([array.ravel() for array in arrays], dtype=np.int64), device)
+    return [flat[a:b].view(array.shape) for array, (a, b) in zip(arrays, pairwise(ends), strict=True)]
 
 
 def powers(number: int) -> int:

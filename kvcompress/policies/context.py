@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvcompress.kernels import attention_mass, attention_probabilities, visible_keys
 from kvcompress.parallel import ALONE, HeadGroup
-from kvcompress.policies.images import ImageGrid
+from kvcompress.policies.images import ImageGrid, TokenFacts
 from kvcompress.policies.problems import Problems
 
 Queries: TypeAlias = Float[Tensor, "batch heads queries head_dim"]
@@ -70,8 +70,8 @@ class LayerContext:
         valid: which slots hold a token, in all heads or, where heads hold different numbers of tokens, in each; None if
             all do.
         is_image: which slots hold image tokens; None for a text-only sequence.
-        most_images: at least the number of image tokens that this forward brings in any row, known without asking the
-            device; None if nobody counted.
+        image_queries: numbers of the queries of each row's image tokens, among those of this forward, which the host
+            knows for reducers; the last of them again in rows that have fewer. None if nobody counted.
         weights: the layer's own weights, as far as scorers read them.
         heads: which of the layer's heads these are, where several processes share them; a score that depends on a
             head's number or on other heads must ask it.
@@ -92,7 +92,7 @@ class LayerContext:
     seen: Int[Tensor, " batch"]
     valid: Bool[Tensor, "batch counts tokens"] | None = None
     is_image: Bool[Tensor, "batch sets tokens"] | None = None
-    most_images: int | None = None
+    image_queries: Int[Tensor, "batch images"] | None = None
     weights: LayerWeights = LayerWeights()
     heads: HeadGroup = ALONE
     softcap: float | None = None
@@ -382,6 +382,7 @@ class ReductionContext:
         image_tokens: image tokens of each row in this forward before the first reduction; known on the host.
         guidance: what the reducer's `guidance` gave for them at this layer; None without one, and before the first.
         tower: what the vision tower says of them, before the first layer; None unless the reducer reads it.
+        known: what the host knows of them already, for `on_host`; None if it has to ask.
     """
 
     stage: int
@@ -396,6 +397,18 @@ class ReductionContext:
     image_tokens: list[int]
     guidance: Float[Tensor, "batch tokens"] | None = None
     tower: TowerView | None = None
+    known: TokenFacts | None = None
+
+    @property
+    def on_host(self) -> TokenFacts:
+        """Index, kind, grid, cell and size of the tokens as numpy arrays: what follows from them alone is found there.
+
+        A short prompt costs a GPU what the host asks it for, operation by operation, and index work is many small ones.
+        """
+        if self.known is not None:
+            return self.known
+        facts = torch.stack([self.index, self.is_image, self.grid], -1)
+        return TokenFacts(torch.cat([facts, self.cell, self.size], -1).cpu().numpy())
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from jaxtyping import Int
+import numpy as np
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 
@@ -58,3 +59,40 @@ class ImageLayout:
         return replace(
             self, grid=self.grid.gather(1, positions), cell=self.cell.gather(1, pairs), size=self.size.gather(1, pairs)
         )
+
+
+@dataclass(frozen=True)
+class TokenFacts:
+    """What is known of a forward's tokens, `[batch, tokens, facts]`, on the host or, as a tensor, where the model is.
+
+    Attributes:
+        numbers: the index of each token, whether it is an image token, its grid, row, column, height and width; all -1
+            for padding.
+    """
+
+    numbers: Int[np.ndarray | Tensor, "batch tokens facts"]
+
+    @property
+    def index(self) -> Int[np.ndarray | Tensor, "batch tokens"]:
+        """Number of tokens of the row that came before; -1 for padding."""
+        return self.numbers[..., 0]
+
+    @property
+    def is_image(self) -> Bool[np.ndarray | Tensor, "batch tokens"]:
+        """Which are image tokens."""
+        return self.numbers[..., 1] == 1
+
+    @property
+    def grid(self) -> Int[np.ndarray | Tensor, "batch tokens"]:
+        """Number of the grid in the row; -1 where there is none."""
+        return self.numbers[..., 2]
+
+    @property
+    def cell(self) -> Int[np.ndarray | Tensor, "batch tokens two"]:
+        """Row and column in the grid; meaningless where there is none."""
+        return self.numbers[..., 3:5]
+
+    @property
+    def size(self) -> Int[np.ndarray | Tensor, "batch tokens two"]:
+        """Height and width of the grid; meaningless where there is none."""
+        return self.numbers[..., 5:]

@@ -135,7 +135,6 @@ def layer_of(drawn: list[Row]) -> LayerContext:
         seen=torch.tensor(list(map(len, facts))),
         valid=None if len(drawn) == 1 else (index >= 0).unsqueeze(1),
         is_image=(is_image == 1).unsqueeze(1),
-        most_images=max(sum(row.image) for row in drawn),
     )
 
 

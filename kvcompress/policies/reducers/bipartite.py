@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor
 
 from kvcompress.errors import ConfigError
+from kvcompress.kernels import sent, sent_together
 from kvcompress.policies.base import Reducer
 from kvcompress.policies.context import Reduced
 from kvcompress.policies.reducers.staged import Depth, layers_at
@@ -55,83 +58,91 @@ class Bipartite(Reducer):
 
 def merge_in_windows(
     hidden: Float[Tensor, "batch tokens hidden"],
-    window: Int[Tensor, "batch tokens"],
+    window: Int[np.ndarray, "batch tokens"],
     weight: Float[Tensor, "batch tokens"],
     share: float,
-    windows: int,
-    largest: int,
 ) -> Reduced:
     """Merges tokens of each window pairwise (ToMe, arXiv 2210.09461, section 3; LightKV, arXiv 2605.00789).
 
     Of a window's n tokens in order, the even ones each look for the odd one with the smallest feature divergence,
     1 - cosine (the first among equals). The min(floor(share n), floor(n / 2)) closest of them are merged: the odd token
     becomes the weighted mean of itself and of all that came to it. All windows of all rows are treated at once, each as
-    wide as the widest may be, so that nothing is asked of the device.
+    wide as the widest.
 
     Args:
         hidden: states of all tokens.
-        window: window of each token in its row; tokens at -1 stay as they are.
+        window: window of each token in its row, as the host knows it; tokens at -1 stay as they are.
         weight: non-negative weight of each token; where all that meet weigh nothing, they weigh the same.
         share: of each window's tokens that is merged into others, at most a half.
-        windows: at least the number of windows of any row.
-        largest: at least the number of tokens of any window.
     """
-    (batch, tokens), device = window.shape, window.device
-    slots = torch.arange(max(2, min(largest, tokens)), device=device)
-    table, counts = _by_window(window, windows, slots)
-    missing = slots >= counts.unsqueeze(-1)
-    at = table  # among the tokens of all rows
-    if batch > 1:
-        at = table + torch.arange(0, batch * tokens, tokens, device=device).view(-1, 1, 1)
-    places = at.masked_fill(missing, batch * tokens)  # the last place is nobody's
-    (even, odd), (even_missing, odd_missing) = _halves(table), _halves(missing)
-    (even_places, odd_places), width = _halves(places), len(slots) // 2
+    (batch, tokens), device = hidden.shape[:2], hidden.device
+    every, windows = np.arange(window.size + 1) % tokens, _Windows.of(window, share)  # the last is nobody's place
+    if not windows.counts.size:
+        return Reduced(sent(every[:-1].reshape(batch, tokens), device), hidden)
+    at, places, number = windows.token, windows.places(nobody=window.size), np.arange(windows.token.shape[1])
+    names = np.pad(at[:, 1::2] % tokens, ((0, 0), (0, 1)))  # the last is nobody's name
+    arrays = [every, at, places[:, ::2], places[:, 1::2], names, number, windows.most[:, None]]
+    into, at, even, odd, names, number, most = sent_together(arrays, device)
 
-    states = hidden.flatten(0, 1).index_select(0, at.flatten()).view(*table.shape, -1).float()
+    states = hidden.flatten(0, 1).index_select(0, at.flatten()).view(*at.shape, -1).float()
     length = torch.linalg.vector_norm(states, dim=-1).clamp(min=1e-12)
-    (even_states, odd_states), (even_length, odd_length) = _halves(states), _halves(length)
-    likeness = even_states @ odd_states.transpose(2, 3)
-    likeness = likeness / (even_length.unsqueeze(3) * odd_length.unsqueeze(2))
-    closest, partner = likeness.masked_fill(odd_missing.unsqueeze(2), -torch.inf).max(-1)
-    order = closest.masked_fill(even_missing, -torch.inf).argsort(dim=-1, descending=True, stable=True)
-    first = slots[: order.shape[2]] < _most(counts, share).unsqueeze(-1)
-    merged = torch.empty_like(first).scatter_(2, order, first)
+    likeness = states[:, ::2] @ states[:, 1::2].transpose(1, 2)
+    likeness = likeness / (length[:, ::2, None] * length[:, None, 1::2])
+    if windows.ragged:
+        likeness = likeness.masked_fill((odd == window.size).unsqueeze(1), -torch.inf)
+    closest, partner = likeness.max(-1)
+    if windows.ragged or windows.chosen:
+        closest = closest.masked_fill(even == window.size, -torch.inf)
+        order, last = closest.argsort(dim=-1, descending=True, stable=True), number[: even.shape[1]] >= most
+        stays = torch.empty_like(last).scatter_(1, order, last)
+        partner, even = partner.masked_fill(stays, odd.shape[1]), even.masked_fill(stays, window.size)
+    into = into.index_copy_(0, even.flatten(), names.gather(1, partner).flatten())[:-1].view(batch, tokens)
 
-    into = torch.arange(batch * tokens + 1, device=device) % tokens
-    target = torch.where(merged, odd.gather(2, partner), even)
-    into = into.index_copy_(0, even_places.flatten(), target.flatten())[:-1].view(batch, tokens)
-
-    weights = weight.float().clamp(min=1e-30).gather(1, table.flatten(1)).view(*table.shape, 1)
-    comes = partner.unsqueeze(2) == slots[:width].unsqueeze(1)
-    comes = (comes & merged.unsqueeze(2)).float()  # [batch, windows, odd, even]
-    (even_weights, odd_weights), (even_weighted, odd_weighted) = _halves(weights), _halves(states * weights)
-    added = comes @ even_weights
-    mean = (odd_weighted + comes @ even_weighted) / (odd_weights + added)
-    mean = torch.where(added > 0, mean, odd_states).to(hidden.dtype)
-    changed = torch.cat([hidden.flatten(0, 1), mean[0, 0, :1]])
-    changed = changed.index_copy_(0, odd_places.flatten(), mean.flatten(0, 2))
+    weights = weight.flatten().float().clamp(min=1e-30).index_select(0, at.flatten()).view(*at.shape, 1)
+    comes = (partner.unsqueeze(1) == number[: odd.shape[1], None]).float()  # [windows, odd, even]
+    weighted, own = states * weights, weights[:, 1::2]
+    sums = torch.baddbmm(weighted[:, 1::2], comes, weighted[:, ::2])
+    total = torch.baddbmm(own, comes, weights[:, ::2])
+    mean = torch.where(total > own, sums / total, states[:, 1::2]).to(hidden.dtype)
+    changed = torch.cat([hidden.flatten(0, 1), mean[0, :1]]).index_copy_(0, odd.flatten(), mean.flatten(0, 1))
     return Reduced(into, changed[:-1].view_as(hidden))
 
 
-def _halves(of_slots: Tensor) -> tuple[Tensor, Tensor]:
-    """The even and the odd ones of each window's slots, of a tensor `[batch, windows, slots, ...]`."""
-    return of_slots[:, :, ::2], of_slots[:, :, 1::2]
+class _Windows(NamedTuple):
+    """The windows of all rows in which something is merged.
 
+    Attributes:
+        token: tokens of each in order, `[windows, slots]`, counted through all rows; any after a window's last.
+        counts: how many tokens each has.
+        most: how many of them are merged into others.
+    """
 
-def _most(counts: Int[Tensor, "batch windows"], share: float) -> Int[Tensor, "batch windows"]:
-    """How many tokens of each window are merged into others: that share of them, at most a half."""
-    if share >= 0.5:
-        return counts // 2
-    return torch.minimum((counts.double() * share + 1e-6).floor().long(), counts // 2)
+    token: Int[np.ndarray, "windows slots"]
+    counts: Int[np.ndarray, " windows"]
+    most: Int[np.ndarray, " windows"]
 
+    @classmethod
+    def of(cls, window: Int[np.ndarray, "batch tokens"], share: float) -> _Windows:
+        """Those of tokens whose windows are known."""
+        names = window + (1 + window.max(initial=-1)) * np.arange(len(window))[:, None]
+        inside = np.flatnonzero(window >= 0)
+        named = names.ravel()[inside]
+        counts, order = np.bincount(named), inside[named.argsort(kind="stable")]
+        starts, most = counts.cumsum() - counts, np.minimum(np.floor(counts * share + 1e-6), counts // 2).astype(int)
+        starts, counts, most = (array[most > 0] for array in (starts, counts, most))
+        slots = starts[:, None] + np.arange(counts.max(initial=0))
+        return cls(order[np.minimum(slots, len(order) - 1)], counts, most)
 
-def _by_window(
-    window: Int[Tensor, "batch tokens"], windows: int, slots: Int[Tensor, " largest"]
-) -> tuple[Int[Tensor, "batch windows largest"], Int[Tensor, "batch windows"]]:
-    """Tokens of each window in order, and how many there are; what follows them in a window means nothing."""
-    names, order = window.sort(dim=1, stable=True)
-    starts = torch.arange(windows + 1, device=window.device).repeat(len(window), 1)
-    start = torch.searchsorted(names, starts)
-    place = start[:, :-1, None] + slots
-    table = order.gather(1, place.clamp(max=window.shape[1] - 1).flatten(1)).view(place.shape)
-    return table, start.diff(dim=1)
+    def places(self, nobody: int) -> Int[np.ndarray, "windows slots"]:
+        """`token`, with `nobody` after a window's last."""
+        return np.where(np.arange(self.token.shape[1]) < self.counts[:, None], self.token, nobody)
+
+    @property
+    def ragged(self) -> bool:
+        """Whether some have fewer tokens than others."""
+        return bool((self.counts != self.token.shape[1]).any())
+
+    @property
+    def chosen(self) -> bool:
+        """Whether some have even tokens that stay."""
+        return bool((self.most < (self.counts + 1) // 2).any())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -84,24 +83,18 @@ class LightKV(Bipartite):
             asked = None if layer.valid is None else layer.valid[:, 0, -queries:]
             share = attention_share(layer.query, layer.keys, text, layer.scaling, "queries", asked, layer.valid)
             return share.masked_fill(~is_image, 0.0)
-        most = queries if layer.most_images is None else min(queries, max(1, layer.most_images))
-        asking = (~is_image).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]  # images first
+        asking = layer.image_queries
+        if asking is None:
+            asking = (~is_image).to(torch.uint8).argsort(dim=1, stable=True)
         query = layer.query.gather(2, asking[:, None, :, None].expand(-1, heads, -1, head_dim))
-        asked = is_image.gather(1, asking)
-        share = attention_share(query, layer.keys, text, layer.scaling, "keys", asked, layer.valid)
-        return share.new_zeros(is_image.shape).scatter_(1, asking, share)
+        share = attention_share(query, layer.keys, text, layer.scaling, valid=layer.valid)
+        return share.new_zeros(is_image.shape).scatter_(1, asking, share).masked_fill_(text[:, 0, -queries:], 0.0)
 
     def reduce(self, layer: ReductionContext) -> Reduced:
         """Merges within the windows of this reduction."""
         assert layer.guidance is not None
         across = [self._across(grids, layer.stage) for grids in layer.grids]
-        cells = [
-            math.ceil(grid.height / sides) * math.ceil(grid.width / sides)
-            for grids, sides in zip(layer.grids, across, strict=True)
-            for grid in grids
-        ]
-        count = max(len(grids) * sides**2 for grids, sides in zip(layer.grids, across, strict=True))
-        return merge_in_windows(layer.hidden, windows_of(layer, across), layer.guidance, self.rho, count, max(cells))
+        return merge_in_windows(layer.hidden, windows_of(layer.on_host, across), layer.guidance, self.rho)
 
     def _across(self, grids: list[ImageGrid], stage: int) -> int:
         """Windows along each side of a row's grids."""

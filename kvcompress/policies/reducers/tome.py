@@ -36,6 +36,5 @@ class ToMe(Bipartite):
 
     def reduce(self, layer: ReductionContext) -> Reduced:
         """Every grid is one window."""
-        alike = torch.ones(layer.grid.shape, dtype=torch.float32, device=layer.grid.device)
-        largest = max(grid.height * grid.width for grids in layer.grids for grid in grids)
-        return merge_in_windows(layer.hidden, layer.grid, alike, self.rho, max(map(len, layer.grids)), largest)
+        alike = torch.ones(layer.grid.shape, dtype=torch.float32, device=layer.hidden.device)
+        return merge_in_windows(layer.hidden, layer.on_host.grid, alike, self.rho)
