@@ -312,7 +312,10 @@ class Wrong(Reducer):
             return Reduced(into[:, :-1], hidden[:, :-1])
         if self.kind == "dtype":
             return Reduced(into, hidden.half())
-        return Reduced(into, hidden)
+        reduced = Reduced(into, hidden)
+        if self.kind == "no number of a token":
+            object.__setattr__(reduced, "into", into.float())
+        return reduced
 
 
 @pytest.mark.parametrize(
@@ -323,8 +326,9 @@ class Wrong(Reducer):
         ("outside", r"can only become part of one that stays"),
         ("below", r"can only become part of one that stays"),
         ("into padding", r"can only become part of one that stays"),
-        ("short", r"must return .*float32 \(4, 110, 6\) .* \(4, 110\); got .*\(4, 109, 6\) and \(4, 109\)"),
+        ("short", r"must return .*float32 \(4, 110, 6\) .* \(4, 110\); got .*\(4, 109, 6\) and torch.int64 \(4, 109\)"),
         ("dtype", r"must return hidden states as torch.float32 .* got torch.float16"),
+        ("no number of a token", r"and a whole number for each token, \(4, 110\); got .* and torch.float32 \(4, 110\)"),
     ],
 )
 def test_a_reducer_that_breaks_its_contract_in_one_row_is_named_with_its_layer(kind: str, says: str) -> None:

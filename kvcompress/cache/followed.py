@@ -39,7 +39,7 @@ class Followed:
         facts[:, -1, 1] = 0  # it stays: what comes next is read from its state
         facts[..., 2][facts[..., 1] == 0] = -1
         facts[facts[..., 0] < 0] = -1
-        self.facts = TokenFacts(facts)
+        self.facts: TokenFacts[np.ndarray] = TokenFacts(facts)
         self.positions: Numbers = np.arange(facts.shape[1])[None].repeat(len(facts), 0)
         self.last_seen = last_seen
         self.into = self._every = self.positions

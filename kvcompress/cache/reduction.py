@@ -77,8 +77,8 @@ class Reduction:
         self._guidance: Float[Tensor, "batch tokens"] | None = None
         self._taken: list[tuple[Tensor, Tensor]] = []  # what `of_the_tokens` was given since, and what it said
         more = [one.to(is_image.device).long() for one in (order, last_seen) if one is not None]
-        read = torch.stack([self.index, is_image, layout.grid, *more], -1)
-        read = torch.cat([read[..., :3], layout.cell, layout.size, read[..., 3:]], -1).cpu().numpy()
+        stacked = torch.stack([self.index, is_image, layout.grid, *more], -1)
+        read = torch.cat([stacked[..., :3], layout.cell, layout.size, stacked[..., 3:]], -1).cpu().numpy()
         home, seen = (None if given is None else read[..., at] for given, at in ((order, 7), (last_seen, -1)))
         self._followed = Followed(read[..., :7], home, seen)
         self._sent, self._images = sent_together(
@@ -194,17 +194,18 @@ class Reduction:
 
     def _check_form(self, reduced: Reduced, context: ReductionContext) -> None:
         given, came, into = context.hidden, reduced.hidden, reduced.into
-        if came.shape != given.shape or came.dtype != given.dtype or into.shape != given.shape[:2]:
+        whole = not into.dtype.is_floating_point and into.dtype != torch.bool
+        if came.shape != given.shape or came.dtype != given.dtype or into.shape != given.shape[:2] or not whole:
             raise PolicyError(
-                f"{self._label(context)}: must return hidden states as {given.dtype} {tuple(given.shape)} and a number "
-                f"for each token, {tuple(given.shape[:2])}; got {came.dtype} {tuple(came.shape)} and "
-                f"{tuple(into.shape)}"
+                f"{self._label(context)}: must return hidden states as {given.dtype} {tuple(given.shape)} and a whole "
+                f"number for each token, {tuple(given.shape[:2])}; got {came.dtype} {tuple(came.shape)} and "
+                f"{into.dtype} {tuple(into.shape)}"
             )
 
     def _staying(self, into: Numbers, context: ReductionContext) -> Bool[np.ndarray, "batch tokens"]:
         """Which tokens go on, once it is sure that what the reducer says makes sense."""
         valid, own, inside = self._followed.valid, self._followed.own(), into.clip(0, into.shape[1] - 1)
-        stays = valid & (into == own)
+        stays: np.ndarray = valid & (into == own)
         if (valid & ~stays & ~self._followed.facts.is_image).any():
             raise PolicyError(f"{self._label(context)}: must let all text go on; it removed a text token")
         if (valid & (into != -1) & ~(taken(stays, inside) & (into == inside))).any():

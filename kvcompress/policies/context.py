@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
@@ -397,10 +398,10 @@ class ReductionContext:
     image_tokens: list[int]
     guidance: Float[Tensor, "batch tokens"] | None = None
     tower: TowerView | None = None
-    known: TokenFacts | None = None
+    known: TokenFacts[np.ndarray] | None = None
 
     @property
-    def on_host(self) -> TokenFacts:
+    def on_host(self) -> TokenFacts[np.ndarray]:
         """Index, kind, grid, cell and size of the tokens as numpy arrays: what follows from them alone is found there.
 
         A short prompt costs a GPU what the host asks it for, operation by operation, and index work is many small ones.

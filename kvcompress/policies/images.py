@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 
@@ -61,38 +62,42 @@ class ImageLayout:
         )
 
 
+_Numbers = TypeVar("_Numbers", np.ndarray, Tensor)
+
+
 @dataclass(frozen=True)
-class TokenFacts:
-    """What is known of a forward's tokens, `[batch, tokens, facts]`, on the host or, as a tensor, where the model is.
+class TokenFacts(Generic[_Numbers]):
+    """What is known of a forward's tokens: as a numpy array on the host, or as a tensor where the model is.
 
     Attributes:
-        numbers: the index of each token, whether it is an image token, its grid, row, column, height and width; all -1
-            for padding.
+        numbers: `[batch, tokens, 7]`: the index of each token, whether it is an image token, its grid, row, column,
+            height and width; all -1 for padding.
     """
 
-    numbers: Int[np.ndarray | Tensor, "batch tokens facts"]
+    numbers: _Numbers
 
     @property
-    def index(self) -> Int[np.ndarray | Tensor, "batch tokens"]:
-        """Number of tokens of the row that came before; -1 for padding."""
+    def index(self) -> _Numbers:
+        """Number of tokens of the row that came before, `[batch, tokens]`; -1 for padding."""
         return self.numbers[..., 0]
 
     @property
-    def is_image(self) -> Bool[np.ndarray | Tensor, "batch tokens"]:
-        """Which are image tokens."""
-        return self.numbers[..., 1] == 1
+    def is_image(self) -> _Numbers:
+        """Which are image tokens, `[batch, tokens]`."""
+        found: _Numbers = self.numbers[..., 1] == 1
+        return found
 
     @property
-    def grid(self) -> Int[np.ndarray | Tensor, "batch tokens"]:
-        """Number of the grid in the row; -1 where there is none."""
+    def grid(self) -> _Numbers:
+        """Number of the grid in the row, `[batch, tokens]`; -1 where there is none."""
         return self.numbers[..., 2]
 
     @property
-    def cell(self) -> Int[np.ndarray | Tensor, "batch tokens two"]:
-        """Row and column in the grid; meaningless where there is none."""
+    def cell(self) -> _Numbers:
+        """Row and column in the grid, `[batch, tokens, 2]`; meaningless where there is none."""
         return self.numbers[..., 3:5]
 
     @property
-    def size(self) -> Int[np.ndarray | Tensor, "batch tokens two"]:
-        """Height and width of the grid; meaningless where there is none."""
+    def size(self) -> _Numbers:
+        """Height and width of the grid, `[batch, tokens, 2]`; meaningless where there is none."""
         return self.numbers[..., 5:]

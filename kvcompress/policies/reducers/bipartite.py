@@ -75,13 +75,13 @@ def merge_in_windows(
         weight: non-negative weight of each token; where all that meet weigh nothing, they weigh the same.
         share: of each window's tokens that is merged into others, at most a half.
     """
-    (batch, tokens), device = hidden.shape[:2], hidden.device
-    every, windows = np.arange(window.size + 1) % tokens, _Windows.of(window, share)  # the last is nobody's place
+    (batch, tokens), nobody, device = hidden.shape[:2], window.size, hidden.device
+    every, windows = np.arange(nobody + 1) % tokens, _Windows.of(window, share)
     if not windows.counts.size:
-        return Reduced(sent(every[:-1].reshape(batch, tokens), device), hidden)
-    at, places, number = windows.token, windows.places(nobody=window.size), np.arange(windows.token.shape[1])
-    names = np.pad(at[:, 1::2] % tokens, ((0, 0), (0, 1)))  # the last is nobody's name
-    arrays = [every, at, places[:, ::2], places[:, 1::2], names, number, windows.most[:, None]]
+        return Reduced(sent(every[:nobody].reshape(batch, tokens), device), hidden)
+    places, slots = windows.places(nobody), np.arange(windows.token.shape[1])
+    partners = np.pad(windows.token[:, 1::2] % tokens, ((0, 0), (0, 1)))  # after the last stands nobody
+    arrays = [every, windows.token, places[:, ::2], places[:, 1::2], partners, slots, windows.most[:, None]]
     into, at, even, odd, names, number, most = sent_together(arrays, device)
 
     states = hidden.flatten(0, 1).index_select(0, at.flatten()).view(*at.shape, -1).float()
@@ -89,13 +89,13 @@ def merge_in_windows(
     likeness = states[:, ::2] @ states[:, 1::2].transpose(1, 2)
     likeness = likeness / (length[:, ::2, None] * length[:, None, 1::2])
     if windows.ragged:
-        likeness = likeness.masked_fill((odd == window.size).unsqueeze(1), -torch.inf)
+        likeness = likeness.masked_fill((odd == nobody).unsqueeze(1), -torch.inf)
     closest, partner = likeness.max(-1)
     if windows.ragged or windows.chosen:
-        closest = closest.masked_fill(even == window.size, -torch.inf)
+        closest = closest.masked_fill(even == nobody, -torch.inf)
         order, last = closest.argsort(dim=-1, descending=True, stable=True), number[: even.shape[1]] >= most
         stays = torch.empty_like(last).scatter_(1, order, last)
-        partner, even = partner.masked_fill(stays, odd.shape[1]), even.masked_fill(stays, window.size)
+        partner, even = partner.masked_fill(stays, odd.shape[1]), even.masked_fill(stays, nobody)
     into = into.index_copy_(0, even.flatten(), names.gather(1, partner).flatten())[:-1].view(batch, tokens)
 
     weights = weight.flatten().float().clamp(min=1e-30).index_select(0, at.flatten()).view(*at.shape, 1)

@@ -10,7 +10,7 @@ from kvcompress.policies.images import TokenFacts
 _LEAST = 8  # tokens per window; a grid with fewer is left alone
 
 
-def windows_of(tokens: TokenFacts, across: list[int]) -> Int[np.ndarray, "batch tokens"]:
+def windows_of(tokens: TokenFacts[np.ndarray], across: list[int]) -> Int[np.ndarray, "batch tokens"]:
     """Number of each token's window in its row; -1 for text and in grids that are left alone.
 
     Args:
@@ -35,4 +35,5 @@ def _bands(
     """Which of so many bands a place along a side lies in; the first ones are wider by a remainder."""
     width, wider = np.divmod(np.maximum(length, 0), bands)
     edge = wider * (width + 1)
-    return np.where(place < edge, place // (width + 1), wider + (place - edge) // np.maximum(width, 1))
+    found: np.ndarray = np.where(place < edge, place // (width + 1), wider + (place - edge) // np.maximum(width, 1))
+    return found
