@@ -172,7 +172,7 @@ class HeldTokens:
 
         Args:
             mask: slots that stay, `[batch, sets, slots]`.
-            order: the same slots in the order of their tokens.
+            order: the same slots in the order of their tokens; any after them.
             counts: how many stay in each row and set, `[batch, sets]`, or in every set of a row, `[batch, 1]`.
             room: slots to allocate beyond them.
         """
@@ -209,13 +209,14 @@ class HeldTokens:
         Args:
             first: slots that stay packed, `[batch, sets, slots]`; None if all do, where they are.
             packed_rows: how many of them each row and set has.
-            rest: the other slots.
+            rest: the other slots; any after them.
             rows: how many of them each row and set has.
             room: slots to allocate beyond them.
             surplus: whether some of the others were packed before.
         """
         packed = self.store.packed
         self.store.take(rest, rows + room, first, packed_rows, surplus)
+        rest = rest[..., : int(rows.max(initial=0))]
         if first is None and packed:
             first = torch.arange(packed, device=rest.device).expand(*rest.shape[:2], -1)
         self._arrange(rest if first is None else torch.cat([first, rest], 2), packed_rows, rows)

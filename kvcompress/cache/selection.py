@@ -47,7 +47,8 @@ def compress(
         ranking = ranking or ranking_of(layers, layers[0].config, step)
         whole = _selected(layers, step, allocation, ranking)
         mask = heads.own(whole)
-        order = order_of(mask, ranking.index, int(budgets.max()), ordered=True)
+        rooms = [int((budget + step.room[layer.number]).max()) for budget, layer in zip(budgets, layers, strict=True)]
+        order = order_of(mask, ranking.index, max(rooms), ordered=True)
         if layers[0].config.merger is not None:
             importance = None if ranking.importance is None else heads.own(ranking.importance)
             merge_evicted(layers, changed.nonzero()[0].tolist(), mask, budgets, importance)
@@ -58,7 +59,7 @@ def compress(
             layer.heads_part = layer.heads_part or whole.shape[1] > 1
             layer.uneven = allocation.sets > 1
             kept = mask[rows, :, : layer.index.shape[2]].to(layer.index.device)
-            layer.take(kept, order[rows, :, : int(budgets[at].max())].to(kept.device), budgets[at], room)
+            layer.take(kept, order[rows, :, : rooms[at]].to(kept.device), budgets[at], room)
         else:
             layer.close_ranks(room)
         layer.pack()
@@ -167,7 +168,7 @@ def order_of(mask: Tensor, index: Tensor, kept: int, ordered: bool) -> Tensor:
     Args:
         mask: slots that stay, `[batch, sets, slots]`.
         index: token index of every slot, of as many sets or one.
-        kept: slots that stay in the row that keeps most.
+        kept: slots that stay in the row that keeps most, or more: any slots come after them.
         ordered: whether slots lie in the order of their tokens, so that no sort is needed.
     """
     if not ordered:

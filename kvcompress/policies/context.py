@@ -128,7 +128,7 @@ class LayerContext:
         """
         rows, start = (first, 0) if isinstance(first, Tensor) else (None, first)
         valid, group = self._valid_tokens, self.query.shape[1] // self.keys.shape[1]
-        return attention_mass(
+        mass = attention_mass(
             self.query,
             self.keys,
             self._lse(),
@@ -139,7 +139,8 @@ class LayerContext:
             start=start,
             softcap=self.softcap,
             last_seen=self.last_seen,
-        ).div_(group)
+        )
+        return mass if group == 1 else mass.div_(group)
 
     def attention_probabilities(self, last: int) -> Float[Tensor, "batch heads queries tokens"]:
         """Attention probabilities of the last queries of this forward, float32; for small windows.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kvcompress.errors import PolicyError
 
+_TOGETHER = 2**24  # bytes of numbers that are checked together, and kept until then
 
 class Problems:
     """What may be wrong, in the order in which it is to be reported."""
@@ -19,6 +20,7 @@ class Problems:
         self._wrong: list[Tensor] = []
         self._finite: list[str] = []
         self._totals: list[Tensor] = []
+        self._unread: list[Tensor] = []  # numbers of one shape that are summed up together
 
     def note(self, says: str | Callable[[], str], wrong: Bool[Tensor, ""]) -> None:
         """Adds a check.
@@ -37,8 +39,18 @@ class Problems:
             says: the message.
             numbers: any of float32 or less.
         """
+        other = self._unread and (numbers.shape, numbers.device) != (self._unread[0].shape, self._unread[0].device)
+        if other or (1 + len(self._unread)) * numbers.nbytes > _TOGETHER:
+            self._sum_up()
         self._finite.append(says)
-        self._totals.append(numbers.sum(dtype=torch.float64))  # which is finite exactly if all of them are
+        self._unread.append(numbers)
+
+    def _sum_up(self) -> None:
+        """Totals of what was noted last, which are finite exactly if all of their numbers are."""
+        if self._unread:
+            numbers = self._unread[0].unsqueeze(0) if len(self._unread) == 1 else torch.stack(self._unread)
+            self._totals.append(numbers.flatten(1).sum(1, dtype=torch.float64))
+            self._unread = []
 
     def refuse(self) -> None:
         """Asks the device once, and forgets what was right.
@@ -46,9 +58,10 @@ class Problems:
         Raises:
             PolicyError: with the first message that is true.
         """
+        self._sum_up()
         flags: list[Tensor] = []
         if self._totals:
-            totals = torch.stack([total.to(self._totals[0].device) for total in self._totals])
+            totals = torch.cat([total.to(self._totals[0].device) for total in self._totals])
             flags.extend(totals.isfinite().logical_not_().unbind())
         flags.extend(self._wrong)
         if not flags:
