@@ -36,6 +36,27 @@ def milliseconds(step: Step, device: torch.device, steps: int, warm_up: int = 3)
     return 1000 * statistics.median(times[warm_up:])
 
 
+def asked(step: Step, device: torch.device, most: int = 6) -> dict[str, Any]:
+    """What a call asks a device for, and what takes the host longest of it, waits and allocations included.
+
+    Returns:
+        Kernels launched; milliseconds of torch's own on the host, which are fewer than the call takes by what Python
+        costs between them; and those that take most, with how many there are of each.
+    """
+    kinds = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        kinds.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=kinds) as profiled:
+        seconds(step, device)
+    found = sorted(profiled.key_averages(), key=lambda event: event.self_cpu_time_total, reverse=True)
+    longest = [f"{event.key} {event.self_cpu_time_total / 1000:.2f} ms of {event.count}" for event in found[:most]]
+    return {
+        "launches": sum(event.count for event in found if "LaunchKernel" in event.key),
+        "torch_ms": sum(event.self_cpu_time_total for event in found) / 1000,
+        "longest": "; ".join(longest),
+    }
+
+
 def bandwidth(device: torch.device, size: int) -> float:
     """Bytes per second that a copy of `size` bytes reads and writes."""
     source = torch.zeros(size, dtype=torch.uint8, device=device)

@@ -28,7 +28,7 @@ CACHES = {
     "generate": {"DynamicCache", "prefixkv, captured", "prefixkv, eager", "full, captured"},
     "prefill": {"DynamicCache", "full", "snapkv", "uniform, key_norm", "the kernel alone"}
     | {f"prefixkv, {queries}" for queries in ("exact", "stride:4", "window:32")},
-    "llava": {"DynamicCache", "full", "lightkv", "prefixkv+lightkv"},
+    "llava": {"DynamicCache", "full", "prefixkv", "lightkv", "prefixkv+lightkv"},
     "quantized": {"bfloat16", "4 bits", "8 bits"},
     "heads": {"heads alike", "tokens of their own", "sizes by scores", "sizes 10 to 1"},
     "compiled": {"prefixkv", "StaticCache, compiled", "prefixkv, captured", "prefixkv, compiled"},
@@ -55,6 +55,9 @@ def test_a_section_measures_every_cache_or_says_why_not(section: str, tmp_path: 
     *measured, took = rows[section]
     assert took["took_s"] > 0 and {row.get("cache", "the kernel alone") for row in measured} == CACHES[section]
     assert not any("error" in row for row in measured)
+    if section == "llava":
+        told = {row["cache"]: row["longest"] for row in measured if "longest" in row}
+        assert told.keys() == CACHES["llava"] and all("aten::mm" in longest for longest in told.values())
     if not torch.cuda.is_available():
         skipped = {row["skipped"] for row in measured if row.get("mode") == "captured"}
         assert skipped <= {"there are no graphs of a cpu device", "this cache decodes step by step in Python"}

@@ -12,6 +12,7 @@ from kvcompress.errors import PolicyError
 
 _TOGETHER = 2**24  # bytes of numbers that are checked together, and kept until then
 
+
 class Problems:
     """What may be wrong, in the order in which it is to be reported."""
 
