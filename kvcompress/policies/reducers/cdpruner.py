@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from kvcompress.policies.context import ReductionContext
-from kvcompress.policies.reducers.choosing import Choosing, Images, first_of_highest, taken_with
-from kvcompress.policies.reducers.staged import Depth, Share, per_row
+from kvcompress.policies.reducers.choosing import Choosing, Images, first_picked
+from kvcompress.policies.reducers.staged import Depth, Share
 from kvcompress.policies.registry import REDUCERS
 
 _LEAST = 1e-6  # of relevance, as in the released code
@@ -47,19 +47,22 @@ class CDPruner(Choosing):
         relevance = _relevance(layer, images).double()
         cosine = (images.unit @ images.unit.transpose(1, 2)).double()
         kernel = relevance.unsqueeze(2) * cosine * relevance.unsqueeze(1)
-        left, taken = kernel.diagonal(dim1=1, dim2=2).clone(), torch.zeros_like(images.valid)
-        wanted, parts = per_row(keep, left.device), kernel.new_zeros(len(kernel), 0, kernel.shape[2])
-        for number in range(min(max(keep), taken.shape[1])):
-            spent = left < _SPENT
-            one = first_of_highest(torch.where(spent, relevance - 2, left), images, taken)
-            taken = taken_with(taken, one, wanted > number)
-            across = one.unsqueeze(2)
-            row = kernel.gather(1, across.expand(-1, -1, kernel.shape[2])).squeeze(1)
-            known = parts.gather(2, across.expand(-1, parts.shape[1], -1))  # [batch, number, 1]
-            part = (row - (known * parts).sum(1)) / left.gather(1, one).clamp(min=_SPENT).sqrt()
-            part = part.masked_fill(spent.gather(1, one), 0.0)
-            parts, left = torch.cat([parts, part.unsqueeze(1)], 1), left - part.square()
-        return taken
+        left = kernel.diagonal(dim1=1, dim2=2).masked_fill(~images.valid, -torch.inf)
+        last = (relevance - 2).masked_fill(~images.valid, -torch.inf)  # what counts once no volume is left
+        count, picked = min(max(keep), left.shape[1]), []
+        parts, gone = kernel.new_zeros(len(kernel), count, left.shape[1]), torch.full_like(left[:, :1], -torch.inf)
+        for number in range(count):
+            one = torch.where(left < _SPENT, last, left).argmax(1, keepdim=True)
+            picked.append(one)
+            across, before = one.unsqueeze(2), parts[:, :number]
+            row = kernel.gather(1, across.expand(-1, -1, kernel.shape[2]))
+            known = before.gather(2, across.expand(-1, number, -1)).transpose(1, 2)
+            volume = left.gather(1, one).unsqueeze(2)
+            factor = torch.where(volume < _SPENT, 0.0, volume.rsqrt())
+            part = parts[:, number : number + 1].copy_(torch.baddbmm(row, known, before, alpha=-1).mul_(factor))
+            left.addcmul_(part[:, 0], part[:, 0], value=-1).scatter_(1, one, gone)
+            last.scatter_(1, one, gone)
+        return first_picked(images, picked, keep)
 
 
 def _relevance(layer: ReductionContext, images: Images) -> Float[Tensor, "batch images"]:

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from kvcompress.policies.context import Reduced, ReductionContext
-from kvcompress.policies.reducers.staged import Depth, Dropping, Share, dropped, layers_at
+from kvcompress.policies.reducers.staged import Depth, Dropping, Share, dropped, layers_at, per_row
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,13 @@ class Choosing(Dropping):
         return dropped(layer, (~layer.is_image).scatter(1, images.place, chosen | ~images.valid))
 
 
-def first_of_highest(
-    score: Float[Tensor, "batch images"], images: Images, taken: Bool[Tensor, "batch images"]
-) -> Int[Tensor, "batch one"]:
-    """The image token of each row that scores highest of those not taken yet, the first among equals."""
-    return score.masked_fill(taken | ~images.valid, -torch.inf).argmax(1, keepdim=True)
-
-
-def taken_with(
-    taken: Bool[Tensor, "batch images"], one: Int[Tensor, "batch one"], still: Bool[Tensor, "batch one"]
+def first_picked(
+    images: Images, picked: list[Int[Tensor, "batch one"]], keep: list[int]
 ) -> Bool[Tensor, "batch images"]:
-    """With one more of each row that still takes some."""
-    return taken | torch.zeros_like(taken).scatter(1, one, still)
+    """Marks the first of each row's image tokens in the order in which they were picked, as many as it keeps."""
+    taken = torch.zeros_like(images.place)
+    if picked:
+        order = torch.cat(picked, 1)
+        within = torch.arange(order.shape[1], device=order.device) < per_row(keep, order.device)
+        taken.scatter_add_(1, order, within.long())  # rows that have no more were given one again
+    return taken > 0

@@ -7,8 +7,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from kvcompress.policies.context import ReductionContext
-from kvcompress.policies.reducers.choosing import Choosing, Images, first_of_highest, taken_with
-from kvcompress.policies.reducers.staged import Depth, Share, per_row
+from kvcompress.policies.reducers.choosing import Choosing, Images, first_picked
+from kvcompress.policies.reducers.staged import Depth, Share
 from kvcompress.policies.registry import REDUCERS
 
 _GRID = 2**16  # distances are compared in steps of 1 / 2**16, so that rounding does not decide between equals
@@ -41,12 +41,13 @@ class DivPrune(Choosing):
         """Greedily; costs images^2 x hidden."""
         distance = ((1 - images.unit @ images.unit.transpose(1, 2)) * _GRID).round()
         own = torch.eye(distance.shape[1], dtype=torch.bool, device=distance.device)
-        others = distance.masked_fill(own | ~images.valid.unsqueeze(1), torch.inf)
-        nearest, taken = others.amin(2), torch.zeros_like(images.valid)
-        wanted = per_row(keep, distance.device)
-        for number in range(min(max(keep), taken.shape[1])):
-            one = first_of_highest(nearest, images, taken)
-            taken = taken_with(taken, one, wanted > number)
+        nearest, picked = distance.masked_fill(own | ~images.valid.unsqueeze(1), torch.inf).amin(2), []
+        gone = torch.full_like(nearest[:, :1], -torch.inf)
+        nearest = nearest.masked_fill(~images.valid, -torch.inf)
+        for number in range(min(max(keep), nearest.shape[1])):
+            one = nearest.argmax(1, keepdim=True)
+            picked.append(one)
             to_it = distance.gather(1, one.unsqueeze(2).expand(-1, -1, distance.shape[2])).squeeze(1)
-            nearest = to_it if number == 0 else torch.minimum(nearest, to_it)
-        return taken
+            nearest = torch.minimum(nearest, to_it) if number else to_it.masked_fill(~images.valid, -torch.inf)
+            nearest.scatter_(1, one, gone)
+        return first_picked(images, picked, keep)

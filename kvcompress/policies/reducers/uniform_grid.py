@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 from jaxtyping import Int
-from torch import Tensor
 
+from kvcompress.kernels import sent
 from kvcompress.policies.context import Reduced, ReductionContext
-from kvcompress.policies.reducers.staged import Staged, dropping
+from kvcompress.policies.reducers.staged import Staged
 from kvcompress.policies.registry import REDUCERS
 
 _BITS = 10  # of a row or column number
@@ -30,21 +30,26 @@ class UniformGrid(Staged):
     """
 
     def reduce(self, layer: ReductionContext) -> Reduced:
-        """Keeps the cells that come first in the order."""
-        grids = 2 + max(map(len, layer.grids))  # one more for tokens of no grid, and one for all that is no image
-        grid = torch.where(layer.is_image, layer.grid + 1, grids - 1)
-        order = (grid << 2 * _BITS | _dithered(layer.cell)).argsort(dim=1, stable=True)  # grid by grid
-        counts = layer.grid.new_zeros(len(grid), grids).scatter_add(1, grid, torch.ones_like(grid))
-        before, ordered = counts.cumsum(1) - counts, grid.gather(1, order)
-        place = torch.arange(1, grid.shape[1] + 1, device=grid.device) - before.gather(1, ordered)
-        spread = place.double() / counts.gather(1, ordered)
-        return dropping(layer, -torch.empty_like(spread).scatter(1, order, spread), self.keep(layer))
+        """Keeps the cells that come first in the order, which is found on the host."""
+        tokens, own = layer.on_host, np.arange(layer.index.shape[1])
+        rows = np.arange(len(layer.grids))[:, None]
+        grids = 3 + tokens.grid.max(initial=-1)  # the first is of no grid, the last of what is no image
+        grid = np.where(tokens.is_image, tokens.grid + 1, grids - 1)
+        order = (grid << 2 * _BITS | _dithered(tokens.cell)).argsort(axis=1, kind="stable")  # grid by grid
+        counts = np.bincount((rows * grids + grid).ravel(), minlength=grids * len(rows)).reshape(-1, grids)
+        ordered, spread = np.take_along_axis(grid, order, 1), np.empty(grid.shape)
+        place = own + 1 - (counts.cumsum(1) - counts)[rows, ordered]
+        np.put_along_axis(spread, order, place / counts[rows, ordered], 1)
+        first = np.where(tokens.is_image, spread, np.inf).argsort(axis=1, kind="stable")
+        stays = np.empty(grid.shape, dtype=bool)
+        np.put_along_axis(stays, first, own < np.array(self.keep(layer))[:, None], 1)
+        return Reduced(sent(np.where(stays | ~tokens.is_image, own, -1), layer.hidden.device), layer.hidden)
 
 
-def _dithered(cell: Int[Tensor, "batch tokens two"]) -> Int[Tensor, "batch tokens"]:
+def _dithered(cell: Int[np.ndarray, "batch tokens two"]) -> Int[np.ndarray, "batch tokens"]:
     """Place of each cell in the order of ordered dithering: bits of row xor column and of row, the lowest first."""
-    row, column = cell.clamp(min=0).long().unbind(-1)
-    place = torch.zeros_like(row)
+    row, column = np.moveaxis(cell.clip(0), -1, 0)
+    place: np.ndarray = np.zeros_like(row)
     for bit in range(_BITS):
         mixed, plain = (row ^ column) >> bit & 1, row >> bit & 1
         place |= (mixed << 2 * (_BITS - 1 - bit) + 1) | (plain << 2 * (_BITS - 1 - bit))
