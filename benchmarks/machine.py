@@ -9,6 +9,15 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from rich.console import Console
+
+_WIDE = 160  # characters of a line where nobody watches and figures may be kept in a file
+
+
+def console() -> Console:
+    """Where tables are printed: as wide as the terminal is, and where there is none, so wide that no figure is cut."""
+    found = Console()
+    return found if found.is_terminal else Console(width=_WIDE)
 
 
 def processor_name() -> str:

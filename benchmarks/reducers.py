@@ -15,12 +15,11 @@ from typing import Annotated, Any
 import torch
 import transformers
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from benchmarks.machine import about_line
+from benchmarks.machine import about_line, console
 from kvcompress.cache import CompressedCache
 from kvcompress.cache.argument import cache_argument
 from kvcompress.cache.reduction import Reduction
@@ -151,9 +150,9 @@ def measured(prefill: Prefill, rounds: int) -> Table:
 
 def main(rounds: Annotated[int, typer.Option(help="Paired rounds; medians are printed.")] = 7) -> None:
     """Prints bytes, operations and time of prefill with every reducer, against none."""
-    console = Console()
-    console.print(about_line())
-    console.print(measured(Prefill(build_model()), rounds))
+    printer = console()
+    printer.print(about_line())
+    printer.print(measured(Prefill(build_model()), rounds))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import track
 from rich.table import Column, Table
 
-from benchmarks.machine import about_line
+from benchmarks.machine import about_line, console
 from kvcompress.config import CompressionConfig
 from kvcompress.evaluation.calibration import retentions
 from kvcompress.evaluation.data import load_samples
@@ -80,22 +79,22 @@ def main(
     scenes: Annotated[int, typer.Option(help="Held-out scenes; one question of each kind a scene.")] = 100,
 ) -> None:
     """Prints what compression costs a model whose right answers are known."""
-    loaded, console = load_model("shapes"), Console()
-    console.print(about_line())
+    loaded, printer = load_model("shapes"), console()
+    printer.print(about_line())
     held_out = held_out_scenes(scenes)
     found = gini_per_layer(loaded, held_out[:25])
-    console.print("Gini coefficient of importance per layer: " + ", ".join(f"{value:.2f}" for value in found))
+    printer.print("Gini coefficient of importance per layer: " + ", ".join(f"{value:.2f}" for value in found))
     title = f"ShapesLLaVA, {scenes} held-out scenes: right answers, and perplexity of descriptions"
     first = Column("cache", no_wrap=True)
     table = Table(first, *KINDS, "objects", "perplexity", title=title, title_justify="left")
-    for name, figures in track(quality(loaded, held_out), "answering", console=console, transient=True):
+    for name, figures in track(quality(loaded, held_out), "answering", console=printer, transient=True):
         shares = [f"{figures[kind]:.0%}" for kind in (*KINDS, "description")]
         table.add_row(name, *shares, f"{figures['perplexity']:.3f}")
-    console.print(table)
+    printer.print(table)
     for label, fields in LAYER_SIZES.items():
         sizes = calibration_table(loaded, CompressionConfig.preset("prefixkv", **fields))
         sizes.title = f"Calibration, {label}"
-        console.print(sizes)
+        printer.print(sizes)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,13 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache, QuantizedCache
 
-from benchmarks.machine import about_line
+from benchmarks.machine import about_line, console
 from kvcompress.cache import CompressedCache
 from kvcompress.cache.argument import cache_argument
 from kvcompress.config import CompressionConfig
@@ -237,8 +236,8 @@ def main(
     if peak is not None:
         print(own_peak_bytes(peak, tokens))
         return
-    console, bench = Console(), Bench(tokens)
-    console.print(f"SmolLM2-135M, bfloat16, {tokens} tokens; {about_line()}")
+    printer, bench = console(), Bench(tokens)
+    printer.print(f"SmolLM2-135M, bfloat16, {tokens} tokens; {about_line()}")
     decode, floor = bench.decode(10 * rounds)
     own, full = decode["kvcompress prefixkv, 20 %"], decode["kvcompress, everything"]
     gone = (decode["DynamicCache, everything"] - own) / (decode["DynamicCache, everything"] - 1)
@@ -250,13 +249,13 @@ def main(
     rows = [(name, f"{ratio:.2f}x the floor") for name, ratio in decode.items()]
     rows.insert(0, ("share of DynamicCache's time above the floor that is gone with prefixkv at 20 %", f"{gone:.0%}"))
     rows += [(name, f"{ratio:.2f}x") for name, ratio in against.items()]
-    console.print(table(f"Decoding one token (floor: {1000 * floor:.1f} ms)", rows))
-    console.print(table("Prefill", [(n, f"{r:.2f}x DynamicCache") for n, r in bench.prefill(rounds).items()]))
-    console.print(table("What is kept at 20 %", [(name, f"{share:.3f}") for name, share in bench.kept().items()]))
+    printer.print(table(f"Decoding one token (floor: {1000 * floor:.1f} ms)", rows))
+    printer.print(table("Prefill", [(n, f"{r:.2f}x DynamicCache") for n, r in bench.prefill(rounds).items()]))
+    printer.print(table("What is kept at 20 %", [(name, f"{share:.3f}") for name, share in bench.kept().items()]))
     if sys.platform == "linux":
         base = peak_bytes("DynamicCache", tokens)
         peaks = [(f"scores {case}", f"{peak_bytes(case, tokens) / base:.2f}x DynamicCache") for case in QUERIES]
-        console.print(
+        printer.print(
             table(f"Peak memory of prefill (DynamicCache: {base / 2**20:.0f} MiB on top of the model)", peaks)
         )
     allocation = allocation_seconds()
@@ -264,15 +263,15 @@ def main(
         ("seconds", f"{allocation['seconds']:.2f}"),
         ("when tokens double", f"{allocation['when tokens double']:.2f}x"),
     ]
-    console.print(table("Prefix allocation, 80 layers x 131,072 tokens", rows))
+    printer.print(table("Prefix allocation, 80 layers x 131,072 tokens", rows))
     costs = scorer_costs(2 * rounds)
-    console.print(table("One scorer step", [(n, f"{r:.2f}x the layer's attention") for n, r in costs.items()]))
+    printer.print(table("One scorer step", [(n, f"{r:.2f}x the layer's attention") for n, r in costs.items()]))
     speed, held = bench.quantized(2 * rounds)
     rows = [(name, f"{1 / ratio:.2f}x as fast") for name, ratio in speed.items()]
     rows += [(f"bytes of {name} / bfloat16", f"{share:.3f}") for name, share in held.items()]
-    console.print(table("Decoding from quantized storage", rows))
+    printer.print(table("Decoding from quantized storage", rows))
     if quality:
-        console.print(preset_table(bench.model, bench.tokenizer))
+        printer.print(preset_table(bench.model, bench.tokenizer))
 
 
 if __name__ == "__main__":
