@@ -129,9 +129,13 @@ def _unpacked(codes: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
         return _from_float8(codes, dtype)
     bits, last = 8 // packed, packed - 1
     numbers = torch.empty(*codes.shape[:3], packed, codes.shape[3], dtype=dtype, device=codes.device)
+    bare = torch.empty_like(codes) if last else codes  # one place for all parts: new memory costs a CPU more than bits
     for part in range(packed):
-        shifted = codes >> part * bits if part else codes
-        numbers[..., part, :] = shifted & 2**bits - 1 if part < last else shifted
+        if part:
+            torch.bitwise_right_shift(codes, part * bits, out=bare)
+        if part < last:
+            torch.bitwise_and(bare if part else codes, 2**bits - 1, out=bare)
+        numbers[..., part, :] = bare
     return numbers.flatten(3)[..., :head_dim]
 
 
