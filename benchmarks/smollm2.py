@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -185,9 +186,14 @@ def scorer_costs(rounds: int, tokens: int = 4000) -> dict[str, float]:
 
 
 def peak_bytes(case: str, tokens: int) -> int:
-    """Memory that the prefill of a fresh process takes on top of the loaded model (Linux)."""
+    """Memory that the prefill of a fresh process takes on top of the loaded model (Linux).
+
+    The allocator gives back what is freed: what it would keep for later differs by a half from run to run.
+    """
     command = [sys.executable, "-m", "benchmarks.smollm2", "--peak", case, "--tokens", str(tokens)]
-    return int(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]))
+    kept = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    said = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **kept}).stdout
+    return int(json.loads(said.splitlines()[-1]))
 
 
 def own_peak_bytes(case: str, tokens: int) -> int:
