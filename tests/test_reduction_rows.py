@@ -118,6 +118,7 @@ def run(reducer: Reducer, drawn: list[Row], right: bool = False) -> Passage:
         found.spread.append(full[row, mask])
         found.elsewhere.append(full[row, ~mask])
         first = longest - length
+        assert all(reduction.into[point][row, :first].tolist() == list(range(first)) for point in points)
         into = [reduction.into[point][row, first:] for point in reducer.acts_after(LAYERS)]
         found.into.append([torch.where(one < 0, one, one - first).tolist() for one in into])
     return found
