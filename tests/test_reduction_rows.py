@@ -345,6 +345,24 @@ def test_guidance_that_is_no_number_for_each_token_is_refused() -> None:
         run(Wrong(kind="guidance"), sample(1, False))
 
 
+def test_a_reducer_may_show_another_one_less_than_it_sees() -> None:
+    """What the host knows is then that of the tokens shown, not of those that there are."""
+
+    class First(Wrong):
+        """ToMe, in the first grid of each row alone."""
+
+        def reduce(self, layer: ReductionContext) -> Reduced:
+            shown = replace(layer, grid=torch.where(layer.grid == 0, 0, -1))
+            assert (shown.on_host.grid == shown.grid.numpy()).all()
+            return ToMe().reduce(shown)
+
+    drawn = sample(1, False)
+    [into], grid = run(First(), drawn).into[0][:1], drawn[0].grid
+    merged = [token for token, target in enumerate(into) if target != token]
+    assert merged and {grid[token] for token in merged} == {0}
+    assert max(grid) > 0
+
+
 def test_padding_is_judged_by_nobody() -> None:
     """A reducer may say of it what it likes, and it is never among what goes on."""
 

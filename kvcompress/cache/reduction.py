@@ -75,7 +75,7 @@ class Reduction:
         self._aligned = order is None  # whether hidden states come in these positions
         self._spread = False  # whether hidden states of the tokens that go on come in all positions of the model
         self._guidance: Float[Tensor, "batch tokens"] | None = None
-        self._taken: list[tuple[Tensor, Tensor]] = []  # what `of_the_tokens` was given since, and what it said
+        self._answers: list[tuple[Tensor, Tensor]] = []  # what `of_the_tokens` was given since, and what it said
         more = [one.to(is_image.device).long() for one in (order, last_seen) if one is not None]
         stacked = torch.stack([self.index, is_image, layout.grid, *more], -1)
         read = torch.cat([stacked[..., :3], layout.cell, layout.size, stacked[..., 3:]], -1).cpu().numpy()
@@ -122,7 +122,7 @@ class Reduction:
         """
         if not self._aligned:
             assert self._order is not None
-            hidden, self._aligned = _taken(hidden, self._order.to(hidden.device).long()), True
+            hidden, self._aligned = _of_rows(hidden, self._order.to(hidden.device).long()), True
         context = self._shown(layer, hidden)
         with policy_errors(self.reducer, layer - 1 if layer else None):
             reduced = self.reducer.reduce(context)
@@ -139,15 +139,15 @@ class Reduction:
         For position ids and rotary embeddings: with contiguous rotary positions, the first tokens' entries. All layers
         up to the next reduction are given the same ones, which are taken once.
         """
-        for given, found in self._taken:
+        for given, found in self._answers:
             if given is tensor:
                 return found
         takes = self._takes.to(tensor.device)
         if tensor.shape[0] == 1:
             taken = tensor[0].index_select(0, takes.flatten()).view(*takes.shape, *tensor.shape[2:])
         else:
-            taken = _taken(tensor, takes)
-        self._taken.append((tensor, taken))
+            taken = _of_rows(tensor, takes)
+        self._answers.append((tensor, taken))
         return taken
 
     def spread(self, hidden: Float[Tensor, "batch tokens hidden"]) -> Float[Tensor, "batch positions hidden"]:
@@ -176,20 +176,21 @@ class Reduction:
     def _shown(self, layer: int, hidden: Tensor) -> ReductionContext:
         """What the reducer sees, all where the hidden states are."""
         there = TokenFacts(self._sent.to(hidden.device))
+        index, is_image, grid, cell, size = said = (there.index, there.is_image, there.grid, there.cell, there.size)
         return ReductionContext(
             stage=self.points.index(layer),
             layer=layer - 1,
             hidden=hidden,
-            index=there.index,
-            is_image=there.is_image,
+            index=index,
+            is_image=is_image,
             grids=self._layout.grids,
-            grid=there.grid,
-            cell=there.cell,
-            size=there.size,
+            grid=grid,
+            cell=cell,
+            size=size,
             image_tokens=self._layout.image_tokens,
             guidance=None if self._guidance is None else self._guidance.to(hidden.device),
             tower=self._tower if layer == 0 else None,
-            known=self._followed.facts,
+            known=(self._followed.facts, said),
         )
 
     def _check_form(self, reduced: Reduced, context: ReductionContext) -> None:
@@ -218,7 +219,7 @@ class Reduction:
         self, layer: int, into: Numbers, stays: Bool[np.ndarray, "batch tokens"], device: torch.device
     ) -> Int[Tensor, "batch fewer"]:
         """Leaves the tokens that stay, and sends what is known of them; returns their places among those before."""
-        followed, self._guidance, self._taken = self._followed, None, []
+        followed, self._guidance, self._answers = self._followed, None, []
         last = followed.go_on(into, stays)
         takes = followed.in_model() if self.reducer.positions == "original" else followed.first_in_model()
         known = [through_rows(last, stays.shape[1]), takes, followed.facts.numbers, followed.images(), followed.into]
@@ -241,7 +242,7 @@ def _at(tensor: Tensor, places: Int[Tensor, "batch fewer"]) -> Tensor:
     return tensor.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, *tensor.shape[2:])
 
 
-def _taken(tensor: Tensor, positions: Int[Tensor, "batch fewer"]) -> Tensor:
+def _of_rows(tensor: Tensor, positions: Int[Tensor, "batch fewer"]) -> Tensor:
     """Some positions of each row of a tensor `[batch, positions, ...]`."""
     if len(positions) > 1:
         rows = torch.arange(0, len(positions) * tensor.shape[1], tensor.shape[1], device=positions.device)

@@ -28,6 +28,7 @@ LayerImportance: TypeAlias = Float[Tensor, "layers batch *heads tokens"]  # high
 TokenCounts: TypeAlias = Int[Tensor, "layers batch *heads"]
 HeadImportance: TypeAlias = Float[Tensor, "layers batch kv_heads tokens"]  # higher = keep
 HeadCounts: TypeAlias = Int[Tensor, "layers batch kv_heads"]
+TokenTensors: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # index, kind, grid, cell and size of tokens
 
 
 @dataclass(frozen=True)
@@ -384,7 +385,7 @@ class ReductionContext:
         image_tokens: image tokens of each row in this forward before the first reduction; known on the host.
         guidance: what the reducer's `guidance` gave for them at this layer; None without one, and before the first.
         tower: what the vision tower says of them, before the first layer; None unless the reducer reads it.
-        known: what the host knows of them already, for `on_host`; None if it has to ask.
+        known: what the host knows of them already, and the tensors that say the same here; None if it has to ask.
     """
 
     stage: int
@@ -399,7 +400,7 @@ class ReductionContext:
     image_tokens: list[int]
     guidance: Float[Tensor, "batch tokens"] | None = None
     tower: TowerView | None = None
-    known: TokenFacts[np.ndarray] | None = None
+    known: tuple[TokenFacts[np.ndarray], TokenTensors] | None = None
 
     @property
     def on_host(self) -> TokenFacts[np.ndarray]:
@@ -407,9 +408,10 @@ class ReductionContext:
 
         A short prompt costs a GPU what the host asks it for, operation by operation, and index work is many small ones.
         """
-        if self.known is not None:
-            return self.known
-        facts = torch.stack([self.index, self.is_image, self.grid], -1)
+        said = (self.index, self.is_image, self.grid, self.cell, self.size)
+        if self.known is not None and all(one is other for one, other in zip(said, self.known[1], strict=True)):
+            return self.known[0]
+        facts = torch.stack([self.index, self.is_image, self.grid], -1)  # or other ones than the cache gave
         return TokenFacts(torch.cat([facts, self.cell, self.size], -1).cpu().numpy())
 
 
